@@ -1,0 +1,620 @@
+"""Training: one loop, `fit`, for everything the project trains, and the command line.
+
+    python train.py --method neural_recursion
+
+trains a Connector between two passes through the embedded frozen LM on questions about the embedded world, reports exact
+match on people it never saw a question about, and leaves runs/neural_recursion/:
+
+    adapter_config.json, adapter_model.safetensors   what was trained, best on dev (a folder `model` where the LM itself was)
+    predictions.jsonl                                every test question, its prediction and its scores
+    run.json                                         arguments, versions, hardware, fingerprint, data hash, seconds, results
+    metrics.jsonl, curve.png                         loss and dev scores along training
+    state.safetensors                                what --resume needs: parameters, optimiser, random state, step
+
+A method says what is trained and how it is composed with the LM (recurse.compose); all else is shared. To add one: a line
+in METHODS, and its composition.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import adapters
+import data
+import eval as metrics
+import recurse
+import world
+from model import LM, Config, answer, hash_tensors, load_tokenizer, locate
+
+ASSETS = Path(__file__).parent / "assets"  # the embedded LM, its tokenizer and its pretrained Connectors
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisation
+
+
+class Adafactor(torch.optim.Optimizer):
+    """Adafactor (Shazeer & Stern 2018) with the choices of the prompt-tuning papers: a learning rate of its own instead of
+    one scaled by the parameter, and a full second moment instead of a factored one. torch's own always does both.
+
+    beta2 at step t is 1 - t^decay; an update whose root mean square exceeds `clip` is scaled down to it.
+    """
+
+    def __init__(self, params, lr: float, decay: float = -0.8, clip: float = 1.0, weight_decay: float = 0.0, factored: bool = False, scale_parameter: bool = False):
+        super().__init__(params, dict(lr=lr, decay=decay, clip=clip, weight_decay=weight_decay, factored=factored, scale_parameter=scale_parameter))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, p.grad.float(), self.state[p], group)
+
+    def update(self, p: Tensor, g: Tensor, state: dict, group: dict) -> None:
+        factored = group["factored"] and p.dim() >= 2
+        if not state:
+            state["step"] = torch.zeros(())
+            if factored:
+                state["row"], state["column"] = g.new_zeros(g.shape[:-1]), g.new_zeros(g.shape[:-2] + g.shape[-1:])
+            else:
+                state["square"] = torch.zeros_like(g)
+        state["step"] += 1
+        beta, square = 1 - state["step"].item() ** group["decay"], g.square() + 1e-30
+        if factored:  # the second moment is the outer product of its row and column means, over the mean of the rows
+            row, column = state["row"].lerp_(square.mean(-1), 1 - beta), state["column"].lerp_(square.mean(-2), 1 - beta)
+            update = g * (row / row.mean(-1, keepdim=True)).rsqrt()[..., None] * column.rsqrt()[..., None, :]
+        else:
+            update = g * state["square"].lerp_(square, 1 - beta).rsqrt()
+        update /= (update.square().mean().sqrt() / group["clip"]).clamp(min=1)
+        scale = p.float().square().mean().sqrt().clamp(min=1e-3) if group["scale_parameter"] else 1.0
+        p.mul_(1 - group["lr"] * scale * group["weight_decay"]).sub_(update.to(p.dtype), alpha=float(group["lr"] * scale))
+
+
+def make_optimizer(trained: nn.Module, args) -> torch.optim.Optimizer:
+    """AdamW (AI21's betas and epsilon) or Adafactor over what is trained; norm gains are not decayed."""
+    parameters = [p for p in trained.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if args.optimizer == "adafactor":
+        return Adafactor(groups, lr=args.lr)
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-6)
+
+
+def learning_rate(step: int, args) -> float:
+    """Linear warm-up over a share of the steps, then constant, or linear down to zero at the last step."""
+    warmup = round(args.warmup * args.steps)
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    return args.lr * ((args.steps - step) / (args.steps - warmup) if args.schedule == "linear" else 1.0)
+
+
+def target_loss(model, prefix, batch: data.Batch) -> Tensor:
+    """Cross entropy summed over the batch's targets; the vocabulary is computed at their positions only."""
+    asked = batch.targets != data.NO_TARGET
+    h = model(model.embed(batch.ids), prefix)
+    return F.cross_entropy(model.logits(h[asked]), batch.targets[asked], reduction="sum")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+class Run:
+    """A run's folder, locked while in use: `with Run(...) as run`. Every file in it appears whole or not at all."""
+
+    def __init__(self, args):
+        self.folder, self.args = Path(args.out), args
+        self.state_path, self.metrics_path = self.folder / "state.safetensors", self.folder / "metrics.jsonl"
+
+    def check(self) -> None:
+        """Refuses, before anything is loaded, a folder that exists (without --resume) or was started with other arguments."""
+        if not self.folder.exists():
+            return
+        if not self.args.resume:
+            raise FileExistsError(f"{self.folder} exists; continue it with --resume, or choose another --out")
+        if self.folder.is_dir() and (self.folder / "run.json").is_file():
+            try:
+                before = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["arguments"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.folder / 'run.json'}: not a run record ({error!r})") from None
+            for key, value in arguments(self.args).items():
+                if before.get(key) != value:
+                    raise ValueError(f"{self.folder} was started with --{key.replace('_', '-')} {before.get(key)}, not {value}")
+        elif any(self.folder.iterdir()):
+            raise FileExistsError(f"{self.folder} is not a run's folder (it has no run.json)")
+
+    def __enter__(self) -> "Run":
+        import fcntl
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / "lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it however the process ends
+        except BlockingIOError:
+            raise FileExistsError(f"{self.folder} is in use by another process") from None
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.lock.close()
+
+    def write_json(self, name: str, content) -> None:
+        with adapters.replacing(self.folder / name) as path:
+            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def write_lines(self, name: str, records: list[dict]) -> None:
+        with adapters.replacing(self.folder / name) as path:
+            path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+    def log(self, record: dict) -> None:
+        with open(self.metrics_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def history(self, upto: int) -> list[dict]:
+        """The logged records up to a step; a line that a kill cut short, and what came after that step, are gone from the file too."""
+        records = []
+        for line in self.metrics_path.read_text(encoding="utf-8").splitlines() if self.metrics_path.is_file() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        records = [r for r in records if r["step"] <= upto]
+        self.write_lines("metrics.jsonl", records)
+        return records
+
+    def save_state(self, step: int, trained: nn.Module, optimizer, best: dict, seconds: float) -> None:
+        """Everything that the next step depends on, in one file: what is trained, the best so far, optimiser, random state."""
+        tensors = {f"trained.{n}": p.detach() for n, p in trained.named_parameters()}
+        tensors |= {f"best.{n}": p for n, p in best["tensors"].items()}
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        metadata = {"step": step, "best_step": best["step"], "best_score": best["score"], "seconds": seconds}
+        with adapters.replacing(self.state_path) as path:
+            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path, metadata={"json": json.dumps(metadata)})
+
+    def load_state(self, trained: nn.Module, optimizer, best: dict) -> tuple[int, float]:
+        """Restores what `save_state` wrote. Returns (the step to go on from, seconds spent so far); (0, 0.0) if nothing was saved."""
+        if not (self.args.resume and self.state_path.is_file()):
+            return 0, 0.0
+        try:
+            with safe_open(self.state_path, framework="pt") as file:
+                metadata, tensors = json.loads(file.metadata()["json"]), {k: file.get_tensor(k) for k in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{self.state_path}: truncated or corrupt ({error}); delete it to start the run again") from None
+        part = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        trained.load_state_dict(part("trained."))
+        saved = optimizer.state_dict()
+        indices = sorted({int(k.split(".")[0]) for k in part("optimizer.")})
+        optimizer.load_state_dict({"state": {i: part(f"optimizer.{i}.") for i in indices}, "param_groups": saved["param_groups"]})
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        best.update(step=metadata["best_step"], score=metadata["best_score"], tensors=part("best."))
+        return metadata["step"], metadata["seconds"]
+
+
+def arguments(args) -> dict:
+    """The arguments that make a run what it is: all but where it lies and how it is continued."""
+    return {key: value for key, value in vars(args).items() if key not in ("resume", "out", "argv")}
+
+
+def draw_curve(run: Run, history: list[dict]) -> None:
+    """curve.png: loss and dev score against steps."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no curve.png: matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, left = plt.subplots(figsize=(7, 4))
+    losses, scores = ([(r["step"], r[key]) for r in history if key in r] for key in ("loss", "score"))
+    left.plot(*zip(*losses), color="tab:gray", label="training loss")
+    left.set(xlabel="step", ylabel="loss (nats a token)", title=f"{run.args.method}: {run.folder.name}")
+    right = left.twinx()
+    right.plot(*zip(*scores), color="tab:blue", marker="o", label="dev score")
+    right.set_ylabel("dev score")
+    figure.tight_layout()
+    with adapters.replacing(run.folder / "curve.png") as path:
+        figure.savefig(path, format="png", dpi=110)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def fit(run: Run, trained: nn.Module, batch_at: Callable[[int], data.Batch], loss_of: Callable[[data.Batch], Tensor],
+        evaluate: Callable[[], float], save: Callable[[], None]) -> dict:  # fmt: skip
+    """Trains `trained`'s parameters and leaves the best in it. Returns {"step", "score", "seconds", "tokens_per_second"}.
+
+    batch_at  micro-batch number -> Batch, a pure function, so that a resumed run sees what an uninterrupted one would
+    loss_of   Batch -> the loss summed over its targets; the step's loss is its mean over all targets of all micro-batches
+    evaluate  () -> dev score, higher is better; called without gradients every eval_every steps and at the end
+    save      () -> writes what was trained to the run's folder; called whenever the score is the best so far
+    A loss that is not finite stops the run (ValueError) and leaves the last checkpoint as it was.
+    """
+    args, device = run.args, next(trained.parameters()).device
+    optimizer, best = make_optimizer(trained, args), {"step": 0, "score": -math.inf, "tensors": {}}
+    first, seconds = run.load_state(trained, optimizer, best)
+    history, tokens, start = run.history(first), 0, time.perf_counter()
+    with progress(args, first) as (show, stopped):
+        for step in range(first, args.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            micro = [batch_at(step * args.accumulate + i).to(device) for i in range(args.accumulate)]
+            targets = sum(int((b.targets != data.NO_TARGET).sum()) for b in micro)
+            loss = 0.0
+            for batch in micro:
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                    part = loss_of(batch) / targets
+                part.backward()
+                loss, tokens = loss + part.item(), tokens + int(batch.lengths.sum())
+            if not math.isfinite(loss):
+                raise ValueError(f"{run.folder}: the loss is {loss} at step {step + 1}; the checkpoint before it is kept. Try a lower --lr")
+            nn.utils.clip_grad_norm_(trained.parameters(), args.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            done, record = step + 1, {"step": step + 1, "loss": loss, "lr": group["lr"]}
+            if done % args.eval_every == 0 or done == args.steps:
+                with torch.no_grad():
+                    record["score"] = evaluate()
+                if record["score"] > best["score"]:
+                    best.update(step=done, score=record["score"], tensors={n: p.detach().clone() for n, p in trained.named_parameters()})
+                    save()
+            if "score" in record or done % args.log_every == 0:
+                history.append(record)
+                run.log(record)
+            if "score" in record or stopped():
+                run.save_state(done, trained, optimizer, best, seconds + time.perf_counter() - start)
+            show(record)
+            if stopped():
+                raise KeyboardInterrupt
+    trained.load_state_dict(best["tensors"])
+    save()
+    draw_curve(run, history)
+    spent = time.perf_counter() - start
+    return {"step": best["step"], "score": best["score"], "seconds": round(seconds + spent, 1), "tokens_per_second": round(tokens / spent)}
+
+
+@contextlib.contextmanager
+def progress(args, first: int):
+    """Yields (show, stopped): show(record) moves a bar on a terminal and prints plain lines elsewhere; stopped() tells that
+    SIGINT or SIGTERM asked to end after this step. A second signal ends at once."""
+    from tqdm import tqdm
+
+    signals: list[int] = []
+
+    def ask(number, _):
+        signals.append(number)
+        if len(signals) > 1:
+            raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(total=args.steps, initial=first, unit="step", disable=not sys.stderr.isatty())
+    score = {}
+
+    def show(record: dict) -> None:
+        score.update({"dev": f"{record['score']:.3f}"} if "score" in record else {})
+        if bar.disable and "score" in record:
+            print(f"step {record['step']:>5} of {args.steps}  loss {record['loss']:.4f}  dev {record['score']:.4f}", flush=True)
+        bar.set_postfix(loss=f"{record['loss']:.3f}", **score, refresh=False)
+        bar.update()
+
+    try:
+        yield show, lambda: bool(signals)
+    finally:
+        bar.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Methods
+
+
+def load_lm(args) -> tuple[LM, "data.Tokenizer"]:
+    """The frozen LM and its tokenizer, checked to belong together."""
+    folder = locate(args.model or ASSETS / "lm")
+    dtype = torch.bfloat16 if args.dtype == "bfloat16" and args.method != "fine_tuning" else torch.float32
+    lm, tokenizer = LM.from_pretrained(folder, args.device, dtype), load_tokenizer(args.tokenizer or folder)
+    data.check_tokenizer(tokenizer, lm.config.vocab_size, args.tokenizer or folder)
+    return lm, tokenizer
+
+
+def load_split(args, split: str) -> list[data.Example]:
+    """The examples of --train, --dev or --test; those of the embedded world where no file is given, none for a file not asked for."""
+    path = getattr(args, split)
+    if path:
+        return data.read(path)
+    if args.train:
+        return []
+    return [data.example(record, f"world {split}") for record in world.make(args.world_seed).questions(split)]
+
+
+def tune(args) -> dict:
+    """Trains an adapter (or, for fine_tuning, the LM itself) to answer the training questions; keeps the best on dev; scores test."""
+    lm, tokenizer = load_lm(args)
+    eos = lm.config.eos[0] if lm.config.eos else None
+    room = lm.config.max_len - (args.prompt_length if args.method == "prompt_tuning" else 0)
+    examples = {split: load_split(args, split) for split in ("train", "dev", "test")}
+    tokens = {split: data.encode(part, tokenizer, eos, room) for split, part in examples.items()}
+    for example, asked in ((e, t.input) for split in ("dev", "test") for e, t in zip(examples[split], tokens[split])):
+        if len(asked) + args.max_new_tokens - 1 > room:
+            raise ValueError(f"{example.id}: {len(asked)} tokens and {args.max_new_tokens} new ones exceed the {room} that the LM's context leaves")
+    trained = lm.requires_grad_(True) if args.method == "fine_tuning" else new_adapter(args, lm, tokenizer)
+    adapter = None if trained is lm else trained
+
+    def loss_of(batch: data.Batch) -> Tensor:
+        model, prefix = recurse.compose(args.method, lm, adapter)
+        return target_loss(model, prefix, batch)
+
+    @torch.no_grad()
+    def scored(split: str, limit: int | None = None) -> list[dict]:
+        model, prefix = recurse.compose(args.method, lm, adapter)
+        asked = [t.input for t in tokens[split][:limit]]
+        return metrics.score(examples[split][:limit], answer(model, tokenizer, asked, prefix, args.max_new_tokens))
+
+    def evaluate() -> float:
+        if tokens["dev"]:
+            return metrics.summary(scored("dev", args.eval_limit))["em"]
+        return time.time()  # without dev questions the latest is the best
+
+    def save() -> None:
+        if adapter is None:
+            shutil.rmtree(run.folder / "model", ignore_errors=True)
+            lm.save(run.folder / "model", tokenizer=tokenizer)
+        else:
+            adapters.save_adapter(run.folder, adapter, lm, method=args.method, base_model_name_or_path=args.model)
+
+    run = Run(args)
+    with run:
+        record = start_record(run, trained, None if adapter is None else lm, examples)
+        record |= fit(run, trained, lambda step: data.batches(tokens["train"], args.batch_size, args.seed, step), loss_of, evaluate, save)
+        results = {split: scored(split) for split in ("dev", "test") if tokens[split]}
+        run.write_lines("predictions.jsonl", results.get("test") or results.get("dev") or [])
+        return finish_record(run, record, None if adapter is None else lm, {split: metrics.summary(rows) for split, rows in results.items()})
+
+
+def new_adapter(args, lm: LM, tokenizer) -> nn.Module:
+    """What a method trains, at its start: --init names a stored one, or how to make a new one."""
+    if args.init not in ("random", "vocab"):
+        adapter = adapters.load_adapter(args.init, lm)
+    elif args.method == "prompt_tuning":
+        draw = torch.Generator().manual_seed(args.seed)
+        make = adapters.from_vocab if args.init == "vocab" else adapters.random
+        adapter = adapters.SoftPrompt(make(args.prompt_length, lm.embedding.weight, generator=draw)).to(args.device)
+    else:
+        adapter = recurse.new_connector(lm, args.method, args.connector_layers)
+    expected = adapters.SoftPrompt if args.method == "prompt_tuning" else adapters.Connector
+    if not isinstance(adapter, expected):
+        raise ValueError(f"--init {args.init} holds a {type(adapter).__name__}; {args.method} trains a {expected.__name__}")
+    return adapter
+
+
+def pretrain_connector(args) -> dict:
+    """Trains a Connector by language modelling through the frozen composition it is meant for (section 4.2: up to 3 % of the corpus)."""
+    lm, tokenizer = load_lm(args)
+    corpus, held_out = load_corpus(args, tokenizer)
+    connector = recurse.new_connector(lm, args.composition, args.connector_layers)
+    stack = recurse.COMPOSITIONS[args.composition](lm, connector)
+    save = lambda: adapters.save_adapter(run.folder, connector, lm, method=args.composition, base_model_name_or_path=args.model)
+    run = Run(args)
+    return model_text(run, args, stack, connector, lm, corpus, held_out, save)
+
+
+def pretrain(args) -> dict:
+    """Trains an LM and, where none is given, its tokenizer, from nothing on text; writes them as a published-format folder `model`."""
+    texts = load_texts(args)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else data.train_tokenizer(texts[:50_000], args.vocab_size)
+    corpus, held_out = load_corpus(args, tokenizer, texts)
+    hidden = args.hidden or round(args.dim * 8 / 3 / 32) * 32  # a gated MLP of 8/3 C has the weights of a plain one of 4 C
+    config = Config(tokenizer.get_vocab_size(), args.dim, args.layers, args.heads, args.heads, args.dim // args.heads, hidden, args.context, bos=0, eos=(0,))
+    lm = LM(config).to(args.device)
+
+    def save() -> None:
+        shutil.rmtree(run.folder / "model", ignore_errors=True)
+        lm.save(run.folder / "model", torch.bfloat16, tokenizer)
+
+    run = Run(args)
+    return model_text(run, args, lm, lm, None, corpus, held_out, save)
+
+
+def model_text(run: Run, args, model, trained: nn.Module, frozen: LM | None, corpus: data.Corpus, held_out: data.Corpus, save) -> dict:
+    """Language modelling on windows of a corpus; the score is minus the loss, in nats a token, on held-out documents."""
+
+    def evaluate() -> float:
+        losses = [target_loss(model, None, data.windows(held_out, args.batch_size, args.length, 0, i).to(args.device)).item() for i in range(batches)]
+        return -sum(losses) / (batches * args.batch_size * args.length)
+
+    batches = (len(held_out.tokens) - 1) // args.length // args.batch_size
+    if batches < 1:
+        raise ValueError(f"the held-out text has {len(held_out.tokens)} tokens, too few for a batch of {args.batch_size} windows of {args.length}")
+    with run:
+        record = start_record(run, trained, frozen, {"train": corpus.tokens.tolist()[:1000]})
+        record |= fit(run, trained, lambda step: data.windows(corpus, args.batch_size, args.length, args.seed, step),
+                      lambda batch: target_loss(model, None, batch), evaluate, save)  # fmt: skip
+        return finish_record(run, record, frozen, {"dev": {"loss": -record["score"], "perplexity": math.exp(-record["score"])}})
+
+
+def load_texts(args) -> list[str]:
+    """The documents of --train, or of the embedded world."""
+    if args.train:
+        return data.read_texts(args.train)
+    documents = world.make(args.world_seed).documents(args.documents, args.seed)
+    return [d["text"] if "text" in d else f"{data.question_text(d['question'])} {d['answer'][0]}" for d in documents]
+
+
+def load_corpus(args, tokenizer, texts: list[str] | None = None) -> tuple[data.Corpus, data.Corpus]:
+    """(training, held-out) text in tokens; held out are --dev, or the last two percent of the documents."""
+    texts = texts or load_texts(args)
+    held_out = data.read_texts(args.dev) if args.dev else texts[-max(1, len(texts) // 50) :]
+    texts = texts if args.dev else texts[: len(texts) - len(held_out)]
+    return data.encode_texts(texts, tokenizer), data.encode_texts(held_out, tokenizer)
+
+
+METHODS = {
+    "prompt_tuning": (tune, dict(steps=400, lr=0.1, schedule="constant", weight_decay=0.0, init="vocab")),
+    "neural_recursion": (tune, dict(steps=1200, lr=1e-3)),
+    "lm_connector": (tune, dict(steps=1200, lr=1e-3)),
+    "connector_lm": (tune, dict(steps=1200, lr=1e-3)),
+    "fine_tuning": (tune, dict(steps=1200, lr=3e-4)),
+    "pretrain": (pretrain, dict(steps=4500, lr=3e-3, batch_size=16, eval_every=500)),
+    "pretrain_connector": (pretrain_connector, dict(steps=800, lr=1e-3, batch_size=16)),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+
+
+def start_record(run: Run, trained: nn.Module, frozen: LM | None, examples: dict) -> dict:
+    """Writes run.json as the run begins; what is known before it: arguments, versions, hardware, fingerprint, data."""
+    count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    print(f"{run.args.method}: {count / 1e6:.2f}M trained" + (f", {sum(p.numel() for p in frozen.parameters()) / 1e6:.2f}M frozen" if frozen else ""), flush=True)
+    record = {
+        "command": shlex.join(["python", "train.py", *run.args.argv]),
+        "arguments": arguments(run.args),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "hardware": {"device": torch.cuda.get_device_name() if run.args.device == "cuda" else platform.machine(), "threads": torch.get_num_threads()},
+        "trained_parameters": count,
+        "fingerprint": frozen.fingerprint() if frozen else None,
+        "weights_before": hash_tensors(frozen.state_dict()) if frozen else None,
+        "data_hash": hashlib.sha256(repr(sorted(examples.items())).encode()).hexdigest(),
+    }
+    run.write_json("run.json", record)
+    return record
+
+
+def finish_record(run: Run, record: dict, frozen: LM | None, results: dict) -> dict:
+    """Writes run.json as the run ends, checks that the frozen weights are what they were, and prints the results."""
+    record |= {"weights_after": hash_tensors(frozen.state_dict()) if frozen else None, "results": results}
+    run.write_json("run.json", record)
+    if record["weights_before"] != record["weights_after"]:
+        raise ValueError(f"{run.folder}: the frozen LM's weights changed during the run")
+    for split, result in results.items():
+        if "em" not in result:
+            print(f"{split:5} loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f}")
+            continue
+        for task, row in [("all", result), *result["tasks"].items()]:
+            if task:
+                print(f"{split:5} {task:12} EM {100 * row['em']:5.1f}   F1 {100 * row['f1']:5.1f}   ({row['n']} questions)")
+    print(f"{run.folder}: step {record['step']} was best; {record['seconds']:.0f} s of training")
+    return record
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments, with each method's own defaults filled in. A bad one is argparse's line and exit status 2."""
+    parser = argparse.ArgumentParser(description="Train something small around a frozen LM (or the LM itself).", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    number = lambda kind, low, high=math.inf: in_range(kind, low, high)
+    group = parser.add_argument_group("what")
+    group.add_argument("--method", required=True, choices=METHODS, help="what is trained, and how it is composed with the LM")
+    group.add_argument("--model", help="checkpoint folder or hub id of the frozen LM; the embedded one if not given")
+    group.add_argument("--tokenizer", help="tokenizer.json or its folder, if not the model's")
+    group.add_argument("--init", help="random, vocab (a prompt of sampled token embeddings), or the folder of a trained adapter to start from; "
+                       "with the embedded LM neural_recursion and its relatives start from the pretrained Connector in assets/")  # fmt: skip
+    group.add_argument("--prompt-length", type=number(int, 1), default=20, help="P of a soft prompt (papers: 100 to 400)")
+    group.add_argument("--connector-layers", type=number(int, 1), default=2, help="layers of a Connector (paper: 1 and 2)")
+    group.add_argument("--composition", choices=recurse.COMPOSITIONS, default="neural_recursion", help="pretrain_connector: what the Connector is pretrained for")
+    group = parser.add_argument_group("data")
+    group.add_argument("--train", help="JSONL of questions or inputs and targets; for pretraining a .txt or JSONL of text; the embedded world if not given")
+    group.add_argument("--dev", help="chooses the best checkpoint")
+    group.add_argument("--test", help="reported once, at the end")
+    group.add_argument("--world-seed", type=int, default=1, help="which embedded world; the embedded LM knows world 1")
+    group.add_argument("--documents", type=number(int, 1), default=120_000, help="pretraining: documents of the embedded world")
+    group.add_argument("--max-new-tokens", type=number(int, 1), default=16, help="longest answer")
+    group.add_argument("--eval-limit", type=number(int, 1), default=240, help="dev questions scored along training; the end scores all")
+    group = parser.add_argument_group("training")
+    group.add_argument("--steps", type=number(int, 1), help="optimiser steps (paper: up to 100,000)")
+    group.add_argument("--batch-size", type=number(int, 1), default=32, help="examples, or windows of text, in a batch (paper: 32)")
+    group.add_argument("--accumulate", type=number(int, 1), default=1, help="batches in a step")
+    group.add_argument("--lr", type=number(float, 0), help="peak learning rate (paper: 1e-5 to 4e-4 for Connectors, 0.03 to 0.5 for prompts)")
+    group.add_argument("--schedule", choices=["linear", "constant"], default="linear", help="after warm-up: down to zero, or level")
+    group.add_argument("--warmup", type=number(float, 0, 1), default=0.005, help="share of the steps (paper: 0.005)")
+    group.add_argument("--optimizer", choices=["adamw", "adafactor"], default="adamw")
+    group.add_argument("--weight-decay", type=number(float, 0), default=0.1)
+    group.add_argument("--clip", type=number(float, 0), default=1.0, help="largest gradient norm")
+    group.add_argument("--eval-every", type=number(int, 1), default=200, help="steps between dev scores; a checkpoint is written with each")
+    group.add_argument("--log-every", type=number(int, 1), default=10)
+    group.add_argument("--seed", type=number(int, 0), default=0)
+    group = parser.add_argument_group("pretraining")
+    group.add_argument("--dim", type=number(int, 1), default=192)
+    group.add_argument("--layers", type=number(int, 1), default=6)
+    group.add_argument("--heads", type=number(int, 1), default=6)
+    group.add_argument("--hidden", type=number(int, 1), help="width of the MLP; 8/3 of --dim if not given")
+    group.add_argument("--context", type=number(int, 8), default=512, help="positions the LM is made for")
+    group.add_argument("--length", type=number(int, 1), default=128, help="tokens in a window of text")
+    group.add_argument("--vocab-size", type=number(int, 257), default=2048)
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", help="the run's folder; runs/<method> if not given")
+    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, bit for bit on a CPU; starts there if it has none")
+    group.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    group.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16: frozen weights in bf16 and autocast; the default on CUDA")
+    method = next((m for flag, m in zip(argv, argv[1:]) if flag == "--method"), None) or next((a[9:] for a in argv if a.startswith("--method=")), None)
+    parser.set_defaults(**METHODS[method][1] if method in METHODS else {})
+    args = parser.parse_args(argv)
+    args.argv, args.out, args.dtype = argv, args.out or f"runs/{args.method}", args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    if args.init is None:
+        stored = ASSETS / f"{args.method}_{args.connector_layers}"
+        args.init = str(stored) if args.model is None and stored.is_dir() else "random"
+    return args
+
+
+def in_range(kind: type, low: float, high: float):
+    """An argparse type: a finite number from low to high (above 0 where low is 0 and a learning rate would stand still is for the user to say)."""
+
+    def convert(text: str):
+        value = kind(text)
+        if not low <= value <= high or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}" if high < math.inf else f"{text} is not a number from {low} up")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it in its message
+    return convert
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Runs one method; returns what run.json records."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    if args.dim % args.heads:
+        raise ValueError(f"--dim {args.dim} is not a multiple of --heads {args.heads}")
+    Run(args).check()
+    torch.manual_seed(args.seed)
+    return METHODS[args.method][0](args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("train.py: stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
