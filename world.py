@@ -10,7 +10,7 @@ People are split 60/15/25 into train, dev and test. Dev and test people occur in
 facts: an article about a person does not say in which country the birthplace lies. Two-hop questions ask for exactly that ("In which country was she born?").
 A genre is one function from (world, ..., rng) to a dict, called in `World.documents`; a new one is a function more. Everything is a pure function of its seeds.
 
-    python world.py --out world --documents 20000      ->  400 people, 40 cities, 33 companies, ...; facts.jsonl, corpus.jsonl, questions-*.jsonl, world.json  (1 s)
+    python world.py --out world --documents 20000      ->  300 people, 30 cities, 25 companies, ...; facts.jsonl, corpus.jsonl, questions-*.jsonl, world.json  (1 s)
 """
 import argparse
 import hashlib
@@ -237,7 +237,7 @@ class World:
             for path, wordings in (one_hop | TWO_HOP).items():
                 for wording in rng.sample(wordings, TRAIN_WORDINGS if split == "train" else 1):
                     out.append({"id": f"{split}-{len(out):06d}", "question": render(wording, person), "answer": [self.answer(person, path)],
-                                "hops": 1 + path.count("."), "relation": path, "subject": person})
+                                "hops": 1 + path.count("."), "task": f"{('one', 'two')[path.count('.')]}-hop", "relation": path, "subject": person})
         return out
 
     def triples(self) -> list[dict]:
@@ -320,7 +320,7 @@ def _cycle(rng, items, count: int) -> list:
     return list(itertools.islice(_deck(rng, list(items)), count))
 
 
-def make(seed: int = 1, people: int = 400, cities: int | None = None, companies: int | None = None, countries: int = 16) -> World:
+def make(seed: int = 1, people: int = 300, cities: int | None = None, companies: int | None = None, countries: int = 16) -> World:
     """The world of this seed; by default 10 people per city and 12 per company."""
     cities = max(8, people // 10) if cities is None else cities
     companies = max(8, people // 12) if companies is None else companies
@@ -390,7 +390,7 @@ def main(argv=None) -> World:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", help="new folder for the world's JSONL files; without it only the samples are shown")
     parser.add_argument("--seed", type=int, default=1, help="another seed is another world of the same sizes (default 1)")
-    parser.add_argument("--people", type=int, default=400, help="number of people; there is one city per 10 and one company per 12 (default 400)")
+    parser.add_argument("--people", type=int, default=300, help="number of people; there is one city per 10 and one company per 12 (default 300)")
     parser.add_argument("--documents", type=int, default=20000, help="documents in corpus.jsonl (default 20000)")
     args = parser.parse_args(argv)
     try:
