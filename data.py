@@ -42,6 +42,7 @@ class Example:
     answers: tuple[str, ...]
     task: str = ""
     id: str = ""  # unique within its file; file:line where the file gives none
+    where: str = ""  # file:line, for messages
 
 
 def question_text(question: str) -> str:
@@ -71,7 +72,7 @@ def example(record: dict, where: str) -> Example:
     if not isinstance(answers, list) or not all(isinstance(a, str) and a.strip() for a in [target, *answers]):
         raise ValueError(f"{where}: needs a list of texts under the key answer, or a text under target")
     text = question_text(text) if "question" in record else text
-    return Example(text, target, tuple(answers), str(record.get("task", "")), str(record.get("id", where)))
+    return Example(text, target, tuple(answers), str(record.get("task", "")), str(record.get("id", where)), where)
 
 
 def read_texts(path: str | Path) -> list[str]:
@@ -141,7 +142,7 @@ def encode(examples: Sequence[Example], tokenizer: Tokenizer, eos: int | None, m
             target = whole.ids[n:]
         target = target + ([] if eos is None else [eos])
         if n + len(target) - 1 > max_len:  # the last target token is predicted, never read
-            raise ValueError(f"{example.id}: {n} tokens and {len(target)} of the answer exceed the {max_len} that the LM's context leaves")
+            raise ValueError(f"{example.where}: {n} tokens and {len(target)} of the answer exceed the {max_len} that the LM's context leaves")
         encoded.append(Encoded(input.ids, target))
     return encoded
 

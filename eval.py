@@ -256,10 +256,30 @@ def main(argv: list[str] | None = None):
     command.add_argument("run_b", help="run folder of system b")
     command.add_argument("--iters", type=int, default=10_000, help="bootstrap resamples (default 10000; Koehn 2004 has 1000)")
     command.add_argument("--seed", type=int, default=0, help="seed of the resampling (default 0)")
+    command = commands.add_parser("ask", help="answer questions with what a run trained")
+    command.add_argument("question", nargs="*", help="one or more questions, each in quotation marks")
+    command.add_argument("--run", required=True, help="run folder")
+    command.add_argument("--input", help="a file of questions, one a line")
+    command.add_argument("--max-new-tokens", type=int, default=16, help="longest answer (default 16)")
     args = parser.parse_args(argv)
     try:
         if args.command == "compare":
             return compare(args.run_a, args.run_b, args.iters, args.seed)
+        if args.command == "ask":
+            from data import question_text
+            from model import answer
+            from recurse import load_run
+
+            lines = Path(args.input).read_text(encoding="utf-8").splitlines() if args.input else []
+            questions = args.question + [line.strip() for line in lines if line.strip()]
+            if not questions:
+                raise ValueError("no question: give one in quotation marks, or a file with --input")
+            model, prefix, tokenizer, _ = load_run(args.run)
+            ids = [tokenizer.encode(question_text(question)).ids for question in questions]
+            answers = answer(model, tokenizer, ids, prefix, args.max_new_tokens)
+            for question, text in zip(questions, answers):
+                print(text if len(questions) == 1 else f"{question}\t{text}")
+            return answers
     except (ValueError, OSError) as error:
         parser.exit(2, f"eval.py {args.command}: {error}\n")
 

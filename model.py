@@ -424,7 +424,7 @@ class LM(nn.Module):
 
     def __init__(self, config: Config, attend=attend):
         super().__init__()
-        self.config, self.folder = config, None
+        self.config, self.folder, self.stored_hash = config, None, None
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = Layers(config, config.n_layers, attend)
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -473,7 +473,10 @@ class LM(nn.Module):
 
         An LM that was never loaded has none stored; its parameters as they are now take that place.
         """
-        return hash_tensors(read_tensors(self.folder) if self.folder else self.published_tensors())
+        if self.folder is None:
+            return hash_tensors(self.published_tensors())
+        self.stored_hash = self.stored_hash or hash_tensors(read_tensors(self.folder))
+        return self.stored_hash
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> (B, T, C), what the first layer gets (absolute positions, if any, are added later, in the call)."""

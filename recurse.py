@@ -14,11 +14,14 @@ Everything here takes the LM and the Connectors as arguments.
     python train.py --method neural_recursion      trains one on the embedded world
 """
 
+import json
+from pathlib import Path
+
 import torch.nn as nn
 from torch import Tensor
 
-from adapters import Connector, rms
-from model import Prefix
+from adapters import Connector, load_adapter, rms
+from model import LM, Prefix, load_tokenizer, locate
 
 
 class Stack(nn.Module):
@@ -79,3 +82,25 @@ def compose(method: str, lm, adapter: nn.Module | None):
     if method in COMPOSITIONS:
         return COMPOSITIONS[method](lm, adapter), None
     return lm, None if adapter is None else lm.read(adapter())
+
+
+def load_run(folder: str | Path, device: str = "cpu"):
+    """What a run trained, ready to use: (a model with the LM's interface, its prefix or None, the tokenizer, run.json's record)."""
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no run.json, so this is not a run's folder")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        arguments = record["arguments"]
+        method, base, tokenizer = (arguments[key] for key in ("method", "model", "tokenizer"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a run record ({error!r})") from None
+    if (Path(folder) / "model").is_dir():  # the LM itself was trained
+        lm, adapter = LM.from_pretrained(Path(folder) / "model", device), None
+        tokenizer = Path(folder) / "model"
+    else:
+        base = locate(base or Path(__file__).parent / "assets" / "lm")
+        lm = LM.from_pretrained(base, device)
+        adapter = load_adapter(folder, lm).requires_grad_(False)
+        method, tokenizer = arguments["composition"] if method == "pretrain_connector" else method, tokenizer or base
+    return *compose(method, lm, adapter), load_tokenizer(tokenizer), record

@@ -36,6 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 import adapters
@@ -230,12 +231,13 @@ def draw_curve(run: Run, history: list[dict]) -> None:
     import matplotlib.pyplot as plt
 
     figure, left = plt.subplots(figsize=(7, 4))
-    losses, scores = ([(r["step"], r[key]) for r in history if key in r] for key in ("loss", "score"))
-    left.plot(*zip(*losses), color="tab:gray", label="training loss")
+    losses, scores = ([(r["step"], r[key]) for r in history if r.get(key) is not None] for key in ("loss", "score"))
+    left.plot(*zip(*losses), color="tab:gray")
     left.set(xlabel="step", ylabel="loss (nats a token)", title=f"{run.args.method}: {run.folder.name}")
-    right = left.twinx()
-    right.plot(*zip(*scores), color="tab:blue", marker="o", label="dev score")
-    right.set_ylabel("dev score")
+    if scores:
+        right = left.twinx()
+        right.plot(*zip(*scores), color="tab:blue", marker="o")
+        right.set_ylabel("dev score", color="tab:blue")
     figure.tight_layout()
     with adapters.replacing(run.folder / "curve.png") as path:
         figure.savefig(path, format="png", dpi=110)
@@ -247,12 +249,13 @@ def draw_curve(run: Run, history: list[dict]) -> None:
 
 
 def fit(run: Run, trained: nn.Module, batch_at: Callable[[int], data.Batch], loss_of: Callable[[data.Batch], Tensor],
-        evaluate: Callable[[], float], save: Callable[[], None]) -> dict:  # fmt: skip
+        evaluate: Callable[[], float | None], save: Callable[[], None]) -> dict:  # fmt: skip
     """Trains `trained`'s parameters and leaves the best in it. Returns {"step", "score", "seconds", "tokens_per_second"}.
 
     batch_at  micro-batch number -> Batch, a pure function, so that a resumed run sees what an uninterrupted one would
     loss_of   Batch -> the loss summed over its targets; the step's loss is its mean over all targets of all micro-batches
-    evaluate  () -> dev score, higher is better; called without gradients every eval_every steps and at the end
+    evaluate  () -> dev score, higher is better, or None (then the latest is the best); called without gradients every
+              eval_every steps and at the end
     save      () -> writes what was trained to the run's folder; called whenever the score is the best so far
     A loss that is not finite stops the run (ValueError) and leaves the last checkpoint as it was.
     """
@@ -281,8 +284,8 @@ def fit(run: Run, trained: nn.Module, batch_at: Callable[[int], data.Batch], los
             if done % args.eval_every == 0 or done == args.steps:
                 with torch.no_grad():
                     record["score"] = evaluate()
-                if record["score"] > best["score"]:
-                    best.update(step=done, score=record["score"], tensors={n: p.detach().clone() for n, p in trained.named_parameters()})
+                if record["score"] is None or record["score"] > best["score"]:
+                    best.update(step=done, score=-math.inf if record["score"] is None else record["score"], tensors={n: p.detach().clone() for n, p in trained.named_parameters()})
                     save()
             if "score" in record or done % args.log_every == 0:
                 history.append(record)
@@ -296,7 +299,8 @@ def fit(run: Run, trained: nn.Module, batch_at: Callable[[int], data.Batch], los
     save()
     draw_curve(run, history)
     spent = time.perf_counter() - start
-    return {"step": best["step"], "score": best["score"], "seconds": round(seconds + spent, 1), "tokens_per_second": round(tokens / spent)}
+    score = None if best["score"] == -math.inf else best["score"]
+    return {"step": best["step"], "score": score, "seconds": round(seconds + spent, 1), "tokens_per_second": round(tokens / spent)}
 
 
 @contextlib.contextmanager
@@ -317,9 +321,10 @@ def progress(args, first: int):
     score = {}
 
     def show(record: dict) -> None:
-        score.update({"dev": f"{record['score']:.3f}"} if "score" in record else {})
+        if record.get("score") is not None:
+            score["dev"] = f"{record['score']:.3f}"
         if bar.disable and "score" in record:
-            print(f"step {record['step']:>5} of {args.steps}  loss {record['loss']:.4f}  dev {record['score']:.4f}", flush=True)
+            print(f"step {record['step']:>5} of {args.steps}  loss {record['loss']:.4f}", *(f"{k} {v}" for k, v in score.items()), flush=True)
         bar.set_postfix(loss=f"{record['loss']:.3f}", **score, refresh=False)
         bar.update()
 
@@ -335,7 +340,7 @@ def progress(args, first: int):
 # Methods
 
 
-def load_lm(args) -> tuple[LM, "data.Tokenizer"]:
+def load_lm(args) -> tuple[LM, Tokenizer]:
     """The frozen LM and its tokenizer, checked to belong together."""
     folder = locate(args.model or ASSETS / "lm")
     dtype = torch.bfloat16 if args.dtype == "bfloat16" and args.method != "fine_tuning" else torch.float32
@@ -363,7 +368,7 @@ def tune(args) -> dict:
     tokens = {split: data.encode(part, tokenizer, eos, room) for split, part in examples.items()}
     for example, asked in ((e, t.input) for split in ("dev", "test") for e, t in zip(examples[split], tokens[split])):
         if len(asked) + args.max_new_tokens - 1 > room:
-            raise ValueError(f"{example.id}: {len(asked)} tokens and {args.max_new_tokens} new ones exceed the {room} that the LM's context leaves")
+            raise ValueError(f"{example.where}: {len(asked)} tokens and {args.max_new_tokens} new ones exceed the {room} that the LM's context leaves")
     trained = lm.requires_grad_(True) if args.method == "fine_tuning" else new_adapter(args, lm, tokenizer)
     adapter = None if trained is lm else trained
 
@@ -377,10 +382,8 @@ def tune(args) -> dict:
         asked = [t.input for t in tokens[split][:limit]]
         return metrics.score(examples[split][:limit], answer(model, tokenizer, asked, prefix, args.max_new_tokens))
 
-    def evaluate() -> float:
-        if tokens["dev"]:
-            return metrics.summary(scored("dev", args.eval_limit))["em"]
-        return time.time()  # without dev questions the latest is the best
+    def evaluate() -> float | None:
+        return metrics.summary(scored("dev", args.eval_limit))["em"] if tokens["dev"] else None
 
     def save() -> None:
         if adapter is None:
@@ -391,7 +394,8 @@ def tune(args) -> dict:
 
     run = Run(args)
     with run:
-        record = start_record(run, trained, None if adapter is None else lm, examples)
+        digest = hashlib.sha256(repr(sorted(examples.items())).encode()).hexdigest()
+        record = start_record(run, trained, None if adapter is None else lm, digest)
         record |= fit(run, trained, lambda step: data.batches(tokens["train"], args.batch_size, args.seed, step), loss_of, evaluate, save)
         results = {split: scored(split) for split in ("dev", "test") if tokens[split]}
         run.write_lines("predictions.jsonl", results.get("test") or results.get("dev") or [])
@@ -453,7 +457,7 @@ def model_text(run: Run, args, model, trained: nn.Module, frozen: LM | None, cor
     if batches < 1:
         raise ValueError(f"the held-out text has {len(held_out.tokens)} tokens, too few for a batch of {args.batch_size} windows of {args.length}")
     with run:
-        record = start_record(run, trained, frozen, {"train": corpus.tokens.tolist()[:1000]})
+        record = start_record(run, trained, frozen, hashlib.sha256(corpus.tokens.tobytes() + held_out.tokens.tobytes()).hexdigest())
         record |= fit(run, trained, lambda step: data.windows(corpus, args.batch_size, args.length, args.seed, step),
                       lambda batch: target_loss(model, None, batch), evaluate, save)  # fmt: skip
         return finish_record(run, record, frozen, {"dev": {"loss": -record["score"], "perplexity": math.exp(-record["score"])}})
@@ -490,7 +494,7 @@ METHODS = {
 # Records
 
 
-def start_record(run: Run, trained: nn.Module, frozen: LM | None, examples: dict) -> dict:
+def start_record(run: Run, trained: nn.Module, frozen: LM | None, data_hash: str) -> dict:
     """Writes run.json as the run begins; what is known before it: arguments, versions, hardware, fingerprint, data."""
     count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     print(f"{run.args.method}: {count / 1e6:.2f}M trained" + (f", {sum(p.numel() for p in frozen.parameters()) / 1e6:.2f}M frozen" if frozen else ""), flush=True)
@@ -502,7 +506,7 @@ def start_record(run: Run, trained: nn.Module, frozen: LM | None, examples: dict
         "trained_parameters": count,
         "fingerprint": frozen.fingerprint() if frozen else None,
         "weights_before": hash_tensors(frozen.state_dict()) if frozen else None,
-        "data_hash": hashlib.sha256(repr(sorted(examples.items())).encode()).hexdigest(),
+        "data_hash": data_hash,
     }
     run.write_json("run.json", record)
     return record
@@ -582,7 +586,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.argv, args.out, args.dtype = argv, args.out or f"runs/{args.method}", args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     if args.init is None:
         stored = ASSETS / f"{args.method}_{args.connector_layers}"
-        args.init = str(stored) if args.model is None and stored.is_dir() else "random"
+        args.init = os.path.relpath(stored) if args.model is None and stored.is_dir() else "random"
     return args
 
 
