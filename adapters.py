@@ -189,7 +189,10 @@ def load_adapter(folder: str | Path, lm) -> nn.Module:
     if config["peft_type"] == "PROMPT_TUNING":
         adapter = SoftPrompt(from_file(config.get("num_virtual_tokens", 0), lm.embedding.weight, folder))
     elif config["peft_type"] == "CONNECTOR":
-        adapter = Connector(lm.new_layers(config.get("connector_layers", 0)))
+        layers = config.get("connector_layers")
+        if not isinstance(layers, int) or layers < 1:
+            raise ValueError(f"{folder}: connector_layers is {layers!r}, not a number of layers")
+        adapter = Connector(lm.new_layers(layers))
         expected = {name: tuple(p.shape) for name, p in adapter.named_parameters()}
         wrong = [n for n in expected.keys() | tensors.keys() if n not in expected or n not in tensors or tuple(tensors[n].shape) != expected[n]]
         if wrong:
@@ -225,7 +228,7 @@ def read_tensors(folder: str | Path, stem: str = "model") -> dict[str, Tensor]:
         raise FileNotFoundError(f"{folder}: no {single.name} there")
     tensors = {}
     for path, names in homes.items():
-        if path.resolve().parent != folder.resolve() and path.parent.resolve() != folder.resolve():
+        if path.parent.resolve() != folder.resolve():  # its own name may be a link elsewhere, as in the hub's cache
             raise ValueError(f"{index}: names {path}, which lies outside the folder")
         if not path.is_file():
             raise FileNotFoundError(f"{index}: names {path.name}, which is missing")

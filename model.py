@@ -183,7 +183,7 @@ def read_tensors(folder: str | Path, stem: str = "model") -> dict[str, Tensor]:
         raise FileNotFoundError(f"{folder}: no {single.name} there")
     tensors = {}
     for path, names in homes.items():
-        if path.resolve().parent != folder.resolve() and path.parent.resolve() != folder.resolve():
+        if path.parent.resolve() != folder.resolve():  # its own name may be a link elsewhere, as in the hub's cache
             raise ValueError(f"{index}: names {path}, which lies outside the folder")
         if not path.is_file():
             raise FileNotFoundError(f"{index}: names {path.name}, which is missing")
@@ -261,7 +261,7 @@ class Prefix:
     """What text can attend to before its own first token: per layer the keys (after norm and rotation) and the values.
 
     layers   n_layers pairs (k, v), each (1, K, P, D) for one prefix shared by every row or (B, K, P, D) for one a row
-    lengths  None where every row has all P positions, else (B,): row b has the LAST lengths[b] of the P, so that
+    lengths  None where every row has all P positions, else (1 | B,): row b has the LAST lengths[b] of the P, so that
              every row's text begins right after index P - 1 and extending a ragged prefix is still one concatenation
     """
 
@@ -275,11 +275,11 @@ class Prefix:
 
     def row_lengths(self, rows: int) -> list[int]:
         """How many positions each of `rows` rows of text finds before it."""
-        return [self.size] * rows if self.lengths is None else self.lengths.tolist()
+        return [self.size] * rows if self.lengths is None else self.lengths.expand(rows).tolist()
 
     def rows(self, index: Tensor) -> "Prefix":
-        """The rows `index` (R,) in that order: repeats them for samples, drops them where finished; a shared prefix stays one."""
-        if self.layers[0][0].shape[0] == 1 and self.lengths is None:
+        """The rows `index` (R,) in that order: repeats them for samples, drops them where finished; a prefix of one row serves any and stays one."""
+        if self.layers[0][0].shape[0] == 1:
             return self
         return Prefix([(k[index], v[index]) for k, v in self.layers], None if self.lengths is None else self.lengths[index])
 
@@ -287,7 +287,7 @@ class Prefix:
         """This prefix followed by T more positions, pairs of (B, K, T, D)."""
         rows, new = layers[0][0].shape[0], layers[0][0].shape[2]
         joined = [tuple(torch.cat([old.expand(rows, -1, -1, -1), now], dim=2) for old, now in zip(*pairs)) for pairs in zip(self.layers, layers)]
-        return Prefix(joined, None if self.lengths is None else self.lengths + new)
+        return Prefix(joined, None if self.lengths is None else self.lengths.expand(rows) + new)
 
     def trim(self, padding: Tensor) -> "Prefix":
         """Forgets the last padding[b] positions of row b: the right padding of a batch of texts."""
@@ -295,6 +295,7 @@ class Prefix:
             return self
         rows, lengths = torch.arange(len(padding), device=padding.device), self.lengths
         source = torch.arange(self.size, device=padding.device) - padding[:, None]  # position j is filled from j - padding
+        # Positions before a row's first (clamped to 0) hold a copy of something; lengths says that nobody sees them.
         pick = lambda t: t.transpose(1, 2)[rows[:, None], source.clamp(min=0)].transpose(1, 2)
         return Prefix([(pick(k), pick(v)) for k, v in self.layers], (self.size if lengths is None else lengths) - padding)
 
@@ -408,6 +409,8 @@ class Layers(nn.ModuleList):
         if prefix is not None and prefix.layers[0][0].shape[0] not in (1, x.shape[0]):
             raise ValueError(f"the prefix has {prefix.layers[0][0].shape[0]} rows, the text {x.shape[0]}")
         P, lengths = (0, None) if prefix is None else (prefix.size, prefix.lengths)
+        if lengths is None and P + x.shape[1] > self.config.max_len:  # of a ragged prefix, generate and option_scores check each row
+            raise ValueError(f"{x.shape[1]} positions after a prefix of {P} exceed the LM's context of {self.config.max_len}")
         positions = torch.arange(x.shape[1], device=x.device) + (P if lengths is None else lengths[:, None])
         (cos, sin), kept = rotation(self.config, positions), []
         for i, layer in enumerate(self):
@@ -488,9 +491,6 @@ class LM(nn.Module):
         Texts of different lengths are padded on the right, which needs no mask: in a causal LM what comes later is not
         seen. Positions count from the prefix's length. Works for any x of width C: embeddings, or a Connector's output.
         """
-        P = 0 if prefix is None or prefix.lengths is not None else prefix.size  # a ragged prefix's callers check row by row
-        if P + x.shape[1] > self.config.max_len:
-            raise ValueError(f"{x.shape[1]} positions after a prefix of {P} exceed the LM's context of {self.config.max_len}")
         out = self.layers(x, prefix, keep)
         return (self.norm(out[0]), out[1]) if keep else self.norm(out)
 
@@ -540,7 +540,7 @@ def pad(ids: list[list[int]], device=None) -> tuple[Tensor, Tensor]:
     return torch.tensor([row + [0] * (T - len(row)) for row in ids], device=device), torch.tensor(list(map(len, ids)), device=device)
 
 
-def read_questions(lm, ids: list[list[int]], prefix, new_tokens: int):
+def read_questions(lm, ids: list[list[int]], prefix, new_tokens: list[int]):
     """Reads all but the last token of each question behind its prefix. Returns (those last tokens (B, 1), the prefix so far)."""
     if not ids or not all(ids):
         raise ValueError("no questions" if not ids else f"question {[bool(row) for row in ids].index(False)} is empty; it needs at least one token")
@@ -553,9 +553,11 @@ def read_questions(lm, ids: list[list[int]], prefix, new_tokens: int):
         else:
             prefix = Prefix.stack(prefix)
     first = prefix[0] if isinstance(prefix, tuple) else prefix
+    if first is not None and first.layers[0][0].shape[0] not in (1, len(ids)):
+        raise ValueError(f"the prefix has {first.layers[0][0].shape[0]} rows for {len(ids)} questions")
     for b, P in enumerate([0] * len(ids) if first is None else first.row_lengths(len(ids))):
-        if P + len(ids[b]) + new_tokens - 1 > lm.config.max_len:  # the last new token is never fed back
-            raise ValueError(f"question {b}: a prefix of {P}, {len(ids[b])} tokens and {new_tokens} new ones exceed the LM's context of {lm.config.max_len}")
+        if P + len(ids[b]) + new_tokens[b] - 1 > lm.config.max_len:  # the last new token is never fed back
+            raise ValueError(f"question {b}: a prefix of {P}, {len(ids[b])} tokens and {new_tokens[b]} new ones exceed the LM's context of {lm.config.max_len}")
     tokens, lengths = pad(ids, next(lm.parameters()).device)
     last = tokens.gather(1, lengths[:, None] - 1)
     if tokens.shape[1] > 1:
@@ -607,7 +609,7 @@ def generate(
     ):
         if not fine:
             raise ValueError(f"{name} cannot be {value}")
-    token, cache = read_questions(lm, ids, prefix, max_new_tokens)
+    token, cache = read_questions(lm, ids, prefix, [max_new_tokens] * len(ids))
     device = token.device
     stops = torch.tensor([] if eos is None else [eos] if isinstance(eos, int) else list(eos), dtype=torch.long, device=device)
     rows = torch.arange(len(ids), device=device).repeat_interleave(n)  # the question of each live row
@@ -641,8 +643,7 @@ def option_scores(lm, ids: list[list[int]], options: list[list[list[int]]], pref
     """
     if len(options) != len(ids) or not all(choices and all(choices) for choices in options):
         raise ValueError(f"{len(ids)} questions need as many lists of options, none of them or of their options empty")
-    longest = max(len(option) for choices in options for option in choices)
-    last, cache = read_questions(lm, ids, prefix, longest)
+    last, cache = read_questions(lm, ids, prefix, [max(map(len, choices)) for choices in options])
     rows = torch.tensor([b for b, choices in enumerate(options) for _ in choices], device=last.device)
     flat = [option for choices in options for option in choices]
     targets, lengths = pad(flat, last.device)

@@ -142,7 +142,7 @@ class Run:
             for key, value in arguments(self.args).items():
                 if before.get(key) != value:
                     raise ValueError(f"{self.folder} was started with --{key.replace('_', '-')} {before.get(key)}, not {value}")
-        elif any(self.folder.iterdir()):
+        elif any(path.name != "lock" for path in self.folder.iterdir()):  # alone, it is left from a kill at the very start
             raise FileExistsError(f"{self.folder} is not a run's folder (it has no run.json)")
 
     def __enter__(self) -> "Run":
@@ -399,6 +399,7 @@ def tune(args) -> dict:
         record |= fit(run, trained, lambda step: data.batches(tokens["train"], args.batch_size, args.seed, step), loss_of, evaluate, save)
         results = {split: scored(split) for split in ("dev", "test") if tokens[split]}
         run.write_lines("predictions.jsonl", results.get("test") or results.get("dev") or [])
+        show_examples(results.get("test") or results.get("dev") or [])
         return finish_record(run, record, None if adapter is None else lm, {split: metrics.summary(rows) for split, rows in results.items()})
 
 
@@ -527,6 +528,13 @@ def finish_record(run: Run, record: dict, frozen: LM | None, results: dict) -> d
                 print(f"{split:5} {task:12} EM {100 * row['em']:5.1f}   F1 {100 * row['f1']:5.1f}   ({row['n']} questions)")
     print(f"{run.folder}: step {record['step']} was best; {record['seconds']:.0f} s of training")
     return record
+
+
+def show_examples(rows: list[dict]) -> None:
+    """The first question of each task, what was answered, and what was accepted."""
+    for task in dict.fromkeys(row["task"] for row in rows):
+        row = next(row for row in rows if row["task"] == task)
+        print(f"{row['input']} {row['prediction']}   (accepted: {', '.join(row['answers'])})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -241,6 +241,7 @@ class World:
         return out
 
     def triples(self) -> list[dict]:
+        """Every fact as {subject, kind, relation, object, split}."""
         return [{"subject": subject, "kind": self.kind[subject], "relation": relation, "object": obj, "split": self.split.get(subject)}
                 for subject, facts in self.facts.items() for relation, obj in facts.items()]
 
@@ -301,6 +302,7 @@ def article(world: World, subject: str, relations: dict, rng: random.Random) -> 
 
 
 def qa_document(world: World, subject: str, rng: random.Random) -> dict:
+    """A one-hop question about the subject, in one of its wordings, with its answer."""
     relation = rng.choice(list(world.facts[subject]))
     wording = rng.choice(RELATIONS[world.kind[subject]][relation][1])
     return {"genre": "qa", "question": render(wording, subject), "answer": [world.facts[subject][relation]]}

@@ -1,0 +1,137 @@
+"""Against the reference implementations, on tiny random weights: transformers' Llama, and PEFT's prompt tuning."""
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel, PromptTuningConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from adapters import SoftPrompt, load_adapter, save_adapter
+from model import LM, generate, pad, published_config
+
+QUESTIONS = [[5, 9, 11, 4, 30, 8], [7, 9], [6, 3, 44, 20], [12, 13, 14, 15, 16, 17, 18, 19]]
+
+CASES = {  # what differs from the reference's defaults, in its own words
+    "grouped heads, head_dim explicit, tied": dict(num_key_value_heads=2, head_dim=12, tie_word_embeddings=True, rms_norm_eps=1e-5),
+    "grouped heads, untied, far theta": dict(num_key_value_heads=2, tie_word_embeddings=False, rope_theta=500_000.0),
+    "one key head, head_dim explicit, untied": dict(num_key_value_heads=1, head_dim=6, tie_word_embeddings=False),
+    "as many key heads, tied": dict(num_key_value_heads=4, tie_word_embeddings=True, rms_norm_eps=1e-3),
+}
+
+
+def close(a, b, tolerance=2e-5):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+def pair(folder, case):
+    """A reference model with random weights, and the LM that reads the folder it saved."""
+    shape = dict(vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+    torch.manual_seed(0)
+    reference = LlamaForCausalLM(LlamaConfig(**shape | CASES[case], bos_token_id=1, eos_token_id=2, pad_token_id=0)).eval()
+    with torch.no_grad():
+        for name, p in reference.named_parameters():
+            p.normal_(0, 0.25).add_(1.0 if p.dim() == 1 else 0.0)
+    reference.save_pretrained(folder)
+    return reference, LM.from_pretrained(folder)
+
+
+@pytest.fixture(params=CASES)
+def both(request, tmp_path):
+    return pair(tmp_path / "reference", request.param)
+
+
+@torch.no_grad()
+def test_logits_equal_the_references(both):
+    reference, lm = both
+    tokens = torch.randint(61, (3, 40), generator=torch.Generator().manual_seed(1))
+    theirs = reference(tokens)
+    close(lm.logits(lm(lm.embed(tokens))), theirs.logits)
+    assert theirs.logits.std() > 0.3
+    cached = lm(lm.embed(tokens[:, 25:]), lm.read(lm.embed(tokens[:, :25])))
+    close(lm.logits(cached), theirs.logits[:, 25:])
+
+
+@torch.no_grad()
+def test_greedy_tokens_equal_the_references(both):
+    reference, lm = both
+    alone = [reference.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)[0, len(ids) :].tolist() for ids in QUESTIONS]
+    T = max(map(len, QUESTIONS))
+    left = torch.tensor([[0] * (T - len(ids)) + ids for ids in QUESTIONS])  # the reference wants its padding on the left, and a mask
+    mask = torch.tensor([[0] * (T - len(ids)) + [1] * len(ids) for ids in QUESTIONS])
+    batched = reference.generate(left, attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)[:, T:].tolist()
+    assert [row[0].ids for row in generate(lm, QUESTIONS, None, 20)] == alone == batched
+    assert len(set(map(tuple, alone))) == len(alone)
+
+
+@torch.no_grad()
+def test_folder_that_we_save_loads_in_the_reference(both, tmp_path):
+    reference, lm = both
+    lm.save(tmp_path / "ours")
+    again, problems = LlamaForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(problems[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokens = torch.tensor([QUESTIONS[3]])
+    assert torch.equal(again(tokens).logits, reference(tokens).logits)
+    assert again.config.eos_token_id == 2 and again.config.max_position_embeddings == 64
+    several = published_config(replace(lm.config, eos=(2, 5)), torch.float32)
+    assert several["eos_token_id"] == [2, 5]
+
+
+# --- PEFT ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompted(tmp_path):
+    """PEFT's prompt-tuned model, our LM on the same weights, and the prompt's vectors (P, C)."""
+    reference, lm = pair(tmp_path / "reference", "grouped heads, head_dim explicit, tied")
+    model = get_peft_model(copy.deepcopy(reference), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7))
+    vectors = torch.randn(7, 32, generator=torch.Generator().manual_seed(2)) * 0.25
+    model.prompt_encoder["default"].embedding.weight.data.copy_(vectors)
+    return reference, model.eval(), lm, vectors
+
+
+def ragged():
+    """Tokens (B, T) padded on the right, their mask, and labels with -100 where nothing is predicted (padding)."""
+    tokens, lengths = pad(QUESTIONS)
+    mask = torch.arange(tokens.shape[1]) < lengths[:, None]
+    return tokens, mask, tokens.masked_fill(~mask, -100)
+
+
+def test_loss_and_prompt_gradient_equal_pefts(prompted):
+    _, model, lm, vectors = prompted
+    tokens, mask, labels = ragged()
+    theirs = model(input_ids=tokens, attention_mask=mask.long(), labels=labels).loss
+    theirs.backward()
+    prompt = SoftPrompt(vectors)
+    z = lm.logits(lm(lm.embed(tokens), lm.read(prompt())))
+    # PEFT labels its P slots -100 and shifts the rest by one, so that the last slot predicts nothing but the first
+    # token does: the logits of slot P - 1 have token 0 as their target.
+    last = lm.logits(lm(prompt()[None]))[:, -1:].expand(len(tokens), -1, -1)
+    ours = torch.nn.functional.cross_entropy(torch.cat([last, z[:, :-1]], 1).flatten(0, 1), labels.flatten(), ignore_index=-100)
+    ours.backward()
+    close(ours, theirs, 1e-5)
+    close(prompt.vectors.grad, model.prompt_encoder["default"].embedding.weight.grad, 1e-5)
+    assert prompt.vectors.grad.abs().amax(1).min() > 1e-3
+
+
+@torch.no_grad()
+def test_prompt_that_we_save_loads_in_peft(prompted, tmp_path):
+    reference, _, lm, vectors = prompted
+    tokens, mask, _ = ragged()
+    bare = reference(tokens, attention_mask=mask.long()).logits
+    save_adapter(tmp_path / "prompt", SoftPrompt(vectors), lm, method="prompt_tuning")
+    model = PeftModel.from_pretrained(reference, tmp_path / "prompt").eval()
+    theirs, ours = model(input_ids=tokens, attention_mask=mask.long()).logits[:, 7:], lm.logits(lm(lm.embed(tokens), lm.read(vectors)))
+    close(ours[mask], theirs[mask])
+    assert (ours - bare)[mask].abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_prompt_that_peft_saves_loads_here(prompted, tmp_path):
+    _, model, lm, vectors = prompted
+    model.save_pretrained(tmp_path / "prompt")
+    assert "fingerprint" not in json.loads((tmp_path / "prompt" / "adapter_config.json").read_text())
+    with pytest.warns(UserWarning, match="carries no fingerprint"):
+        prompt = load_adapter(tmp_path / "prompt", lm)
+    assert torch.equal(prompt.vectors, vectors)

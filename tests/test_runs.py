@@ -1,0 +1,269 @@
+"""Runs from the command line: complete folders, frozen weights, exact resume after a kill, refusals of one line."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import eval as metrics
+import recurse
+import train
+from model import answer
+
+ROOT = Path(train.__file__).parent
+PEOPLE = ["Anna", "Boris", "Clara", "Dmitri", "Elena", "Fedor", "Galina", "Hugo"]
+TOWNS = ["Velmor", "Kranstad", "Pornwick", "Delmau"]
+TUNED = ["prompt_tuning", "neural_recursion", "lm_connector", "connector_lm", "fine_tuning"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with questions, text, and a tiny LM pretrained on the text by the command line itself."""
+    folder = tmp_path_factory.mktemp("place")
+    facts = [(name, TOWNS[i % 4]) for i, name in enumerate(PEOPLE)]
+    records = [{"id": f"q{i}", "task": "a" if i % 2 else "b", "question": f"where was {n} born", "answer": [t, "nowhere"]} for i, (n, t) in enumerate(facts)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (folder / "dev.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[:5]))
+    texts = [f"{name} was born in {town}. {name} lives in {TOWNS[(i + 1) % 4]}." for i, (name, town) in enumerate(facts)] * 12
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    shape = "--dim 32 --layers 2 --heads 2 --vocab-size 300 --context 96 --length 16 --batch-size 4 --steps 12 --eval-every 6 --lr 0.01".split()
+    train.main(["--method", "pretrain", "--train", str(folder / "text.jsonl"), "--dev", str(folder / "text.jsonl"), "--out", str(folder / "lm"), *shape])
+    return folder
+
+
+def command(place, method, out, *more):
+    """The arguments of a short run on the tiny LM."""
+    files = ["--train", place / ("text.jsonl" if method == "pretrain_connector" else "train.jsonl")]
+    files += ["--dev", place / ("text.jsonl" if method == "pretrain_connector" else "dev.jsonl")]
+    rest = "--steps 6 --eval-every 2 --log-every 1 --batch-size 3 --max-new-tokens 4 --prompt-length 4 --connector-layers 1 --length 16".split()
+    return [str(a) for a in ["--method", method, "--model", place / "lm" / "model", *files, "--out", out, *rest, *more]]
+
+
+def run(arguments, **options):
+    return subprocess.run([sys.executable, ROOT / "train.py", *arguments], capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize("method", [*TUNED, "pretrain_connector"])
+def test_a_run_leaves_a_complete_folder_and_the_frozen_lm_as_it_was(place, tmp_path, method):
+    before = hashlib.sha256((place / "lm" / "model" / "model.safetensors").read_bytes()).hexdigest()
+    record = train.main(command(place, method, tmp_path / "run"))
+    assert hashlib.sha256((place / "lm" / "model" / "model.safetensors").read_bytes()).hexdigest() == before
+    assert record["weights_before"] == record["weights_after"]
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    trained = {"model"} if method == "fine_tuning" else {"adapter_config.json", "adapter_model.safetensors"}
+    assert names >= {"run.json", "metrics.jsonl", "state.safetensors", "curve.png"} | trained
+    assert not [n for n in names if "unfinished" in n]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["results"] == record["results"]
+    if method != "pretrain_connector":
+        rows = metrics.read_predictions(tmp_path / "run")
+        assert metrics.summary(rows) == record["results"]["dev"] and [r["id"] for r in rows] == [f"q{i}" for i in range(5)]
+        model, prefix, tokenizer, _ = recurse.load_run(tmp_path / "run")
+        assert answer(model, tokenizer, [tokenizer.encode(r["input"]).ids for r in rows], prefix, 4) == [r["prediction"] for r in rows]
+
+
+def test_what_is_trained_moves_and_only_that(place, tmp_path):
+    train.main(command(place, "neural_recursion", tmp_path / "run", "--seed", "3"))
+    torch.manual_seed(3)
+    lm = recurse.LM.from_pretrained(place / "lm" / "model")
+    start = dict(recurse.new_connector(lm, "neural_recursion", 1).named_parameters())
+    after = load_file(tmp_path / "run" / "state.safetensors")
+    assert all(not torch.equal(start[name], after[f"trained.{name}"]) for name in start)
+
+
+def test_fine_tuning_learns_its_training_questions_and_dev_chooses_the_best(place, tmp_path):
+    more = ["--steps", "200", "--eval-every", "50", "--batch-size", "8", "--lr", "0.01"]
+    record = train.main(command(place, "fine_tuning", tmp_path / "run", *more))
+    scores = {r["step"]: r["score"] for r in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open()) if "score" in r}
+    assert record["results"]["dev"]["em"] == max(scores.values()) == 1.0
+    assert record["step"] == min(step for step, score in scores.items() if score == 1.0)
+
+
+def test_ask_answers_as_the_run_did(place, tmp_path):
+    train.main(command(place, "connector_lm", tmp_path / "run"))
+    asked = subprocess.run([sys.executable, ROOT / "eval.py", "ask", "--run", tmp_path / "run", "--max-new-tokens", "4", "where was Anna born"], capture_output=True, text=True)
+    assert asked.returncode == 0 and asked.stdout.strip("\n") == metrics.read_predictions(tmp_path / "run")[0]["prediction"]
+
+
+def test_accumulated_batches_make_the_step_of_one_batch():
+    parser = lambda size, accumulate: train.parse(f"--method pretrain --batch-size {size} --accumulate {accumulate}".split())
+    examples = [train.data.Encoded([1, 2 + i], [3] * (1 + i)) for i in range(4)]
+
+    def gradient(micro):
+        torch.manual_seed(0)
+        lm = train.LM(train.Config(40, 16, 1, 2, 2, 8, 32, 32))
+        targets = sum(int((b.targets != train.data.NO_TARGET).sum()) for b in micro)
+        for b in micro:
+            (train.target_loss(lm, None, b) / targets).backward()
+        return lm.embedding.weight.grad
+
+    whole, parts = [train.data.collate(examples, [0, 1, 2, 3])], [train.data.collate(examples[:2], [0, 1]), train.data.collate(examples[2:], [2, 3])]
+    assert torch.allclose(gradient(whole), gradient(parts), atol=1e-6)
+    assert parser(4, 2).accumulate == 2
+
+
+def test_learning_rate_warms_up_and_decays():
+    args = train.parse("--method pretrain --steps 100 --warmup 0.1 --lr 1 --schedule linear".split())
+    assert [train.learning_rate(s, args) for s in (0, 9, 10, 55, 99)] == pytest.approx([0.1, 1.0, 1.0, 0.5, 1 / 90])
+    args.schedule, args.warmup = "constant", 0.0
+    assert train.learning_rate(0, args) == train.learning_rate(99, args) == 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resume
+
+
+def same_state(a: Path, b: Path) -> None:
+    ours, theirs = load_file(a / "state.safetensors"), load_file(b / "state.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    for name in ("metrics.jsonl", "predictions.jsonl"):
+        if (a / name).exists():
+            assert (a / name).read_text() == (b / name).read_text()
+    assert (a / "adapter_model.safetensors").read_bytes() == (b / "adapter_model.safetensors").read_bytes()
+
+
+def interrupt(place, method, out, number, more):
+    """Starts a run in a process of its own, sends it a signal after its first checkpoint, and returns its exit status."""
+    # The same number of threads as in this process: sums are split by thread, and another split rounds otherwise.
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    arguments = [sys.executable, ROOT / "train.py", *command(place, method, out, *more)]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    while not (out / "state.safetensors").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize("method, optimizer", [("neural_recursion", "adamw"), ("prompt_tuning", "adafactor"), ("pretrain_connector", "adamw")])
+def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(place, tmp_path, method, optimizer):
+    more = ["--optimizer", optimizer, "--steps", "40", "--eval-every", "4"]
+    train.main(command(place, method, tmp_path / "whole", *more))
+    status, _ = interrupt(place, method, tmp_path / "killed", signal.SIGKILL, more)
+    assert status == -signal.SIGKILL
+    train.main(command(place, method, tmp_path / "killed", *more, "--resume"))
+    same_state(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_after_the_step_with_one_line_and_resumes(place, tmp_path, number):
+    more = ["--steps", "60", "--eval-every", "4"]
+    train.main(command(place, "prompt_tuning", tmp_path / "whole", *more))
+    status, errors = interrupt(place, "prompt_tuning", tmp_path / "stopped", number, more)
+    assert status == 130 and "--resume" in errors and "Traceback" not in errors
+    train.main(command(place, "prompt_tuning", tmp_path / "stopped", *more, "--resume"))
+    same_state(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_half_written_metrics_line_is_forgotten(place, tmp_path):
+    train.main(command(place, "prompt_tuning", tmp_path / "run"))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    (tmp_path / "run" / "metrics.jsonl").write_text(before + '{"step": 7, "lo')
+    train.main(command(place, "prompt_tuning", tmp_path / "run", "--resume"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(place, tmp_path, monkeypatch):
+    real, calls = train.target_loss, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(train, "target_loss", poisoned)
+    with pytest.raises(ValueError, match="loss is nan at step 4"):
+        train.main(command(place, "neural_recursion", tmp_path / "run"))
+    monkeypatch.undo()
+    train.main(command(place, "neural_recursion", tmp_path / "whole"))
+    train.main(command(place, "neural_recursion", tmp_path / "run", "--resume"))
+    same_state(tmp_path / "whole", tmp_path / "run")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+def refused(arguments, *words, untouched: Path | None = None, cwd=None):
+    result = run(arguments, cwd=cwd)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert all(word in result.stderr for word in words), result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 or result.stderr.startswith("usage:"), result.stderr
+    if untouched is not None:
+        assert not untouched.exists()
+
+
+BAD = {
+    "no checkpoint folder": (["--model", "{place}/nowhere/at/all"], ["nowhere"]),
+    "no data file": (["--train", "{place}/none.jsonl"], ["none.jsonl", "no such file"]),
+    "broken line": (["--train", "{place}/broken.jsonl"], ["broken.jsonl:2"]),
+    "no answer": (["--dev", "{place}/unanswered.jsonl"], ["unanswered.jsonl:1", "answer"]),
+    "long question": (["--train", "{place}/long.jsonl"], ["long.jsonl:2", "context"]),
+    "long dev question": (["--dev", "{place}/long.jsonl"], ["long.jsonl:2", "context"]),
+    "long prompt": (["--method", "prompt_tuning", "--prompt-length", "96"], ["train.jsonl:1", "context"]),
+    "wrong tokenizer": (["--tokenizer", "{place}/large"], ["tokenizer", "belongs to another LM"]),
+    "adapter of another base": (["--init", "{place}/foreign"], ["another base"]),
+    "an adapter of another kind": (["--method", "prompt_tuning", "--init", "{place}/connector"], ["Connector", "SoftPrompt"]),
+    "unknown method": (["--method", "magic"], ["magic", "neural_recursion"]),
+    "no steps": (["--steps", "0"], ["--steps"]),
+    "negative learning rate": (["--lr", "-1"], ["--lr"]),
+    "learning rate that is no number": (["--lr", "nan"], ["--lr"]),
+    "unknown flag": (["--colour", "red"], ["--colour"]),
+}
+
+
+@pytest.fixture(scope="module")
+def bad(place):
+    """The tiny LM's place, with broken files beside the good ones."""
+    (place / "broken.jsonl").write_text('{"question": "a", "answer": ["b"]}\n{"question": \n')
+    (place / "unanswered.jsonl").write_text('{"question": "a", "answer": []}\n')
+    (place / "long.jsonl").write_text('{"question": "a", "answer": ["b"]}\n' + json.dumps({"question": "why " * 200, "answer": ["b"]}) + "\n")
+    (place / "large").mkdir()
+    train.data.train_tokenizer([" ".join(f"word{i}" for i in range(400))], 600).save(str(place / "large" / "tokenizer.json"))
+    train.main(command(place, "neural_recursion", place / "connector"))
+    other = train.LM(recurse.LM.from_pretrained(place / "lm" / "model").config)
+    train.adapters.save_adapter(place / "foreign", recurse.new_connector(other, "neural_recursion", 1), other)
+    return place
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_status_2(bad, tmp_path, case):
+    flags, words = BAD[case]
+    flags = [flag.replace("{place}", str(bad)) for flag in flags]
+    refused(command(bad, "neural_recursion", tmp_path / "run", *flags), *words, untouched=tmp_path / "run")
+
+
+def test_existing_and_changed_and_busy_runs_are_refused(place, tmp_path):
+    out = tmp_path / "run"
+    train.main(command(place, "neural_recursion", out))
+    content = {p.name: p.read_bytes() for p in out.iterdir()}
+    refused(command(place, "neural_recursion", out), "exists", "--resume")
+    refused(command(place, "neural_recursion", out, "--resume", "--lr", "0.5"), "--lr", "0.5")
+    with open(out / "lock", "w") as lock:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(command(place, "neural_recursion", out, "--resume"), "in use by another process")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == content
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("mine")
+    refused(command(place, "neural_recursion", tmp_path / "other", "--resume"), "not a run's folder")
+
+
+def test_a_broken_checkpoint_is_named(place, tmp_path):
+    out = tmp_path / "run"
+    train.main(command(place, "neural_recursion", out))
+    whole = (out / "state.safetensors").read_bytes()
+    (out / "state.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused(command(place, "neural_recursion", out, "--resume"), "state.safetensors", "corrupt")
+
+
+def test_help_from_another_folder(tmp_path):
+    result = run(["--help"], cwd=tmp_path, env=os.environ | {"COLUMNS": "100"})
+    assert result.returncode == 0 and "--method" in result.stdout and "neural_recursion" in result.stdout
