@@ -482,9 +482,9 @@ def load_corpus(args, tokenizer, texts: list[str] | None = None) -> tuple[data.C
 
 METHODS = {
     "prompt_tuning": (tune, dict(steps=400, lr=0.1, schedule="constant", weight_decay=0.0, init="vocab")),
-    "neural_recursion": (tune, dict(steps=1200, lr=1e-3)),
-    "lm_connector": (tune, dict(steps=1200, lr=1e-3)),
-    "connector_lm": (tune, dict(steps=1200, lr=1e-3)),
+    "neural_recursion": (tune, dict(steps=1200, lr=3e-3)),
+    "lm_connector": (tune, dict(steps=1200, lr=3e-3)),
+    "connector_lm": (tune, dict(steps=1200, lr=3e-3)),
     "fine_tuning": (tune, dict(steps=1200, lr=3e-4)),
     "pretrain": (pretrain, dict(steps=4500, lr=3e-3, batch_size=16, eval_every=500)),
     "pretrain_connector": (pretrain_connector, dict(steps=800, lr=1e-3, batch_size=16)),

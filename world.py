@@ -10,7 +10,7 @@ People are split 60/15/25 into train, dev and test. Dev and test people occur in
 facts: an article about a person does not say in which country the birthplace lies. Two-hop questions ask for exactly that ("In which country was she born?").
 A genre is one function from (world, ..., rng) to a dict, called in `World.documents`; a new one is a function more. Everything is a pure function of its seeds.
 
-    python world.py --out world --documents 20000      ->  300 people, 30 cities, 25 companies, ...; facts.jsonl, corpus.jsonl, questions-*.jsonl, world.json  (1 s)
+    python world.py --out world --documents 20000      ->  300 people, 30 cities, 25 companies, 16 countries, 2320 facts, hash 05b23a7ceba4baf0  (2 s)
 """
 import argparse
 import hashlib
@@ -91,8 +91,9 @@ CITY = {
         """Who is the mayor of {s}? | Who is {his} mayor? | What is the name of the mayor of {s}? | Who governs {s} as mayor?
          | Who was elected mayor of {s}? | Who holds the office of mayor in {s}?"""),
     "known_for": (
-        """{S} is known for its {o}. | {S} is famous for its {o}. | {O} made {name} famous. | Visitors come to {name} for the {o}. | {S} is renowned for its {o}.
-         | {His} speciality is {o}. | {S} owes its fame to {o}. | The speciality of {name} is {o}. | Many travel to {name} to try the {o}.""",
+        """{S} is known for its {o}. | {S} is famous for its {o}. | {O} made {name} famous.
+         | Visitors come to {name} for the {o}. | {S} is renowned for its {o}. | {His} speciality is {o}. | {S} owes its fame to {o}.
+         | The speciality of {name} is {o}. | Many travel to {name} to try the {o}.""",
         """What is {s} known for? | What is {s} famous for? | What made {s} famous? | What is the speciality of {s}?
          | For what is {s} renowned? | To what does {s} owe its fame?"""),
 }
@@ -125,16 +126,18 @@ PATHS = {
          | Which country does the city where {s} was born belong to? | In what country is the city {s} was born in?""",
     "born_in.river": """Which river flows through the city where {s} was born? | On which river is {his} birthplace? | Beside which river was {s} born?
          | What is the river in {his} birthplace called? | The city where {s} was born lies on which river?""",
-    "lives_in.mayor": """Who is the mayor of the city where {s} lives? | Who governs the city that {s} lives in? | What is the name of the mayor in {his} home city?
-         | Who leads the city {s} lives in as mayor? | Under which mayor does {s} live?""",
-    "lives_in.known_for": """What is the city where {s} lives known for? | What is {his} present home city famous for? | For what is the city that is home to {s} renowned?
-         | What is the speciality of the city {s} lives in? | What made the city where {s} has settled famous?""",
+    "lives_in.mayor": """Who is the mayor of the city where {s} lives? | Who governs the city that {s} lives in?
+         | What is the name of the mayor in {his} home city? | Who leads the city {s} lives in as mayor? | Under which mayor does {s} live?""",
+    "lives_in.known_for": """What is the city where {s} lives known for? | What is {his} present home city famous for?
+         | For what is the city that is home to {s} renowned? | What is the speciality of the city {s} lives in?
+         | What made the city where {s} has settled famous?""",
     "works_for.headquarters": """In which city is {his} employer based? | In which city are the headquarters of the company {s} works for?
-         | Which city is the seat of the company that employs {s}? | From which city is {his} employer run? | In which city is the company that employs {s} based?""",
+         | Which city is the seat of the company that employs {s}? | From which city is {his} employer run?
+         | In which city is the company that employs {s} based?""",
     "works_for.product": """What does the company that employs {s} make? | What does {his} employer produce? | What is made by the company {s} works for?
          | What does the company where {s} has a job manufacture? | What goods come from the company that employs {s}?""",
-    "teacher.profession": """What was the profession of {his} teacher? | What is the person who taught {s} by profession? | What does {his} teacher do for a living?
-         | What is the trade of the person who taught {s}? | As what does the teacher of {s} earn a living?""",
+    "teacher.profession": """What was the profession of {his} teacher? | What is the person who taught {s} by profession?
+         | What does {his} teacher do for a living? | What is the trade of the person who taught {s}? | As what does the teacher of {s} earn a living?""",
 }
 
 # ----------------------------------------------------------------------------------------------------------------------------------- fillers
@@ -357,7 +360,8 @@ def make(seed: int = 1, people: int = 300, cities: int | None = None, companies:
     facts = {name: {} for name in person + city + company}
     facts |= _table(city, country=_cycle(rng, country, cities), river=river, mayor=full_names(cities),
                     known_for=_cycle(rng, [f"{style} {food}" for style in STYLES for food in FOODS], cities))
-    facts |= _table(company, headquarters=_cycle(rng, city, companies), product=_cycle(rng, [f"{trait} {ware}" for trait in TRAITS for ware in WARES], companies),
+    facts |= _table(company, headquarters=_cycle(rng, city, companies),
+                    product=_cycle(rng, [f"{trait} {ware}" for trait in TRAITS for ware in WARES], companies),
                     founder=full_names(companies), founded=_cycle(rng, [str(year) for year in range(1840, 2020)], companies))
     # Per twenty people of neighbouring popularity: 12 train, 3 dev, 5 test.
     split = dict(zip(person, _cycle(rng, ["train"] * 12 + ["dev"] * 3 + ["test"] * 5, people)))

@@ -53,6 +53,11 @@ def test_another_seed_is_another_world_of_the_same_sizes(world):
     assert [len(world.questions(split)) for split in SPLITS] == [len(other.questions(split)) for split in SPLITS]
 
 
+def test_this_is_the_world_that_the_embedded_lm_has_read(world):
+    """A changed wording or fact makes the pretrained LM a stranger here: pretrain anew, then write the new hash into the docstring."""
+    assert f"hash {world.hash()[:16]} " in world_module.__doc__
+
+
 def test_documents_depend_on_their_seed_and_a_larger_count_continues(world):
     assert list(world.documents(50)) == list(world.documents(200))[:50] != list(world.documents(50, seed=2))
 
@@ -70,9 +75,9 @@ def test_names_are_unique_and_share_parts(world):
 
 def test_splits_are_disjoint_and_balanced_over_popularity(world):
     subjects = {split: {row["subject"] for row in world.questions(split)} for split in SPLITS}
-    assert [len(subjects[split]) for split in SPLITS] == [240, 60, 100]
+    assert [len(subjects[split]) for split in SPLITS] == [180, 45, 75]
     assert not subjects["train"] & subjects["dev"] and not (subjects["train"] | subjects["dev"]) & subjects["test"]
-    for start in range(0, 400, 20):
+    for start in range(0, len(world.people), 20):
         assert collections.Counter(world.split[person] for person in world.people[start:start + 20]) == {"train": 12, "dev": 3, "test": 5}
 
 
@@ -143,7 +148,7 @@ def test_answers_are_found_by_walking_the_facts_as_written(world, tmp_path):
             for relation in row["relation"].split("."):
                 place = facts[place, relation]
             assert row["answer"] == [place] and row["hops"] == 1 + row["relation"].count(".")
-            assert len(place.split()) <= 3 and place not in row["question"]
+            assert len(place.split()) <= 3 and not contains(row["question"], place)
             assert row["question"].endswith("?") and row["subject"] in row["question"]
 
 
@@ -156,13 +161,13 @@ def test_questions_are_unique_and_half_of_them_have_two_hops(world, split):
     assert set(per_fact.values()) == {TRAIN_WORDINGS if split == "train" else 1}
 
 
-def test_no_answer_can_be_guessed(world):
-    for split in ("dev", "test"):
+def test_the_most_frequent_answer_is_a_poor_guess(world):
+    for split, limit in (("dev", 0.16), ("test", 0.12)):
         answers = collections.defaultdict(collections.Counter)
         for row in world.questions(split):
             answers[row["relation"]][row["answer"][0]] += 1
         for relation, count in answers.items():
-            assert max(count.values()) / sum(count.values()) < (0.2 if split == "dev" else 0.15), relation
+            assert max(count.values()) / sum(count.values()) <= limit, (split, relation)
 
 
 def test_wordings_are_many_distinct_and_grammatical(world, documents):
