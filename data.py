@@ -16,6 +16,7 @@ to replay. Needs torch, numpy and tokenizers, and no other file of the project.
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,13 +36,13 @@ NO_TARGET = -100  # cross_entropy's ignore_index
 
 @dataclass(frozen=True)
 class Example:
-    """One input and the target that training teaches; `answers` are all that evaluation accepts, the target among them."""
+    """One input and the target that training teaches; `answers` are all that evaluation accepts."""
 
     input: str
     target: str
     answers: tuple[str, ...]
     task: str = ""
-    id: str = ""  # unique within its file; file:line where the file gives none
+    id: str = ""  # unique within its task and file; file:line where the file gives none
     where: str = ""  # file:line, for messages
 
 
@@ -52,9 +53,12 @@ def question_text(question: str) -> str:
 
 def read(path: str | Path) -> list[Example]:
     """The examples of a JSONL file in one of the forms above. ValueError names file and line; FileNotFoundError the file."""
-    examples = [example(record, where) for where, record in json_lines(path)]
+    examples, first = [example(record, where) for where, record in json_lines(path)], {}
     if not examples:
         raise ValueError(f"{path}: holds no examples")
+    for e in examples:  # figures and comparisons find an example by its task and id
+        if first.setdefault((e.task, e.id), e) is not e:
+            raise ValueError(f"{e.where}: the id {e.id} is taken by {first[e.task, e.id].where}")
     return examples
 
 
@@ -72,6 +76,7 @@ def example(record: dict, where: str) -> Example:
     if not isinstance(answers, list) or not all(isinstance(a, str) and a.strip() for a in [target, *answers]):
         raise ValueError(f"{where}: needs a list of texts under the key answer, or a text under target")
     text = question_text(text) if "question" in record else text
+    answers = answers if target in answers else [target, *answers]
     return Example(text, target, tuple(answers), str(record.get("task", "")), str(record.get("id", where)), where)
 
 
@@ -79,7 +84,7 @@ def read_texts(path: str | Path) -> list[str]:
     """The documents of a .txt file (blank lines between them) or of JSON lines with the key text; examples become input and target."""
     if Path(path).suffix == ".txt":
         try:
-            documents = [d.strip() for d in Path(path).read_text(encoding="utf-8").split("\n\n") if d.strip()]
+            documents = [d.strip() for d in re.split(r"\n\s*\n", Path(path).read_text(encoding="utf-8")) if d.strip()]
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text ({error})") from None
     elif all("text" in record for _, record in json_lines(path)):
@@ -106,7 +111,9 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
                 continue
             try:
                 record = json.loads(line.decode("utf-8"))
-            except ValueError as error:  # both a decoding and a JSON error
+                if b"\\ud" in line.lower():  # JSON can escape half of a surrogate pair, which is no text
+                    json.dumps(record, ensure_ascii=False).encode("utf-8")
+            except (ValueError, RecursionError) as error:  # decoding, JSON, encoding; brackets nested too deep
                 raise ValueError(f"{path.name}:{number}: not a line of JSON ({error})") from None
             if not isinstance(record, dict):
                 raise ValueError(f"{path.name}:{number}: a JSON object is expected")
@@ -244,8 +251,9 @@ def windows(corpus: Corpus, size: int, length: int, seed: int, step: int) -> Bat
     per_epoch = (len(corpus.tokens) - 1) // length
     if per_epoch < 1:
         raise ValueError(f"the text has {len(corpus.tokens)} tokens, too few for one window of {length}")
-    epoch, first = divmod(step * size, per_epoch // size * size or per_epoch)  # the remainder of an epoch waits for another order
-    rows = list(range(first, min(first + size, per_epoch)))
+    size = min(size, per_epoch)
+    epoch, first = divmod(step * size, per_epoch // size * size)  # the remainder of an epoch waits for another order
+    rows = list(range(first, first + size))
     order = np.random.default_rng([seed, epoch]).permutation(len(corpus.starts) - 1)
     ends = np.cumsum(np.diff(corpus.starts)[order])  # where each document ends in this epoch's stream
     begin, stop = first * length, (rows[-1] + 1) * length + 1

@@ -16,7 +16,7 @@ K key/value heads, D head width, N candidates or passages per question, L passag
 
 Needs torch, tokenizers and safetensors, and no other file of the project (huggingface_hub only to download).
 
-    python model.py assets/lm "Q: Where was Anna born?\\nA:"      continues the text, and says what it costs in nats a token
+    python model.py assets/lm "Once upon a time"      continues the text, and says what it costs in nats a token
 """
 
 import argparse
@@ -24,8 +24,9 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -458,12 +459,16 @@ class LM(nn.Module):
         if folder.exists():
             raise FileExistsError(f"{folder} exists; choose another folder")
         unfinished = folder.with_name(folder.name + ".unfinished")
-        unfinished.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)  # what a kill left
+        unfinished.mkdir(parents=True)
         (unfinished / "config.json").write_text(json.dumps(published_config(self.config, dtype), indent=1) + "\n", encoding="utf-8")
         tensors = {name: tensor.to(dtype).contiguous() for name, tensor in self.published_tensors().items()}
         save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save(str(unfinished / "tokenizer.json"))
+        for path in unfinished.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(unfinished, folder)
 
     def published_tensors(self) -> dict[str, Tensor]:

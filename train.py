@@ -110,6 +110,11 @@ def learning_rate(step: int, args) -> float:
     return args.lr * ((args.steps - step) / (args.steps - warmup) if args.schedule == "linear" else 1.0)
 
 
+def autocast(args):
+    """bf16 arithmetic around the LM where --dtype asks for it; adapters stay in float32."""
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
 def target_loss(model, prefix, batch: data.Batch) -> Tensor:
     """Cross entropy summed over the batch's targets; the vocabulary is computed at their positions only."""
     asked = batch.targets != data.NO_TARGET
@@ -134,16 +139,25 @@ class Run:
             return
         if not self.args.resume:
             raise FileExistsError(f"{self.folder} exists; continue it with --resume, or choose another --out")
-        if self.folder.is_dir() and (self.folder / "run.json").is_file():
-            try:
-                before = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["arguments"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.folder / 'run.json'}: not a run record ({error!r})") from None
+        before = self.record()
+        if before:
             for key, value in arguments(self.args).items():
-                if before.get(key) != value:
-                    raise ValueError(f"{self.folder} was started with --{key.replace('_', '-')} {before.get(key)}, not {value}")
-        elif any(path.name != "lock" for path in self.folder.iterdir()):  # alone, it is left from a kill at the very start
+                if before["arguments"].get(key) != value:
+                    raise ValueError(f"{self.folder} was started with --{key.replace('_', '-')} {before['arguments'].get(key)}, not {value}")
+        elif any(path.name not in ("lock", "run.json.unfinished") for path in self.folder.iterdir()):  # alone, they are left from a kill at the very start
             raise FileExistsError(f"{self.folder} is not a run's folder (it has no run.json)")
+
+    def record(self) -> dict | None:
+        """run.json of the run that this folder holds already, if it does."""
+        path = self.folder / "run.json"
+        if not path.is_file():
+            return None
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            record["arguments"].items()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a run record ({error!r})") from None
+        return record
 
     def __enter__(self) -> "Run":
         import fcntl
@@ -177,7 +191,7 @@ class Run:
         for line in self.metrics_path.read_text(encoding="utf-8").splitlines() if self.metrics_path.is_file() else []:
             with contextlib.suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
-        records = [r for r in records if r["step"] <= upto]
+        records = [r for r in records if isinstance(r, dict) and r.get("step", math.inf) <= upto]
         self.write_lines("metrics.jsonl", records)
         return records
 
@@ -201,7 +215,7 @@ class Run:
         try:
             with safe_open(self.state_path, framework="pt") as file:
                 metadata, tensors = json.loads(file.metadata()["json"]), {k: file.get_tensor(k) for k in file.keys()}
-        except SafetensorError as error:
+        except (SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{self.state_path}: truncated or corrupt ({error}); delete it to start the run again") from None
         part = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         trained.load_state_dict(part("trained."))
@@ -271,19 +285,21 @@ def fit(run: Run, trained: nn.Module, batch_at: Callable[[int], data.Batch], los
             targets = sum(int((b.targets != data.NO_TARGET).sum()) for b in micro)
             loss = 0.0
             for batch in micro:
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                with autocast(args):
                     part = loss_of(batch) / targets
                 part.backward()
                 loss, tokens = loss + part.item(), tokens + int(batch.lengths.sum())
-            if not math.isfinite(loss):
-                raise ValueError(f"{run.folder}: the loss is {loss} at step {step + 1}; the checkpoint before it is kept. Try a lower --lr")
-            nn.utils.clip_grad_norm_(trained.parameters(), args.clip)
+            norm = nn.utils.clip_grad_norm_(trained.parameters(), args.clip).item()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise ValueError(f"{run.folder}: the loss is {loss} at step {step + 1}, its gradient's norm {norm}; the checkpoint before it is kept. Try a lower --lr")
             optimizer.step()
             optimizer.zero_grad()
-            done, record = step + 1, {"step": step + 1, "loss": loss, "lr": group["lr"]}
+            done, record = step + 1, {"step": step + 1, "loss": loss, "lr": learning_rate(step, args)}
             if done % args.eval_every == 0 or done == args.steps:
-                with torch.no_grad():
+                with torch.no_grad(), autocast(args):
                     record["score"] = evaluate()
+                if not all(p.isfinite().all() for p in trained.parameters()) or not math.isfinite(record["score"] or 0.0):
+                    raise ValueError(f"{run.folder}: parameters or dev score are not finite after step {done}; the checkpoint before it is kept. Try a lower --lr")
                 if record["score"] is None or record["score"] > best["score"]:
                     best.update(step=done, score=-math.inf if record["score"] is None else record["score"], tensors={n: p.detach().clone() for n, p in trained.named_parameters()})
                     save()
@@ -379,8 +395,9 @@ def tune(args) -> dict:
     @torch.no_grad()
     def scored(split: str, limit: int | None = None) -> list[dict]:
         model, prefix = recurse.compose(args.method, lm, adapter)
-        asked = [t.input for t in tokens[split][:limit]]
-        return metrics.score(examples[split][:limit], answer(model, tokenizer, asked, prefix, args.max_new_tokens))
+        chosen = slice(None, None, max(1, len(tokens[split]) // limit) if limit else None)  # evenly spaced, whatever the file's order
+        asked = [t.input for t in tokens[split][chosen]]
+        return metrics.score(examples[split][chosen], answer(model, tokenizer, asked, prefix, args.max_new_tokens))
 
     def evaluate() -> float | None:
         return metrics.summary(scored("dev", args.eval_limit))["em"] if tokens["dev"] else None
@@ -397,7 +414,8 @@ def tune(args) -> dict:
         digest = hashlib.sha256(repr(sorted(examples.items())).encode()).hexdigest()
         record = start_record(run, trained, None if adapter is None else lm, digest)
         record |= fit(run, trained, lambda step: data.batches(tokens["train"], args.batch_size, args.seed, step), loss_of, evaluate, save)
-        results = {split: scored(split) for split in ("dev", "test") if tokens[split]}
+        with autocast(args):
+            results = {split: scored(split) for split in ("dev", "test") if tokens[split]}
         run.write_lines("predictions.jsonl", results.get("test") or results.get("dev") or [])
         show_examples(results.get("test") or results.get("dev") or [])
         return finish_record(run, record, None if adapter is None else lm, {split: metrics.summary(rows) for split, rows in results.items()})
@@ -416,6 +434,8 @@ def new_adapter(args, lm: LM, tokenizer) -> nn.Module:
     expected = adapters.SoftPrompt if args.method == "prompt_tuning" else adapters.Connector
     if not isinstance(adapter, expected):
         raise ValueError(f"--init {args.init} holds a {type(adapter).__name__}; {args.method} trains a {expected.__name__}")
+    if args.method == "prompt_tuning" and len(adapter.vectors) != args.prompt_length:
+        raise ValueError(f"--init {args.init} holds a prompt of {len(adapter.vectors)}; say so with --prompt-length")
     return adapter
 
 
@@ -455,13 +475,16 @@ def model_text(run: Run, args, model, trained: nn.Module, frozen: LM | None, cor
         return -sum(losses) / (batches * args.batch_size * args.length)
 
     batches = (len(held_out.tokens) - 1) // args.length // args.batch_size
+    if args.length > model.config.max_len:
+        raise ValueError(f"--length {args.length} exceeds the LM's context of {model.config.max_len}")
     if batches < 1:
         raise ValueError(f"the held-out text has {len(held_out.tokens)} tokens, too few for a batch of {args.batch_size} windows of {args.length}")
+    data.windows(corpus, args.batch_size, args.length, args.seed, 0)  # refuses too little text before anything is written
     with run:
         record = start_record(run, trained, frozen, hashlib.sha256(corpus.tokens.tobytes() + held_out.tokens.tobytes()).hexdigest())
         record |= fit(run, trained, lambda step: data.windows(corpus, args.batch_size, args.length, args.seed, step),
                       lambda batch: target_loss(model, None, batch), evaluate, save)  # fmt: skip
-        return finish_record(run, record, frozen, {"dev": {"loss": -record["score"], "perplexity": math.exp(-record["score"])}})
+        return finish_record(run, record, frozen, {"dev": {"loss": -record["score"], "perplexity": math.exp(min(-record["score"], 700))}})
 
 
 def load_texts(args) -> list[str]:
@@ -477,6 +500,8 @@ def load_corpus(args, tokenizer, texts: list[str] | None = None) -> tuple[data.C
     texts = texts or load_texts(args)
     held_out = data.read_texts(args.dev) if args.dev else texts[-max(1, len(texts) // 50) :]
     texts = texts if args.dev else texts[: len(texts) - len(held_out)]
+    if not texts:
+        raise ValueError(f"{args.train}: holds one document; separate documents with blank lines, or name held-out text with --dev")
     return data.encode_texts(texts, tokenizer), data.encode_texts(held_out, tokenizer)
 
 
@@ -497,6 +522,10 @@ METHODS = {
 
 def start_record(run: Run, trained: nn.Module, frozen: LM | None, data_hash: str) -> dict:
     """Writes run.json as the run begins; what is known before it: arguments, versions, hardware, fingerprint, data."""
+    fingerprint, before = frozen.fingerprint() if frozen else None, run.record()
+    for what, now in (("data_hash", data_hash), ("fingerprint", fingerprint)):
+        if before and before.get(what) != now:
+            raise ValueError(f"{run.folder} was started on {'other data' if what == 'data_hash' else 'another LM'} (its {what} differs)")
     count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     print(f"{run.args.method}: {count / 1e6:.2f}M trained" + (f", {sum(p.numel() for p in frozen.parameters()) / 1e6:.2f}M frozen" if frozen else ""), flush=True)
     record = {
@@ -505,7 +534,7 @@ def start_record(run: Run, trained: nn.Module, frozen: LM | None, data_hash: str
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "hardware": {"device": torch.cuda.get_device_name() if run.args.device == "cuda" else platform.machine(), "threads": torch.get_num_threads()},
         "trained_parameters": count,
-        "fingerprint": frozen.fingerprint() if frozen else None,
+        "fingerprint": fingerprint,
         "weights_before": hash_tensors(frozen.state_dict()) if frozen else None,
         "data_hash": data_hash,
     }
@@ -543,14 +572,15 @@ def show_examples(rows: list[dict]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments, with each method's own defaults filled in. A bad one is argparse's line and exit status 2."""
-    parser = argparse.ArgumentParser(description="Train something small around a frozen LM (or the LM itself).", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Train something small around a frozen LM (or the LM itself).", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")
     number = lambda kind, low, high=math.inf: in_range(kind, low, high)
     group = parser.add_argument_group("what")
     group.add_argument("--method", required=True, choices=METHODS, help="what is trained, and how it is composed with the LM")
     group.add_argument("--model", help="checkpoint folder or hub id of the frozen LM; the embedded one if not given")
     group.add_argument("--tokenizer", help="tokenizer.json or its folder, if not the model's")
     group.add_argument("--init", help="random, vocab (a prompt of sampled token embeddings), or the folder of a trained adapter to start from; "
-                       "with the embedded LM neural_recursion and its relatives start from the pretrained Connector in assets/")  # fmt: skip
+                       "with the embedded LM neural_recursion starts from the pretrained Connector in assets/")  # fmt: skip
     group.add_argument("--prompt-length", type=number(int, 1), default=20, help="P of a soft prompt (papers: 100 to 400)")
     group.add_argument("--connector-layers", type=number(int, 1), default=2, help="layers of a Connector (paper: 1 and 2)")
     group.add_argument("--composition", choices=recurse.COMPOSITIONS, default="neural_recursion", help="pretrain_connector: what the Connector is pretrained for")
@@ -571,7 +601,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("--warmup", type=number(float, 0, 1), default=0.005, help="share of the steps (paper: 0.005)")
     group.add_argument("--optimizer", choices=["adamw", "adafactor"], default="adamw")
     group.add_argument("--weight-decay", type=number(float, 0), default=0.1)
-    group.add_argument("--clip", type=number(float, 0), default=1.0, help="largest gradient norm")
+    group.add_argument("--clip", type=number(float, 1e-12), default=1.0, help="largest gradient norm")
     group.add_argument("--eval-every", type=number(int, 1), default=200, help="steps between dev scores; a checkpoint is written with each")
     group.add_argument("--log-every", type=number(int, 1), default=10)
     group.add_argument("--seed", type=number(int, 0), default=0)
@@ -588,8 +618,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, bit for bit on a CPU; starts there if it has none")
     group.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16: frozen weights in bf16 and autocast; the default on CUDA")
-    method = next((m for flag, m in zip(argv, argv[1:]) if flag == "--method"), None) or next((a[9:] for a in argv if a.startswith("--method=")), None)
-    parser.set_defaults(**METHODS[method][1] if method in METHODS else {})
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the method alone, whose defaults the rest is parsed with
+    first.error = parser.error
+    first.add_argument("--method")
+    parser.set_defaults(**METHODS.get(first.parse_known_args(argv)[0].method, (None, {}))[1])
     args = parser.parse_args(argv)
     args.argv, args.out, args.dtype = argv, args.out or f"runs/{args.method}", args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     if args.init is None:
@@ -599,7 +631,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def in_range(kind: type, low: float, high: float):
-    """An argparse type: a finite number from low to high (above 0 where low is 0 and a learning rate would stand still is for the user to say)."""
+    """An argparse type: a finite number from low to high, both included."""
 
     def convert(text: str):
         value = kind(text)
@@ -616,6 +648,12 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(sys.argv[1:] if argv is None else argv)
     if args.dim % args.heads:
         raise ValueError(f"--dim {args.dim} is not a multiple of --heads {args.heads}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here")
+    if args.dim // args.heads % 2:
+        raise ValueError(f"--dim {args.dim} / --heads {args.heads} is odd; rotary positions turn pairs of channels")
+    if args.method.startswith("pretrain") and args.length > (args.context if args.method == "pretrain" else math.inf):
+        raise ValueError(f"--length {args.length} exceeds the --context of {args.context}")
     Run(args).check()
     torch.manual_seed(args.seed)
     return METHODS[args.method][0](args)
