@@ -1,6 +1,10 @@
 """Files, tokens and batches: what they hold, in which order, and how bad files are refused."""
 
 import json
+import random
+import subprocess
+import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -31,12 +35,39 @@ def test_both_forms_are_read(tmp_path):
 
 @pytest.mark.parametrize("bad", ["{", "[1]", '"text"', "null", {"question": "a"}, {"question": 1, "answer": ["b"]}, {"question": " ", "answer": ["b"]}, {"question": "a", "answer": []},
                                  {"question": "a", "answer": [1]}, {"question": "a", "answer": [""]}, {"input": "a"}, {"target": "a"}, {"input": "a", "target": 3},
-                                 {"input": "a", "target": "b", "answers": "b"}, b'{"input": "\xff", "target": "b"}', {}])  # fmt: skip
+                                 {"input": "a", "target": "b", "answers": "b"}, b'{"input": "\xff", "target": "b"}', {}, {"question": "a", "answer": {"b": 1}}, {"input": ["a"], "target": "b"},
+                                 '{"input": "half a pair: \\uD83D", "target": "b"}', "[" * 100_000])  # fmt: skip
 def test_a_bad_line_is_named(tmp_path, bad):
     path = write(tmp_path / "x.jsonl", {"input": "a", "target": "b"}, bad)
     with pytest.raises(ValueError, match=r"^x\.jsonl:2: ") as caught:
         data.read(path)
     assert "\n" not in str(caught.value)
+
+
+def test_what_only_looks_bad_is_read(tmp_path):
+    """Windows line ends, a last line without one, a character written as two escapes, and an answer that is not a list."""
+    (tmp_path / "a.jsonl").write_bytes(b'{"question": "a", "answer": "b"}\r\n\r\n{"input": "\\ud83d\\ude00", "target": "c", "task": "t"}')
+    first, second = data.read(tmp_path / "a.jsonl")
+    assert first.answers == ("b",) and (second.input, second.task, second.where) == ("\U0001f600", "t", "a.jsonl:3")
+
+
+def test_the_target_is_among_the_answers(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"input": "a", "target": "b", "answers": ["c"]}\n{"input": "a", "target": "b", "answers": ["c", "b"]}\n')
+    assert [e.answers for e in data.read(tmp_path / "a.jsonl")] == [("b", "c"), ("c", "b")]
+
+
+def test_an_id_is_taken_once_in_a_task(tmp_path):
+    record = {"input": "a", "target": "b", "id": 1}
+    path = write(tmp_path / "a.jsonl", record, {**record, "task": "t"}, {**record, "id": 2})
+    assert [(e.task, e.id) for e in data.read(path)] == [("", "1"), ("t", "1"), ("", "2")]
+    with pytest.raises(ValueError, match=r"^b\.jsonl:3: .* b\.jsonl:1$"):
+        data.read(write(tmp_path / "b.jsonl", record, "", {**record, "input": "c"}))
+
+
+def test_the_command_line_ends_with_one_line(tmp_path):
+    write(tmp_path / "a.jsonl", "{")
+    result = subprocess.run([sys.executable, data.__file__, "a.jsonl"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("data.py: a.jsonl:1: ") and result.stderr.count("\n") == 1
 
 
 def test_empty_and_missing_files_are_named(tmp_path):
@@ -47,12 +78,21 @@ def test_empty_and_missing_files_are_named(tmp_path):
 
 
 def test_texts_from_three_kinds_of_file(tmp_path):
-    (tmp_path / "a.txt").write_text("one\nstill one\n\n\n two \n")
+    (tmp_path / "a.txt").write_text("one\nstill one\n\n \t\n two \n")
     assert data.read_texts(tmp_path / "a.txt") == ["one\nstill one", "two"]
     assert data.read_texts(write(tmp_path / "b.jsonl", {"text": "one"}, {"text": "two"})) == ["one", "two"]
     assert data.read_texts(write(tmp_path / "c.jsonl", {"question": "why", "answer": ["so"]})) == ["Q: why?\nA: so"]
     with pytest.raises(ValueError, match="d.jsonl:1"):
         data.read_texts(write(tmp_path / "d.jsonl", {"text": 3}))
+    with pytest.raises(ValueError, match="e.jsonl:2"):
+        data.read_texts(write(tmp_path / "e.jsonl", {"input": "a", "target": "b"}, {"text": "neither form"}))
+    for name, content, message in (("f.txt", b" \n\n ", "no text"), ("g.txt", b"\xff\xfe", "UTF-8"), ("h.jsonl", b"", "no text")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+            data.read_texts(tmp_path / name)
+    for name in ("none.txt", "none.jsonl"):
+        with pytest.raises(FileNotFoundError, match=name):
+            data.read_texts(tmp_path / name)
 
 
 def test_one_question_mark():
@@ -65,11 +105,19 @@ def test_the_tokenizer_writes_any_text(tokenizer, text):
     assert ids[0] == 0 and tokenizer.decode(ids) == text
 
 
+def test_the_tokenizer_writes_whatever_unicode_holds(tokenizer):
+    draw = random.Random(0)
+    for _ in range(200):
+        text = "".join(chr(draw.choice((draw.randrange(0x250), draw.randrange(0xD800), draw.randrange(0xE000, 0x110000)))) for _ in range(20))
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
 def test_targets_are_what_running_text_has(tokenizer):
     example = data.Example("Q: where was Anna born?\nA:", "Velmor", ("Velmor",))
     (encoded,) = data.encode([example], tokenizer, 0, 100)
     assert encoded.input + encoded.target == tokenizer.encode("Q: where was Anna born?\nA: Velmor").ids + [0]
     assert data.encode([example], tokenizer, None, 100)[0].target == encoded.target[:-1]
+    assert encoded.input.count(0) == 1 and encoded.input[0] == 0 and encoded.target.count(0) == 1  # one BOS, in front of the input
     n = len(encoded.input) + len(encoded.target) - 1
     data.encode([example], tokenizer, 0, n)
     with pytest.raises(ValueError, match="exceed"):
@@ -101,6 +149,8 @@ def test_an_epoch_holds_every_example_once(n, size):
     for epoch in (0, 3):
         rows = [row for step in range(steps) for row in data.batches(some, size, 5, epoch * steps + step).rows]
         assert sorted(rows) == list(range(n))
+        sizes = [len(data.batches(some, size, 5, epoch * steps + step).rows) for step in range(steps)]
+        assert sizes[:-1] == [size] * (steps - 1) and sizes[-1] == n - size * (steps - 1)
 
 
 def test_batches_are_a_pure_function_of_seed_and_step():
@@ -147,7 +197,29 @@ def test_windows_cut_the_stream_of_an_epoch(tokenizer, size, length):
             for row, ids, targets in zip(batch.rows, batch.ids, batch.targets):
                 assert ids.tolist() == stream[row * length : (row + 1) * length]
                 assert targets.tolist() == stream[row * length + 1 : (row + 1) * length + 1]
-            assert batch.rows == list(range(step * size, (step + 1) * size))
+            assert batch.rows == list(range(step * size, (step + 1) * size)) and batch.lengths.tolist() == [length] * size
+
+
+def test_text_smaller_than_a_batch_is_a_batch():
+    """Three windows for a batch of four: every step is an epoch, and holds all of them."""
+    corpus = data.Corpus(np.arange(1, 17, dtype=np.int32), np.array([0, 4, 9, 16]))
+    assert all(data.windows(corpus, 4, 5, 0, step).rows == [0, 1, 2] for step in range(6))
+    assert len({tuple(data.windows(corpus, 4, 5, 0, step).ids.flatten().tolist()) for step in range(12)}) > 3
+
+
+def test_windows_are_a_pure_function_of_seed_and_step(tokenizer):
+    corpus = data.encode_texts(TEXTS, tokenizer)
+    first = data.windows(corpus, 4, 16, 1, 9).ids
+    others = [data.windows(corpus, 4, 16, seed, step).ids for seed, step in ((1, 8), (2, 9), (1, 10))]
+    assert torch.equal(first, data.windows(corpus, 4, 16, 1, 9).ids) and not any(torch.equal(first, other) for other in others)
+
+
+def test_an_epochs_windows_hold_each_token_as_often_as_the_text(tokenizer):
+    """But for the few that the last, incomplete window of the epoch would have held."""
+    corpus = data.encode_texts(TEXTS, tokenizer)
+    read = Counter(t for step in range((len(corpus.tokens) - 1) // 8) for t in data.windows(corpus, 1, 8, 3, step).ids.flatten().tolist())
+    left = Counter(corpus.tokens.tolist()) - read
+    assert not read - Counter(corpus.tokens.tolist()) and sum(left.values()) <= 8
 
 
 def test_too_little_text_is_refused(tokenizer):
