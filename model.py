@@ -248,9 +248,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such tokenizer file")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+    tokenizer.no_padding()  # some files carry the settings of a training script, which would cut long texts without a word
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------

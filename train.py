@@ -395,7 +395,7 @@ def tune(args) -> dict:
     @torch.no_grad()
     def scored(split: str, limit: int | None = None) -> list[dict]:
         model, prefix = recurse.compose(args.method, lm, adapter)
-        chosen = slice(None, None, max(1, len(tokens[split]) // limit) if limit else None)  # evenly spaced, whatever the file's order
+        chosen = slice(None, None, -(-len(tokens[split]) // limit) if limit else None)  # evenly spaced, whatever the file's order
         asked = [t.input for t in tokens[split][chosen]]
         return metrics.score(examples[split][chosen], answer(model, tokenizer, asked, prefix, args.max_new_tokens))
 

@@ -621,3 +621,17 @@ def test_command_line(lm, folder, capsys):
     sample = generate(lm, [[5, 9, 11]], None, 4, eos=lm.config.eos)[0][0]
     assert result["ids"] == sample.ids and result["nats"] == pytest.approx(-naive_logprob(lm, [5], [9, 11]) / 2, abs=1e-4)
     assert capsys.readouterr().out.startswith("w5 w9 w11 " + " ".join(f"w{t}" for t in sample.ids))
+
+
+def test_a_tokenizer_neither_pads_nor_cuts_whatever_its_file_says(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from model import load_tokenizer
+
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_padding(length=4)
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode("b").ids == [1] and loaded.encode("b b b b b b").ids == [1] * 6
