@@ -183,7 +183,7 @@ def load_adapter(folder: str | Path, lm) -> nn.Module:
     if stored is None:
         warnings.warn(f"{folder}: carries no fingerprint, so whether it belongs to this LM is not checked")
     elif stored != lm.fingerprint():
-        raise ValueError(f"{folder}: was trained on another base (fingerprint {stored[:12]}..., this LM's is {lm.fingerprint()[:12]}...)")
+        raise ValueError(f"{folder}: was trained on another base (fingerprint {str(stored)[:12]}..., this LM's is {lm.fingerprint()[:12]}...)")
     if config.get("token_dim", lm.config.dim) != lm.config.dim:
         raise ValueError(f"{folder}: made for an LM of width {config['token_dim']}, this one's is {lm.config.dim}")
     if config["peft_type"] == "PROMPT_TUNING":
@@ -246,6 +246,7 @@ def read_tensors(folder: str | Path, stem: str = "model") -> dict[str, Tensor]:
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description="Print what an adapter folder holds.")
     parser.add_argument("folder")
+    parser.error = lambda message: parser.exit(2, f"adapters.py: {message}\n")
     args = parser.parse_args(argv)
     config, tensors = read_adapter_config(args.folder), read_tensors(args.folder, "adapter_model")
     for key, value in config.items():

@@ -1,4 +1,4 @@
-"""Speed and memory beside the peers, in one run on the same weights and the same batch.
+"""Speed beside the peers, in one run on the same weights and the same batch.
 
 Prompt tuning against PEFT on transformers: the frozen LM reads a shared prompt once per batch instead of once per
 example. Counting multiplications alone, a step computes P + BT instead of B(P + T) tokens, so at P = 100, B = 32, T = 64
@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description="Our speed beside the peers', in one run.")
     parser.add_argument("--runs", type=int, default=15, help="timed pairs per workload (default 15)")
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
+    parser.error = lambda message: parser.exit(2, f"bench.py: {message}\n")
     args = parser.parse_args(argv)
     if args.runs < 1:
         parser.error("--runs must be at least 1")

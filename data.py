@@ -51,6 +51,11 @@ def question_text(question: str) -> str:
     return f"Q: {question.strip().rstrip('?').rstrip()}?\nA:"
 
 
+def is_question(text: str) -> bool:
+    """Whether the text is in that format."""
+    return text.startswith("Q: ") and text.endswith("?\nA:")
+
+
 def read(path: str | Path) -> list[Example]:
     """The examples of a JSONL file in one of the forms above. ValueError names file and line; FileNotFoundError the file."""
     examples, first = [example(record, where) for where, record in json_lines(path)], {}
@@ -154,13 +159,6 @@ def encode(examples: Sequence[Example], tokenizer: Tokenizer, eos: int | None, m
     return encoded
 
 
-def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, where: str | Path) -> None:
-    """ValueError if the tokenizer has ids beyond the LM's embedding table, which means it belongs to another LM."""
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if largest >= vocab_size:
-        raise ValueError(f"{where}: the tokenizer's ids go up to {largest}, the LM's embedding table has {vocab_size} rows: it belongs to another LM")
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE tokenizer. Its one special token, id 0, stands before every text and ends every answer."""
     end = "<|endoftext|>"
@@ -209,7 +207,8 @@ def batches(examples: Sequence[Encoded], size: int, seed: int, step: int) -> Bat
 def epoch_order(lengths: bytes, size: int, seed: int, epoch: int) -> list[tuple[int, ...]]:
     """The rows of each batch of an epoch: shuffle, sort by length within pools of 32 batches, cut, shuffle the batches.
 
-    Sorting within pools keeps padding low and batches random; the short batch, if any, comes last.
+    Sorting within pools keeps padding low and batches random; the short batch, if any, comes last. `lengths` are the
+    bytes of an int64 array, because what a cache remembers results for must be hashable.
     """
     lengths, draw = np.frombuffer(lengths, dtype=int), np.random.default_rng([seed, epoch])
     order, pool = draw.permutation(len(lengths)), 32 * size
@@ -269,6 +268,7 @@ def main(argv: list[str] | None = None) -> list[Example]:
     parser = argparse.ArgumentParser(description="Print what a file of examples holds.")
     parser.add_argument("path")
     parser.add_argument("--tokenizer", help="a checkpoint folder or tokenizer.json: show the first example in tokens too")
+    parser.error = lambda message: parser.exit(2, f"data.py: {message}\n")
     args = parser.parse_args(argv)
     examples = read(args.path)
     print(f"{len(examples)} examples, tasks: {', '.join(sorted({e.task for e in examples} - {''})) or 'not named'}")

@@ -247,9 +247,16 @@ def _print_rows(rows: list[dict]) -> None:
 # ----------------------------------------------------------------------------------------------------------- command line
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage; also for the sub-commands, which are parsers of their own."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def main(argv: list[str] | None = None):
     """Run one sub-command and return its result. Bad input: one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser(prog="eval.py", description="Score and compare runs.")
+    parser = Parser(prog="eval.py", description="Score and compare runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("compare", help="paired bootstrap between the test predictions of two runs")
     command.add_argument("run_a", help="run folder of system a")
@@ -257,7 +264,7 @@ def main(argv: list[str] | None = None):
     command.add_argument("--iters", type=int, default=10_000, help="bootstrap resamples (default 10000; Koehn 2004 has 1000)")
     command.add_argument("--seed", type=int, default=0, help="seed of the resampling (default 0)")
     command = commands.add_parser("ask", help="answer questions with what a run trained")
-    command.add_argument("question", nargs="*", help="one or more questions, each in quotation marks")
+    command.add_argument("question", nargs="*", help="one or more, each in quotation marks; inputs as they stand where the run was trained on inputs and targets")
     command.add_argument("--run", required=True, help="run folder")
     command.add_argument("--input", help="a file of questions, one a line")
     command.add_argument("--max-new-tokens", type=int, default=16, help="longest answer (default 16)")
@@ -274,8 +281,9 @@ def main(argv: list[str] | None = None):
             questions = args.question + [line.strip() for line in lines if line.strip()]
             if not questions:
                 raise ValueError("no question: give one in quotation marks, or a file with --input")
-            model, prefix, tokenizer, _ = load_run(args.run)
-            ids = [tokenizer.encode(question_text(question)).ids for question in questions]
+            model, prefix, tokenizer, record = load_run(args.run)
+            asked = [question_text(q) if record.get("question_format", True) else q for q in questions]
+            ids = [tokenizer.encode(text).ids for text in asked]
             answers = answer(model, tokenizer, ids, prefix, args.max_new_tokens)
             for question, text in zip(questions, answers):
                 print(text if len(questions) == 1 else f"{question}\t{text}")

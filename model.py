@@ -105,31 +105,44 @@ def read_config(folder: str | Path) -> Config:
     if raw.get("model_type") not in NAMES:
         raise ValueError(f"{path}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(NAMES)}")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # the new spelling holds rope_theta as well
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope_scaling {rope!r} is not an object")
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
+    for key in sizes + ("num_key_value_heads", "head_dim"):
+        if (raw.get(key) is not None or key in sizes) and not (type(raw.get(key)) is int and raw[key] > 0):
+            raise ValueError(f"{path}: {key} is {raw[key]!r}, not a positive whole number" if key in raw else f"{path}: the key {key!r} is missing")
     only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
     found = {key: raw.get(key, value) for key, value in only.items()} | {"rope type": rope.get("rope_type", rope.get("type", "default"))}
     for key, value in (only | {"rope type": "default"}).items():
         if found[key] != value:
             raise ValueError(f"{path}: {key} {found[key]!r} is not supported (only {value!r})")
+    heads, width, eos = raw["num_attention_heads"], raw["hidden_size"], raw.get("eos_token_id")
+    kv_heads, head_dim = raw.get("num_key_value_heads") or heads, raw.get("head_dim") or width // heads
+    if heads % kv_heads or head_dim % 2 or not head_dim:
+        raise ValueError(f"{path}: {heads} heads of width {head_dim} that share {kv_heads} keys and values do not fit together")
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(token) is int for token in eos):
+        raise ValueError(f"{path}: eos_token_id {eos!r} is not a token id")
     try:
-        heads, width, eos = raw["num_attention_heads"], raw["hidden_size"], raw.get("eos_token_id")
-        return Config(
-            vocab_size=raw["vocab_size"],
-            dim=width,
-            n_layers=raw["num_hidden_layers"],
-            n_heads=heads,
-            n_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or width // heads,
-            hidden_dim=raw["intermediate_size"],
-            max_len=raw["max_position_embeddings"],
-            rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
-            tied=raw.get("tie_word_embeddings", False),
-            bos=raw.get("bos_token_id"),
-            eos=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-            family=raw["model_type"],
-        )
-    except KeyError as error:
-        raise ValueError(f"{path}: the key {error} is missing") from None
+        theta, eps = float(raw.get("rope_theta") or rope.get("rope_theta") or 10_000.0), float(raw.get("rms_norm_eps", 1e-6))
+    except (TypeError, ValueError):
+        raise ValueError(f"{path}: rope_theta or rms_norm_eps is not a number") from None
+    return Config(
+        vocab_size=raw["vocab_size"],
+        dim=width,
+        n_layers=raw["num_hidden_layers"],
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        head_dim=head_dim,
+        hidden_dim=raw["intermediate_size"],
+        max_len=raw["max_position_embeddings"],
+        rope_theta=theta,
+        norm_eps=eps,
+        tied=bool(raw.get("tie_word_embeddings", False)),
+        bos=raw.get("bos_token_id"),
+        eos=tuple(eos),
+        family=raw["model_type"],
+    )
 
 
 def published_config(config: Config, dtype: torch.dtype) -> dict:
@@ -239,10 +252,11 @@ def locate(path_or_hub_id: str | Path) -> Path:
         raise FileNotFoundError(f"{path}: no such folder, and not to be had from the hub either ({reason})") from None
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint folder (its tokenizer.json), or of a tokenizer.json itself.
 
-    Special tokens and BOS are as published: `encode(text)` adds what the file's post-processor adds.
+    Special tokens and BOS are as published: `encode(text)` adds what the file's post-processor adds. ValueError if it has
+    ids beyond an embedding table of `vocab_size` rows, which means that it belongs to another LM.
     """
     path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not path.is_file():
@@ -253,6 +267,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
     tokenizer.no_padding()  # some files carry the settings of a training script, which would cut long texts without a word
     tokenizer.no_truncation()
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if vocab_size is not None and largest >= vocab_size:
+        raise ValueError(f"{path}: the tokenizer's ids go up to {largest}, the LM's embedding table has {vocab_size} rows: it belongs to another LM")
     return tokenizer
 
 
@@ -286,12 +303,6 @@ class Prefix:
         if self.layers[0][0].shape[0] == 1:
             return self
         return Prefix([(k[index], v[index]) for k, v in self.layers], None if self.lengths is None else self.lengths[index])
-
-    def extend(self, layers: list[tuple[Tensor, Tensor]]) -> "Prefix":
-        """This prefix followed by T more positions, pairs of (B, K, T, D)."""
-        rows, new = layers[0][0].shape[0], layers[0][0].shape[2]
-        joined = [tuple(torch.cat([old.expand(rows, -1, -1, -1), now], dim=2) for old, now in zip(*pairs)) for pairs in zip(self.layers, layers)]
-        return Prefix(joined, None if self.lengths is None else self.lengths.expand(rows) + new)
 
     def trim(self, padding: Tensor) -> "Prefix":
         """Forgets the last padding[b] positions of row b: the right padding of a batch of texts."""
@@ -332,15 +343,21 @@ def each_pass(function, *prefixes):
 # The decoder
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None = None, lengths: Tensor | None = None) -> Tensor:
-    """Causal attention of T positions to themselves and to a past; the fused scaled_dot_product_attention does the work.
+def join(past: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (1 | B, K, P, D) followed by those of T more positions (B, K, T, D): each (B, K, P + T, D)."""
+    return tuple(torch.cat([old.expand(new.shape[0], -1, -1, -1), new], dim=2) for old, new in zip(past, (k, v)))
 
-    q (B, H, T, D); k, v (B, K, T, D); past (k, v), each (1 | B, K, P, D), with lengths (B,) as in Prefix. Returns (B, H, T, D).
-    Query t sees past positions j >= P - lengths[b] and text positions up to t.
+
+def attend(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None = None, lengths: Tensor | None = None) -> Tensor:
+    """Causal attention of T positions to themselves and to P before them; the fused scaled_dot_product_attention does the work.
+
+    q (B, H, T, D). Keys and values of the P positions come apart, past (k, v) each (1 | B, K, P, D) beside k, v (B, K, T, D), or
+    already joined, k, v (B, K, P + T, D). lengths (B,) as in Prefix. Returns (B, H, T, D).
+    Query t sees earlier positions j >= P - lengths[b] and text positions up to t.
     """
-    B, H, T, _ = q.shape
+    H, T = q.shape[1:3]
     if past is not None:
-        k, v = (torch.cat([old.expand(B, -1, -1, -1), new], dim=2) for old, new in zip(past, (k, v)))
+        k, v = join(past, k, v)
     P = k.shape[2] - T
     mask = None  # none is needed without a past, nor by a lone query that sees everything
     if lengths is not None:
@@ -398,16 +415,15 @@ class Layers(nn.ModuleList):
 
     def forward(self, x: Tensor, prefix: Prefix | None = None, keep: bool = False):
         """x (B, T, C) -> (B, T, C); with keep, also the prefix extended by x."""
-        x, kept = self.run(x, prefix)
-        return (x, Prefix(kept) if prefix is None else prefix.extend(kept)) if keep else x
+        x, extended = self.run(x, prefix, keep)
+        return (x, extended) if keep else x
 
     def read(self, x: Tensor, prefix: Prefix | None = None) -> Prefix:
         """The prefix extended by x."""
-        _, kept = self.run(x, prefix, keys_only=True)
-        return Prefix(kept) if prefix is None else prefix.extend(kept)
+        return self.run(x, prefix, keep=True, keys_only=True)[1]
 
-    def run(self, x: Tensor, prefix: Prefix | None, keys_only: bool = False) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """The output of the last layer, and each layer's keys and values of x."""
+    def run(self, x: Tensor, prefix: Prefix | None, keep: bool, keys_only: bool = False) -> tuple[Tensor, Prefix | None]:
+        """The output of the last layer and, with keep, the prefix extended by x; with keys_only the output is not computed to its end."""
         if x.dim() != 3 or x.shape[-1] != self.config.dim:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, T, {self.config.dim})")
         if prefix is not None and prefix.layers[0][0].shape[0] not in (1, x.shape[0]):
@@ -419,11 +435,14 @@ class Layers(nn.ModuleList):
         (cos, sin), kept = rotation(self.config, positions), []
         for i, layer in enumerate(self):
             q, k, v = layer.project(x, cos, sin)
-            kept.append((k, v))
+            past = prefix.layers[i] if prefix else None
+            if keep:  # the joined keys and values are wanted anyway, so attention gets them and need not join them again
+                k, v, past = *(join(past, k, v) if prefix else (k, v)), None
+                kept.append((k, v))
             if keys_only and i == len(self) - 1:  # nothing attends to the last layer's output
                 break
-            x = layer.finish(x, self.attend(q, k, v, prefix.layers[i] if prefix else None, lengths))
-        return x, kept
+            x = layer.finish(x, self.attend(q, k, v, past, lengths))
+        return x, Prefix(kept, None if lengths is None else lengths.expand(x.shape[0]) + x.shape[1]) if keep else None
 
 
 class LM(nn.Module):
@@ -456,10 +475,13 @@ class LM(nn.Module):
         lm.folder = folder
         return lm.requires_grad_(False).eval()
 
-    def save(self, folder: str | Path, dtype: torch.dtype | None = None, tokenizer: Tokenizer | None = None) -> None:
-        """Writes config.json, model.safetensors and tokenizer.json in the published format; the folder appears whole or not at all."""
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None, tokenizer: Tokenizer | None = None, replace: bool = False) -> None:
+        """Writes config.json, model.safetensors and tokenizer.json in the published format; the folder appears whole or not at all.
+
+        A folder that exists is a FileExistsError, or with `replace` makes way once the new one is written.
+        """
         folder, dtype = Path(folder), dtype or self.embedding.weight.dtype
-        if folder.exists():
+        if folder.exists() and not replace:
             raise FileExistsError(f"{folder} exists; choose another folder")
         unfinished = folder.with_name(folder.name + ".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)  # what a kill left
@@ -472,6 +494,7 @@ class LM(nn.Module):
         for path in unfinished.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
 
     def published_tensors(self) -> dict[str, Tensor]:
@@ -548,6 +571,16 @@ def pad(ids: list[list[int]], device=None) -> tuple[Tensor, Tensor]:
     return torch.tensor([row + [0] * (T - len(row)) for row in ids], device=device), torch.tensor(list(map(len, ids)), device=device)
 
 
+def check_room(lm, ids: list[list[int]], prefix, new_tokens: list[int]) -> None:
+    """ValueError names the first question whose prefix, tokens and new tokens exceed the LM's context."""
+    first = prefix[0] if isinstance(prefix, tuple) else prefix
+    if first is not None and first.layers[0][0].shape[0] not in (1, len(ids)):
+        raise ValueError(f"the prefix has {first.layers[0][0].shape[0]} rows for {len(ids)} questions")
+    for b, P in enumerate([0] * len(ids) if first is None else first.row_lengths(len(ids))):
+        if P + len(ids[b]) + new_tokens[b] - 1 > lm.config.max_len:  # the last new token is never fed back
+            raise ValueError(f"question {b}: a prefix of {P}, {len(ids[b])} tokens and {new_tokens[b]} new ones exceed the LM's context of {lm.config.max_len}")
+
+
 def read_questions(lm, ids: list[list[int]], prefix, new_tokens: list[int]):
     """Reads all but the last token of each question behind its prefix. Returns (those last tokens (B, 1), the prefix so far)."""
     if not ids or not all(ids):
@@ -560,12 +593,7 @@ def read_questions(lm, ids: list[list[int]], prefix, new_tokens: list[int]):
             prefix = tuple(Prefix.stack([p and p[i] for p in prefix]) for i in range(len(some[0])))
         else:
             prefix = Prefix.stack(prefix)
-    first = prefix[0] if isinstance(prefix, tuple) else prefix
-    if first is not None and first.layers[0][0].shape[0] not in (1, len(ids)):
-        raise ValueError(f"the prefix has {first.layers[0][0].shape[0]} rows for {len(ids)} questions")
-    for b, P in enumerate([0] * len(ids) if first is None else first.row_lengths(len(ids))):
-        if P + len(ids[b]) + new_tokens[b] - 1 > lm.config.max_len:  # the last new token is never fed back
-            raise ValueError(f"question {b}: a prefix of {P}, {len(ids[b])} tokens and {new_tokens[b]} new ones exceed the LM's context of {lm.config.max_len}")
+    check_room(lm, ids, prefix, new_tokens)
     tokens, lengths = pad(ids, next(lm.parameters()).device)
     last = tokens.gather(1, lengths[:, None] - 1)
     if tokens.shape[1] > 1:
@@ -666,6 +694,7 @@ def option_scores(lm, ids: list[list[int]], options: list[list[list[int]]], pref
 
 def answer(lm, tokenizer: Tokenizer, ids: list[list[int]], prefix=None, max_new_tokens: int = 16, batch_size: int = 128) -> list[str]:
     """The greedy continuation of each question as text, in batches of similar lengths; prefix: None or one for all."""
+    check_room(lm, ids, prefix, [max_new_tokens] * len(ids))
     texts, order = [""] * len(ids), sorted(range(len(ids)), key=lambda b: len(ids[b]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -681,8 +710,10 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--max-new-tokens", type=int, default=40)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--seed", type=int, default=0)
+    parser.error = lambda message: parser.exit(2, f"model.py: {message}\n")
     args = parser.parse_args(argv)
-    lm, tokenizer = LM.from_pretrained(args.model), load_tokenizer(locate(args.model))
+    lm = LM.from_pretrained(args.model)
+    tokenizer = load_tokenizer(lm.folder, lm.config.vocab_size)
     ids = tokenizer.encode(args.text).ids
     generator = torch.Generator().manual_seed(args.seed)
     sample = generate(lm, [ids], None, args.max_new_tokens, args.temperature, eos=lm.config.eos, generator=generator)[0][0]

@@ -21,7 +21,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from adapters import Connector, load_adapter, rms
-from model import LM, Prefix, load_tokenizer, locate
+from model import LM, Prefix, load_tokenizer
 
 
 class Stack(nn.Module):
@@ -93,14 +93,14 @@ def load_run(folder: str | Path, device: str = "cpu"):
         record = json.loads(path.read_text(encoding="utf-8"))
         arguments = record["arguments"]
         method, base, tokenizer = (arguments[key] for key in ("method", "model", "tokenizer"))
+        base = Path(base or Path(__file__).parent / "assets" / "lm")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a run record ({error!r})") from None
     if (Path(folder) / "model").is_dir():  # the LM itself was trained
         lm, adapter = LM.from_pretrained(Path(folder) / "model", device), None
         tokenizer = Path(folder) / "model"
     else:
-        base = locate(base or Path(__file__).parent / "assets" / "lm")
         lm = LM.from_pretrained(base, device)
         adapter = load_adapter(folder, lm).requires_grad_(False)
-        method, tokenizer = arguments["composition"] if method == "pretrain_connector" else method, tokenizer or base
-    return *compose(method, lm, adapter), load_tokenizer(tokenizer), record
+        method, tokenizer = arguments["composition"] if method == "pretrain_connector" else method, tokenizer or lm.folder
+    return *compose(method, lm, adapter), load_tokenizer(tokenizer, lm.config.vocab_size), record

@@ -23,10 +23,10 @@ import math
 import os
 import platform
 import shlex
-import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -276,7 +276,7 @@ def fit(run: Run, trained: nn.Module, batch_at: Callable[[int], data.Batch], los
     args, device = run.args, next(trained.parameters()).device
     optimizer, best = make_optimizer(trained, args), {"step": 0, "score": -math.inf, "tensors": {}}
     first, seconds = run.load_state(trained, optimizer, best)
-    history, tokens, start = run.history(first), 0, time.perf_counter()
+    history, tokens, scoring, start = run.history(first), 0, 0.0, time.perf_counter()
     with progress(args, first) as (show, stopped):
         for step in range(first, args.steps):
             for group in optimizer.param_groups:
@@ -296,13 +296,15 @@ def fit(run: Run, trained: nn.Module, batch_at: Callable[[int], data.Batch], los
             optimizer.zero_grad()
             done, record = step + 1, {"step": step + 1, "loss": loss, "lr": learning_rate(step, args)}
             if done % args.eval_every == 0 or done == args.steps:
+                began = time.perf_counter()
                 with torch.no_grad(), autocast(args):
                     record["score"] = evaluate()
+                scoring += time.perf_counter() - began
                 if not all(p.isfinite().all() for p in trained.parameters()) or not math.isfinite(record["score"] or 0.0):
                     raise ValueError(f"{run.folder}: parameters or dev score are not finite after step {done}; the checkpoint before it is kept. Try a lower --lr")
                 if record["score"] is None or record["score"] > best["score"]:
                     best.update(step=done, score=-math.inf if record["score"] is None else record["score"], tensors={n: p.detach().clone() for n, p in trained.named_parameters()})
-                    save()
+                    save()  # before the state that says it is there: a kill between the two only repeats a score
             if "score" in record or done % args.log_every == 0:
                 history.append(record)
                 run.log(record)
@@ -316,7 +318,7 @@ def fit(run: Run, trained: nn.Module, batch_at: Callable[[int], data.Batch], los
     draw_curve(run, history)
     spent = time.perf_counter() - start
     score = None if best["score"] == -math.inf else best["score"]
-    return {"step": best["step"], "score": score, "seconds": round(seconds + spent, 1), "tokens_per_second": round(tokens / spent)}
+    return {"step": best["step"], "score": score, "seconds": round(seconds + spent, 1), "tokens_per_second": round(tokens / (spent - scoring))}
 
 
 @contextlib.contextmanager
@@ -360,8 +362,13 @@ def load_lm(args) -> tuple[LM, Tokenizer]:
     """The frozen LM and its tokenizer, checked to belong together."""
     folder = locate(args.model or ASSETS / "lm")
     dtype = torch.bfloat16 if args.dtype == "bfloat16" and args.method != "fine_tuning" else torch.float32
-    lm, tokenizer = LM.from_pretrained(folder, args.device, dtype), load_tokenizer(args.tokenizer or folder)
-    data.check_tokenizer(tokenizer, lm.config.vocab_size, args.tokenizer or folder)
+    lm = LM.from_pretrained(folder, args.device, dtype)
+    tokenizer = load_tokenizer(args.tokenizer or folder, lm.config.vocab_size)
+    if args.tokenizer and (folder / "tokenizer.json").is_file():
+        here, own = tokenizer.get_vocab(), load_tokenizer(folder).get_vocab()
+        if here != own:
+            token = min(here.items() ^ own.items())[0]
+            raise ValueError(f"--tokenizer {args.tokenizer} belongs to another LM: {token!r} is {here.get(token)} there and {own.get(token)} in {folder}")
     return lm, tokenizer
 
 
@@ -385,7 +392,7 @@ def tune(args) -> dict:
     for example, asked in ((e, t.input) for split in ("dev", "test") for e, t in zip(examples[split], tokens[split])):
         if len(asked) + args.max_new_tokens - 1 > room:
             raise ValueError(f"{example.where}: {len(asked)} tokens and {args.max_new_tokens} new ones exceed the {room} that the LM's context leaves")
-    trained = lm.requires_grad_(True) if args.method == "fine_tuning" else new_adapter(args, lm, tokenizer)
+    trained = lm.requires_grad_(True) if args.method == "fine_tuning" else new_adapter(args, lm, tokenizer, examples["train"])
     adapter = None if trained is lm else trained
 
     def loss_of(batch: data.Batch) -> Tensor:
@@ -404,8 +411,7 @@ def tune(args) -> dict:
 
     def save() -> None:
         if adapter is None:
-            shutil.rmtree(run.folder / "model", ignore_errors=True)
-            lm.save(run.folder / "model", tokenizer=tokenizer)
+            lm.save(run.folder / "model", tokenizer=tokenizer, replace=True)
         else:
             adapters.save_adapter(run.folder, adapter, lm, method=args.method, base_model_name_or_path=args.model)
 
@@ -413,6 +419,7 @@ def tune(args) -> dict:
     with run:
         digest = hashlib.sha256(repr(sorted(examples.items())).encode()).hexdigest()
         record = start_record(run, trained, None if adapter is None else lm, digest)
+        record["question_format"] = all(data.is_question(e.input) for e in examples["train"])  # how `eval.py ask` is to ask
         record |= fit(run, trained, lambda step: data.batches(tokens["train"], args.batch_size, args.seed, step), loss_of, evaluate, save)
         with autocast(args):
             results = {split: scored(split) for split in ("dev", "test") if tokens[split]}
@@ -421,21 +428,33 @@ def tune(args) -> dict:
         return finish_record(run, record, None if adapter is None else lm, {split: metrics.summary(rows) for split, rows in results.items()})
 
 
-def new_adapter(args, lm: LM, tokenizer) -> nn.Module:
-    """What a method trains, at its start: --init names a stored one, or how to make a new one."""
-    if args.init not in ("random", "vocab"):
-        adapter = adapters.load_adapter(args.init, lm)
-    elif args.method == "prompt_tuning":
-        draw = torch.Generator().manual_seed(args.seed)
-        make = adapters.from_vocab if args.init == "vocab" else adapters.random
-        adapter = adapters.SoftPrompt(make(args.prompt_length, lm.embedding.weight, generator=draw)).to(args.device)
-    else:
+def new_adapter(args, lm: LM, tokenizer: Tokenizer, train: list[data.Example]) -> nn.Module:
+    """What a method trains, at its start; --init says which (see --help)."""
+    stored, init = ASSETS / f"{args.method}_{args.connector_layers}", args.init
+    if init is None:
+        init = "vocab" if args.method == "prompt_tuning" else str(stored) if args.model is None and stored.is_dir() else "random"
+    kind, _, text = init.partition(":")
+    if Path(init).is_dir():
+        adapter = adapters.load_adapter(init, lm)
+    elif init == "random" and args.method != "prompt_tuning":
         adapter = recurse.new_connector(lm, args.method, args.connector_layers)
-    expected = adapters.SoftPrompt if args.method == "prompt_tuning" else adapters.Connector
-    if not isinstance(adapter, expected):
-        raise ValueError(f"--init {args.init} holds a {type(adapter).__name__}; {args.method} trains a {expected.__name__}")
-    if args.method == "prompt_tuning" and len(adapter.vectors) != args.prompt_length:
-        raise ValueError(f"--init {args.init} holds a prompt of {len(adapter.vectors)}; say so with --prompt-length")
+    elif args.method == "prompt_tuning" and kind in ("random", "vocab", "labels", "text"):
+        P, table, draw = args.prompt_length, lm.embedding.weight, torch.Generator().manual_seed(args.seed)
+        if kind == "labels":
+            vectors = adapters.from_labels(P, table, tokenizer, [label for label, _ in Counter(e.target for e in train).most_common(P)], draw)
+        elif kind == "text":
+            vectors = adapters.from_text(P, table, tokenizer, text, draw)
+        else:
+            vectors = {"random": adapters.random, "vocab": adapters.from_vocab}[kind](P, table, generator=draw)
+        adapter = adapters.SoftPrompt(vectors).to(args.device)
+    else:
+        raise ValueError(f"--init {init} is no folder of an adapter, and no way to make what {args.method} trains")
+    prompt = isinstance(adapter, adapters.SoftPrompt)
+    if prompt != (args.method == "prompt_tuning"):
+        raise ValueError(f"--init {init} holds a {type(adapter).__name__}, which {args.method} does not train")
+    size, flag = (len(adapter.vectors), "prompt_length") if prompt else (len(adapter.layers), "connector_layers")
+    if size != getattr(args, flag):
+        raise ValueError(f"--init {init} holds a {type(adapter).__name__} of {size}; say so with --{flag.replace('_', '-')} {size}")
     return adapter
 
 
@@ -455,13 +474,14 @@ def pretrain(args) -> dict:
     texts = load_texts(args)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else data.train_tokenizer(texts[:50_000], args.vocab_size)
     corpus, held_out = load_corpus(args, tokenizer, texts)
-    hidden = args.hidden or round(args.dim * 8 / 3 / 32) * 32  # a gated MLP of 8/3 C has the weights of a plain one of 4 C
-    config = Config(tokenizer.get_vocab_size(), args.dim, args.layers, args.heads, args.heads, args.dim // args.heads, hidden, args.context, bos=0, eos=(0,))
+    hidden = args.hidden or max(32, round(args.dim * 8 / 3 / 32) * 32)  # a gated MLP of 8/3 C has the weights of a plain one of 4 C
+    marks = tokenizer.encode("").ids  # what stands around every document of the stream: the last of it is what the LM says when a text is over
+    bos, eos = (marks[0], (marks[-1],)) if marks else (None, ())
+    config = Config(tokenizer.get_vocab_size(), args.dim, args.layers, args.heads, args.heads, args.dim // args.heads, hidden, args.context, bos=bos, eos=eos)
     lm = LM(config).to(args.device)
 
     def save() -> None:
-        shutil.rmtree(run.folder / "model", ignore_errors=True)
-        lm.save(run.folder / "model", torch.bfloat16, tokenizer)
+        lm.save(run.folder / "model", torch.bfloat16, tokenizer, replace=True)
 
     run = Run(args)
     return model_text(run, args, lm, lm, None, corpus, held_out, save)
@@ -506,7 +526,7 @@ def load_corpus(args, tokenizer, texts: list[str] | None = None) -> tuple[data.C
 
 
 METHODS = {
-    "prompt_tuning": (tune, dict(steps=400, lr=0.1, schedule="constant", weight_decay=0.0, init="vocab")),
+    "prompt_tuning": (tune, dict(steps=400, lr=0.1, schedule="constant", weight_decay=0.0)),
     "neural_recursion": (tune, dict(steps=1200, lr=3e-3)),
     "lm_connector": (tune, dict(steps=1200, lr=3e-3)),
     "connector_lm": (tune, dict(steps=1200, lr=3e-3)),
@@ -579,8 +599,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("--method", required=True, choices=METHODS, help="what is trained, and how it is composed with the LM")
     group.add_argument("--model", help="checkpoint folder or hub id of the frozen LM; the embedded one if not given")
     group.add_argument("--tokenizer", help="tokenizer.json or its folder, if not the model's")
-    group.add_argument("--init", help="random, vocab (a prompt of sampled token embeddings), or the folder of a trained adapter to start from; "
-                       "with the embedded LM neural_recursion starts from the pretrained Connector in assets/")  # fmt: skip
+    group.add_argument("--init", help="the folder of a trained adapter to start from, or random; for prompts also vocab (sampled token embeddings), labels "
+                       "(of the training answers) or text:WORDS. If not given: a Connector pretrained on the embedded LM, if assets/ has it, else random; vocab for prompts")  # fmt: skip
     group.add_argument("--prompt-length", type=number(int, 1), default=20, help="P of a soft prompt (papers: 100 to 400)")
     group.add_argument("--connector-layers", type=number(int, 1), default=2, help="layers of a Connector (paper: 1 and 2)")
     group.add_argument("--composition", choices=recurse.COMPOSITIONS, default="neural_recursion", help="pretrain_connector: what the Connector is pretrained for")
@@ -604,7 +624,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("--clip", type=number(float, 1e-12), default=1.0, help="largest gradient norm")
     group.add_argument("--eval-every", type=number(int, 1), default=200, help="steps between dev scores; a checkpoint is written with each")
     group.add_argument("--log-every", type=number(int, 1), default=10)
-    group.add_argument("--seed", type=number(int, 0), default=0)
+    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     group = parser.add_argument_group("pretraining")
     group.add_argument("--dim", type=number(int, 1), default=192)
     group.add_argument("--layers", type=number(int, 1), default=6)
@@ -612,7 +632,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("--hidden", type=number(int, 1), help="width of the MLP; 8/3 of --dim if not given")
     group.add_argument("--context", type=number(int, 8), default=512, help="positions the LM is made for")
     group.add_argument("--length", type=number(int, 1), default=128, help="tokens in a window of text")
-    group.add_argument("--vocab-size", type=number(int, 257), default=2048)
+    group.add_argument("--vocab-size", type=number(int, 257, 10**6), default=2048)
     group = parser.add_argument_group("run")
     group.add_argument("--out", help="the run's folder; runs/<method> if not given")
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, bit for bit on a CPU; starts there if it has none")
@@ -624,9 +644,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.set_defaults(**METHODS.get(first.parse_known_args(argv)[0].method, (None, {}))[1])
     args = parser.parse_args(argv)
     args.argv, args.out, args.dtype = argv, args.out or f"runs/{args.method}", args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    if args.init is None:
-        stored = ASSETS / f"{args.method}_{args.connector_layers}"
-        args.init = os.path.relpath(stored) if args.model is None and stored.is_dir() else "random"
+    for key in ("model", "tokenizer", "init", "train", "dev", "test"):  # a run is resumed and asked from wherever one stands
+        value = getattr(args, key)
+        if value and Path(value).exists():
+            setattr(args, key, os.path.abspath(value))
     return args
 
 
@@ -648,6 +669,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(sys.argv[1:] if argv is None else argv)
     if args.dim % args.heads:
         raise ValueError(f"--dim {args.dim} is not a multiple of --heads {args.heads}")
+    if args.init and args.method in ("fine_tuning", "pretrain", "pretrain_connector"):
+        raise ValueError(f"--init: {args.method} trains no stored adapter further")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here")
     if args.dim // args.heads % 2:

@@ -398,6 +398,7 @@ def main(argv=None) -> World:
     parser.add_argument("--seed", type=int, default=1, help="another seed is another world of the same sizes (default 1)")
     parser.add_argument("--people", type=int, default=300, help="number of people; there is one city per 10 and one company per 12 (default 300)")
     parser.add_argument("--documents", type=int, default=20000, help="documents in corpus.jsonl (default 20000)")
+    parser.error = lambda message: parser.exit(2, f"world.py: {message}\n")
     args = parser.parse_args(argv)
     try:
         world = make(args.seed, args.people)

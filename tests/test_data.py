@@ -97,6 +97,7 @@ def test_texts_from_three_kinds_of_file(tmp_path):
 
 def test_one_question_mark():
     assert {data.question_text(q) for q in ("who", "who?", " who ? ", "who??")} == {"Q: who?\nA:"}
+    assert data.is_question(data.question_text("who")) and not data.is_question("Review: dull.\nVerdict:")
 
 
 @pytest.mark.parametrize("text", ["plain", "  two  spaces ", "naïve café ☕ 漢字", "tab\tand\nline", "\x00\x7f"])
@@ -130,12 +131,6 @@ def test_a_token_across_the_boundary_leaves_the_input_as_asked(tokenizer):
     (encoded,) = data.encode([example], tokenizer, 0, 100)
     assert encoded.input == tokenizer.encode("Anna lives in ").ids
     assert tokenizer.decode(encoded.target) == " Kranstad"
-
-
-def test_a_tokenizer_with_ids_beyond_the_table_is_refused(tokenizer):
-    data.check_tokenizer(tokenizer, tokenizer.get_vocab_size(), "here")
-    with pytest.raises(ValueError, match="belongs to another LM"):
-        data.check_tokenizer(tokenizer, tokenizer.get_vocab_size() - 1, "here")
 
 
 def examples(n, seed=0):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from model import LM, Prefix, Sample, answer, choose, each_pass, generate, load_tokenizer, main, option_scores, pad, read_config, read_tensors
+from model import LM, Prefix, Sample, answer, attend, choose, each_pass, generate, join, load_tokenizer, main, option_scores, pad, read_config, read_tensors
 
 QUESTIONS = [[5, 9, 11, 4, 30, 8], [7], [6, 3, 44, 20], [12, 13, 14, 15, 16, 17, 18, 19]]  # of any lengths, one token among them
 
@@ -519,6 +519,14 @@ def edit_config(folder, **changes):
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type 'yarn' is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config .* is not supported"),
+        ({"rope_scaling": [1]}, r"rope_scaling \[1\] is not an object"),
+        ({"hidden_size": "192"}, "hidden_size is '192', not a positive whole number"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers is 2.0"),
+        ({"head_dim": -8}, "head_dim is -8"),
+        ({"num_key_value_heads": 3}, "4 heads of width .* share 3"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"rms_norm_eps": "small"}, "rope_theta or rms_norm_eps is not a number"),
     ],
 )
 def test_config_that_is_not_supported_is_named(folder, changes, named):
@@ -624,14 +632,41 @@ def test_command_line(lm, folder, capsys):
 
 
 def test_a_tokenizer_neither_pads_nor_cuts_whatever_its_file_says(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    from model import load_tokenizer
-
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.enable_padding(length=4)
     tokenizer.enable_truncation(2)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    loaded = load_tokenizer(tmp_path)
+    loaded = load_tokenizer(tmp_path, vocab_size=2)
     assert loaded.encode("b").ids == [1] and loaded.encode("b b b b b b").ids == [1] * 6
+    with pytest.raises(ValueError, match="tokenizer.json: .* go up to 1, .* 1 rows: it belongs to another LM"):
+        load_tokenizer(tmp_path, vocab_size=1)
+
+
+def test_a_saved_folder_makes_way_only_where_told(make_lm, tmp_path):
+    one, two = make_lm("tied"), make_lm("tied")
+    with torch.no_grad():
+        two.norm.weight += 1
+    one.save(tmp_path / "lm")
+    with pytest.raises(FileExistsError, match="exists"):
+        two.save(tmp_path / "lm")
+    assert LM.from_pretrained(tmp_path / "lm").fingerprint() == one.fingerprint()
+    two.save(tmp_path / "lm", replace=True)
+    assert LM.from_pretrained(tmp_path / "lm").fingerprint() == two.fingerprint() != one.fingerprint()
+    assert [p.name for p in tmp_path.iterdir()] == ["lm"]
+
+
+def test_answer_names_the_question_that_is_too_long(lm):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    questions = [[3], [3] * lm.config.max_len, [3, 4]]
+    with pytest.raises(ValueError, match="question 1: "):  # counted in the order given, not in that of lengths
+        answer(lm, tokenizer, questions, None, 4, batch_size=1)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_attention_takes_the_past_apart_or_joined(rows):
+    q, k, v = (torch.randn(2, heads, 3, 8) for heads in (4, 2, 2))
+    past = torch.randn(rows, 2, 5, 8), torch.randn(rows, 2, 5, 8)
+    for lengths in (None, torch.tensor([5, 2])):
+        apart = attend(q, k, v, past, lengths)
+        assert torch.equal(apart, attend(q, *join(past, k, v), None, lengths))

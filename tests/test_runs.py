@@ -108,19 +108,19 @@ def test_ask_answers_as_the_run_did(place, tmp_path):
     assert asked.returncode == 0 and asked.stdout.strip("\n") == metrics.read_predictions(tmp_path / "run")[0]["prediction"]
 
 
-def test_accumulated_batches_make_the_step_of_one_batch():
-    examples = [train.data.Encoded([1, 2 + i], [3] * (1 + i)) for i in range(4)]
-
-    def gradient(micro):
-        torch.manual_seed(0)
-        lm = train.LM(train.Config(40, 16, 1, 2, 2, 8, 32, 32))
-        targets = sum(int((b.targets != train.data.NO_TARGET).sum()) for b in micro)
-        for b in micro:
-            (train.target_loss(lm, None, b) / targets).backward()
-        return lm.embedding.weight.grad
-
-    whole, parts = [train.data.collate(examples, [0, 1, 2, 3])], [train.data.collate(examples[:2], [0, 1]), train.data.collate(examples[2:], [2, 3])]
-    assert torch.allclose(gradient(whole), gradient(parts), atol=1e-6)
+def test_a_run_is_asked_and_resumed_from_any_folder(place, tmp_path, monkeypatch):
+    """Files named relative to where the run began are found from elsewhere, and inputs are asked as they were trained."""
+    (tmp_path / "begin").mkdir()
+    monkeypatch.chdir(tmp_path / "begin")
+    lines = [{"input": f"Name: {name}\nTown:", "target": TOWNS[i % 4]} for i, name in enumerate(PEOPLE)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = [os.path.relpath(a) if Path(a).is_absolute() else a for a in command(place, "connector_lm", tmp_path / "run", "--train", tmp_path / "begin" / "pairs.jsonl", "--dev", tmp_path / "begin" / "pairs.jsonl")]
+    train.main(flags)
+    monkeypatch.chdir(tmp_path)
+    asked = metrics.main(["ask", "--run", "run", "--max-new-tokens", "4", lines[0]["input"]])
+    assert asked == [metrics.read_predictions("run")[0]["prediction"]]
+    record = train.main(command(place, "connector_lm", "run", "--train", "begin/pairs.jsonl", "--dev", "begin/pairs.jsonl", "--resume"))
+    assert record["step"] <= 6
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -223,7 +223,12 @@ BAD = {
     "long prompt": (["--method", "prompt_tuning", "--prompt-length", "96"], ["train.jsonl:1", "context"]),
     "wrong tokenizer": (["--tokenizer", "{place}/large"], ["tokenizer", "belongs to another LM"]),
     "adapter of another base": (["--init", "{place}/foreign"], ["another base"]),
-    "an adapter of another kind": (["--method", "prompt_tuning", "--init", "{place}/connector"], ["Connector", "SoftPrompt"]),
+    "a tokenizer with other ids": (["--tokenizer", "{place}/small"], ["--tokenizer", "belongs to another LM"]),
+    "a Connector of another depth": (["--init", "{place}/connector", "--connector-layers", "2"], ["--connector-layers 1"]),
+    "a way to make prompts": (["--init", "vocab"], ["--init vocab", "neural_recursion"]),
+    "no such adapter": (["--init", "{place}/nothing"], ["--init", "nothing"]),
+    "a start for fine-tuning": (["--method", "fine_tuning", "--init", "{place}/connector"], ["--init", "fine_tuning"]),
+    "an adapter of another kind": (["--method", "prompt_tuning", "--init", "{place}/connector"], ["Connector", "prompt_tuning"]),
     "unknown method": (["--method", "magic"], ["magic", "neural_recursion"]),
     "no steps": (["--steps", "0"], ["--steps"]),
     "negative learning rate": (["--lr", "-1"], ["--lr"]),
@@ -240,6 +245,8 @@ def bad(place):
     (place / "unanswered.jsonl").write_text('{"question": "a", "answer": []}\n')
     (place / "long.jsonl").write_text('{"question": "a", "answer": ["b"]}\n' + json.dumps({"question": "why " * 200, "answer": ["b"]}) + "\n")
     (place / "large").mkdir()
+    (place / "small").mkdir()
+    train.data.train_tokenizer(["another text"], 262).save(str(place / "small" / "tokenizer.json"))
     train.data.train_tokenizer([" ".join(f"word{i}" for i in range(400))], 600).save(str(place / "large" / "tokenizer.json"))
     train.main(command(place, "neural_recursion", place / "connector"))
     other = train.LM(recurse.LM.from_pretrained(place / "lm" / "model").config)

@@ -351,6 +351,37 @@ def test_init_goes_on_from_a_trained_adapter(place, tmp_path):
     assert torch.equal(ours["prompt_embeddings"], theirs["prompt_embeddings"]) and record["step"] == 4
 
 
+def test_what_a_prompt_starts_from(place, tmp_path):
+    """With a rate of 0 the stored prompt is the start: embeddings of the most frequent answers, or of a text, then vocabulary."""
+    lm, tokenizer = LM.from_pretrained(place / "lm" / "model"), train.load_tokenizer(place / "lm" / "model")
+    targets = [e.target for e in train.data.read(place / "questions.jsonl")]
+    wanted = {
+        "labels": [lm.embedding.weight[tokenizer.encode(label, add_special_tokens=False).ids].mean(0) for label in dict.fromkeys(targets)],  # equally frequent
+        "text:Velmor, born": list(lm.embedding.weight[tokenizer.encode("Velmor, born", add_special_tokens=False).ids[:4]]),
+    }
+    for i, (init, rows) in enumerate(wanted.items()):
+        train.main(command(place, "prompt_tuning", tmp_path / str(i), "--init", init, "--lr", "0", "--steps", "1", "--prompt-length", "4"))
+        stored = load_file(tmp_path / str(i) / "adapter_model.safetensors")["prompt_embeddings"]
+        assert stored.shape == (4, 32)
+        torch.testing.assert_close(stored[: len(rows)], torch.stack(rows))
+
+
+def test_an_lm_for_another_tokenizer_ends_as_its_texts_do(place, tmp_path):
+    """BOS and EOS are what the tokenizer puts around a text, not ids 0."""
+    from tokenizers import processors
+
+    tokenizer = train.load_tokenizer(place / "lm" / "model")
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    bos, eos = (tokenizer.token_to_id(t) for t in ("<s>", "</s>"))
+    for name, template, expected in (("both", "<s> $A </s>", (bos, (eos,))), ("none", "$A", (None, ()))):
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", bos), ("</s>", eos)])
+        (tmp_path / name).mkdir()
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
+        train.main(command(place, "pretrain", tmp_path / f"lm-{name}", "--tokenizer", str(tmp_path / name), "--steps", "1"))
+        config = LM.from_pretrained(tmp_path / f"lm-{name}" / "model").config
+        assert (config.bos, config.eos) == expected
+
+
 def test_a_kill_before_the_first_record_is_complete_can_be_resumed(place, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "lock").touch()
