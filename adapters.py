@@ -187,6 +187,8 @@ def load_adapter(folder: str | Path, lm) -> nn.Module:
     if config.get("token_dim", lm.config.dim) != lm.config.dim:
         raise ValueError(f"{folder}: made for an LM of width {config['token_dim']}, this one's is {lm.config.dim}")
     if config["peft_type"] == "PROMPT_TUNING":
+        if config.get("placement", "before_bos") != "before_bos":
+            raise ValueError(f"{folder}: placement {config['placement']!r} is not supported (only 'before_bos')")
         adapter = SoftPrompt(from_file(config.get("num_virtual_tokens", 0), lm.embedding.weight, folder))
     elif config["peft_type"] == "CONNECTOR":
         layers = config.get("connector_layers")

@@ -4,8 +4,9 @@ A task's data are examples of an input text and a target text. Files are JSON li
 
     {"question": "who wrote emma", "answer": ["Jane Austen", "Austen"]}      NQ-open's format; a question format is put around it
     {"input": "Review: dull.\\nVerdict:", "target": "bad"}                    used as it stands
+    {"inputs_pretokenized": ..., "targets_pretokenized": "bad", "answer_choices": ["good", "bad"]}       P3's names for the same
 
-and may carry "task" (figures are given per task) and "id". Text to model is lines of {"text": "..."}, or of the two forms
+and may carry "task" (figures are given per task) and "id". With answer_choices, or "options" in the second form, the answer is one of these. Text to model is lines of {"text": "..."}, or of the two forms
 above, or a plain .txt file with a blank line between documents.
 
 A batch is a pure function of (examples, size, seed, step): nothing is drawn from a stream that a resumed run would have
@@ -44,6 +45,10 @@ class Example:
     task: str = ""
     id: str = ""  # unique within its task and file; file:line where the file gives none
     where: str = ""  # file:line, for messages
+    options: tuple[str, ...] = ()  # what there is to choose from; empty where any text may be the answer
+
+
+P3_KEYS = {"inputs_pretokenized": "input", "targets_pretokenized": "target", "answer_choices": "options"}
 
 
 def question_text(question: str) -> str:
@@ -74,15 +79,22 @@ def example(record: dict, where: str) -> Example:
         answers = [answers] if isinstance(answers, str) else answers
         target = answers[0] if isinstance(answers, list) and answers else None
     else:
+        record = {P3_KEYS.get(key, key): value.strip() if key in P3_KEYS and isinstance(value, str) else value for key, value in record.items()}
         text, target = record.get("input"), record.get("target")
         answers = record.get("answers", [target])
+    options = record.get("options") or []
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: needs a text under the key question, or input")
+        raise ValueError(f"{where}: needs a text under the key question, input or inputs_pretokenized")
     if not isinstance(answers, list) or not all(isinstance(a, str) and a.strip() for a in [target, *answers]):
-        raise ValueError(f"{where}: needs a list of texts under the key answer, or a text under target")
+        raise ValueError(f"{where}: needs a list of texts under the key answer, or a text under target or targets_pretokenized")
+    if not isinstance(options, list) or not all(isinstance(o, str) and o.strip() for o in options):
+        raise ValueError(f"{where}: needs a list of texts under the key options or answer_choices")
+    options = tuple(o.strip() for o in options)
+    if options and target not in options:
+        raise ValueError(f"{where}: the target {target!r} is not among the options {', '.join(options)}")
     text = question_text(text) if "question" in record else text
     answers = answers if target in answers else [target, *answers]
-    return Example(text, target, tuple(answers), str(record.get("task", "")), str(record.get("id", where)), where)
+    return Example(text, target, tuple(answers), str(record.get("task", "")), str(record.get("id", where)), where, options)
 
 
 def read_texts(path: str | Path) -> list[str]:
@@ -109,7 +121,7 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
     """("file:line", record) for each line of a JSONL file; blank lines are skipped."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: " + ("is a folder, not a file" if path.is_dir() else "no such file"))
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -138,25 +150,37 @@ class Encoded:
 
 
 def encode(examples: Sequence[Example], tokenizer: Tokenizer, eos: int | None, max_len: int) -> list[Encoded]:
-    """Tokens of each example. BOS and the like are what the published tokenizer adds in front of a text.
+    """Tokens of each example. BOS is in front where the published tokenizer puts it.
 
     The target's tokens are those that input + " " + target has beyond the input's own, so the boundary is tokenised as it
     would be in running text. ValueError names the example whose tokens exceed `max_len`, the room that a prompt leaves.
     """
-    inputs = tokenizer.encode_batch([e.input for e in examples])
-    wholes = tokenizer.encode_batch([f"{e.input} {e.target}" for e in examples])
+    inputs = open_ended(tokenizer, [e.input for e in examples])
+    wholes = open_ended(tokenizer, [f"{e.input} {e.target}" for e in examples])
     encoded = []
     for example, input, whole in zip(examples, inputs, wholes):
-        n = len(input.ids)
-        if whole.ids[:n] != input.ids:  # a token spans the boundary: keep the input as it will be asked
-            target = tokenizer.encode(f" {example.target}", add_special_tokens=False).ids
+        n = len(input)
+        if whole[:n] != input:  # a token spans the boundary: keep the input as it will be asked, and take the target's tokens from behind another text
+            alone, whole = open_ended(tokenizer, [":", f": {example.target}"])
+            target = whole[len(alone) :]
         else:
-            target = whole.ids[n:]
+            target = whole[n:]
         target = target + ([] if eos is None else [eos])
         if n + len(target) - 1 > max_len:  # the last target token is predicted, never read
             raise ValueError(f"{example.where}: {n} tokens and {len(target)} of the answer exceed the {max_len} that the LM's context leaves")
-        encoded.append(Encoded(input.ids, target))
+        encoded.append(Encoded(input, target))
     return encoded
+
+
+def open_ended(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of texts that are to be continued: with the BOS that a tokenizer puts in front, without the EOS that some put behind."""
+    rows = []
+    for text in tokenizer.encode_batch(list(texts)):
+        n = len(text.ids)
+        while n > 1 and text.special_tokens_mask[n - 1]:
+            n -= 1
+        rows.append(text.ids[:n])
+    return rows
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -256,7 +280,7 @@ def windows(corpus: Corpus, size: int, length: int, seed: int, step: int) -> Bat
     order = np.random.default_rng([seed, epoch]).permutation(len(corpus.starts) - 1)
     ends = np.cumsum(np.diff(corpus.starts)[order])  # where each document ends in this epoch's stream
     begin, stop = first * length, (rows[-1] + 1) * length + 1
-    low, high = np.searchsorted(ends, begin, "right"), np.searchsorted(ends, stop, "left") + 1
+    low, high = np.searchsorted(ends, begin, "right"), np.searchsorted(ends, stop, "left") + 1  # the documents that hold begin to stop
     stream = np.concatenate([corpus.tokens[corpus.starts[d] : corpus.starts[d + 1]] for d in order[low:high]])
     skip = begin - (ends[low - 1] if low else 0)
     stream = torch.from_numpy(stream[skip : skip + stop - begin].astype(np.int64))

@@ -256,7 +256,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None):
     """Run one sub-command and return its result. Bad input: one line on stderr and exit status 2."""
-    parser = Parser(prog="eval.py", description="Score and compare runs.")
+    parser = Parser(prog="eval.py", description="Compare runs, and use what they trained.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("compare", help="paired bootstrap between the test predictions of two runs")
     command.add_argument("run_a", help="run folder of system a")
@@ -273,17 +273,16 @@ def main(argv: list[str] | None = None):
         if args.command == "compare":
             return compare(args.run_a, args.run_b, args.iters, args.seed)
         if args.command == "ask":
-            from data import question_text
+            from data import open_ended, question_text
             from model import answer
             from recurse import load_run
 
             lines = Path(args.input).read_text(encoding="utf-8").splitlines() if args.input else []
             questions = args.question + [line.strip() for line in lines if line.strip()]
-            if not questions:
-                raise ValueError("no question: give one in quotation marks, or a file with --input")
+            if not questions or not all(map(str.strip, questions)):
+                raise ValueError("no question, or an empty one: give one in quotation marks, or a file with --input")
             model, prefix, tokenizer, record = load_run(args.run)
-            asked = [question_text(q) if record.get("question_format", True) else q for q in questions]
-            ids = [tokenizer.encode(text).ids for text in asked]
+            ids = open_ended(tokenizer, [question_text(q) if record.get("question_format", True) else q for q in questions])
             answers = answer(model, tokenizer, ids, prefix, args.max_new_tokens)
             for question, text in zip(questions, answers):
                 print(text if len(questions) == 1 else f"{question}\t{text}")

@@ -429,7 +429,7 @@ class Layers(nn.ModuleList):
         if prefix is not None and prefix.layers[0][0].shape[0] not in (1, x.shape[0]):
             raise ValueError(f"the prefix has {prefix.layers[0][0].shape[0]} rows, the text {x.shape[0]}")
         P, lengths = (0, None) if prefix is None else (prefix.size, prefix.lengths)
-        if lengths is None and P + x.shape[1] > self.config.max_len:  # of a ragged prefix, generate and option_scores check each row
+        if lengths is None and P + x.shape[1] > self.config.max_len:
             raise ValueError(f"{x.shape[1]} positions after a prefix of {P} exceed the LM's context of {self.config.max_len}")
         positions = torch.arange(x.shape[1], device=x.device) + (P if lengths is None else lengths[:, None])
         (cos, sin), kept = rotation(self.config, positions), []
@@ -437,7 +437,9 @@ class Layers(nn.ModuleList):
             q, k, v = layer.project(x, cos, sin)
             past = prefix.layers[i] if prefix else None
             if keep:  # the joined keys and values are wanted anyway, so attention gets them and need not join them again
-                k, v, past = *(join(past, k, v) if prefix else (k, v)), None
+                if past is not None:
+                    k, v = join(past, k, v)
+                past = None
                 kept.append((k, v))
             if keys_only and i == len(self) - 1:  # nothing attends to the last layer's output
                 break
@@ -467,7 +469,8 @@ class LM(nn.Module):
         config = read_config(folder)
         with torch.device("meta"):
             lm = cls(config, attend or globals()["attend"])
-        names, tensors = published_names(config), read_tensors(folder)
+        names = published_names(config)
+        tensors = {name: t for name, t in read_tensors(folder).items() if not name.endswith(".rotary_emb.inv_freq")}  # computed here; older files store it
         if config.tied:
             tensors.pop("lm_head.weight", None)  # some tied checkpoints store the embedding twice
         check_tensors(tensors, {names[ours]: p.shape for ours, p in lm.named_parameters()}, folder)
@@ -505,7 +508,8 @@ class LM(nn.Module):
     def fingerprint(self) -> str:
         """Hex SHA-256 of the checkpoint as stored (`hash_tensors`), so the same on every device and in every dtype.
 
-        An LM that was never loaded has none stored; its parameters as they are now take that place.
+        An LM that was never loaded has none stored; its parameters as they are now take that place. Of a loaded one it is
+        the file's, whatever became of the parameters since: what was trained on a changed LM needs that LM saved first.
         """
         if self.folder is None:
             return hash_tensors(self.published_tensors())
@@ -521,6 +525,8 @@ class LM(nn.Module):
 
         Texts of different lengths are padded on the right, which needs no mask: in a causal LM what comes later is not
         seen. Positions count from the prefix's length. Works for any x of width C: embeddings, or a Connector's output.
+        ValueError beyond the LM's context; behind a ragged prefix that is the caller's to check, who knows each row's own
+        length (x may be padded past the context where a row with a short prefix needs it; see check_room).
         """
         out = self.layers(x, prefix, keep)
         return (self.norm(out[0]), out[1]) if keep else self.norm(out)
@@ -593,6 +599,9 @@ def read_questions(lm, ids: list[list[int]], prefix, new_tokens: list[int]):
             prefix = tuple(Prefix.stack([p and p[i] for p in prefix]) for i in range(len(some[0])))
         else:
             prefix = Prefix.stack(prefix)
+    for b, row in enumerate(ids):
+        if not 0 <= min(row) <= max(row) < lm.config.vocab_size:
+            raise ValueError(f"question {b} has the token id {min(row) if min(row) < 0 else max(row)}, outside the vocabulary of {lm.config.vocab_size}")
     check_room(lm, ids, prefix, new_tokens)
     tokens, lengths = pad(ids, next(lm.parameters()).device)
     last = tokens.gather(1, lengths[:, None] - 1)

@@ -102,5 +102,7 @@ def load_run(folder: str | Path, device: str = "cpu"):
     else:
         lm = LM.from_pretrained(base, device)
         adapter = load_adapter(folder, lm).requires_grad_(False)
-        method, tokenizer = arguments["composition"] if method == "pretrain_connector" else method, tokenizer or lm.folder
+        tokenizer = tokenizer or lm.folder
+        if method == "pretrain_connector":
+            method = arguments["composition"]
     return *compose(method, lm, adapter), load_tokenizer(tokenizer, lm.config.vocab_size), record

@@ -387,6 +387,8 @@ def tune(args) -> dict:
     lm, tokenizer = load_lm(args)
     eos = lm.config.eos[0] if lm.config.eos else None
     room = lm.config.max_len - (args.prompt_length if args.method == "prompt_tuning" else 0)
+    if room < 2:
+        raise ValueError(f"--prompt-length {args.prompt_length} leaves {room} of the LM's context of {lm.config.max_len}")
     examples = {split: load_split(args, split) for split in ("train", "dev", "test")}
     tokens = {split: data.encode(part, tokenizer, eos, room) for split, part in examples.items()}
     for example, asked in ((e, t.input) for split in ("dev", "test") for e, t in zip(examples[split], tokens[split])):
@@ -431,11 +433,15 @@ def tune(args) -> dict:
 def new_adapter(args, lm: LM, tokenizer: Tokenizer, train: list[data.Example]) -> nn.Module:
     """What a method trains, at its start; --init says which (see --help)."""
     stored, init = ASSETS / f"{args.method}_{args.connector_layers}", args.init
-    if init is None:
-        init = "vocab" if args.method == "prompt_tuning" else str(stored) if args.model is None and stored.is_dir() else "random"
+    if init is None and args.method == "prompt_tuning":
+        init = "vocab"
+    elif init is None:
+        init = str(stored) if args.model is None and stored.is_dir() else "random"
     kind, _, text = init.partition(":")
     if Path(init).is_dir():
-        adapter = adapters.load_adapter(init, lm)
+        adapter, made_for = adapters.load_adapter(init, lm), adapters.read_adapter_config(init).get("method", args.method)
+        if made_for != args.method and args.method in recurse.COMPOSITIONS:
+            raise ValueError(f"--init {init} was trained for {made_for}, where a Connector's output has another reader than in {args.method}")
     elif init == "random" and args.method != "prompt_tuning":
         adapter = recurse.new_connector(lm, args.method, args.connector_layers)
     elif args.method == "prompt_tuning" and kind in ("random", "vocab", "labels", "text"):
@@ -547,9 +553,9 @@ def start_record(run: Run, trained: nn.Module, frozen: LM | None, data_hash: str
         if before and before.get(what) != now:
             raise ValueError(f"{run.folder} was started on {'other data' if what == 'data_hash' else 'another LM'} (its {what} differs)")
     count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-    print(f"{run.args.method}: {count / 1e6:.2f}M trained" + (f", {sum(p.numel() for p in frozen.parameters()) / 1e6:.2f}M frozen" if frozen else ""), flush=True)
-    record = {
-        "command": shlex.join(["python", "train.py", *run.args.argv]),
+    print(f"{run.args.method}: {count:,} parameters trained" + (f", {sum(p.numel() for p in frozen.parameters()):,} frozen" if frozen else ""), flush=True)
+    record = (before or {}) | {  # what a finished run found stays until it is found again
+        "command": before["command"] if before else shlex.join(["python", "train.py", *run.args.argv]),
         "arguments": arguments(run.args),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "hardware": {"device": torch.cuda.get_device_name() if run.args.device == "cuda" else platform.machine(), "threads": torch.get_num_threads()},

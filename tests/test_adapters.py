@@ -222,6 +222,10 @@ def test_configs_that_cannot_be_used_are_named(lm, tmp_path):
     edit_config(tmp_path, peft_type="LORA")
     with pytest.raises(ValueError, match="peft_type 'LORA' is not supported; supported: PROMPT_TUNING, CONNECTOR"):
         load_adapter(tmp_path, lm)
+    save_adapter(tmp_path, make_adapter("prompt", lm), lm)
+    edit_config(tmp_path, placement="after_bos")
+    with pytest.raises(ValueError, match="placement 'after_bos' is not supported"):
+        load_adapter(tmp_path, lm)
     for text, named in (("{", "not valid JSON"), ("[]", "has no key peft_type"), ("{}", "has no key peft_type")):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(ValueError, match=f"adapter_config.json: {named}"):

@@ -133,6 +133,30 @@ def test_a_token_across_the_boundary_leaves_the_input_as_asked(tokenizer):
     assert tokenizer.decode(encoded.target) == " Kranstad"
 
 
+def test_p3s_keys_are_read(tmp_path):
+    record = {"inputs_pretokenized": "Is it good? ", "targets_pretokenized": "\nyes\n", "answer_choices": ["no", " yes"], "task": "review"}
+    (e,) = data.read(write(tmp_path / "p3.jsonl", record))
+    assert (e.input, e.target, e.answers, e.task, e.options) == ("Is it good?", "yes", ("yes",), "review", ("no", "yes"))
+    for change, word in (({"answer_choices": ["no"]}, "'yes' is not among the options no"), ({"answer_choices": "yes"}, "answer_choices"), ({"targets_pretokenized": " "}, "target")):
+        with pytest.raises(ValueError, match=f"p3.jsonl:1: .*{word}"):
+            data.read(write(tmp_path / "p3.jsonl", record | change))
+
+
+def test_an_eos_that_the_tokenizer_appends_does_not_end_the_question(tokenizer):
+    """SentencePiece files put a space in front and may put an EOS behind: neither comes between question and answer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    pieces = Tokenizer(models.Unigram([("<s>", 0.0), ("</s>", 0.0), ("▁", -3.0), *((c, -4.0) for c in "QA:?abn"), ("▁ban", -2.0)]))
+    pieces.pre_tokenizer = pre_tokenizers.Metaspace()
+    pieces.add_special_tokens(["<s>", "</s>"])
+    pieces.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    assert pieces.encode("A:").tokens == ["<s>", "▁", "A", ":", "</s>"]
+    for text in ("A:", "A: "):  # in running text the trailing space belongs to the next word
+        (encoded,) = data.encode([data.Example(text, "ban", ("ban",))], pieces, 1, 100)
+        assert [pieces.id_to_token(i) for i in encoded.input][:4] == ["<s>", "▁", "A", ":"] and 1 not in encoded.input
+        assert [pieces.id_to_token(i) for i in encoded.target] == ["▁ban", "</s>"]
+
+
 def examples(n, seed=0):
     draw = np.random.default_rng(seed)
     return [Encoded(draw.integers(1, 50, draw.integers(1, 40)).tolist(), draw.integers(50, 99, draw.integers(1, 4)).tolist()) for _ in range(n)]

@@ -491,6 +491,21 @@ def test_new_layers_are_fresh_trainable_and_not_the_lms(lm):
     assert lm.fingerprint() == before
 
 
+def test_checkpoint_that_stores_its_rotation_loads(make_lm, tmp_path):
+    lm = make_lm("tied")
+    lm.save(tmp_path / "lm")
+    tensors = load_file(tmp_path / "lm" / "model.safetensors")
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}, tmp_path / "lm" / "model.safetensors")
+    ids = torch.tensor([[1, 5, 9]])
+    assert torch.equal(LM.from_pretrained(tmp_path / "lm")(lm.embed(ids)), lm(lm.embed(ids)))
+
+
+@pytest.mark.parametrize("token", [-1, 67])
+def test_a_token_outside_the_vocabulary_is_named(make_lm, token):
+    with pytest.raises(ValueError, match=f"question 1 has the token id {token}, outside the vocabulary of 67"):
+        generate(make_lm("tied"), [[1], [2, token, 3]])
+
+
 def test_tied_checkpoint_that_stores_its_embedding_twice_loads(make_lm, tmp_path):
     lm = make_lm("tied")
     lm.save(tmp_path / "lm")

@@ -92,6 +92,71 @@ def test_bf16_runs_through(place, tmp_path, method):
     assert record["weights_before"] == record["weights_after"] and record["seconds"] > 0
 
 
+@pytest.mark.parametrize("method", TUNED)
+def test_what_is_frozen_may_be_bf16_and_what_is_trained_is_float32(place, method):
+    lm, _ = train.load_lm(train.parse(command(place, method, "unused", "--dtype", "bfloat16")))
+    assert lm.embedding.weight.dtype == (torch.float32 if method == "fine_tuning" else torch.bfloat16)
+
+
+def test_dev_scores_along_training_are_taken_from_the_whole_file(place, tmp_path, monkeypatch):
+    """Files are often sorted: of 5 questions with --eval-limit 2 the 1st and the 4th are asked, and all 5 at the end."""
+    asked, score = [], metrics.score
+    monkeypatch.setattr(metrics, "score", lambda examples, answers: asked.append([e.id for e in examples]) or score(examples, answers))
+    train.main(command(place, "prompt_tuning", tmp_path / "run", "--eval-limit", "2"))
+    assert asked == [["q0", "q3"]] * 3 + [[f"q{i}" for i in range(5)]]
+
+
+def test_a_frozen_lm_that_changes_is_reported(place, tmp_path, monkeypatch):
+    def careless(run, *arguments):
+        lm.embedding.weight.data[0] += 1
+        return fit(run, *arguments)
+
+    load, fit = train.load_lm, train.fit
+    lm, tokenizer = load(train.parse(command(place, "connector_lm", "unused")))
+    monkeypatch.setattr(train, "load_lm", lambda args: (lm, tokenizer))
+    monkeypatch.setattr(train, "fit", careless)
+    with pytest.raises(ValueError, match="weights changed"):
+        train.main(command(place, "connector_lm", tmp_path / "run"))
+
+
+def test_held_out_text_is_not_trained_on(tmp_path):
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"document number {i}."}) + "\n" for i in range(100)))
+    args = train.parse(["--method", "pretrain", "--train", str(tmp_path / "text.jsonl")])
+    tokenizer = train.data.train_tokenizer(["document number 0123456789."], 300)
+    texts = [tokenizer.decode(corpus.tokens.tolist()) for corpus in train.load_corpus(args, tokenizer)]
+    assert "number 97." in texts[0] and "number 98." not in texts[0] and texts[1] == "document number 98.document number 99."
+
+
+def test_a_resumed_run_keeps_its_command_and_what_it_found(place, tmp_path, monkeypatch):
+    before = train.main(command(place, "connector_lm", tmp_path / "run"))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "fit", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(command(place, "connector_lm", tmp_path / "run", "--resume"))
+    after = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert after["command"] == before["command"] and "--resume" not in after["command"] and after["results"] == before["results"]
+
+
+def test_a_run_remembers_a_tokenizer_of_its_own(place, tmp_path):
+    """A base without tokenizer.json is trained with --tokenizer, and asked with the same."""
+    (tmp_path / "base").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "base" / name).write_bytes((place / "lm" / "model" / name).read_bytes())
+    (tmp_path / "words.json").write_bytes((place / "lm" / "model" / "tokenizer.json").read_bytes())
+    train.main(command(place, "connector_lm", tmp_path / "run", "--model", tmp_path / "base", "--tokenizer", tmp_path / "words.json"))
+    assert metrics.main(["ask", "--run", str(tmp_path / "run"), "--max-new-tokens", "4", "where was Anna born"]) == [metrics.read_predictions(tmp_path / "run")[0]["prediction"]]
+
+
+def test_an_empty_question_is_refused(place, tmp_path, capsys):
+    train.main(command(place, "connector_lm", tmp_path / "run"))
+    with pytest.raises(SystemExit) as stop:
+        metrics.main(["ask", "--run", str(tmp_path / "run"), " "])
+    assert stop.value.code == 2 and "empty" in capsys.readouterr().err
+
+
 def test_other_data_under_the_same_name_is_not_resumed(place, tmp_path):
     files = command(place, "prompt_tuning", tmp_path / "run", "--train", str(tmp_path / "mine.jsonl"))
     lines = (place / "train.jsonl").read_text().splitlines(keepends=True)
@@ -220,7 +285,10 @@ BAD = {
     "no answer": (["--dev", "{place}/unanswered.jsonl"], ["unanswered.jsonl:1", "answer"]),
     "long question": (["--train", "{place}/long.jsonl"], ["long.jsonl:2", "context"]),
     "long dev question": (["--dev", "{place}/long.jsonl"], ["long.jsonl:2", "context"]),
-    "long prompt": (["--method", "prompt_tuning", "--prompt-length", "96"], ["train.jsonl:1", "context"]),
+    "long prompt": (["--method", "prompt_tuning", "--prompt-length", "90"], ["train.jsonl:1", "context"]),
+    "a prompt that fills the context": (["--method", "prompt_tuning", "--prompt-length", "600"], ["--prompt-length 600", "context"]),
+    "a folder for a file": (["--train", "{place}"], ["is a folder"]),
+    "a Connector for another composition": (["--init", "{place}/connector", "--method", "lm_connector"], ["trained for neural_recursion", "lm_connector"]),
     "wrong tokenizer": (["--tokenizer", "{place}/large"], ["tokenizer", "belongs to another LM"]),
     "adapter of another base": (["--init", "{place}/foreign"], ["another base"]),
     "a tokenizer with other ids": (["--tokenizer", "{place}/small"], ["--tokenizer", "belongs to another LM"]),
