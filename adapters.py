@@ -4,6 +4,7 @@
                  Prompt Tuning"); used as  lm(lm.embed(ids), prefix=lm.read(prompt()))
     Connector    a few causal layers between two passes through the LM (Levine et al. 2022, "Standing on the Shoulders of
                  Giant Frozen Language Models", section 4.2); used as  lm(connector(lm(lm.embed(ids))))
+    T5Encoder    the frozen reader of the input that input-dependent prompts are made from (section 2 there)
 
 An adapter is stored as a folder of two files, adapter_config.json and adapter_model.safetensors; a soft prompt's are the
 ones that PEFT reads and writes. The config holds the fingerprint of the LM it was trained on, and loading checks it.
@@ -16,14 +17,17 @@ Dimensions as in model.py: B batch, T text tokens, P prompt tokens, C model widt
 
 import argparse
 import json
+import math
 import os
 import sys
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -122,6 +126,162 @@ class Connector(nn.Module):
 def rms(vectors: Tensor) -> float:
     """Root mean square over all entries: the scale for a Connector whose output stands in for such vectors."""
     return vectors.detach().float().square().mean().sqrt().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The frozen encoder of input-dependent prompts
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """The shape of a T5 encoder; `read_t5_config` translates from a published config.json, `T5Encoder.save` back."""
+
+    vocab_size: int
+    dim: int  # C
+    n_layers: int
+    n_heads: int  # H
+    head_dim: int  # D; H * D need not equal C
+    hidden_dim: int  # width of the MLP
+    gated: bool = True  # T5 1.1 and Flan: gelu(x W0) * (x W1); the first T5: relu(x W)
+    buckets: int = 32  # distances that have a bias of their own, half of them for each direction
+    max_distance: int = 128  # beyond which all share the last bucket
+    norm_eps: float = 1e-6
+
+
+def read_t5_config(folder: str | Path) -> T5Config:
+    """The T5Config in a published folder's config.json. ValueError names the key that is missing or not supported."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no config.json, so this is not a checkpoint folder")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict) or raw.get("model_type") not in ("t5", "mt5"):
+        raise ValueError(f"{path}: model_type is not t5")
+    sizes = ("vocab_size", "d_model", "num_layers", "num_heads", "d_kv", "d_ff")
+    for key in sizes:
+        if type(raw.get(key)) is not int or raw[key] < 1:
+            raise ValueError(f"{path}: {key} is {raw.get(key)!r}, not a positive whole number")
+    mlp = raw.get("feed_forward_proj", "relu")
+    if mlp not in ("relu", "gated-gelu"):
+        raise ValueError(f"{path}: feed_forward_proj {mlp!r} is not supported (only 'relu' and 'gated-gelu')")
+    rest = (raw.get("relative_attention_num_buckets", 32), raw.get("relative_attention_max_distance", 128), raw.get("layer_norm_epsilon", 1e-6))
+    return T5Config(*(raw[key] for key in sizes), mlp == "gated-gelu", *rest)
+
+
+class Uninitialised(torch.overrides.TorchFunctionMode):
+    """Inside it torch.nn.init does nothing: what a checkpoint fills needs no random numbers, and on the meta device drawing
+    them would first import torch's compiler, which takes seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+class T5Layer(nn.Module):
+    """One pre-norm block. T5 does not divide attention scores by sqrt(D): its initialisation has that in it."""
+
+    def __init__(self, c: T5Config):
+        super().__init__()
+        linear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)
+        self.head_dim = c.head_dim
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(c.dim, c.norm_eps), nn.RMSNorm(c.dim, c.norm_eps)
+        self.q, self.k, self.v = (linear(c.dim, c.n_heads * c.head_dim) for _ in range(3))
+        self.o = linear(c.n_heads * c.head_dim, c.dim)
+        self.gate = linear(c.dim, c.hidden_dim) if c.gated else None
+        self.up, self.down = linear(c.dim, c.hidden_dim), linear(c.hidden_dim, c.dim)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x (B, L, C), bias (1 | B, H, L, L) added to the scores -> (B, L, C)."""
+        y = self.attention_norm(x)
+        q, k, v = (f(y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0).transpose(1, 2).flatten(2))
+        y = self.mlp_norm(x)
+        return x + self.down(F.relu(self.up(y)) if self.gate is None else F.gelu(self.gate(y), approximate="tanh") * self.up(y))
+
+
+class T5Encoder(nn.Module):
+    """The encoder half of T5 (Raffel et al. 2020). encoder(encoder.embed(ids), lengths) -> (B, L, C), final norm included.
+
+    Works for any x of width C, such as a trained prompt in front of the embeddings. `T5Encoder.from_pretrained` is frozen.
+    """
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        c = self.config = config
+        self.embedding = nn.Embedding(c.vocab_size, c.dim)
+        self.distance_bias = nn.Embedding(c.buckets, c.n_heads)  # one table for all layers
+        self.layers = nn.ModuleList(T5Layer(c) for _ in range(c.n_layers))
+        self.norm = nn.RMSNorm(c.dim, c.norm_eps)
+        for name, p in self.named_parameters():  # T5's scheme: 1 / sqrt(fan-in), and once more 1 / sqrt(D) for q in place of scaled scores
+            if p.dim() == 2:
+                fan_in = 1.0 if name == "embedding.weight" else c.dim if name == "distance_bias.weight" else p.shape[1]
+                nn.init.normal_(p, std=(fan_in * (c.head_dim if name.endswith(".q.weight") else 1)) ** -0.5)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids (B, L) -> (B, L, C)."""
+        return self.embedding(ids)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """x (B, L, C) -> (B, L, C); lengths (B,) says how much of each right-padded row is real."""
+        position = torch.arange(x.shape[1], device=x.device)
+        bias = self.distance_bias(distance_bucket(position[None] - position[:, None], self.config)).permute(2, 0, 1)[None]  # (1, H, L, L)
+        if lengths is not None:
+            bias = bias.masked_fill(position >= lengths[:, None, None, None], torch.finfo(bias.dtype).min)
+        for layer in self.layers:
+            x = layer(x, bias)
+        return self.norm(x)
+
+    def published_names(self) -> dict[str, str]:
+        """{our parameter name: the published tensor name}."""
+        names = {"embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight",
+                 "distance_bias.weight": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"}  # fmt: skip
+        for i in range(self.config.n_layers):
+            ours, attention, mlp = f"layers.{i}", f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
+            names |= {f"{ours}.{ours_}.weight": f"{attention}.SelfAttention.{ours_}.weight" for ours_ in "qkvo"}
+            names |= {f"{ours}.attention_norm.weight": f"{attention}.layer_norm.weight", f"{ours}.mlp_norm.weight": f"{mlp}.layer_norm.weight"}
+            names |= {f"{ours}.{a}.weight": f"{mlp}.DenseReluDense.{b}.weight" for a, b in (("gate", "wi_0"), ("up", "wi_1" if self.config.gated else "wi"), ("down", "wo"))}
+        return {ours: theirs for ours, theirs in names.items() if ours in dict(self.named_parameters())}
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "T5Encoder":
+        """The encoder of a published T5 checkpoint, frozen: eval mode, nothing requires a gradient. A decoder beside it is left unread."""
+        tensors = read_tensors(folder)
+        with torch.device("meta"), Uninitialised():
+            encoder = cls(read_t5_config(folder))
+        if "shared.weight" not in tensors and "encoder.embed_tokens.weight" in tensors:
+            tensors["shared.weight"] = tensors["encoder.embed_tokens.weight"]
+        names, shapes = encoder.published_names(), {n: p.shape for n, p in encoder.named_parameters()}
+        known = set(names.values()) | {"encoder.embed_tokens.weight"}
+        wrong = [n for ours, n in names.items() if n not in tensors or tensors[n].shape != shapes[ours]] + [n for n in tensors if n.startswith("encoder.") and n not in known]
+        if wrong:
+            raise ValueError(f"{folder}: the tensor {min(wrong)} is missing, unexpected or misshapen for its config")
+        encoder.load_state_dict({ours: tensors[theirs].to(device, dtype) for ours, theirs in names.items()}, assign=True)
+        return encoder.requires_grad_(False).eval()
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Writes config.json and model.safetensors in the published format into a folder, which may exist."""
+        c, folder, state = self.config, Path(folder), dict(self.named_parameters())
+        config = {"architectures": ["T5EncoderModel"], "model_type": "t5", "vocab_size": c.vocab_size, "d_model": c.dim, "num_layers": c.n_layers,
+                  "num_heads": c.n_heads, "d_kv": c.head_dim, "d_ff": c.hidden_dim, "feed_forward_proj": "gated-gelu" if c.gated else "relu",
+                  "relative_attention_num_buckets": c.buckets, "relative_attention_max_distance": c.max_distance, "layer_norm_epsilon": c.norm_eps,
+                  "is_encoder_decoder": False}  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / "model.safetensors") as path:
+            save_file({theirs: state[ours].detach().cpu().to(dtype).contiguous() for ours, theirs in self.published_names().items()}, path, metadata={"format": "pt"})
+        with replacing(folder / "config.json") as path:
+            path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def distance_bucket(distance: Tensor, config: T5Config) -> Tensor:
+    """The bucket of key position minus query position. Half the buckets look back, half ahead; in each half the near distances
+    have one bucket each, and the far ones share buckets that widen logarithmically up to max_distance."""
+    half = config.buckets // 2
+    near, away = half // 2, distance.abs()
+    far = near + (away.clamp(min=1).float() / near).log() / math.log(config.max_distance / near) * (half - near)
+    return (distance > 0) * half + torch.where(away < near, away, far.long().clamp(max=half - 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -147,6 +147,7 @@ class Encoded:
 
     input: list[int]
     target: list[int]
+    options: list[list[int]] = field(default_factory=list)  # what it may be asked to choose from, each as the target would be
 
 
 def encode(examples: Sequence[Example], tokenizer: Tokenizer, eos: int | None, max_len: int) -> list[Encoded]:
@@ -155,20 +156,21 @@ def encode(examples: Sequence[Example], tokenizer: Tokenizer, eos: int | None, m
     The target's tokens are those that input + " " + target has beyond the input's own, so the boundary is tokenised as it
     would be in running text. ValueError names the example whose tokens exceed `max_len`, the room that a prompt leaves.
     """
-    inputs = open_ended(tokenizer, [e.input for e in examples])
-    wholes = open_ended(tokenizer, [f"{e.input} {e.target}" for e in examples])
+    inputs, ends = open_ended(tokenizer, [e.input for e in examples]), [] if eos is None else [eos]
+    wholes = iter(open_ended(tokenizer, [f"{e.input} {text}" for e in examples for text in (e.target, *e.options)]))
     encoded = []
-    for example, input, whole in zip(examples, inputs, wholes):
-        n = len(input)
-        if whole[:n] != input:  # a token spans the boundary: keep the input as it will be asked, and take the target's tokens from behind another text
-            alone, whole = open_ended(tokenizer, [":", f": {example.target}"])
-            target = whole[len(alone) :]
-        else:
-            target = whole[n:]
-        target = target + ([] if eos is None else [eos])
-        if n + len(target) - 1 > max_len:  # the last target token is predicted, never read
-            raise ValueError(f"{example.where}: {n} tokens and {len(target)} of the answer exceed the {max_len} that the LM's context leaves")
-        encoded.append(Encoded(input, target))
+    for example, input in zip(examples, inputs):
+        n, targets = len(input), []
+        for text in (example.target, *example.options):
+            whole = next(wholes)
+            if whole[:n] == input:
+                targets.append(whole[n:] + ends)
+            else:  # a token spans the boundary: keep the input as it will be asked, and take the target's tokens from behind another text
+                alone, whole = open_ended(tokenizer, [":", f": {text}"])
+                targets.append(whole[len(alone) :] + ends)
+            if n + len(targets[-1]) - 1 > max_len:  # the last target token is predicted, never read
+                raise ValueError(f"{example.where}: {n} tokens and {len(targets[-1])} of the answer exceed the {max_len} that the LM's context leaves")
+        encoded.append(Encoded(input, targets[0], targets[1:]))
     return encoded
 
 
@@ -286,6 +288,43 @@ def windows(corpus: Corpus, size: int, length: int, seed: int, step: int) -> Bat
     stream = torch.from_numpy(stream[skip : skip + stop - begin].astype(np.int64))
     ids, targets = (stream[i : i + len(rows) * length].view(len(rows), length) for i in (0, 1))
     return Batch(ids, torch.full((len(rows),), length), targets, rows)
+
+
+def mask_words(batch: Batch, special: dict[str, int], vocab_size: int, seed: int, step: int, share: float = 0.15) -> Batch:
+    """BERT's task on windows of text (Devlin et al. 2019): [CLS] one part [SEP] the rest, and `share` of the words to be told
+    from the others. Of these, 80 % are shown as [MASK], 10 % as another word and 10 % as they are.
+
+    special   the ids of "[CLS]", "[SEP]" and "[MASK]"; random words are drawn from the ids below vocab_size
+    """
+    draw, (B, T) = np.random.default_rng([seed, step]), batch.ids.shape
+    words, cuts = batch.ids.numpy(), draw.integers(1, T, B)
+    whole = np.stack([np.concatenate([[special["[CLS]"]], row[:cut], [special["[SEP]"]], row[cut:]]) for row, cut in zip(words, cuts)])
+    fate = np.where(np.isin(whole, list(special.values())), 1.0, draw.random(whole.shape) / share)  # below 1: to be told
+    shown = np.where(fate < 0.8, special["[MASK]"], np.where(fate < 0.9, draw.integers(0, vocab_size, whole.shape), whole))
+    targets = np.where(fate < 1, whole, NO_TARGET)
+    return Batch(torch.from_numpy(shown), torch.full((B,), T + 2), torch.from_numpy(targets), batch.rows)
+
+
+def corrupt_spans(batch: Batch, sentinels: list[int], seed: int, step: int, share: float = 0.15, mean: float = 3.0) -> Batch:
+    """T5's task on windows of text (Raffel et al. 2020, section 3.1.4): spans of `mean` tokens on average, `share` of all, are
+    each replaced by a sentinel; the targets, a text of their own, are sentinel, span, sentinel, span, ... and a last sentinel."""
+    draw, (B, T) = np.random.default_rng([seed, step]), batch.ids.shape
+    lost = max(1, round(T * share))
+    count = min(max(1, round(lost / mean)), T - lost, len(sentinels) - 1)
+
+    def lengths(total: int) -> np.ndarray:
+        """`count` whole numbers from 1 up that sum to total, all such ways equally likely."""
+        ends = np.sort(draw.choice(total - 1, count - 1, replace=False)) + 1
+        return np.diff(ends, prepend=0, append=total)
+
+    inputs, targets = [], []
+    for row in batch.ids.numpy():
+        ends = np.cumsum(np.stack([lengths(T - lost), lengths(lost)], 1).ravel())  # kept, lost, kept, lost, ...
+        parts = np.split(row, ends[:-1])
+        inputs.append(np.concatenate([x for kept, sentinel in zip(parts[::2], sentinels) for x in (kept, [sentinel])]))
+        targets.append(np.concatenate([x for sentinel, span in zip(sentinels, parts[1::2]) for x in ([sentinel], span)] + [[sentinels[count]]]))
+    inputs, targets = (torch.from_numpy(np.stack(rows)) for rows in (inputs, targets))
+    return Batch(inputs, torch.full((B,), inputs.shape[1]), targets, batch.rows)
 
 
 def main(argv: list[str] | None = None) -> list[Example]:

@@ -268,10 +268,34 @@ def main(argv: list[str] | None = None):
     command.add_argument("--run", required=True, help="run folder")
     command.add_argument("--input", help="a file of questions, one a line")
     command.add_argument("--max-new-tokens", type=int, default=16, help="longest answer (default 16)")
+    command = commands.add_parser("score", help="answer a file of examples with the bare frozen LM, or with what a run trained")
+    command.add_argument("file", help="examples as train.py reads them; where they have options, the likeliest is the answer")
+    command.add_argument("--run", help="run folder; without it the bare LM")
+    command.add_argument("--model", help="checkpoint folder of the bare LM; the embedded one if not given")
+    command.add_argument("--limit", type=int, help="examples, evenly spaced in the file; all if not given")
+    command.add_argument("--max-new-tokens", type=int, default=16, help="longest answer (default 16)")
     args = parser.parse_args(argv)
     try:
         if args.command == "compare":
             return compare(args.run_a, args.run_b, args.iters, args.seed)
+        if args.command == "score":
+            import data
+            from model import LM, answer, load_tokenizer, locate
+            from recurse import load_run
+
+            if args.run:
+                model, prefix, tokenizer, _ = load_run(args.run)
+            else:
+                model, prefix = LM.from_pretrained(locate(args.model or Path(__file__).parent / "assets" / "lm")), None
+                tokenizer = load_tokenizer(model.folder, model.config.vocab_size)
+            examples = data.read(args.file)
+            examples = examples[:: -(-len(examples) // args.limit) if args.limit else 1]
+            tokens = data.encode(examples, tokenizer, model.config.eos[0] if model.config.eos else None, model.config.max_len)
+            rows = score(examples, answer(model, tokenizer, [t.input for t in tokens], prefix, args.max_new_tokens, [t.options for t in tokens]))
+            result = summary(rows)
+            for task, row in [("all", result), *result["tasks"].items()]:
+                print(f"{task:20} EM {100 * row['em']:5.1f}   F1 {100 * row['f1']:5.1f}   ({row['n']} examples)") if task else None
+            return result
         if args.command == "ask":
             from data import open_ended, question_text
             from model import answer

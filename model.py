@@ -447,6 +447,16 @@ class Layers(nn.ModuleList):
         return x, Prefix(kept, None if lengths is None else lengths.expand(x.shape[0]) + x.shape[1]) if keep else None
 
 
+class Uninitialised(torch.overrides.TorchFunctionMode):
+    """Inside it torch.nn.init does nothing: what a checkpoint fills needs no random numbers, and on the meta device drawing
+    them would first import torch's compiler, which takes seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 class LM(nn.Module):
     """A decoder-only language model. `LM.from_pretrained(folder)` is frozen, `LM(config)` is freshly initialised and trainable."""
 
@@ -467,7 +477,7 @@ class LM(nn.Module):
         """A published checkpoint, frozen: eval mode, nothing requires a gradient. Built without memory of its own, then filled."""
         folder = locate(path_or_hub_id)
         config = read_config(folder)
-        with torch.device("meta"):
+        with torch.device("meta"), Uninitialised():
             lm = cls(config, attend or globals()["attend"])
         names = published_names(config)
         tensors = {name: t for name, t in read_tensors(folder).items() if not name.endswith(".rotary_emb.inv_freq")}  # computed here; older files store it
@@ -701,15 +711,26 @@ def option_scores(lm, ids: list[list[int]], options: list[list[list[int]]], pref
     return list(scores.split([len(choices) for choices in options]))
 
 
-def answer(lm, tokenizer: Tokenizer, ids: list[list[int]], prefix=None, max_new_tokens: int = 16, batch_size: int = 128) -> list[str]:
-    """The greedy continuation of each question as text, in batches of similar lengths; prefix: None or one for all."""
-    check_room(lm, ids, prefix, [max_new_tokens] * len(ids))
-    texts, order = [""] * len(ids), sorted(range(len(ids)), key=lambda b: len(ids[b]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+def answer(lm, tokenizer: Tokenizer, ids: list[list[int]], prefix=None, max_new_tokens: int = 16, options=None, batch_size: int = 128) -> list[str]:
+    """Each question's answer as text, in batches of similar lengths; prefix: None or one for all.
+
+    The answer is the greedy continuation, or where options[b] holds token ids to choose from, the likeliest of these (the
+    sum over its tokens, as T0 ranks them).
+    """
+    options = options or [[]] * len(ids)
+    check_room(lm, ids, prefix, [max(map(len, choices)) if choices else max_new_tokens for choices in options])
+    answers: list[list[int]] = [[]] * len(ids)
+    free, bound = ([b for b in sorted(range(len(ids)), key=lambda b: len(ids[b])) if bool(options[b]) == choice] for choice in (False, True))
+    for start in range(0, len(free), batch_size):
+        chosen = free[start : start + batch_size]
         for b, samples in zip(chosen, generate(lm, [ids[b] for b in chosen], prefix, max_new_tokens, eos=lm.config.eos)):
-            texts[b] = tokenizer.decode(samples[0].ids).strip()  # without special tokens, so without the eos
-    return texts
+            answers[b] = samples[0].ids
+    few = max(1, batch_size // 4)  # every option is a row of its own
+    for start in range(0, len(bound), few):
+        chosen = bound[start : start + few]
+        for b, scores in zip(chosen, option_scores(lm, [ids[b] for b in chosen], [options[b] for b in chosen], prefix)):
+            answers[b] = options[b][scores.argmax()]
+    return [tokenizer.decode(tokens).strip() for tokens in answers]  # without special tokens, so without the eos
 
 
 def main(argv: list[str] | None = None) -> dict:

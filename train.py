@@ -43,6 +43,7 @@ import adapters
 import data
 import eval as metrics
 import recurse
+import rerank
 import world
 from model import LM, Config, answer, hash_tensors, load_tokenizer, locate
 
@@ -391,7 +392,7 @@ def tune(args) -> dict:
         raise ValueError(f"--prompt-length {args.prompt_length} leaves {room} of the LM's context of {lm.config.max_len}")
     examples = {split: load_split(args, split) for split in ("train", "dev", "test")}
     tokens = {split: data.encode(part, tokenizer, eos, room) for split, part in examples.items()}
-    for example, asked in ((e, t.input) for split in ("dev", "test") for e, t in zip(examples[split], tokens[split])):
+    for example, asked in ((e, t.input) for split in ("dev", "test") for e, t in zip(examples[split], tokens[split]) if not e.options):
         if len(asked) + args.max_new_tokens - 1 > room:
             raise ValueError(f"{example.where}: {len(asked)} tokens and {args.max_new_tokens} new ones exceed the {room} that the LM's context leaves")
     trained = lm.requires_grad_(True) if args.method == "fine_tuning" else new_adapter(args, lm, tokenizer, examples["train"])
@@ -405,8 +406,8 @@ def tune(args) -> dict:
     def scored(split: str, limit: int | None = None) -> list[dict]:
         model, prefix = recurse.compose(args.method, lm, adapter)
         chosen = slice(None, None, -(-len(tokens[split]) // limit) if limit else None)  # evenly spaced, whatever the file's order
-        asked = [t.input for t in tokens[split][chosen]]
-        return metrics.score(examples[split][chosen], answer(model, tokenizer, asked, prefix, args.max_new_tokens))
+        asked, options = [t.input for t in tokens[split][chosen]], [t.options for t in tokens[split][chosen]]
+        return metrics.score(examples[split][chosen], answer(model, tokenizer, asked, prefix, args.max_new_tokens, options))
 
     def evaluate() -> float | None:
         return metrics.summary(scored("dev", args.eval_limit))["em"] if tokens["dev"] else None
@@ -426,7 +427,10 @@ def tune(args) -> dict:
         with autocast(args):
             results = {split: scored(split) for split in ("dev", "test") if tokens[split]}
         run.write_lines("predictions.jsonl", results.get("test") or results.get("dev") or [])
-        show_examples(results.get("test") or results.get("dev") or [])
+        rows = results.get("test") or results.get("dev") or []
+        show_examples(rows)
+        if args.method == "neural_recursion" and rows:
+            show_passes(lm, tokenizer, next((row for row in rows[::-1] if row["em"]), rows[-1]))
         return finish_record(run, record, None if adapter is None else lm, {split: metrics.summary(rows) for split, rows in results.items()})
 
 
@@ -470,9 +474,8 @@ def pretrain_connector(args) -> dict:
     corpus, held_out = load_corpus(args, tokenizer)
     connector = recurse.new_connector(lm, args.composition, args.connector_layers)
     stack = recurse.COMPOSITIONS[args.composition](lm, connector)
-    save = lambda: adapters.save_adapter(run.folder, connector, lm, method=args.composition, base_model_name_or_path=args.model)
-    run = Run(args)
-    return model_text(run, args, stack, connector, lm, corpus, held_out, save)
+    save = lambda run: adapters.save_adapter(run.folder, connector, lm, method=args.composition, base_model_name_or_path=args.model)
+    return model_text(args, connector, lm, corpus, held_out, lambda batch: target_loss(stack, None, batch), save, stack.config.max_len)
 
 
 def pretrain(args) -> dict:
@@ -480,36 +483,102 @@ def pretrain(args) -> dict:
     texts = load_texts(args)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else data.train_tokenizer(texts[:50_000], args.vocab_size)
     corpus, held_out = load_corpus(args, tokenizer, texts)
-    hidden = args.hidden or max(32, round(args.dim * 8 / 3 / 32) * 32)  # a gated MLP of 8/3 C has the weights of a plain one of 4 C
     marks = tokenizer.encode("").ids  # what stands around every document of the stream: the last of it is what the LM says when a text is over
     bos, eos = (marks[0], (marks[-1],)) if marks else (None, ())
-    config = Config(tokenizer.get_vocab_size(), args.dim, args.layers, args.heads, args.heads, args.dim // args.heads, hidden, args.context, bos=bos, eos=eos)
-    lm = LM(config).to(args.device)
-
-    def save() -> None:
-        lm.save(run.folder / "model", torch.bfloat16, tokenizer, replace=True)
-
-    run = Run(args)
-    return model_text(run, args, lm, lm, None, corpus, held_out, save)
+    lm = LM(decoder_config(args, tokenizer.get_vocab_size(), args.layers, args.context, bos=bos, eos=eos)).to(args.device)
+    save = lambda run: lm.save(run.folder / "model", torch.bfloat16, tokenizer, replace=True)
+    return model_text(args, lm, None, corpus, held_out, lambda batch: target_loss(lm, None, batch), save, args.context)
 
 
-def model_text(run: Run, args, model, trained: nn.Module, frozen: LM | None, corpus: data.Corpus, held_out: data.Corpus, save) -> dict:
-    """Language modelling on windows of a corpus; the score is minus the loss, in nats a token, on held-out documents."""
+def decoder_config(args, vocab_size: int, layers: int, context: int, **marks) -> Config:
+    """The shape that --dim, --heads and --hidden ask for."""
+    return Config(vocab_size, args.dim, layers, args.heads, args.heads, args.dim // args.heads, mlp_width(args), context, **marks)
+
+
+def mlp_width(args) -> int:
+    """--hidden, or 8/3 of --dim in multiples of 32: a gated MLP of that width has the weights of a plain one of 4 C."""
+    return args.hidden or max(32, round(args.dim * 8 / 3 / 32) * 32)
+
+
+def pretrain_encoder(args) -> dict:
+    """Trains a T5 encoder by span corruption. What it encodes is read as a prefix by a small decoder, which is then thrown away."""
+    tokenizer, sentinels = encoder_tokenizer(args, [f"<extra_id_{i}>" for i in range(32)])
+    corpus, held_out = load_corpus(args, tokenizer)
+    V = tokenizer.get_vocab_size()
+    encoder = adapters.T5Encoder(adapters.T5Config(V, args.dim, args.layers, args.heads, args.dim // args.heads, mlp_width(args)))
+    decoder = LM(decoder_config(args, V, 2, 2 * args.length))
+    both = nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(args.device)
+
+    def loss_of(batch: data.Batch) -> Tensor:
+        prefix = decoder.read(encoder(encoder.embed(batch.ids)))
+        h = decoder(decoder.embed(F.pad(batch.targets[:, :-1], (1, 0))), prefix)  # token 0 starts the text that the decoder writes
+        return F.cross_entropy(decoder.logits(h).flatten(0, 1), batch.targets.flatten(), reduction="sum")
+
+    def save(run: Run) -> None:
+        encoder.save(run.folder / "model", torch.bfloat16)
+        tokenizer.save(str(run.folder / "model" / "tokenizer.json"))
+
+    corrupt = lambda batch, seed, step: data.corrupt_spans(batch, sentinels, seed, step)
+    return model_text(args, both, None, corpus, held_out, loss_of, save, args.length, corrupt)
+
+
+def pretrain_bert(args) -> dict:
+    """Trains a BERT by masked language modelling, [CLS] ... [SEP] ... over windows of the corpus."""
+    names = ["[CLS]", "[SEP]", "[MASK]"]
+    tokenizer, ids = encoder_tokenizer(args, names)
+    corpus, held_out = load_corpus(args, tokenizer)
+    bert = rerank.Bert(rerank.BertConfig(tokenizer.get_vocab_size(), args.dim, args.layers, args.heads, 4 * args.dim, args.context))
+    head = nn.Sequential(nn.Linear(args.dim, args.dim), nn.GELU(), nn.LayerNorm(args.dim))  # before the tied output layer, as in BERT
+    both, special = nn.ModuleDict({"bert": bert, "head": head}).to(args.device), dict(zip(names, ids))
+
+    def loss_of(batch: data.Batch) -> Tensor:
+        asked = batch.targets != data.NO_TARGET
+        h = bert(batch.ids, types=rerank.segments(batch.ids, special["[SEP]"]))[asked]
+        return F.cross_entropy(F.linear(head(h), bert.words.weight).float(), batch.targets[asked], reduction="sum")
+
+    def save(run: Run) -> None:
+        bert.save(run.folder / "model", torch.bfloat16)
+        tokenizer.save(str(run.folder / "model" / "tokenizer.json"))
+
+    corrupt = lambda batch, seed, step: data.mask_words(batch, special, min(ids), seed, step)
+    return model_text(args, both, None, corpus, held_out, loss_of, save, args.context - 2, corrupt)
+
+
+def encoder_tokenizer(args, names: list[str]) -> tuple[Tokenizer, list[int]]:
+    """The LM's tokenizer with special tokens behind its own, and their ids: an encoder and the LM agree on every text."""
+    tokenizer = load_tokenizer(args.tokenizer or locate(args.model or ASSETS / "lm"))
+    tokenizer.add_special_tokens(names)
+    return tokenizer, [tokenizer.token_to_id(name) for name in names]
+
+
+def model_text(args, trained: nn.Module, frozen: LM | None, corpus: data.Corpus, held_out: data.Corpus, loss_of, save, longest: int, corrupt=None) -> dict:
+    """Learns from windows of a corpus, of at most `longest` tokens; the score is minus the loss, in nats a target, on held-out documents.
+
+    loss_of   Batch -> loss summed over targets            save   Run -> None, writes what is trained
+    corrupt   (window Batch, seed, step) -> Batch, where the task is not to predict the next token
+    """
+
+    def batch_at(text: data.Corpus, seed: int, step: int) -> data.Batch:
+        batch = data.windows(text, args.batch_size, args.length, seed, step)
+        return corrupt(batch, seed, step) if corrupt else batch
 
     def evaluate() -> float:
-        losses = [target_loss(model, None, data.windows(held_out, args.batch_size, args.length, 0, i).to(args.device)).item() for i in range(batches)]
-        return -sum(losses) / (batches * args.batch_size * args.length)
+        trained.eval()
+        held = [batch_at(held_out, 0, i).to(args.device) for i in range(batches)]
+        score = -sum(loss_of(batch).item() for batch in held) / sum(int((batch.targets != data.NO_TARGET).sum()) for batch in held)
+        trained.train()
+        return score
 
     batches = (len(held_out.tokens) - 1) // args.length // args.batch_size
-    if args.length > model.config.max_len:
-        raise ValueError(f"--length {args.length} exceeds the LM's context of {model.config.max_len}")
+    if args.length > longest:
+        raise ValueError(f"--length {args.length} exceeds the {longest} that fit the model's context")
     if batches < 1:
         raise ValueError(f"the held-out text has {len(held_out.tokens)} tokens, too few for a batch of {args.batch_size} windows of {args.length}")
-    data.windows(corpus, args.batch_size, args.length, args.seed, 0)  # refuses too little text before anything is written
+    batch_at(corpus, args.seed, 0)  # refuses too little text before anything is written
+    run = Run(args)
     with run:
         record = start_record(run, trained, frozen, hashlib.sha256(corpus.tokens.tobytes() + held_out.tokens.tobytes()).hexdigest())
-        record |= fit(run, trained, lambda step: data.windows(corpus, args.batch_size, args.length, args.seed, step),
-                      lambda batch: target_loss(model, None, batch), evaluate, save)  # fmt: skip
+        record |= fit(run, trained.train(), lambda step: batch_at(corpus, args.seed, step), loss_of, evaluate, lambda: save(run))
         return finish_record(run, record, frozen, {"dev": {"loss": -record["score"], "perplexity": math.exp(min(-record["score"], 700))}})
 
 
@@ -538,6 +607,8 @@ METHODS = {
     "connector_lm": (tune, dict(steps=1200, lr=3e-3)),
     "fine_tuning": (tune, dict(steps=1200, lr=3e-4)),
     "pretrain": (pretrain, dict(steps=4500, lr=3e-3, batch_size=16, eval_every=500)),
+    "pretrain_encoder": (pretrain_encoder, dict(steps=3000, lr=2e-3, batch_size=32, dim=128, layers=4, heads=4, warmup=0.02, eval_every=250)),
+    "pretrain_bert": (pretrain_bert, dict(steps=4000, lr=1e-3, batch_size=32, dim=160, layers=3, heads=5, warmup=0.05, eval_every=250)),
     "pretrain_connector": (pretrain_connector, dict(steps=800, lr=1e-3, batch_size=16)),
 }
 
@@ -590,6 +661,21 @@ def show_examples(rows: list[dict]) -> None:
     for task in dict.fromkeys(row["task"] for row in rows):
         row = next(row for row in rows if row["task"] == task)
         print(f"{row['input']} {row['prediction']}   (accepted: {', '.join(row['answers'])})")
+
+
+def show_passes(lm: LM, tokenizer: Tokenizer, row: dict) -> None:
+    """One question as the recursion answers it: what the second pass said, token by token, and under it what the first pass,
+    which had read the same tokens, would have said in its place."""
+    asked = data.open_ended(tokenizer, [row["input"], f"{row['input']} {row['prediction']}"])
+    said = asked[1][len(asked[0]) :]
+    with torch.no_grad():
+        h = lm(lm.embed(torch.tensor([asked[0] + said], device=next(lm.parameters()).device)))[0, len(asked[0]) - 1 : -1]
+        alone = answer(lm, tokenizer, asked[:1])[0]
+    pieces = [[repr(tokenizer.decode([token])) for token in tokens] for tokens in (said, lm.logits(h).argmax(-1).tolist())]
+    print(f"\n{row['input']}\n  the frozen LM alone answers  {alone}")
+    for who, line in zip(("second pass", "first pass"), pieces):
+        print(f"  {who:12}", *(piece.ljust(max(map(len, column))) for piece, column in zip(line, zip(*pieces))))
+    print(f"  accepted     {', '.join(row['answers'])}\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -675,14 +761,12 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(sys.argv[1:] if argv is None else argv)
     if args.dim % args.heads:
         raise ValueError(f"--dim {args.dim} is not a multiple of --heads {args.heads}")
-    if args.init and args.method in ("fine_tuning", "pretrain", "pretrain_connector"):
+    if args.init and (args.method == "fine_tuning" or args.method.startswith("pretrain")):
         raise ValueError(f"--init: {args.method} trains no stored adapter further")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here")
     if args.dim // args.heads % 2:
         raise ValueError(f"--dim {args.dim} / --heads {args.heads} is odd; rotary positions turn pairs of channels")
-    if args.method.startswith("pretrain") and args.length > (args.context if args.method == "pretrain" else math.inf):
-        raise ValueError(f"--length {args.length} exceeds the --context of {args.context}")
     Run(args).check()
     torch.manual_seed(args.seed)
     return METHODS[args.method][0](args)

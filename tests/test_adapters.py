@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import adapters
 import model
-from adapters import Connector, SoftPrompt, from_file, from_labels, from_text, from_vocab, load_adapter, random, replacing, rms, save_adapter
+import rerank
+from adapters import Connector, SoftPrompt, T5Config, T5Encoder, from_file, from_labels, from_text, from_vocab, load_adapter, random, replacing, rms, save_adapter
 
 TABLE = torch.arange(40, dtype=torch.float32)[:, None] * torch.tensor([1.0, 10.0, -1.0])  # token i is (i, 10 i, -i)
 
@@ -254,8 +255,66 @@ def test_replacing_keeps_the_old_file_if_the_writer_fails(tmp_path):
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_two_copies_of_read_tensors_are_one_text():
-    assert inspect.getsource(adapters.read_tensors) == inspect.getsource(model.read_tensors)
+@pytest.mark.parametrize("copied, files", [("read_tensors", (model, adapters, rerank)), ("Uninitialised", (model, adapters, rerank)), ("replacing", (adapters, rerank))])
+def test_the_copies_of_a_helper_are_one_text(copied, files):
+    assert len({inspect.getsource(getattr(file, copied)) for file in files}) == 1
+
+
+# --- T5Encoder: parity with the reference is in test_parity.py -----------------------------------------------------------
+
+
+def t5(seed=0, **changes):
+    torch.manual_seed(seed)
+    encoder = T5Encoder(T5Config(**dict(vocab_size=30, dim=16, n_layers=2, n_heads=2, head_dim=6, hidden_dim=24, buckets=8, max_distance=12) | changes))
+    for p in encoder.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    return encoder.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def test_encoded_texts_do_not_see_their_padding_nor_their_neighbours():
+    encoder, ids, lengths = t5(), torch.randint(30, (3, 20), generator=seeded()), torch.tensor([20, 7, 1])
+    together = encoder(encoder.embed(ids), lengths)
+    for row, n in enumerate(lengths.tolist()):
+        torch.testing.assert_close(together[row, :n], encoder(encoder.embed(ids[row : row + 1, :n]))[0], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_encoder_reads_any_vectors_and_both_directions():
+    """A trained prompt in front is read like tokens would be, and changes every position behind it; the last token changes the first position."""
+    encoder, ids = t5(), torch.randint(30, (1, 9), generator=seeded())
+    prompt = encoder.embed(torch.tensor([[3, 4]]))
+    whole = encoder(torch.cat([prompt, encoder.embed(ids)], 1))
+    assert torch.equal(whole, encoder(encoder.embed(torch.cat([torch.tensor([[3, 4]]), ids], 1))))
+    assert (whole[:, 2:] - encoder(encoder.embed(ids))).abs().amax(2).min() > 1e-3
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % 30
+    assert (encoder(encoder.embed(changed)) - encoder(encoder.embed(ids)))[0, 0].abs().max() > 1e-3
+
+
+def test_near_distances_have_a_bucket_each_and_far_ones_share():
+    config = t5(buckets=32, max_distance=128).config
+    buckets = adapters.distance_bucket(torch.tensor([-500, -128, -64, -8, -7, -1, 0, 1, 7, 8, 64, 128, 500]), config).tolist()
+    assert buckets == [15, 15, 14, 8, 7, 1, 0, 17, 23, 24, 30, 31, 31]
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_stored_encoder_comes_back_frozen(tmp_path, gated):
+    encoder = t5(gated=gated)
+    encoder.save(tmp_path)
+    again = T5Encoder.from_pretrained(tmp_path)
+    assert again.config == encoder.config and not any(p.requires_grad for p in again.parameters()) and not again.training
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), encoder.parameters()))
+
+
+@pytest.mark.parametrize("change, named", [(dict(model_type="bert"), "model_type is not t5"), (dict(d_kv=None), "d_kv is None"), (dict(num_heads=3), "the tensor encoder.block.0"),
+                                           (dict(feed_forward_proj="swish"), "'swish' is not supported"), (dict(num_layers=1), "the tensor encoder.block.1")])  # fmt: skip
+def test_an_encoder_that_does_not_fit_is_refused(tmp_path, change, named):
+    t5().save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=named):
+        T5Encoder.from_pretrained(tmp_path)
 
 
 def test_command_line(lm, tmp_path, capsys):

@@ -241,6 +241,63 @@ def test_an_epochs_windows_hold_each_token_as_often_as_the_text(tokenizer):
     assert not read - Counter(corpus.tokens.tolist()) and sum(left.values()) <= 8
 
 
+def test_options_are_tokens_as_the_target_is(tokenizer):
+    example = data.Example("Is Anna in Velmor?", "yes", ("yes",), options=("no", "yes"))
+    (encoded,) = data.encode([example], tokenizer, 0, 100)
+    assert encoded.options[1] == encoded.target and encoded.input + encoded.options[0] == tokenizer.encode("Is Anna in Velmor? no").ids + [0]
+    with pytest.raises(ValueError, match="exceed"):
+        data.encode([data.Example("Is it?", "no", ("no",), options=("no", "perhaps " * 20))], tokenizer, 0, 12)
+
+
+def stream(T=100, rows=40):
+    """Windows whose every token tells its place."""
+    return data.Batch(torch.arange(rows * T).view(rows, T) + 10, torch.full((rows,), T), torch.zeros(rows, T, dtype=torch.long), list(range(rows)))
+
+
+def test_masked_words_are_the_text_but_for_fifteen_percent():
+    special, V = {"[CLS]": 90_000, "[SEP]": 90_001, "[MASK]": 90_002}, 80_000
+    batch, T = data.mask_words(stream(), special, V, 0, 0), 100
+    assert batch.ids.shape == (40, T + 2) and batch.lengths.tolist() == [T + 2] * 40
+    asked = batch.targets != data.NO_TARGET
+    whole = torch.where(asked, batch.targets, batch.ids)
+    assert (whole[:, 0] == 90_000).all() and ((whole == 90_001).sum(1) == 1).all() and (whole[:, 1] != 90_001).all() and (whole[:, -1] != 90_001).all()
+    assert torch.equal(whole[(whole < 90_000)].view(40, T), stream().ids)  # nothing else is lost, moved or changed
+    shown = batch.ids[asked]
+    masked, same = (shown == 90_002).float().mean(), (shown == batch.targets[asked]).float().mean()
+    assert 0.13 < asked.float().mean() < 0.17 and 0.75 < masked < 0.85 and 0.06 < same < 0.14 and batch.targets[asked].max() < 90_000
+    assert len({(row == 90_001).nonzero().item() for row in whole}) > 20
+
+
+def test_corrupted_spans_put_back_give_the_text():
+    sentinels = [90_000 + i for i in range(32)]
+    batch = data.corrupt_spans(stream(), sentinels, 0, 0)
+    assert batch.ids.shape == (40, 100 - 15 + 5) and batch.targets.shape == (40, 15 + 5 + 1) and batch.lengths.tolist() == [90] * 40
+    spans = []
+    for ids, targets, text in zip(batch.ids.tolist(), batch.targets.tolist(), stream().ids.tolist()):
+        lost = {}
+        for token in targets:
+            if token >= 90_000:
+                lost[token], last = [], token
+            else:
+                lost[last].append(token)
+        assert list(lost) == sentinels[:6] and lost[sentinels[5]] == []
+        assert [t for token in ids for t in lost.get(token, [token])] == text and ids[0] < 90_000
+        spans += [len(span) for span in lost.values()][:5]
+    assert set(range(1, 8)) <= set(spans) and sum(spans) / len(spans) == 3
+
+
+@pytest.mark.parametrize("corrupt", [lambda *at: data.mask_words(stream(), {"[CLS]": 5000, "[SEP]": 5001, "[MASK]": 5002}, 5000, *at), lambda *at: data.corrupt_spans(stream(), list(range(5000, 5032)), *at)])
+def test_corruption_is_a_pure_function_of_seed_and_step(corrupt):
+    first = corrupt(1, 9).ids
+    assert torch.equal(first, corrupt(1, 9).ids) and not any(torch.equal(first, corrupt(*at).ids) for at in ((1, 8), (2, 9)))
+
+
+@pytest.mark.parametrize("T", [2, 3, 5, 20])
+def test_short_windows_lose_a_span_too(T):
+    batch = data.corrupt_spans(stream(T, 3), list(range(900, 932)), 0, 0)
+    assert sorted(t for t in batch.ids[0].tolist() + batch.targets[0].tolist() if t < 900) == stream(T, 3).ids[0].tolist()
+
+
 def test_too_little_text_is_refused(tokenizer):
     with pytest.raises(ValueError, match="too few"):
         data.windows(data.encode_texts(["Anna"], tokenizer), 1, 100, 0, 0)

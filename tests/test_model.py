@@ -2,6 +2,9 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -447,6 +450,18 @@ def test_answer_keeps_the_order_of_the_questions(lm):
     assert answer(lm, tokenizer, questions, prefix, 5, batch_size=2) == expected and len(set(expected)) > 1
 
 
+def test_answer_chooses_the_likeliest_option_where_there_are_some(lm):
+    tokenizer, prompt = words_tokenizer(lm.config.vocab_size), vectors(lm, 3)
+    prefix = lm.read(prompt)
+    questions, options = [[4, 5], [6], [7, 8, 9], [10]], [[], [[11], [12, 13], [14]], [], [[15, 16], [17]]]
+    expected = answer(lm, tokenizer, questions, prefix, 4)
+    for b in (1, 3):
+        best = max(options[b], key=lambda option: naive_logprob(lm, questions[b], option, prompt))
+        expected[b] = " ".join(f"w{t}" for t in best)
+    assert answer(lm, tokenizer, questions, prefix, 4, options, batch_size=4) == expected
+    assert expected[1] != answer(lm, tokenizer, questions, prefix, 4)[1]
+
+
 # --- Files ---------------------------------------------------------------------------------------------------------------
 
 
@@ -489,6 +504,13 @@ def test_new_layers_are_fresh_trainable_and_not_the_lms(lm):
     assert not {p.data_ptr() for p in layers.parameters()} & {p.data_ptr() for p in lm.parameters()}
     assert layers[0].q.weight.std().item() == pytest.approx(0.02, rel=0.15) and layers[0].down.weight.std().item() == pytest.approx(0.01, rel=0.15)
     assert lm.fingerprint() == before
+
+
+def test_loading_imports_no_compiler(make_lm, tmp_path):
+    """Which would take longer than all else that a short command does."""
+    make_lm("untied").save(tmp_path / "lm")
+    call = f"import sys; from model import LM; lm = LM.from_pretrained({str(tmp_path / 'lm')!r}); lm(lm.embedding.weight[None, :4]); print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", call], cwd=Path(__file__).parent.parent, capture_output=True, text=True).stdout == "False\n"
 
 
 def test_checkpoint_that_stores_its_rotation_loads(make_lm, tmp_path):

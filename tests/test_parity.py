@@ -1,4 +1,4 @@
-"""Against the reference implementations, on tiny random weights: transformers' Llama, and PEFT's prompt tuning."""
+"""Against the reference implementations, on tiny random weights: transformers' Llama, T5 encoder and BERT, and PEFT's prompt tuning."""
 import copy
 import json
 from dataclasses import replace
@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5EncoderModel, T5ForConditionalGeneration
 
-from adapters import SoftPrompt, load_adapter, save_adapter
+from adapters import SoftPrompt, T5Encoder, load_adapter, save_adapter
 from model import LM, generate, pad, published_config
+from rerank import Bert, segments
 
 QUESTIONS = [[5, 9, 11, 4, 30, 8], [7, 9], [6, 3, 44, 20], [12, 13, 14, 15, 16, 17, 18, 19]]
 
@@ -76,6 +77,61 @@ def test_folder_that_we_save_loads_in_the_reference(both, tmp_path):
     assert again.config.eos_token_id == 2 and again.config.max_position_embeddings == 64
     several = published_config(replace(lm.config, eos=(2, 5)), torch.float32)
     assert several["eos_token_id"] == [2, 5]
+
+
+# --- Encoders ------------------------------------------------------------------------------------------------------------
+
+
+def saved(reference, folder, scale=0.3):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.normal_(1.0 if p.dim() == 1 else 0.0, scale)
+    reference.eval().save_pretrained(folder)
+    return reference
+
+
+def texts(size):
+    """Token ids (3, 40) of different lengths, the lengths, and the mask."""
+    lengths = torch.tensor([40, 17, 1])
+    return torch.randint(size, (3, 40), generator=torch.Generator().manual_seed(1)), lengths, torch.arange(40) < lengths[:, None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [T5EncoderModel, T5ForConditionalGeneration])
+@pytest.mark.parametrize("mlp", ["relu", "gated-gelu"])
+def test_t5_encoder_equals_the_reference_and_goes_back(tmp_path, kind, mlp):
+    shape = dict(vocab_size=50, d_model=24, d_kv=10, d_ff=40, num_layers=3, num_decoder_layers=1, num_heads=4, feed_forward_proj=mlp)
+    config = T5Config(**shape, relative_attention_num_buckets=8, relative_attention_max_distance=20, tie_word_embeddings=mlp == "relu")
+    reference = saved(kind(config), tmp_path / "reference", 0.15)
+    ids, lengths, mask = texts(50)
+    encoder = T5Encoder.from_pretrained(tmp_path / "reference")
+    theirs, ours = reference.get_encoder()(input_ids=ids, attention_mask=mask.long()).last_hidden_state, encoder(encoder.embed(ids), lengths)
+    close(ours[mask], theirs[mask], 1e-5)
+    vectors = torch.randn(3, 40, 24) * 0.3  # such as a prompt in front
+    close(encoder(vectors, lengths)[mask], reference.get_encoder()(inputs_embeds=vectors, attention_mask=mask.long()).last_hidden_state[mask], 1e-5)
+    encoder.save(tmp_path / "ours")
+    again, problems = T5EncoderModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(problems[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    close(again(input_ids=ids, attention_mask=mask.long()).last_hidden_state[mask], theirs[mask], 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [BertModel, BertForSequenceClassification])
+def test_bert_equals_the_reference_and_goes_back(tmp_path, kind):
+    config = BertConfig(vocab_size=50, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40, max_position_embeddings=60)
+    reference = saved(kind(config), tmp_path / "reference")
+    reference = getattr(reference, "bert", reference)
+    ids, lengths, mask = texts(50)
+    ids[:, 9] = 49
+    types = segments(ids, 49)
+    bert = Bert.from_pretrained(tmp_path / "reference")
+    theirs = reference(input_ids=ids, attention_mask=mask.long(), token_type_ids=types).last_hidden_state
+    close(bert(ids, lengths, types)[mask], theirs[mask], 1e-5)
+    assert (bert(ids, lengths) - bert(ids, lengths, types))[mask].abs().max() > 0.1
+    bert.save(tmp_path / "ours")
+    again = BertModel.from_pretrained(tmp_path / "ours", add_pooling_layer=False).eval()
+    close(again(input_ids=ids, attention_mask=mask.long(), token_type_ids=types).last_hidden_state[mask], theirs[mask], 1e-5)
 
 
 # --- PEFT ----------------------------------------------------------------------------------------------------------------

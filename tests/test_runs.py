@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import eval as metrics
 import recurse
 import train
-from model import answer
+from model import answer, option_scores
 
 ROOT = Path(train.__file__).parent
 PEOPLE = ["Anna", "Boris", "Clara", "Dmitri", "Elena", "Fedor", "Galina", "Hugo"]
@@ -148,6 +148,23 @@ def test_a_run_remembers_a_tokenizer_of_its_own(place, tmp_path):
     (tmp_path / "words.json").write_bytes((place / "lm" / "model" / "tokenizer.json").read_bytes())
     train.main(command(place, "connector_lm", tmp_path / "run", "--model", tmp_path / "base", "--tokenizer", tmp_path / "words.json"))
     assert metrics.main(["ask", "--run", str(tmp_path / "run"), "--max-new-tokens", "4", "where was Anna born"]) == [metrics.read_predictions(tmp_path / "run")[0]["prediction"]]
+
+
+def test_where_there_are_options_one_of_them_is_the_answer(place, tmp_path, capsys):
+    """P3's format from training to `eval.py score`, whose figures for the bare LM and for the run are those of choosing the likeliest option."""
+    rows = [{"inputs_pretokenized": f"Where does {n} live?", "targets_pretokenized": TOWNS[i % 4], "answer_choices": TOWNS, "task": "homes"} for i, n in enumerate(PEOPLE)]
+    (tmp_path / "homes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = train.main(command(place, "prompt_tuning", tmp_path / "run", "--train", tmp_path / "homes.jsonl", "--dev", tmp_path / "homes.jsonl"))
+    predictions = [r["prediction"] for r in metrics.read_predictions(tmp_path / "run")]
+    assert set(predictions) <= set(TOWNS) and record["results"]["dev"]["em"] == sum(p == TOWNS[i % 4] for i, p in enumerate(predictions)) / len(PEOPLE)
+    scored = metrics.main(["score", str(tmp_path / "homes.jsonl"), "--run", str(tmp_path / "run")])
+    assert scored == record["results"]["dev"] and "homes" in capsys.readouterr().out
+    lm, tokenizer, examples = *train.load_lm(train.parse(command(place, "prompt_tuning", "unused"))), train.data.read(tmp_path / "homes.jsonl")
+    tokens = train.data.encode(examples, tokenizer, lm.config.eos[0], 90)
+    likeliest = [TOWNS[scores.argmax()] for scores in option_scores(lm, [t.input for t in tokens], [t.options for t in tokens])]
+    bare = metrics.main(["score", str(tmp_path / "homes.jsonl"), "--model", str(place / "lm" / "model")])
+    assert bare["em"] == sum(a == b for a, b in zip(likeliest, [e.target for e in examples])) / len(examples)
+    assert metrics.main(["score", str(tmp_path / "homes.jsonl"), "--model", str(place / "lm" / "model"), "--limit", "4"])["n"] == 4
 
 
 def test_an_empty_question_is_refused(place, tmp_path, capsys):

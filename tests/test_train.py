@@ -289,7 +289,8 @@ SHORT = "--steps 40 --eval-every 4 --log-every 1 --batch-size 3 --max-new-tokens
 def command(place, method, out, *more):
     """The arguments of a short run."""
     file = place / ("text.jsonl" if method.startswith("pretrain") else "questions.jsonl")
-    flags = [*SHAPE, "--lr", "0.01"] if method == "pretrain" else ["--model", place / "lm" / "model", "--length", "16"]
+    flags = [] if method == "pretrain" else ["--model", place / "lm" / "model", "--length", "16"]
+    flags += [*SHAPE, "--lr", "0.01"] if method in ("pretrain", "pretrain_encoder", "pretrain_bert") else []
     return [str(a) for a in ["--method", method, *flags, "--train", file, "--dev", file, "--out", out, *SHORT, *more]]
 
 
@@ -308,7 +309,7 @@ def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in ("run.json", "curve.png", "lock", "state.safetensors")}
 
 
-@pytest.mark.parametrize("method, optimizer", [("neural_recursion", "adafactor"), ("prompt_tuning", "adamw"), ("fine_tuning", "adamw"), ("pretrain", "adamw")])
+@pytest.mark.parametrize("method, optimizer", [("neural_recursion", "adafactor"), ("prompt_tuning", "adamw"), ("fine_tuning", "adamw"), ("pretrain", "adamw"), ("pretrain_encoder", "adamw"), ("pretrain_bert", "adamw")])
 def test_killed_and_resumed_ends_with_the_same_bits(place, tmp_path, method, optimizer):
     arguments = command(place, method, tmp_path / "whole", "--optimizer", optimizer)
     whole = train.main(arguments)
@@ -322,6 +323,18 @@ def test_killed_and_resumed_ends_with_the_same_bits(place, tmp_path, method, opt
     assert again["results"] == whole["results"] and again["step"] == whole["step"]
     a, b = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "killed"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("method, steps", [("pretrain_encoder", "300"), ("pretrain_bert", "1200")])
+def test_encoders_learn_and_leave_published_folders(place, tmp_path, method, steps):
+    """The text has six names at one place and the rest is fixed: little is left to guess. The tokenizer is the LM's and more."""
+    load, names = {"pretrain_encoder": (train.adapters.T5Encoder, ["<extra_id_0>", "<extra_id_31>"]), "pretrain_bert": (train.rerank.Bert, ["[CLS]", "[SEP]", "[MASK]"])}[method]
+    record = train.main(command(place, method, tmp_path / "run", "--steps", steps, "--eval-every", "100", "--batch-size", "12", "--lr", "0.005"))
+    words, tokenizer, model = train.load_tokenizer(place / "lm" / "model"), train.load_tokenizer(tmp_path / "run" / "model"), load.from_pretrained(tmp_path / "run" / "model")
+    assert all(words.get_vocab_size() <= tokenizer.token_to_id(name) < model.config.vocab_size == tokenizer.get_vocab_size() for name in names)
+    assert tokenizer.encode("Anna was born").ids == words.encode("Anna was born").ids
+    losses = [-r["score"] for r in lines(tmp_path / "run") if "score" in r]
+    assert record["results"]["dev"]["loss"] == min(losses) < 1.2 and len(losses) == int(steps) // 100  # guessing by frequency costs 2.2
 
 
 def test_a_folder_in_use_is_refused_to_a_second_process(place, tmp_path):
