@@ -219,9 +219,11 @@ def read_tensors(folder: str | Path, stem: str = "model") -> dict[str, Tensor]:
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 stored = set(file.keys())
-                if names is not None and names - stored:
-                    raise ValueError(f"{path}: lacks {min(names - stored)}, which {index.name} places there")
-                tensors |= {name: file.get_tensor(name) for name in sorted(stored if names is None else names)}
+            if names is not None and names - stored:
+                raise ValueError(f"{path}: lacks {min(names - stored)}, which {index.name} places there")
+            for name in sorted(stored if names is None else names):
+                with safe_open(path, framework="pt", device="cpu") as file:  # a mapping for each tensor: who drops it gives its pages back
+                    tensors[name] = file.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{path}: truncated or corrupt ({error})") from None
     return tensors

@@ -1,4 +1,5 @@
 """The LM and its prefixes against the plainest equivalent: one forward pass over the whole sequence, no prefix, no padding, no cache."""
+import fnmatch
 import json
 import math
 import shutil
@@ -6,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from model import LM, Prefix, Sample, answer, attend, choose, each_pass, generate, join, load_tokenizer, main, option_scores, pad, read_config, read_tensors
+from model import LM, Prefix, Sample, answer, attend, choose, each_pass, generate, join, load_tokenizer, locate, main, option_scores, pad, read_config, read_tensors
 
 QUESTIONS = [[5, 9, 11, 4, 30, 8], [7], [6, 3, 44, 20], [12, 13, 14, 15, 16, 17, 18, 19]]  # of any lengths, one token among them
 
@@ -537,6 +539,85 @@ def test_tied_checkpoint_that_stores_its_embedding_twice_loads(make_lm, tmp_path
     assert torch.equal(whole(LM.from_pretrained(tmp_path / "lm"), [3, 4]), whole(lm, [3, 4]))
 
 
+def test_two_different_tables_are_not_tied_whatever_the_config_says(make_lm, tmp_path):
+    lm = make_lm("tied")
+    lm.save(tmp_path / "lm")
+    file = tmp_path / "lm" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}, file)
+    again = LM.from_pretrained(tmp_path / "lm")
+    assert not again.config.tied and torch.equal(whole(again, [3, 4]), 2 * whole(lm, [3, 4]))
+
+
+def test_quantised_weights_are_refused(make_lm, tmp_path):
+    make_lm("untied").save(tmp_path / "lm")
+    file = tmp_path / "lm" / "model.safetensors"
+    save_file({name: t.to(torch.int8) if "q_proj" in name else t for name, t in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj.weight is stored as int8; quantised checkpoints are not supported"):
+        LM.from_pretrained(tmp_path / "lm")
+
+
+def test_each_dtype_is_kept_or_converted_as_asked(make_lm, tmp_path):
+    lm = make_lm("tied")
+    lm.save(tmp_path / "half", dtype=torch.float16)
+    for dtype, held in ((None, torch.float16), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)):
+        loaded = LM.from_pretrained(tmp_path / "half", dtype=dtype)
+        assert {p.dtype for p in loaded.parameters()} == {held} and not any(p.is_meta for p in loaded.parameters())
+        assert torch.equal(loaded.layers[1].down.weight, lm.layers[1].down.weight.half().to(held))
+
+
+def test_an_lm_on_the_mapped_file_can_be_changed_and_the_file_stays(make_lm, tmp_path):
+    lm = make_lm("tied")
+    lm.save(tmp_path / "lm")
+    loaded = LM.from_pretrained(tmp_path / "lm")
+    with torch.no_grad():
+        for p in loaded.parameters():
+            p.add_(1.0)
+    assert torch.equal(loaded.norm.weight, lm.norm.weight + 1)
+    assert torch.equal(LM.from_pretrained(tmp_path / "lm").norm.weight, lm.norm.weight)
+
+
+def test_a_hub_id_downloads_config_tokenizer_and_safetensors_only(make_lm, tmp_path, monkeypatch):
+    make_lm("tied").save(tmp_path / "lm", tokenizer=words_tokenizer(67))
+    asked = []
+
+    def snapshot_download(name, revision, allow_patterns):
+        asked.append((name, revision))
+        wanted = ["model-00001-of-00002.safetensors", "tokenizer.json", "config.json", "merges.txt"]
+        unwanted = ["pytorch_model.bin", "consolidated.safetensors", "tf_model.h5", "README.md", "onnx/config.json", "modeling.py"]
+        assert all(any(fnmatch.fnmatch(file, p) for p in allow_patterns) for file in wanted)
+        assert not any(fnmatch.fnmatch(file, p) for p in allow_patterns for file in unwanted)
+        return str(tmp_path / "lm")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert LM.from_pretrained("somebody/tiny").folder == locate("somebody/tiny@step1000") == tmp_path / "lm"
+    assert asked == [("somebody/tiny", None), ("somebody/tiny", "step1000")]
+    (tmp_path / "lm" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="somebody/tiny: the repository has no model.safetensors"):
+        locate("somebody/tiny")
+
+
+@pytest.mark.parametrize(
+    "kind, named",
+    [
+        ("GatedRepoError", "it is gated: accept its terms at huggingface.co/somebody/tiny, then log in"),
+        ("RepositoryNotFoundError", "the hub has no such repository"),
+        ("RevisionNotFoundError", "it has no revision 'v9'"),
+        ("LocalEntryNotFoundError", "the hub does not answer, and the local cache does not have it"),
+        ("OfflineModeIsEnabled", "OfflineModeIsEnabled"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(kind, named, monkeypatch):
+    def snapshot_download(*_, **__):
+        error = getattr(huggingface_hub.errors, kind)
+        raise error.__new__(error)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(FileNotFoundError, match=f"^somebody/tiny@v9: no such folder, and not to be had from the hub either: {named}") as caught:
+        locate("somebody/tiny@v9")
+    assert "\n" not in str(caught.value)
+
+
 def edit_config(folder, **changes):
     path = folder / "config.json"
     config = json.loads(path.read_text()) | changes
@@ -549,12 +630,22 @@ def edit_config(folder, **changes):
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama"),
         ({"hidden_size": "absent"}, "the key 'hidden_size' is missing"),
         ({"max_position_embeddings": "absent"}, "the key 'max_position_embeddings' is missing"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"attention_bias": True}, "attention_bias True is not supported"),
-        ({"mlp_bias": True}, "mlp_bias True is not supported"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope type 'llama3' is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear' is not supported"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu' is not supported; supported: silu, gelu"),
+        ({"attention_bias": "false"}, "attention_bias is 'false', not true or false"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is None, not a positive number"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is None, not a positive number"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0, not a positive number"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported; supported: default, linear, llama3"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type 'yarn' is not supported"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters of their own for full_attention are not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported for llama"),
+        ({"rope_theta": "far"}, "rope_theta is 'far', not a positive number"),
+        ({"head_dim": 7}, "of a head's 7 channels 7 would be turned"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0, not a positive whole number"),
+        ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 3}, "layer_types .* is not supported"),
+        ({"model_type": "qwen3", "layer_types": ["full_attention"]}, "layer_types .* is not supported for . layers of qwen3"),
+        ({"model_type": "gpt2"}, "the key 'n_embd' is missing"),
         ({"quantization_config": {"bits": 4}}, "quantization_config .* is not supported"),
         ({"rope_scaling": [1]}, r"rope_scaling \[1\] is not an object"),
         ({"hidden_size": "192"}, "hidden_size is '192', not a positive whole number"),
@@ -563,7 +654,7 @@ def edit_config(folder, **changes):
         ({"head_dim": -8}, "head_dim is -8"),
         ({"num_key_value_heads": 3}, "4 heads of width .* share 3"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
-        ({"rms_norm_eps": "small"}, "rope_theta or rms_norm_eps is not a number"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small', not a number"),
     ],
 )
 def test_config_that_is_not_supported_is_named(folder, changes, named):

@@ -1,4 +1,4 @@
-"""Against the reference implementations, on tiny random weights: transformers' Llama, T5 encoder and BERT, and PEFT's prompt tuning."""
+"""Against the reference implementations, on tiny random weights: transformers' Llama, tokenizers, T5 encoder and BERT, and PEFT's prompt tuning."""
 import copy
 import json
 from dataclasses import replace
@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
-from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5EncoderModel, T5ForConditionalGeneration
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer, GPT2Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from adapters import SoftPrompt, T5Encoder, load_adapter, save_adapter
-from model import LM, generate, pad, published_config
+from model import LM, generate, load_tokenizer, pad, published_config
 from rerank import Bert, segments
 
 QUESTIONS = [[5, 9, 11, 4, 30, 8], [7, 9], [6, 3, 44, 20], [12, 13, 14, 15, 16, 17, 18, 19]]
@@ -77,6 +79,83 @@ def test_folder_that_we_save_loads_in_the_reference(both, tmp_path):
     assert again.config.eos_token_id == 2 and again.config.max_position_embeddings == 64
     several = published_config(replace(lm.config, eos=(2, 5)), torch.float32)
     assert several["eos_token_id"] == [2, 5]
+
+
+# --- Tokenizers ----------------------------------------------------------------------------------------------------------
+
+TEXTS = ["The hats' owner, José, can't (or won't) pay  $12.50!", " leading, trailing ", "", "\n\nnew\tlines 新しい naïve ☺", "<|endoftext|>x <|endoftext|>", "[MASK] [SEP]he"]
+
+
+def byte_level_bpe(folder, **settings):
+    """A folder with vocab.json and merges.txt, as GPT-2's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(vocab_size=320, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False))
+    folder.mkdir()
+    tokenizer.model.save(str(folder))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"} | settings))
+    return folder
+
+
+def word_pieces(folder, **settings):
+    """A folder with vocab.txt, as BERT's."""
+    folder.mkdir()
+    pieces = [*"abcdefghijklmnopqrstuvwxyzJThe0125.,!$'()新し", "the", "hat", "own", "Jo", "na"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(pieces), *(f"##{p}" for p in dict.fromkeys(pieces))]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"} | settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make, reference, settings",
+    [
+        (byte_level_bpe, GPT2Tokenizer, {}),
+        (byte_level_bpe, GPT2Tokenizer, {"add_prefix_space": True, "bos_token": "<|endoftext|>"}),
+        (byte_level_bpe, GPT2Tokenizer, {"eos_token": {"__type": "AddedToken", "content": "<|endoftext|>"}}),
+        (word_pieces, BertTokenizer, {}),
+        (word_pieces, BertTokenizer, {"do_lower_case": False}),
+    ],
+)
+def test_tokenizers_of_several_files_equal_the_references(tmp_path, make, reference, settings):
+    folder = make(tmp_path / "tokenizer", **settings)
+    theirs, ours = reference.from_pretrained(folder), load_tokenizer(folder)
+    for text in TEXTS:
+        for special in (True, False):
+            ids = theirs(text, add_special_tokens=special)["input_ids"]
+            assert ours.encode(text, add_special_tokens=special).ids == ids
+        assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids, clean_up_tokenization_spaces=False)
+    assert ours.get_vocab() == theirs.get_vocab()
+
+
+def test_bos_in_front_where_the_settings_ask_for_it(tmp_path):
+    bos = load_tokenizer(byte_level_bpe(tmp_path / "a")).token_to_id("<|endoftext|>")
+    tokenizer = load_tokenizer(byte_level_bpe(tmp_path / "b", add_bos_token=True))
+    assert tokenizer.encode("the hat").ids == [bos, *tokenizer.encode("the hat", add_special_tokens=False).ids]
+
+
+def test_tokenizer_files_that_do_not_do_are_named(tmp_path):
+    folder = byte_level_bpe(tmp_path / "a", tokenizer_class="Qwen2Tokenizer")
+    with pytest.raises(ValueError, match="tokenizer_config.json: a Qwen2Tokenizer is read from its tokenizer.json only"):
+        load_tokenizer(folder)
+    folder = byte_level_bpe(tmp_path / "b")
+    with pytest.raises(ValueError, match="vocab.json: the tokenizer's ids go up to .*, the LM's embedding table has 100 rows"):
+        load_tokenizer(folder, vocab_size=100)
+    (folder / "merges.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="merges.txt: missing"):
+        load_tokenizer(folder)
+    (folder / "vocab.json").write_text("{")
+    (folder / "merges.txt").write_text("")
+    with pytest.raises(ValueError, match="not a vocab.json"):
+        load_tokenizer(folder)
+    folder = word_pieces(tmp_path / "c")
+    (folder / "vocab.txt").write_text("a\nb\n")
+    with pytest.raises(ValueError, match="vocab.txt: not BERT's vocabulary"):
+        load_tokenizer(folder)
+    (folder / "vocab.txt").rename(folder / "tokenizer.model")
+    with pytest.raises(FileNotFoundError, match="a SentencePiece tokenizer.model is not read"):
+        load_tokenizer(folder)
 
 
 # --- Encoders ------------------------------------------------------------------------------------------------------------
