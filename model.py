@@ -604,15 +604,17 @@ class Prefix:
         room = [(k[index], v[index]) for k, v in self.room]
         return Prefix([(k[:, :, : self.size], v[:, :, : self.size]) for k, v in room], lengths, room)
 
-    def with_room(self, rows: int, more: int) -> "Prefix":
-        """The same for `rows` rows and with room for `more` positions, which who extends it fills in place: what decoding wants,
-        where each prefix has one continuation and the next token would otherwise copy all keys and values there are."""
+    def with_room(self, index: Tensor, more: int) -> "Prefix":
+        """The rows `index` (R,), one each of a prefix of one row too, with room for `more` positions, which who extends it fills in place.
+
+        That is what decoding wants: each prefix has one continuation there, and the next token need not copy all keys and values.
+        """
         P, room = self.size, []
         for pair in self.layers:
-            room.append(tuple(t.new_empty(rows, t.shape[1], P + more, t.shape[3]) for t in pair))
+            room.append(tuple(t.new_empty(len(index), t.shape[1], P + more, t.shape[3]) for t in pair))
             for whole, part in zip(room[-1], pair):
-                whole[:, :, :P] = part
-        lengths = None if self.lengths is None else self.lengths.expand(rows)
+                whole[:, :, :P] = part if part.shape[0] == 1 else part[index]
+        lengths = None if self.lengths is None else self.lengths.expand(len(index)) if len(self.lengths) == 1 else self.lengths[index]
         return Prefix([(k[:, :, :P], v[:, :, :P]) for k, v in room], lengths, room)
 
     def trim(self, padding: Tensor) -> "Prefix":
@@ -1073,7 +1075,8 @@ def generate(
     prefix  None, one for all, or a list with a prefix or None for each question
     eos     id or ids that end a continuation; finished rows leave the batch. None never stops early.
     Each question is read once, however many samples are drawn from it. ValueError where an argument or a length is impossible.
-    The cache holds 2 * K * D * n_layers values for every position of every live row: question, prompt and what was generated.
+    The cache holds 2 * K * D * n_layers values, of the weights' dtype, for every position of every live row: prefix, question and new
+    tokens, as many as may be written, in layers with a window too; and that twice for the moment in which finished rows leave it.
     """
     for name, value, fine in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
@@ -1096,7 +1099,7 @@ def generate(
         logits = lm.logits(h[:, -1])
         if step == 0:  # up to here the samples of a question are one row
             logits = logits[rows]
-            cache = each_pass(lambda p: (p.rows(rows) if n > 1 else p).with_room(len(rows), max_new_tokens - 1), cache)
+            cache = each_pass(lambda p: p.with_room(rows, max_new_tokens - 1), cache)
         token = choose(logits, temperature, top_k, top_p, generator)[:, None]
         written[live, step] = token[:, 0]
         logprob[live] += (logits.gather(1, token) - logits.logsumexp(-1, keepdim=True))[:, 0]

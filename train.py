@@ -45,7 +45,7 @@ import eval as metrics
 import recurse
 import rerank
 import world
-from model import LM, Config, answer, hash_tensors, load_tokenizer, locate
+from model import LM, Config, answer, hash_tensors, load_tokenizer, locate, read_config
 
 ASSETS = Path(__file__).parent / "assets"  # the embedded LM, its tokenizer and its pretrained Connectors
 
@@ -232,7 +232,7 @@ class Run:
 
 def arguments(args) -> dict:
     """The arguments that make a run what it is: all but where it lies and how it is continued."""
-    return {key: value for key, value in vars(args).items() if key not in ("resume", "out", "argv")}
+    return {key: value for key, value in vars(args).items() if key not in ("resume", "out", "argv", "plan")}
 
 
 def draw_curve(run: Run, history: list[dict]) -> None:
@@ -614,6 +614,48 @@ METHODS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Memory, before anything is loaded
+
+
+def plan(args) -> dict[str, int]:
+    """--plan: the bytes that a step of this command will hold at most, counted from the LM's config.json alone, as a table."""
+    config = read_config(locate(args.model or ASSETS / "lm", ["config.json"]))
+    with torch.device("meta"):
+        lm = LM(config)
+        connector = adapters.Connector(lm.new_layers(args.connector_layers))
+    method = args.composition if args.method == "pretrain_connector" else args.method
+    if method not in (*recurse.COMPOSITIONS, "prompt_tuning", "fine_tuning"):
+        raise ValueError(f"--plan: {args.method} trains no LM or adapter of a --model")
+    weights, lm_layers = sum(p.numel() for p in lm.parameters()), 0 if method == "lm_connector" else config.n_layers
+    trained = {"prompt_tuning": args.prompt_length * config.dim, "fine_tuning": weights}.get(method) or sum(p.numel() for p in connector.parameters())
+    tokens = args.batch_size * args.length + (args.prompt_length if method == "prompt_tuning" else 0)
+    targets = args.batch_size * (args.length if args.method == "pretrain_connector" else min(args.length, args.max_new_tokens))
+    size = 2 if args.dtype == "bfloat16" else 4  # of frozen weights and of what is computed; what is trained is held in float32
+    kept = lm_layers * activations(config, trained=method == "fine_tuning")
+    kept += args.connector_layers * activations(config, trained=True) if method in recurse.COMPOSITIONS else 0
+    table = {
+        "frozen weights": 0 if method == "fine_tuning" else size * weights,
+        "trained": 4 * trained,
+        "its gradients": 4 * trained,
+        "the best so far": 4 * trained,
+        f"optimiser ({args.optimizer})": (8 if args.optimizer == "adamw" else 4) * trained,
+        "activations": size * tokens * kept,
+        "logits": 3 * 4 * targets * config.vocab_size,  # themselves, their log softmax, its gradient
+    }
+    print(f"{args.method}: {trained:,} parameters trained, {0 if method == 'fine_tuning' else weights:,} frozen; {args.batch_size} texts of {args.length} tokens, {args.dtype}")
+    for what, held in (table | {"in all": sum(table.values())}).items():
+        print(f"{what:22} {held / 1e9:8.2f} GB")
+    return table
+
+
+def activations(c: Config, trained: bool) -> int:
+    """How many values a token leaves behind in one layer for the backward pass."""
+    query, key = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    values = 2 * c.dim + 2 * query + 2 * key + (3 if c.gated else 1) * c.hidden_dim  # into the norms; q, k, v and what was attended to; into the activation
+    return values + (2 * c.dim + query + c.hidden_dim if trained else 0)  # and what trained weights were multiplied with
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Records
 
 
@@ -723,11 +765,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("--heads", type=number(int, 1), default=6)
     group.add_argument("--hidden", type=number(int, 1), help="width of the MLP; 8/3 of --dim if not given")
     group.add_argument("--context", type=number(int, 8), default=512, help="positions the LM is made for")
-    group.add_argument("--length", type=number(int, 1), default=128, help="tokens in a window of text")
+    group.add_argument("--length", type=number(int, 1), default=128, help="tokens in a window of text; for --plan, in a question and its answer too")
     group.add_argument("--vocab-size", type=number(int, 257, 10**6), default=2048)
     group = parser.add_argument_group("run")
     group.add_argument("--out", help="the run's folder; runs/<method> if not given")
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, bit for bit on a CPU; starts there if it has none")
+    group.add_argument("--plan", action="store_true", help="train nothing: print what the run would hold in memory, from config.json alone")
     group.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16: frozen weights in bf16 and autocast; the default on CUDA")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the method alone, whose defaults the rest is parsed with
@@ -767,6 +810,8 @@ def main(argv: list[str] | None = None) -> dict:
         raise ValueError("--device cuda: torch finds no CUDA device here")
     if args.dim // args.heads % 2:
         raise ValueError(f"--dim {args.dim} / --heads {args.heads} is odd; rotary positions turn pairs of channels")
+    if args.plan:
+        return plan(args)
     Run(args).check()
     torch.manual_seed(args.seed)
     return METHODS[args.method][0](args)

@@ -466,3 +466,55 @@ def test_refused_before_anything_is_written(place, prompt, tmp_path, capsys, cas
         message = capsys.readouterr().err.strip()
     assert word in message and "\n" not in message
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --plan
+
+
+def left_for_the_backward_pass(compute, *modules):
+    """Bytes that autograd keeps of what compute() makes, each storage once, parameters apart."""
+    known, kept = {p.untyped_storage().data_ptr() for m in modules for p in m.parameters()}, {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other takes its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = compute()
+    assert out.requires_grad
+    return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in known)
+
+
+@pytest.mark.parametrize("method", ["neural_recursion", "lm_connector", "connector_lm", "prompt_tuning", "fine_tuning"])
+@pytest.mark.parametrize("family", [{}, dict(family="gpt_neox", layer_norm=True, gated=False, activation="gelu", mlp_bias=True, qkv_bias=True, o_bias=True, parallel=True, tied=False)])
+def test_the_plan_counts_what_a_step_holds(tmp_path, capsys, method, family):
+    config = Config(60, 48, 3, 4, 4 if family else 2, 12, 96, 64, **family)
+    LM(config).save(tmp_path / "lm")
+    folder = tmp_path / "here"
+    table = train.main(f"--method {method} --model {tmp_path / 'lm'} --plan --batch-size 5 --length 40 --prompt-length 7 --max-new-tokens 3 --device cpu --out {folder}".split())
+    assert not folder.exists()
+    lm = LM.from_pretrained(tmp_path / "lm")
+    if method == "fine_tuning":
+        trained = lm.requires_grad_(True)
+        adapter = None
+    else:
+        trained = adapter = adapters.SoftPrompt(torch.randn(7, 48)) if method == "prompt_tuning" else train.recurse.new_connector(lm, method, 2)
+    ids = torch.randint(60, (5, 40))
+
+    def step():
+        model, prefix = train.recurse.compose(method, lm, adapter)
+        return model(model.embed(ids), prefix)
+
+    count = sum(p.numel() for p in trained.parameters())
+    frozen = 0 if adapter is None else sum(p.numel() for p in lm.parameters())
+    assert (table["trained"], table["frozen weights"], table["optimiser (adamw)"]) == (4 * count, 4 * frozen, 8 * count)
+    assert table["logits"] == 3 * 4 * 15 * 60
+    assert table["activations"] == pytest.approx(left_for_the_backward_pass(step, lm, trained), rel=0.15)
+    out = capsys.readouterr().out
+    assert f"{count:,} parameters trained, {frozen:,} frozen" in out and f"in all                 {sum(table.values()) / 1e9:8.2f} GB" in out
+
+
+def test_the_plan_of_a_method_without_a_model_is_refused():
+    with pytest.raises(ValueError, match="--plan: pretrain trains no LM or adapter of a --model"):
+        train.main(["--method", "pretrain", "--plan"])
