@@ -73,7 +73,8 @@ def prompt_rows(runs: int, tiny: bool):
         ours, theirs = prompt_tuning_steps(P, B, T, answer, config)
         (loss, gradient), (peer_loss, peer_gradient) = ours(), theirs()
         row = {"workload": f"prompt tuning P={P} B={B} T={T} V={config.vocab_size}"} | race(ours, theirs, runs)
-        row |= {"loss_difference": abs(loss - peer_loss), "gradient_difference": (gradient - peer_gradient).abs().max().item() / peer_gradient.abs().max().item()}
+        row["loss_difference"] = abs(loss - peer_loss)
+        row["gradient_difference"] = (gradient - peer_gradient).abs().max().item() / peer_gradient.abs().max().item()
         yield row, f"losses differ by {row['loss_difference']:.0e}, gradients by {row['gradient_difference']:.0e} of the largest"
 
 
@@ -124,7 +125,8 @@ def generation_rows(runs: int, tiny: bool):
             for samples in (n, 1):
                 ours, theirs = (lambda f=f, model=model: f(model, ids, new, samples) for f, model in ((generate_ours, lm), (generate_peer, peer)))
                 same = sum(a == b for a, b in zip(ours(), theirs()))  # this is also the warm-up
-                row = {"workload": f"generate, {name} ({describe(lm)}), {questions} questions of {tokens}, " + (f"n={samples}" if samples > 1 else "greedy")}
+                how = f"n={samples}" if samples > 1 else "greedy"
+                row = {"workload": f"generate, {name} ({describe(lm)}), {questions} questions of {tokens}, {how}"}
                 row |= race(ours, theirs, runs)
                 row |= {f"{who}_tokens_per_second": questions * samples * new / row[who] for who in ("ours", "peer")}
                 row |= {f"{who}_peak": alone("generate", who, source, ids, new, samples)["peak"] for who in ("ours", "peer")}
@@ -229,7 +231,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         for row, note in WORKLOADS[workload](args.runs, args.tiny):
             rows.append(row)
             ours, theirs = (f"{1e3 * row[who]:,.0f} ms" for who in ("ours", "peer"))
-            print(json.dumps(row) if args.json else f"{row['workload']}: {ours}, peer {theirs}, ratio {row['ratio']:.2f} ({row['spread'][0]:.2f} to {row['spread'][1]:.2f}); {note}", flush=True)
+            ratio = f"ratio {row['ratio']:.2f} ({row['spread'][0]:.2f} to {row['spread'][1]:.2f})"
+            print(json.dumps(row) if args.json else f"{row['workload']}: {ours}, peer {theirs}, {ratio}; {note}", flush=True)
     return rows
 
 

@@ -101,7 +101,7 @@ class Stored:
         return torch.Size(reversed(whole)) if self.transposed else whole
 
     def view(self, theirs: Tensor, n_heads: int) -> Tensor:
-        """Our parameter's place in the published tensor, as a view: copied from it to load, copied to it to save. Heads may come apart, (H, D, ...)."""
+        """Our parameter's place in the published tensor, as a view: copied from it to load, to it to save. Heads may come apart, (H, D, ...)."""
         theirs = theirs.t() if self.transposed else theirs  # t() leaves a bias as it is
         if self.part is None:
             return theirs
@@ -193,7 +193,12 @@ FAMILIES = {
     # Llama with biases on q, k and v; some layers may see a window
     "qwen2": Family("Qwen2ForCausalLM", LLAMA, dict(qkv_bias=True), COMMON | SLIDING | dict(num_key_value_heads=32)),
     # Llama with each head's q and k normed; some layers may see a window
-    "qwen3": Family("Qwen3ForCausalLM", LLAMA, dict(qk_norm="head"), COMMON | SLIDING | dict(num_key_value_heads=32, head_dim=128, attention_bias=False)),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        LLAMA,
+        dict(qk_norm="head"),
+        COMMON | SLIDING | dict(num_key_value_heads=32, head_dim=128, attention_bias=False),
+    ),
     # Llama with norms behind attention and MLP instead of before them, and q and k normed over all heads
     "olmo2": Family("Olmo2ForCausalLM", OLMO2, dict(qk_norm="width", post_norm=True), COMMON | dict(rms_norm_eps=1e-5, attention_bias=False)),
     # LayerNorm, plain MLP, biases, a part of each head's channels turned, attention and MLP side by side (Pythia is one)
@@ -424,9 +429,9 @@ def read_weights(folder: str | Path, config: Config) -> dict[str, Tensor]:
             tensors["transformer." + name] = tensors.pop(name)
         if config.family == "gpt_neox" and name == "lm_head.weight":  # the newer name
             tensors["embed_out.weight"] = tensors.pop(name)
-    quantised = [name for name, tensor in tensors.items() if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16)]
-    if quantised:
-        raise ValueError(f"{folder}: {min(quantised)} is stored as {str(tensors[min(quantised)].dtype).removeprefix('torch.')}; quantised checkpoints are not supported")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"{folder}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}; quantised checkpoints are not supported")
     return tensors
 
 
@@ -454,7 +459,8 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt"]
+HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+HUB_FILES += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt"]
 
 
 def locate(path_or_hub_id: str | Path, files: list[str] = HUB_FILES) -> Path:
@@ -499,8 +505,8 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
     if path.is_dir():
         path = next((path / name for name in ("tokenizer.json", *readers) if (path / name).is_file()), path / "tokenizer.json")
     if not path.is_file():
-        pieces = " (a SentencePiece tokenizer.model is not read; transformers saves it as tokenizer.json)" if (path.parent / "tokenizer.model").is_file() else ""
-        raise FileNotFoundError(f"{path}: no such tokenizer file{pieces}")
+        pieces = " (a SentencePiece tokenizer.model is not read; transformers saves it as tokenizer.json)"
+        raise FileNotFoundError(f"{path}: no such tokenizer file{pieces if (path.parent / 'tokenizer.model').is_file() else ''}")
     try:
         tokenizer = readers[path.name](path) if path.name in readers else Tokenizer.from_file(str(path))
     except (ValueError, OSError):
@@ -544,7 +550,8 @@ def gpt2_tokenizer(path: Path) -> Tokenizer:
         (tokenizer.add_special_tokens if token.get("special") else tokenizer.add_tokens)([added])
     if settings.get("add_bos_token"):
         bos = special["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+        known = [(bos, tokenizer.token_to_id(bos))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=known)
     return tokenizer
 
 
@@ -716,7 +723,8 @@ def rotation(config: Config, positions: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def rotate(x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
-    """x (B, heads, T, D) turned by its positions, or its first rotary_dim channels. Published weights pair channel d with d + rotary_dim/2, hence the roll."""
+    """x (B, heads, T, D), or its first rotary_dim channels, turned by its positions. Published weights pair channel d with d + rotary_dim/2,
+    hence the roll."""
     if turn is None:
         return x
     cos, sin = turn
@@ -953,7 +961,7 @@ class LM(nn.Module):
         return (self.norm(out[0]), out[1]) if keep else self.norm(out)
 
     def add_positions(self, x: Tensor, prefix: Prefix | None) -> Tensor:
-        """x (B, T, C) with its learned position embeddings, in an LM that has them: here and not in `embed`, so that each pass of a recursion has them."""
+        """x (B, T, C) with learned position embeddings, in an LM that has them: here, not in `embed`, so that every pass of a recursion has them."""
         if self.positions is None:
             return x
         return x + self.positions(text_positions(self.config, x, prefix).clamp(max=self.config.max_len - 1))  # beyond the table lies padding only

@@ -642,7 +642,8 @@ def plan(args) -> dict[str, int]:
         "activations": size * tokens * kept,
         "logits": 3 * 4 * targets * config.vocab_size,  # themselves, their log softmax, its gradient
     }
-    print(f"{args.method}: {trained:,} parameters trained, {0 if method == 'fine_tuning' else weights:,} frozen; {args.batch_size} texts of {args.length} tokens, {args.dtype}")
+    frozen = 0 if method == "fine_tuning" else weights
+    print(f"{args.method}: {trained:,} parameters trained, {frozen:,} frozen; {args.batch_size} texts of {args.length} tokens, {args.dtype}")
     for what, held in (table | {"in all": sum(table.values())}).items():
         print(f"{what:22} {held / 1e9:8.2f} GB")
     return table
@@ -651,8 +652,9 @@ def plan(args) -> dict[str, int]:
 def activations(c: Config, trained: bool) -> int:
     """How many values a token leaves behind in one layer for the backward pass."""
     query, key = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    values = 2 * c.dim + 2 * query + 2 * key + (3 if c.gated else 1) * c.hidden_dim  # into the norms; q, k, v and what was attended to; into the activation
-    return values + (2 * c.dim + query + c.hidden_dim if trained else 0)  # and what trained weights were multiplied with
+    values = 2 * c.dim + 2 * query + 2 * key  # what the norms read; q, k, v and what was attended to
+    values += (3 if c.gated else 1) * c.hidden_dim  # what the activation reads, and the factors of a gated MLP
+    return values + (2 * c.dim + query + c.hidden_dim if trained else 0)  # what trained weights were multiplied with
 
 
 # ---------------------------------------------------------------------------------------------------------------------
