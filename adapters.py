@@ -52,42 +52,79 @@ class SoftPrompt(nn.Module):
 # starts at the scale of real tokens; Lester et al. (section 3.2) find vocabulary and labels better than noise.
 
 
-def random(length: int, table: Tensor, scale: float = 0.5, generator: torch.Generator | None = None) -> Tensor:
+def random(
+    length: int, table: Tensor, scale: float = 0.5, generator: torch.Generator | None = None
+) -> Tensor:
     """Uniform in [-scale, scale], as in the paper (its released code draws from [0, scale)). A default of 0.5 fits T5's large embeddings."""
     return (torch.rand(length, table.shape[1], generator=generator) * 2 - 1) * scale
 
 
-def from_vocab(length: int, table: Tensor, population: int = 5000, generator: torch.Generator | None = None) -> Tensor:
+def from_vocab(
+    length: int, table: Tensor, population: int = 5000, generator: torch.Generator | None = None
+) -> Tensor:
     """Embeddings of `length` different tokens among the first `population` ids, which are the common ones where the
     vocabulary is ordered by frequency (SentencePiece) or by merges (byte-level BPE). With repeats only if too few."""
     population = min(population, table.shape[0])
     draws = -(-length // population)  # whole permutations needed
-    ids = torch.cat([torch.randperm(population, generator=generator) for _ in range(draws)] or [torch.empty(0, dtype=torch.long)])
+    ids = torch.cat(
+        [torch.randperm(population, generator=generator) for _ in range(draws)]
+        or [torch.empty(0, dtype=torch.long)]
+    )
     return table[ids[:length].to(table.device)].detach().float().cpu()
 
 
-def from_labels(length: int, table: Tensor, tokenizer: Tokenizer, labels: list[str], generator: torch.Generator | None = None) -> Tensor:
+def from_labels(
+    length: int,
+    table: Tensor,
+    tokenizer: Tokenizer,
+    labels: list[str],
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """One vector for each class label, the mean of its tokens' embeddings; sampled vocabulary fills the rest, extra labels are dropped."""
     if len(labels) > length:
-        warnings.warn(f"{len(labels)} labels for a prompt of {length}: the last {len(labels) - length} are left out")
-    rows = [table[token_ids(tokenizer, label)].detach().float().mean(0).cpu() for label in labels[:length]]
-    return torch.cat([torch.stack(rows), from_vocab(length - len(rows), table, generator=generator)]) if rows else from_vocab(length, table, generator=generator)
+        warnings.warn(
+            f"{len(labels)} labels for a prompt of {length}: the last {len(labels) - length} are left out"
+        )
+    rows = [
+        table[token_ids(tokenizer, label)].detach().float().mean(0).cpu()
+        for label in labels[:length]
+    ]
+    return (
+        torch.cat([torch.stack(rows), from_vocab(length - len(rows), table, generator=generator)])
+        if rows
+        else from_vocab(length, table, generator=generator)
+    )
 
 
-def from_text(length: int, table: Tensor, tokenizer: Tokenizer, text: str, generator: torch.Generator | None = None) -> Tensor:
+def from_text(
+    length: int,
+    table: Tensor,
+    tokenizer: Tokenizer,
+    text: str,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Token i of the text in slot i; sampled vocabulary fills the rest, a longer text is cut."""
     ids = token_ids(tokenizer, text)[:length]
-    return torch.cat([table[ids].detach().float().cpu(), from_vocab(length - len(ids), table, generator=generator)])
+    return torch.cat(
+        [
+            table[ids].detach().float().cpu(),
+            from_vocab(length - len(ids), table, generator=generator),
+        ]
+    )
 
 
 def from_file(length: int, table: Tensor, path: str | Path) -> Tensor:
     """The vectors of a stored soft prompt's folder; their shape must be (length, C)."""
     tensors = read_tensors(path, "adapter_model")
     if set(tensors) != {"prompt_embeddings"}:
-        raise ValueError(f"{path}: not a soft prompt (its tensors: {', '.join(sorted(tensors)[:3])})")
+        raise ValueError(
+            f"{path}: not a soft prompt (its tensors: {', '.join(sorted(tensors)[:3])})"
+        )
     vectors = tensors["prompt_embeddings"]
     if tuple(vectors.shape) != (length, table.shape[1]):
-        raise ValueError(f"{path}: the prompt is {tuple(vectors.shape)}, not {(length, table.shape[1])}")
+        raise ValueError(
+            f"{path}: the prompt is {tuple(vectors.shape)}, not {(length, table.shape[1])}"
+        )
     return vectors.float()
 
 
@@ -165,8 +202,14 @@ def read_t5_config(folder: str | Path) -> T5Config:
             raise ValueError(f"{path}: {key} is {raw.get(key)!r}, not a positive whole number")
     mlp = raw.get("feed_forward_proj", "relu")
     if mlp not in ("relu", "gated-gelu"):
-        raise ValueError(f"{path}: feed_forward_proj {mlp!r} is not supported (only 'relu' and 'gated-gelu')")
-    rest = (raw.get("relative_attention_num_buckets", 32), raw.get("relative_attention_max_distance", 128), raw.get("layer_norm_epsilon", 1e-6))
+        raise ValueError(
+            f"{path}: feed_forward_proj {mlp!r} is not supported (only 'relu' and 'gated-gelu')"
+        )
+    rest = (
+        raw.get("relative_attention_num_buckets", 32),
+        raw.get("relative_attention_max_distance", 128),
+        raw.get("layer_norm_epsilon", 1e-6),
+    )
     return T5Config(*(raw[key] for key in sizes), mlp == "gated-gelu", *rest)
 
 
@@ -187,7 +230,10 @@ class T5Layer(nn.Module):
         super().__init__()
         linear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)
         self.head_dim = c.head_dim
-        self.attention_norm, self.mlp_norm = nn.RMSNorm(c.dim, c.norm_eps), nn.RMSNorm(c.dim, c.norm_eps)
+        self.attention_norm, self.mlp_norm = (
+            nn.RMSNorm(c.dim, c.norm_eps),
+            nn.RMSNorm(c.dim, c.norm_eps),
+        )
         self.q, self.k, self.v = (linear(c.dim, c.n_heads * c.head_dim) for _ in range(3))
         self.o = linear(c.n_heads * c.head_dim, c.dim)
         self.gate = linear(c.dim, c.hidden_dim) if c.gated else None
@@ -196,10 +242,21 @@ class T5Layer(nn.Module):
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x (B, L, C), bias (1 | B, H, L, L) added to the scores -> (B, L, C)."""
         y = self.attention_norm(x)
-        q, k, v = (f(y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        x = x + self.o(F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0).transpose(1, 2).flatten(2))
+        q, k, v = (
+            f(y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for f in (self.q, self.k, self.v)
+        )
+        x = x + self.o(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
+            .transpose(1, 2)
+            .flatten(2)
+        )
         y = self.mlp_norm(x)
-        return x + self.down(F.relu(self.up(y)) if self.gate is None else F.gelu(self.gate(y), approximate="tanh") * self.up(y))
+        return x + self.down(
+            F.relu(self.up(y))
+            if self.gate is None
+            else F.gelu(self.gate(y), approximate="tanh") * self.up(y)
+        )
 
 
 class T5Encoder(nn.Module):
@@ -215,10 +272,21 @@ class T5Encoder(nn.Module):
         self.distance_bias = nn.Embedding(c.buckets, c.n_heads)  # one table for all layers
         self.layers = nn.ModuleList(T5Layer(c) for _ in range(c.n_layers))
         self.norm = nn.RMSNorm(c.dim, c.norm_eps)
-        for name, p in self.named_parameters():  # T5's scheme: 1 / sqrt(fan-in), and once more 1 / sqrt(D) for q in place of scaled scores
+        for (
+            name,
+            p,
+        ) in self.named_parameters():  # T5's scheme: 1 / sqrt(fan-in), and once more 1 / sqrt(D) for q in place of scaled scores
             if p.dim() == 2:
-                fan_in = 1.0 if name == "embedding.weight" else c.dim if name == "distance_bias.weight" else p.shape[1]
-                nn.init.normal_(p, std=(fan_in * (c.head_dim if name.endswith(".q.weight") else 1)) ** -0.5)
+                fan_in = (
+                    1.0
+                    if name == "embedding.weight"
+                    else c.dim
+                    if name == "distance_bias.weight"
+                    else p.shape[1]
+                )
+                nn.init.normal_(
+                    p, std=(fan_in * (c.head_dim if name.endswith(".q.weight") else 1)) ** -0.5
+                )
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids (B, L) -> (B, L, C)."""
@@ -227,50 +295,105 @@ class T5Encoder(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """x (B, L, C) -> (B, L, C); lengths (B,) says how much of each right-padded row is real."""
         position = torch.arange(x.shape[1], device=x.device)
-        bias = self.distance_bias(distance_bucket(position[None] - position[:, None], self.config)).permute(2, 0, 1)[None]  # (1, H, L, L)
+        bias = self.distance_bias(
+            distance_bucket(position[None] - position[:, None], self.config)
+        ).permute(2, 0, 1)[None]  # (1, H, L, L)
         if lengths is not None:
-            bias = bias.masked_fill(position >= lengths[:, None, None, None], torch.finfo(bias.dtype).min)
+            bias = bias.masked_fill(
+                position >= lengths[:, None, None, None], torch.finfo(bias.dtype).min
+            )
         for layer in self.layers:
             x = layer(x, bias)
         return self.norm(x)
 
     def published_names(self) -> dict[str, str]:
         """{our parameter name: the published tensor name}."""
-        names = {"embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight",
-                 "distance_bias.weight": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"}  # fmt: skip
+        names = {
+            "embedding.weight": "shared.weight",
+            "norm.weight": "encoder.final_layer_norm.weight",
+            "distance_bias.weight": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        }
         for i in range(self.config.n_layers):
-            ours, attention, mlp = f"layers.{i}", f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
-            names |= {f"{ours}.{ours_}.weight": f"{attention}.SelfAttention.{ours_}.weight" for ours_ in "qkvo"}
-            names |= {f"{ours}.attention_norm.weight": f"{attention}.layer_norm.weight", f"{ours}.mlp_norm.weight": f"{mlp}.layer_norm.weight"}
-            names |= {f"{ours}.{a}.weight": f"{mlp}.DenseReluDense.{b}.weight" for a, b in (("gate", "wi_0"), ("up", "wi_1" if self.config.gated else "wi"), ("down", "wo"))}
-        return {ours: theirs for ours, theirs in names.items() if ours in dict(self.named_parameters())}
+            ours, attention, mlp = (
+                f"layers.{i}",
+                f"encoder.block.{i}.layer.0",
+                f"encoder.block.{i}.layer.1",
+            )
+            names |= {
+                f"{ours}.{ours_}.weight": f"{attention}.SelfAttention.{ours_}.weight"
+                for ours_ in "qkvo"
+            }
+            names |= {
+                f"{ours}.attention_norm.weight": f"{attention}.layer_norm.weight",
+                f"{ours}.mlp_norm.weight": f"{mlp}.layer_norm.weight",
+            }
+            names |= {
+                f"{ours}.{a}.weight": f"{mlp}.DenseReluDense.{b}.weight"
+                for a, b in (
+                    ("gate", "wi_0"),
+                    ("up", "wi_1" if self.config.gated else "wi"),
+                    ("down", "wo"),
+                )
+            }
+        return {
+            ours: theirs for ours, theirs in names.items() if ours in dict(self.named_parameters())
+        }
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "T5Encoder":
+    def from_pretrained(
+        cls, folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "T5Encoder":
         """The encoder of a published T5 checkpoint, frozen: eval mode, nothing requires a gradient. A decoder beside it is left unread."""
         tensors = read_tensors(folder)
         with torch.device("meta"), Uninitialised():
             encoder = cls(read_t5_config(folder))
         if "shared.weight" not in tensors and "encoder.embed_tokens.weight" in tensors:
             tensors["shared.weight"] = tensors["encoder.embed_tokens.weight"]
-        names, shapes = encoder.published_names(), {n: p.shape for n, p in encoder.named_parameters()}
+        names, shapes = (
+            encoder.published_names(),
+            {n: p.shape for n, p in encoder.named_parameters()},
+        )
         known = set(names.values()) | {"encoder.embed_tokens.weight"}
-        wrong = [n for ours, n in names.items() if n not in tensors or tensors[n].shape != shapes[ours]] + [n for n in tensors if n.startswith("encoder.") and n not in known]
+        wrong = [
+            n for ours, n in names.items() if n not in tensors or tensors[n].shape != shapes[ours]
+        ] + [n for n in tensors if n.startswith("encoder.") and n not in known]
         if wrong:
-            raise ValueError(f"{folder}: the tensor {min(wrong)} is missing, unexpected or misshapen for its config")
-        encoder.load_state_dict({ours: tensors[theirs].to(device, dtype) for ours, theirs in names.items()}, assign=True)
+            raise ValueError(
+                f"{folder}: the tensor {min(wrong)} is missing, unexpected or misshapen for its config"
+            )
+        encoder.load_state_dict(
+            {ours: tensors[theirs].to(device, dtype) for ours, theirs in names.items()}, assign=True
+        )
         return encoder.requires_grad_(False).eval()
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes config.json and model.safetensors in the published format into a folder, which may exist."""
         c, folder, state = self.config, Path(folder), dict(self.named_parameters())
-        config = {"architectures": ["T5EncoderModel"], "model_type": "t5", "vocab_size": c.vocab_size, "d_model": c.dim, "num_layers": c.n_layers,
-                  "num_heads": c.n_heads, "d_kv": c.head_dim, "d_ff": c.hidden_dim, "feed_forward_proj": "gated-gelu" if c.gated else "relu",
-                  "relative_attention_num_buckets": c.buckets, "relative_attention_max_distance": c.max_distance, "layer_norm_epsilon": c.norm_eps,
-                  "is_encoder_decoder": False}  # fmt: skip
+        config = {
+            "architectures": ["T5EncoderModel"],
+            "model_type": "t5",
+            "vocab_size": c.vocab_size,
+            "d_model": c.dim,
+            "num_layers": c.n_layers,
+            "num_heads": c.n_heads,
+            "d_kv": c.head_dim,
+            "d_ff": c.hidden_dim,
+            "feed_forward_proj": "gated-gelu" if c.gated else "relu",
+            "relative_attention_num_buckets": c.buckets,
+            "relative_attention_max_distance": c.max_distance,
+            "layer_norm_epsilon": c.norm_eps,
+            "is_encoder_decoder": False,
+        }
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "model.safetensors") as path:
-            save_file({theirs: state[ours].detach().cpu().to(dtype).contiguous() for ours, theirs in self.published_names().items()}, path, metadata={"format": "pt"})
+            save_file(
+                {
+                    theirs: state[ours].detach().cpu().to(dtype).contiguous()
+                    for ours, theirs in self.published_names().items()
+                },
+                path,
+                metadata={"format": "pt"},
+            )
         with replacing(folder / "config.json") as path:
             path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
@@ -280,7 +403,9 @@ def distance_bucket(distance: Tensor, config: T5Config) -> Tensor:
     have one bucket each, and the far ones share buckets that widen logarithmically up to max_distance."""
     half = config.buckets // 2
     near, away = half // 2, distance.abs()
-    far = near + (away.clamp(min=1).float() / near).log() / math.log(config.max_distance / near) * (half - near)
+    far = near + (away.clamp(min=1).float() / near).log() / math.log(config.max_distance / near) * (
+        half - near
+    )
     return (distance > 0) * half + torch.where(away < near, away, far.long().clamp(max=half - 1))
 
 
@@ -304,12 +429,24 @@ def replacing(path: str | Path):
 
 def save_adapter(folder: str | Path, adapter: nn.Module, lm, **info) -> None:
     """Writes adapter_config.json and adapter_model.safetensors; `info` goes into the config (the method, the base's name)."""
-    folder, tensors = Path(folder), {name: p.detach().cpu().contiguous() for name, p in adapter.named_parameters()}
+    folder, tensors = (
+        Path(folder),
+        {name: p.detach().cpu().contiguous() for name, p in adapter.named_parameters()},
+    )
     config = {"base_model_name_or_path": None, "fingerprint": lm.fingerprint()} | info
     if isinstance(adapter, SoftPrompt):
         tensors = {"prompt_embeddings": tensors["vectors"]}
-        config |= {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": len(adapter.vectors), "placement": "before_bos"}
-        config |= {"num_transformer_submodules": 1, "num_attention_heads": lm.config.n_heads, "num_layers": lm.config.n_layers}
+        config |= {
+            "peft_type": "PROMPT_TUNING",
+            "task_type": "CAUSAL_LM",
+            "num_virtual_tokens": len(adapter.vectors),
+            "placement": "before_bos",
+        }
+        config |= {
+            "num_transformer_submodules": 1,
+            "num_attention_heads": lm.config.n_heads,
+            "num_layers": lm.config.n_layers,
+        }
     elif isinstance(adapter, Connector):
         config |= {"peft_type": "CONNECTOR", "connector_layers": len(adapter.layers)}
     else:
@@ -326,7 +463,9 @@ def read_adapter_config(folder: str | Path) -> dict:
     """adapter_config.json as a dict. FileNotFoundError or ValueError names the file."""
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no adapter_config.json, so there is no trained adapter in this folder")
+        raise FileNotFoundError(
+            f"{folder}: no adapter_config.json, so there is no trained adapter in this folder"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -341,27 +480,45 @@ def load_adapter(folder: str | Path, lm) -> nn.Module:
     config, tensors = read_adapter_config(folder), read_tensors(folder, "adapter_model")
     stored = config.get("fingerprint")
     if stored is None:
-        warnings.warn(f"{folder}: carries no fingerprint, so whether it belongs to this LM is not checked")
+        warnings.warn(
+            f"{folder}: carries no fingerprint, so whether it belongs to this LM is not checked"
+        )
     elif stored != lm.fingerprint():
-        raise ValueError(f"{folder}: was trained on another base (fingerprint {str(stored)[:12]}..., this LM's is {lm.fingerprint()[:12]}...)")
+        raise ValueError(
+            f"{folder}: was trained on another base (fingerprint {str(stored)[:12]}..., this LM's is {lm.fingerprint()[:12]}...)"
+        )
     if config.get("token_dim", lm.config.dim) != lm.config.dim:
-        raise ValueError(f"{folder}: made for an LM of width {config['token_dim']}, this one's is {lm.config.dim}")
+        raise ValueError(
+            f"{folder}: made for an LM of width {config['token_dim']}, this one's is {lm.config.dim}"
+        )
     if config["peft_type"] == "PROMPT_TUNING":
         if config.get("placement", "before_bos") != "before_bos":
-            raise ValueError(f"{folder}: placement {config['placement']!r} is not supported (only 'before_bos')")
-        adapter = SoftPrompt(from_file(config.get("num_virtual_tokens", 0), lm.embedding.weight, folder))
+            raise ValueError(
+                f"{folder}: placement {config['placement']!r} is not supported (only 'before_bos')"
+            )
+        adapter = SoftPrompt(
+            from_file(config.get("num_virtual_tokens", 0), lm.embedding.weight, folder)
+        )
     elif config["peft_type"] == "CONNECTOR":
         layers = config.get("connector_layers")
         if not isinstance(layers, int) or layers < 1:
             raise ValueError(f"{folder}: connector_layers is {layers!r}, not a number of layers")
         adapter = Connector(lm.new_layers(layers))
         expected = {name: tuple(p.shape) for name, p in adapter.named_parameters()}
-        wrong = [n for n in expected.keys() | tensors.keys() if n not in expected or n not in tensors or tuple(tensors[n].shape) != expected[n]]
+        wrong = [
+            n
+            for n in expected.keys() | tensors.keys()
+            if n not in expected or n not in tensors or tuple(tensors[n].shape) != expected[n]
+        ]
         if wrong:
-            raise ValueError(f"{folder}: the tensor {min(wrong)} is missing, unexpected or misshapen for this LM")
+            raise ValueError(
+                f"{folder}: the tensor {min(wrong)} is missing, unexpected or misshapen for this LM"
+            )
         adapter.load_state_dict(tensors)
     else:
-        raise ValueError(f"{folder}: peft_type {config['peft_type']!r} is not supported; supported: PROMPT_TUNING, CONNECTOR")
+        raise ValueError(
+            f"{folder}: peft_type {config['peft_type']!r} is not supported; supported: PROMPT_TUNING, CONNECTOR"
+        )
     return adapter.to(lm.embedding.weight.device)
 
 
@@ -378,7 +535,10 @@ def read_tensors(folder: str | Path, stem: str = "model") -> dict[str, Tensor]:
     elif index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            homes = {folder / shard: {n for n, s in weight_map.items() if s == shard} for shard in weight_map.values()}
+            homes = {
+                folder / shard: {n for n, s in weight_map.items() if s == shard}
+                for shard in weight_map.values()
+            }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: not a safetensors index ({error!r})") from None
     elif sorted(folder.glob("*.bin")):
@@ -390,7 +550,9 @@ def read_tensors(folder: str | Path, stem: str = "model") -> dict[str, Tensor]:
         raise FileNotFoundError(f"{folder}: no {single.name} there")
     tensors = {}
     for path, names in homes.items():
-        if path.parent.resolve() != folder.resolve():  # its own name may be a link elsewhere, as in the hub's cache
+        if (
+            path.parent.resolve() != folder.resolve()
+        ):  # its own name may be a link elsewhere, as in the hub's cache
             raise ValueError(f"{index}: names {path}, which lies outside the folder")
         if not path.is_file():
             raise FileNotFoundError(f"{index}: names {path.name}, which is missing")
@@ -398,9 +560,13 @@ def read_tensors(folder: str | Path, stem: str = "model") -> dict[str, Tensor]:
             with safe_open(path, framework="pt", device="cpu") as file:
                 stored = set(file.keys())
             if names is not None and names - stored:
-                raise ValueError(f"{path}: lacks {min(names - stored)}, which {index.name} places there")
+                raise ValueError(
+                    f"{path}: lacks {min(names - stored)}, which {index.name} places there"
+                )
             for name in sorted(stored if names is None else names):
-                with safe_open(path, framework="pt", device="cpu") as file:  # a mapping for each tensor: who drops it gives its pages back
+                with safe_open(
+                    path, framework="pt", device="cpu"
+                ) as file:  # a mapping for each tensor: who drops it gives its pages back
                     tensors[name] = file.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{path}: truncated or corrupt ({error})") from None

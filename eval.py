@@ -51,20 +51,27 @@ def token_f1(prediction: str, answers: list[str]) -> float:
     If prediction and answer are both empty after normalisation ("The" against "a") the score is 1.0, so that F1 is never below exact
     match; SQuAD v1.1's script divides by zero overlap there and says 0, v2.0's says 1. ValueError if there is no answer.
     """
-    return max(_f1(normalise(prediction).split(), normalise(answer).split()) for answer in _accepted(answers))
+    return max(
+        _f1(normalise(prediction).split(), normalise(answer).split())
+        for answer in _accepted(answers)
+    )
 
 
 def _f1(predicted: list[str], gold: list[str]) -> float:
     if not predicted and not gold:
         return 1.0
     overlap = sum((Counter(predicted) & Counter(gold)).values())
-    return 2 * overlap / (len(predicted) + len(gold))  # = 2PR / (P + R) with P = overlap / |predicted|, R = overlap / |gold|
+    return (
+        2 * overlap / (len(predicted) + len(gold))
+    )  # = 2PR / (P + R) with P = overlap / |predicted|, R = overlap / |gold|
 
 
 def _accepted(answers: list[str]) -> list[str]:
     # A bare string would be read as a list of one-letter answers, and nearly every score would silently be 0.
     if isinstance(answers, str) or not answers:
-        raise ValueError(f"answers must be a list with at least one accepted answer, got {answers!r}")
+        raise ValueError(
+            f"answers must be a list with at least one accepted answer, got {answers!r}"
+        )
     return answers
 
 
@@ -86,15 +93,25 @@ def paired_bootstrap(a, b, iters: int = 10_000, seed: int = 0) -> tuple[float, f
     Machine Translation Evaluation (EMNLP 2004). ValueError if shapes do not pair, data are empty or not finite, or iters < 1.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if a.ndim not in (1, 2) or a.ndim != b.ndim or a.shape[-1] != b.shape[-1] or not a.size or not b.size:
-        raise ValueError(f"a and b must be (examples,) or (seeds, examples) over the same examples, got shapes {a.shape} and {b.shape}")
+    if (
+        a.ndim not in (1, 2)
+        or a.ndim != b.ndim
+        or a.shape[-1] != b.shape[-1]
+        or not a.size
+        or not b.size
+    ):
+        raise ValueError(
+            f"a and b must be (examples,) or (seeds, examples) over the same examples, got shapes {a.shape} and {b.shape}"
+        )
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("scores must be finite numbers")
     if iters < 1:
         raise ValueError(f"iters must be at least 1, got {iters}")
     a, b = np.atleast_2d(a), np.atleast_2d(b)  # (seeds, examples)
     rng, examples = np.random.default_rng(seed), a.shape[1]
-    chunk = max(1, 2**20 // max(examples, len(a), len(b)))  # iterations at a time: no array below exceeds 8 MiB by more than one row
+    chunk = max(
+        1, 2**20 // max(examples, len(a), len(b))
+    )  # iterations at a time: no array below exceeds 8 MiB by more than one row
     resampled = []
     for start in range(0, iters, chunk):
         size = min(chunk, iters - start)
@@ -119,7 +136,15 @@ def _resampled_seeds(scores: np.ndarray, size: int, rng: np.random.Generator) ->
 # ------------------------------------------------------------------------------------------------------------------- runs
 
 METRICS = ("em", "f1")
-KINDS = {"id": (str, int), "task": (str,), "input": (str,), "prediction": (str,), "answers": (list,), "em": (int, float), "f1": (int, float)}
+KINDS = {
+    "id": (str, int),
+    "task": (str,),
+    "input": (str,),
+    "prediction": (str,),
+    "answers": (list,),
+    "em": (int, float),
+    "f1": (int, float),
+}
 
 
 def score(examples, predictions: list[str]) -> list[dict]:
@@ -136,8 +161,17 @@ def score(examples, predictions: list[str]) -> list[dict]:
             em, f1 = exact_match(prediction, example.answers), token_f1(prediction, example.answers)
         except ValueError as error:
             raise ValueError(f"example {example.id!r} of task {example.task!r}: {error}") from None
-        records.append({"id": example.id, "task": example.task, "input": example.input, "prediction": prediction,
-                        "answers": list(example.answers), "em": em, "f1": f1})
+        records.append(
+            {
+                "id": example.id,
+                "task": example.task,
+                "input": example.input,
+                "prediction": prediction,
+                "answers": list(example.answers),
+                "em": em,
+                "f1": f1,
+            }
+        )
     return records
 
 
@@ -148,11 +182,17 @@ def summary(records: list[dict]) -> dict:
     """
     if not records:
         raise ValueError("no records to summarise")
-    return {**_means(records), "tasks": {task: _means(group) for task, group in _by_task(records).items()}}
+    return {
+        **_means(records),
+        "tasks": {task: _means(group) for task, group in _by_task(records).items()},
+    }
 
 
 def _means(records: list[dict]) -> dict:
-    return {**{metric: sum(r[metric] for r in records) / len(records) for metric in METRICS}, "n": len(records)}
+    return {
+        **{metric: sum(r[metric] for r in records) / len(records) for metric in METRICS},
+        "n": len(records),
+    }
 
 
 def _by_task(records: list[dict]) -> dict[str, list[dict]]:
@@ -177,7 +217,9 @@ def read_predictions(run_dir) -> list[dict]:
             record = _checked(json.loads(line.decode("utf-8")))
             first = line_of.setdefault((record["task"], record["id"]), number)
             if first != number:
-                raise ValueError(f"id {record['id']!r} of task {record['task']!r} is already on line {first}")
+                raise ValueError(
+                    f"id {record['id']!r} of task {record['task']!r} is already on line {first}"
+                )
         except ValueError as error:  # also what json and decode raise
             raise ValueError(f"{path}:{number}: {error}") from None
         records.append(record)
@@ -191,9 +233,13 @@ def _checked(record) -> dict:
         if key not in record:
             raise ValueError(f"key {key!r} is missing")
         if type(record[key]) not in kinds:  # not isinstance: true and false are ints to Python
-            raise ValueError(f"key {key!r} must be {' or '.join(kind.__name__ for kind in kinds)}, got {record[key]!r}")
+            raise ValueError(
+                f"key {key!r} must be {' or '.join(kind.__name__ for kind in kinds)}, got {record[key]!r}"
+            )
     if not record["answers"] or not all(isinstance(answer, str) for answer in record["answers"]):
-        raise ValueError(f"key 'answers' must be a list with at least one string, got {record['answers']!r}")
+        raise ValueError(
+            f"key 'answers' must be a list with at least one string, got {record['answers']!r}"
+        )
     for metric in METRICS:
         if not 0 <= record[metric] <= 1:  # NaN is refused too
             raise ValueError(f"key {metric!r} must be from 0 to 1, got {record[metric]!r}")
@@ -217,31 +263,57 @@ def compare(run_a, run_b, iters: int = 10_000, seed: int = 0) -> list[dict]:
         for task, part in parts:
             a, b = np.array([[x[metric], y[metric]] for x, y in part], dtype=np.float64).T
             difference, low, high, p = paired_bootstrap(a, b, iters, seed)
-            rows.append({"metric": metric, "task": task, "n": len(part), "a": float(a.mean()), "b": float(b.mean()),
-                         "difference": difference, "low": low, "high": high, "p": p})
+            rows.append(
+                {
+                    "metric": metric,
+                    "task": task,
+                    "n": len(part),
+                    "a": float(a.mean()),
+                    "b": float(b.mean()),
+                    "difference": difference,
+                    "low": low,
+                    "high": high,
+                    "p": p,
+                }
+            )
     _print_rows(rows)
     return rows
 
 
 def _paired(records_a: list[dict], records_b: list[dict], run_a, run_b) -> list[tuple[dict, dict]]:
-    by_key_a, by_key_b = ({(r["task"], r["id"]): r for r in records} for records in (records_a, records_b))
-    for here, there, run_here, run_there in ((by_key_a, by_key_b, run_a, run_b), (by_key_b, by_key_a, run_b, run_a)):
+    by_key_a, by_key_b = (
+        {(r["task"], r["id"]): r for r in records} for records in (records_a, records_b)
+    )
+    for here, there, run_here, run_there in (
+        (by_key_a, by_key_b, run_a, run_b),
+        (by_key_b, by_key_a, run_b, run_a),
+    ):
         for task, id in here:
             if (task, id) not in there:
-                raise ValueError(f"the runs hold different examples: id {id!r} of task {task!r} is in {run_here} but not in {run_there}")
+                raise ValueError(
+                    f"the runs hold different examples: id {id!r} of task {task!r} is in {run_here} but not in {run_there}"
+                )
     for (task, id), a in by_key_a.items():
         if a["answers"] != (answers := by_key_b[task, id]["answers"]):
-            raise ValueError(f"the runs have different answers for id {id!r} of task {task!r}: {a['answers']} in {run_a}, {answers} in {run_b}")
+            raise ValueError(
+                f"the runs have different answers for id {id!r} of task {task!r}: {a['answers']} in {run_a}, {answers} in {run_b}"
+            )
     return [(a, by_key_b[key]) for key, a in by_key_a.items()]
 
 
 def _print_rows(rows: list[dict]) -> None:
     width = max(len(row["task"] or "all") for row in rows)
-    print(f"metric  {'task':<{width}}  {'n':>5}  {'a':>6}  {'b':>6}  {'a - b':>7}  [95 % interval]       p")
+    print(
+        f"metric  {'task':<{width}}  {'n':>5}  {'a':>6}  {'b':>6}  {'a - b':>7}  [95 % interval]       p"
+    )
     for row in rows:
-        a, b, difference, low, high = (100 * row[key] for key in ("a", "b", "difference", "low", "high"))
-        print(f"{row['metric'].upper():<6}  {row['task'] or 'all':<{width}}  {row['n']:>5}  {a:6.2f}  {b:6.2f}  {difference:+7.2f}"
-              f"  [{low:+6.2f}, {high:+6.2f}]  {row['p']:.4f}")
+        a, b, difference, low, high = (
+            100 * row[key] for key in ("a", "b", "difference", "low", "high")
+        )
+        print(
+            f"{row['metric'].upper():<6}  {row['task'] or 'all':<{width}}  {row['n']:>5}  {a:6.2f}  {b:6.2f}  {difference:+7.2f}"
+            f"  [{low:+6.2f}, {high:+6.2f}]  {row['p']:.4f}"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------- command line
@@ -258,22 +330,47 @@ def main(argv: list[str] | None = None):
     """Run one sub-command and return its result. Bad input: one line on stderr and exit status 2."""
     parser = Parser(prog="eval.py", description="Compare runs, and use what they trained.")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("compare", help="paired bootstrap between the test predictions of two runs")
+    command = commands.add_parser(
+        "compare", help="paired bootstrap between the test predictions of two runs"
+    )
     command.add_argument("run_a", help="run folder of system a")
     command.add_argument("run_b", help="run folder of system b")
-    command.add_argument("--iters", type=int, default=10_000, help="bootstrap resamples (default 10000; Koehn 2004 has 1000)")
+    command.add_argument(
+        "--iters",
+        type=int,
+        default=10_000,
+        help="bootstrap resamples (default 10000; Koehn 2004 has 1000)",
+    )
     command.add_argument("--seed", type=int, default=0, help="seed of the resampling (default 0)")
     command = commands.add_parser("ask", help="answer questions with what a run trained")
-    command.add_argument("question", nargs="*", help="one or more, each in quotation marks; inputs as they stand where the run was trained on inputs and targets")
+    command.add_argument(
+        "question",
+        nargs="*",
+        help="one or more, each in quotation marks; inputs as they stand where the run was trained on inputs and targets",
+    )
     command.add_argument("--run", required=True, help="run folder")
     command.add_argument("--input", help="a file of questions, one a line")
-    command.add_argument("--max-new-tokens", type=int, default=16, help="longest answer (default 16)")
-    command = commands.add_parser("score", help="answer a file of examples with the bare frozen LM, or with what a run trained")
-    command.add_argument("file", help="examples as train.py reads them; where they have options, the likeliest is the answer")
+    command.add_argument(
+        "--max-new-tokens", type=int, default=16, help="longest answer (default 16)"
+    )
+    command = commands.add_parser(
+        "score",
+        help="answer a file of examples with the bare frozen LM, or with what a run trained",
+    )
+    command.add_argument(
+        "file",
+        help="examples as train.py reads them; where they have options, the likeliest is the answer",
+    )
     command.add_argument("--run", help="run folder; without it the bare LM")
-    command.add_argument("--model", help="checkpoint folder of the bare LM; the embedded one if not given")
-    command.add_argument("--limit", type=int, help="examples, evenly spaced in the file; all if not given")
-    command.add_argument("--max-new-tokens", type=int, default=16, help="longest answer (default 16)")
+    command.add_argument(
+        "--model", help="checkpoint folder of the bare LM; the embedded one if not given"
+    )
+    command.add_argument(
+        "--limit", type=int, help="examples, evenly spaced in the file; all if not given"
+    )
+    command.add_argument(
+        "--max-new-tokens", type=int, default=16, help="longest answer (default 16)"
+    )
     args = parser.parse_args(argv)
     try:
         if args.command == "compare":
@@ -286,15 +383,37 @@ def main(argv: list[str] | None = None):
             if args.run:
                 model, prefix, tokenizer, _ = load_run(args.run)
             else:
-                model, prefix = LM.from_pretrained(locate(args.model or Path(__file__).parent / "assets" / "lm")), None
+                model, prefix = (
+                    LM.from_pretrained(
+                        locate(args.model or Path(__file__).parent / "assets" / "lm")
+                    ),
+                    None,
+                )
                 tokenizer = load_tokenizer(model.folder, model.config.vocab_size)
             examples = data.read(args.file)
             examples = examples[:: -(-len(examples) // args.limit) if args.limit else 1]
-            tokens = data.encode(examples, tokenizer, model.config.eos[0] if model.config.eos else None, model.config.max_len)
-            rows = score(examples, answer(model, tokenizer, [t.input for t in tokens], prefix, args.max_new_tokens, [t.options for t in tokens]))
+            tokens = data.encode(
+                examples,
+                tokenizer,
+                model.config.eos[0] if model.config.eos else None,
+                model.config.max_len,
+            )
+            rows = score(
+                examples,
+                answer(
+                    model,
+                    tokenizer,
+                    [t.input for t in tokens],
+                    prefix,
+                    args.max_new_tokens,
+                    [t.options for t in tokens],
+                ),
+            )
             result = summary(rows)
             for task, row in [("all", result), *result["tasks"].items()]:
-                print(f"{task:20} EM {100 * row['em']:5.1f}   F1 {100 * row['f1']:5.1f}   ({row['n']} examples)") if task else None
+                print(
+                    f"{task:20} EM {100 * row['em']:5.1f}   F1 {100 * row['f1']:5.1f}   ({row['n']} examples)"
+                ) if task else None
             return result
         if args.command == "ask":
             from data import open_ended, question_text
@@ -304,9 +423,14 @@ def main(argv: list[str] | None = None):
             lines = Path(args.input).read_text(encoding="utf-8").splitlines() if args.input else []
             questions = args.question + [line.strip() for line in lines if line.strip()]
             if not questions or not all(map(str.strip, questions)):
-                raise ValueError("no question, or an empty one: give one in quotation marks, or a file with --input")
+                raise ValueError(
+                    "no question, or an empty one: give one in quotation marks, or a file with --input"
+                )
             model, prefix, tokenizer, record = load_run(args.run)
-            ids = open_ended(tokenizer, [question_text(q) if record.get("question_format", True) else q for q in questions])
+            ids = open_ended(
+                tokenizer,
+                [question_text(q) if record.get("question_format", True) else q for q in questions],
+            )
             answers = answer(model, tokenizer, ids, prefix, args.max_new_tokens)
             for question, text in zip(questions, answers):
                 print(text if len(questions) == 1 else f"{question}\t{text}")

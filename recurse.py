@@ -35,7 +35,9 @@ class Stack(nn.Module):
         super().__init__()
         self.config = lm.config
         self.lm = lm
-        self.passes = nn.ModuleList(passes or [lm] + [part for connector in connectors for part in (connector, lm)])
+        self.passes = nn.ModuleList(
+            passes or [lm] + [part for connector in connectors for part in (connector, lm)]
+        )
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> (B, T, C), what the first pass gets."""
@@ -55,11 +57,17 @@ class Stack(nn.Module):
                 kept.append(extended)
         return (x, tuple(kept)) if keep else x
 
-    def read(self, x: Tensor, prefix: tuple[Prefix, ...] | None = None, lengths: Tensor | None = None) -> tuple[Prefix, ...]:
+    def read(
+        self, x: Tensor, prefix: tuple[Prefix, ...] | None = None, lengths: Tensor | None = None
+    ) -> tuple[Prefix, ...]:
         """The prefixes, one per pass, after x (P, C) or (B, P, C); lengths (B,) as in LM.read."""
         x = x[None] if x.dim() == 2 else x
         _, kept = self(x, prefix, keep=True)
-        return kept if lengths is None else tuple(p.trim(x.shape[1] - lengths.to(x.device)) for p in kept)
+        return (
+            kept
+            if lengths is None
+            else tuple(p.trim(x.shape[1] - lengths.to(x.device)) for p in kept)
+        )
 
 
 # Each relative is one line: which passes, in which order. The keys are the methods' names on the command line.

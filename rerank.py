@@ -42,8 +42,15 @@ class BertConfig:
     dropout: float = 0.1  # in training
 
 
-PUBLISHED_SIZES = {"vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-                   "hidden_dim": "intermediate_size", "max_len": "max_position_embeddings", "types": "type_vocab_size"}  # fmt: skip
+PUBLISHED_SIZES = {
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "hidden_dim": "intermediate_size",
+    "max_len": "max_position_embeddings",
+    "types": "type_vocab_size",
+}
 
 
 def read_bert_config(folder: str | Path) -> BertConfig:
@@ -61,12 +68,18 @@ def read_bert_config(folder: str | Path) -> BertConfig:
         if type(raw.get(key)) is not int or raw[key] < 1:
             raise ValueError(f"{path}: {key} is {raw.get(key)!r}, not a positive whole number")
     if raw["hidden_size"] % raw["num_attention_heads"]:
-        raise ValueError(f"{path}: hidden_size {raw['hidden_size']} is not a multiple of num_attention_heads {raw['num_attention_heads']}")
+        raise ValueError(
+            f"{path}: hidden_size {raw['hidden_size']} is not a multiple of num_attention_heads {raw['num_attention_heads']}"
+        )
     for key, value in {"hidden_act": "gelu", "position_embedding_type": "absolute"}.items():
         if raw.get(key, value) != value:
             raise ValueError(f"{path}: {key} {raw[key]!r} is not supported (only {value!r})")
     sizes = {ours: raw[theirs] for ours, theirs in PUBLISHED_SIZES.items()}
-    return BertConfig(**sizes, norm_eps=raw.get("layer_norm_eps", 1e-12), dropout=raw.get("hidden_dropout_prob", 0.1))
+    return BertConfig(
+        **sizes,
+        norm_eps=raw.get("layer_norm_eps", 1e-12),
+        dropout=raw.get("hidden_dropout_prob", 0.1),
+    )
 
 
 class Uninitialised(torch.overrides.TorchFunctionMode):
@@ -87,14 +100,25 @@ class BertLayer(nn.Module):
         self.n_heads, self.dropout = c.n_heads, c.dropout
         self.q, self.k, self.v, self.o = (nn.Linear(c.dim, c.dim) for _ in range(4))
         self.up, self.down = nn.Linear(c.dim, c.hidden_dim), nn.Linear(c.hidden_dim, c.dim)
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(c.dim, c.norm_eps), nn.LayerNorm(c.dim, c.norm_eps)
+        self.attention_norm, self.mlp_norm = (
+            nn.LayerNorm(c.dim, c.norm_eps),
+            nn.LayerNorm(c.dim, c.norm_eps),
+        )
 
     def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:
         """x (B, L, C), seen (B, 1, 1, L) true where there is a token to attend to -> (B, L, C)."""
-        q, k, v = (f(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=self.dropout if self.training else 0.0)
-        x = self.attention_norm(x + F.dropout(self.o(attended.transpose(1, 2).flatten(2)), self.dropout, self.training))
-        return self.mlp_norm(x + F.dropout(self.down(F.gelu(self.up(x))), self.dropout, self.training))
+        q, k, v = (
+            f(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, dropout_p=self.dropout if self.training else 0.0
+        )
+        x = self.attention_norm(
+            x + F.dropout(self.o(attended.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        )
+        return self.mlp_norm(
+            x + F.dropout(self.down(F.gelu(self.up(x))), self.dropout, self.training)
+        )
 
 
 class Bert(nn.Module):
@@ -103,7 +127,11 @@ class Bert(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         c = self.config = config
-        self.words, self.positions, self.types = nn.Embedding(c.vocab_size, c.dim), nn.Embedding(c.max_len, c.dim), nn.Embedding(c.types, c.dim)
+        self.words, self.positions, self.types = (
+            nn.Embedding(c.vocab_size, c.dim),
+            nn.Embedding(c.max_len, c.dim),
+            nn.Embedding(c.types, c.dim),
+        )
         self.norm = nn.LayerNorm(c.dim, c.norm_eps)
         self.layers = nn.ModuleList(BertLayer(c) for _ in range(c.n_layers))
         for p in self.parameters():
@@ -112,12 +140,20 @@ class Bert(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def forward(self, ids: Tensor, lengths: Tensor | None = None, types: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, lengths: Tensor | None = None, types: Tensor | None = None
+    ) -> Tensor:
         """ids (B, L) -> (B, L, C). lengths (B,): how much of each right-padded row is real; types (B, L): the segment of each token, 0 if not given."""
         if ids.shape[1] > self.config.max_len:
-            raise ValueError(f"texts of {ids.shape[1]} tokens exceed the {self.config.max_len} positions of this BERT")
+            raise ValueError(
+                f"texts of {ids.shape[1]} tokens exceed the {self.config.max_len} positions of this BERT"
+            )
         position = torch.arange(ids.shape[1], device=ids.device)
-        x = self.words(ids) + self.positions(position) + self.types(torch.zeros_like(ids) if types is None else types)
+        x = (
+            self.words(ids)
+            + self.positions(position)
+            + self.types(torch.zeros_like(ids) if types is None else types)
+        )
         x = F.dropout(self.norm(x), self.config.dropout, self.training)
         seen = None if lengths is None else (position < lengths[:, None])[:, None, None]
         for layer in self.layers:
@@ -126,39 +162,81 @@ class Bert(nn.Module):
 
     def published_names(self) -> dict[str, str]:
         """{our parameter name: the published tensor name}."""
-        inner = {"q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value", "o": "attention.output.dense",
-                 "attention_norm": "attention.output.LayerNorm", "up": "intermediate.dense", "down": "output.dense", "mlp_norm": "output.LayerNorm"}  # fmt: skip
-        outer = {"words": "word_embeddings", "positions": "position_embeddings", "types": "token_type_embeddings", "norm": "LayerNorm"}
+        inner = {
+            "q": "attention.self.query",
+            "k": "attention.self.key",
+            "v": "attention.self.value",
+            "o": "attention.output.dense",
+            "attention_norm": "attention.output.LayerNorm",
+            "up": "intermediate.dense",
+            "down": "output.dense",
+            "mlp_norm": "output.LayerNorm",
+        }
+        outer = {
+            "words": "word_embeddings",
+            "positions": "position_embeddings",
+            "types": "token_type_embeddings",
+            "norm": "LayerNorm",
+        }
         names = {}
         for name, _ in self.named_parameters():
             *path, kind = name.split(".")
-            stem = f"encoder.layer.{path[1]}.{inner[path[2]]}" if path[0] == "layers" else f"embeddings.{outer[path[0]]}"
+            stem = (
+                f"encoder.layer.{path[1]}.{inner[path[2]]}"
+                if path[0] == "layers"
+                else f"embeddings.{outer[path[0]]}"
+            )
             names[name] = f"{stem}.{kind}"
         return names
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> "Bert":
         """The encoder of a published checkpoint, float32, in eval mode; heads beside it are left unread."""
-        tensors = {name.removeprefix("bert."): tensor for name, tensor in read_tensors(folder).items()}
+        tensors = {
+            name.removeprefix("bert."): tensor for name, tensor in read_tensors(folder).items()
+        }
         with torch.device("meta"), Uninitialised():
             bert = cls(read_bert_config(folder))
         names, shapes = bert.published_names(), {n: p.shape for n, p in bert.named_parameters()}
         known = set(names.values()) | {"embeddings.position_ids"}
-        wrong = [n for ours, n in names.items() if n not in tensors or tensors[n].shape != shapes[ours]]
-        wrong += [n for n in tensors if n.startswith(("encoder.", "embeddings.")) and n not in known]
+        wrong = [
+            n for ours, n in names.items() if n not in tensors or tensors[n].shape != shapes[ours]
+        ]
+        wrong += [
+            n for n in tensors if n.startswith(("encoder.", "embeddings.")) and n not in known
+        ]
         if wrong:
-            raise ValueError(f"{folder}: the tensor {min(wrong)} is missing, unexpected or misshapen for its config")
-        bert.load_state_dict({ours: tensors[theirs].to(device, torch.float32) for ours, theirs in names.items()}, assign=True)
+            raise ValueError(
+                f"{folder}: the tensor {min(wrong)} is missing, unexpected or misshapen for its config"
+            )
+        bert.load_state_dict(
+            {ours: tensors[theirs].to(device, torch.float32) for ours, theirs in names.items()},
+            assign=True,
+        )
         return bert.eval()
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes config.json and model.safetensors in the published format into a folder, which may exist."""
         c, folder, state = self.config, Path(folder), dict(self.named_parameters())
-        config = {"architectures": ["BertModel"], "model_type": "bert", **{theirs: getattr(c, ours) for ours, theirs in PUBLISHED_SIZES.items()},
-                  "hidden_act": "gelu", "layer_norm_eps": c.norm_eps, "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": c.dropout}  # fmt: skip
+        config = {
+            "architectures": ["BertModel"],
+            "model_type": "bert",
+            **{theirs: getattr(c, ours) for ours, theirs in PUBLISHED_SIZES.items()},
+            "hidden_act": "gelu",
+            "layer_norm_eps": c.norm_eps,
+            "hidden_dropout_prob": c.dropout,
+            "attention_probs_dropout_prob": c.dropout,
+        }
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "model.safetensors") as path:
-            save_file({theirs: state[ours].detach().cpu().to(dtype).contiguous() for ours, theirs in self.published_names().items()}, path, metadata={"format": "pt"})
+            save_file(
+                {
+                    theirs: state[ours].detach().cpu().to(dtype).contiguous()
+                    for ours, theirs in self.published_names().items()
+                },
+                path,
+                metadata={"format": "pt"},
+            )
         with replacing(folder / "config.json") as path:
             path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
@@ -200,7 +278,10 @@ def read_tensors(folder: str | Path, stem: str = "model") -> dict[str, Tensor]:
     elif index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            homes = {folder / shard: {n for n, s in weight_map.items() if s == shard} for shard in weight_map.values()}
+            homes = {
+                folder / shard: {n for n, s in weight_map.items() if s == shard}
+                for shard in weight_map.values()
+            }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: not a safetensors index ({error!r})") from None
     elif sorted(folder.glob("*.bin")):
@@ -212,7 +293,9 @@ def read_tensors(folder: str | Path, stem: str = "model") -> dict[str, Tensor]:
         raise FileNotFoundError(f"{folder}: no {single.name} there")
     tensors = {}
     for path, names in homes.items():
-        if path.parent.resolve() != folder.resolve():  # its own name may be a link elsewhere, as in the hub's cache
+        if (
+            path.parent.resolve() != folder.resolve()
+        ):  # its own name may be a link elsewhere, as in the hub's cache
             raise ValueError(f"{index}: names {path}, which lies outside the folder")
         if not path.is_file():
             raise FileNotFoundError(f"{index}: names {path.name}, which is missing")
@@ -220,9 +303,13 @@ def read_tensors(folder: str | Path, stem: str = "model") -> dict[str, Tensor]:
             with safe_open(path, framework="pt", device="cpu") as file:
                 stored = set(file.keys())
             if names is not None and names - stored:
-                raise ValueError(f"{path}: lacks {min(names - stored)}, which {index.name} places there")
+                raise ValueError(
+                    f"{path}: lacks {min(names - stored)}, which {index.name} places there"
+                )
             for name in sorted(stored if names is None else names):
-                with safe_open(path, framework="pt", device="cpu") as file:  # a mapping for each tensor: who drops it gives its pages back
+                with safe_open(
+                    path, framework="pt", device="cpu"
+                ) as file:  # a mapping for each tensor: who drops it gives its pages back
                     tensors[name] = file.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{path}: truncated or corrupt ({error})") from None

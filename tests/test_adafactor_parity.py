@@ -20,10 +20,14 @@ def test_five_steps_are_the_references(factored, scale_parameter, clip, decay):
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
     options = dict(lr=0.05, weight_decay=decay, scale_parameter=scale_parameter)
     mine = train.Adafactor(ours, clip=clip, factored=factored, **options)
-    reference = Reference(theirs, clip_threshold=clip, relative_step=False, warmup_init=False, **options)
+    reference = Reference(
+        theirs, clip_threshold=clip, relative_step=False, warmup_init=False, **options
+    )
     for step in range(5):
         for a, b in zip(ours, theirs):
-            a.grad = torch.randn(a.shape, generator=generator) * 10.0 ** -step  # so that the second moment's memory matters
+            a.grad = (
+                torch.randn(a.shape, generator=generator) * 10.0**-step
+            )  # so that the second moment's memory matters
             b.grad = a.grad.clone()
         mine.step(), reference.step()
     for a, b, before in zip(ours, theirs, start):
@@ -37,7 +41,9 @@ def test_an_unfactored_matrix_is_its_entries_in_a_row():
     start = torch.randn(6, 9, generator=generator)
     matrix, row = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone().flatten())
     mine = train.Adafactor([matrix], lr=0.3, factored=False)
-    reference = Reference([row], lr=0.3, relative_step=False, warmup_init=False, scale_parameter=False)
+    reference = Reference(
+        [row], lr=0.3, relative_step=False, warmup_init=False, scale_parameter=False
+    )
     for _ in range(5):
         matrix.grad = torch.randn(6, 9, generator=generator) * torch.arange(1, 10)
         row.grad = matrix.grad.flatten().clone()

@@ -1,4 +1,5 @@
 """Soft prompts and Connectors: what they start from, and that a stored one comes back only to the LM it belongs to."""
+
 import inspect
 import json
 import warnings
@@ -11,9 +12,25 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 import adapters
 import model
 import rerank
-from adapters import Connector, SoftPrompt, T5Config, T5Encoder, from_file, from_labels, from_text, from_vocab, load_adapter, random, replacing, rms, save_adapter
+from adapters import (
+    Connector,
+    SoftPrompt,
+    T5Config,
+    T5Encoder,
+    from_file,
+    from_labels,
+    from_text,
+    from_vocab,
+    load_adapter,
+    random,
+    replacing,
+    rms,
+    save_adapter,
+)
 
-TABLE = torch.arange(40, dtype=torch.float32)[:, None] * torch.tensor([1.0, 10.0, -1.0])  # token i is (i, 10 i, -i)
+TABLE = torch.arange(40, dtype=torch.float32)[:, None] * torch.tensor(
+    [1.0, 10.0, -1.0]
+)  # token i is (i, 10 i, -i)
 
 
 @pytest.fixture
@@ -21,7 +38,9 @@ def tokenizer():
     """Words w0 ... w39, and a BOS that `encode` adds unless told not to."""
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(40)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="w1 $A", special_tokens=[("w1", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="w1 $A", special_tokens=[("w1", 1)]
+    )
     return tokenizer
 
 
@@ -41,7 +60,9 @@ def tokens(vectors):
 def test_random_fills_its_interval_from_both_sides():
     vectors = random(2000, TABLE, scale=0.3, generator=seeded())
     assert vectors.shape == (2000, 3) and vectors.abs().max() <= 0.3
-    assert vectors.min() < -0.29 and vectors.max() > 0.29 and abs(vectors.mean()) < 0.01  # uniform, around 0
+    assert (
+        vectors.min() < -0.29 and vectors.max() > 0.29 and abs(vectors.mean()) < 0.01
+    )  # uniform, around 0
     assert random(2000, TABLE, generator=seeded()).abs().max() > 0.49
     assert torch.equal(vectors, random(2000, TABLE, scale=0.3, generator=seeded()))
 
@@ -50,8 +71,12 @@ def test_from_vocab_draws_without_repeats_from_the_population():
     ids = tokens(from_vocab(10, TABLE, population=10, generator=seeded()))
     assert sorted(ids) == list(range(10)) != ids
     assert max(tokens(from_vocab(9, TABLE, population=10, generator=seeded()))) < 10
-    assert sorted(tokens(from_vocab(40, TABLE, generator=seeded()))) == list(range(40))  # 5000 is more than there are
-    assert tokens(from_vocab(10, TABLE, generator=seeded(1))) != tokens(from_vocab(10, TABLE, generator=seeded(2)))
+    assert sorted(tokens(from_vocab(40, TABLE, generator=seeded()))) == list(
+        range(40)
+    )  # 5000 is more than there are
+    assert tokens(from_vocab(10, TABLE, generator=seeded(1))) != tokens(
+        from_vocab(10, TABLE, generator=seeded(2))
+    )
     assert from_vocab(0, TABLE).shape == (0, 3)
 
 
@@ -70,11 +95,15 @@ def test_from_text_puts_token_i_in_slot_i(tokenizer):
 
 def test_from_labels_takes_the_mean_of_each_labels_tokens(tokenizer):
     vectors = from_labels(4, TABLE, tokenizer, ["w4", "w2 w3 w10"], generator=seeded())
-    assert torch.equal(vectors[0], TABLE[4]) and torch.equal(vectors[1], torch.tensor([5.0, 50.0, -5.0]))  # (2 + 3 + 10) / 3
+    assert torch.equal(vectors[0], TABLE[4]) and torch.equal(
+        vectors[1], torch.tensor([5.0, 50.0, -5.0])
+    )  # (2 + 3 + 10) / 3
     assert tokens(vectors[2:]) == tokens(from_vocab(2, TABLE, generator=seeded()))
     with pytest.warns(UserWarning, match="3 labels for a prompt of 2: the last 1 are left out"):
         assert tokens(from_labels(2, TABLE, tokenizer, ["w4", "w2", "w9"])) == [4, 2]
-    assert tokens(from_labels(3, TABLE, tokenizer, [], generator=seeded())) == tokens(from_vocab(3, TABLE, generator=seeded()))
+    assert tokens(from_labels(3, TABLE, tokenizer, [], generator=seeded())) == tokens(
+        from_vocab(3, TABLE, generator=seeded())
+    )
 
 
 def test_from_file_checks_the_shape(lm, tmp_path):
@@ -118,7 +147,9 @@ def test_connector_is_causal_and_keeps_like_the_lm(lm):
         assert cache.size == 7
         changed = x.clone()
         changed[:, 5] += 1
-        assert torch.equal(connector(changed)[:, :5], whole[:, :5]) and not torch.equal(connector(changed)[:, 5:], whole[:, 5:])
+        assert torch.equal(connector(changed)[:, :5], whole[:, :5]) and not torch.equal(
+            connector(changed)[:, 5:], whole[:, 5:]
+        )
         assert rms(whole) == pytest.approx(0.1, rel=1e-3)
 
 
@@ -130,7 +161,11 @@ def test_rms_of_known_vectors():
 
 
 def make_adapter(kind, lm):
-    adapter = SoftPrompt(torch.zeros(5, lm.config.dim)) if kind == "prompt" else Connector(lm.new_layers(2), scale=0.3)
+    adapter = (
+        SoftPrompt(torch.zeros(5, lm.config.dim))
+        if kind == "prompt"
+        else Connector(lm.new_layers(2), scale=0.3)
+    )
     with torch.no_grad():
         for i, p in enumerate(adapter.parameters()):
             p.copy_(torch.randn(p.shape, generator=seeded(i)))
@@ -150,10 +185,15 @@ def test_stored_adapter_comes_back(lm, tmp_path, kind):
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["method"] == "some_method" and config["base_model_name_or_path"] == "base"
     assert config["fingerprint"] == lm.fingerprint() and config["token_dim"] == lm.config.dim
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     if kind == "prompt":
         assert config["num_virtual_tokens"] == 5 and config["placement"] == "before_bos"
-        assert load_file(tmp_path / "a" / "adapter_model.safetensors").keys() == {"prompt_embeddings"}
+        assert load_file(tmp_path / "a" / "adapter_model.safetensors").keys() == {
+            "prompt_embeddings"
+        }
     else:
         x = torch.randn(2, 6, lm.config.dim, generator=seeded())
         assert torch.equal(adapter(x), again(x))
@@ -165,7 +205,11 @@ def test_adapter_of_another_base_is_refused(make_lm, tmp_path, kind):
     save_adapter(tmp_path, make_adapter(kind, lm), lm)
     with pytest.raises(ValueError, match="was trained on another base") as error:
         load_adapter(tmp_path, other)
-    assert "\n" not in str(error.value) and lm.fingerprint()[:12] in str(error.value) and other.fingerprint()[:12] in str(error.value)
+    assert (
+        "\n" not in str(error.value)
+        and lm.fingerprint()[:12] in str(error.value)
+        and other.fingerprint()[:12] in str(error.value)
+    )
 
 
 def test_adapter_follows_its_lm_into_another_dtype(make_lm, tmp_path):
@@ -189,14 +233,22 @@ def test_adapter_without_fingerprint_loads_with_a_warning(lm, make_lm, tmp_path)
     with pytest.warns(UserWarning, match="carries no fingerprint"):
         assert torch.equal(load_adapter(tmp_path, lm).vectors, adapter.vectors)
     other = make_lm("untied" if lm.config.tied else "tied")
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=f"made for an LM of width {lm.config.dim}, this one's is {other.config.dim}"):
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(
+            ValueError,
+            match=f"made for an LM of width {lm.config.dim}, this one's is {other.config.dim}",
+        ),
+    ):
         load_adapter(tmp_path, other)
 
 
 def test_tensors_that_do_not_fit_are_refused(lm, tmp_path):
     C = lm.config.dim
     save_adapter(tmp_path / "p", make_adapter("prompt", lm), lm)
-    save_file({"prompt_embeddings": torch.zeros(4, C)}, tmp_path / "p" / "adapter_model.safetensors")
+    save_file(
+        {"prompt_embeddings": torch.zeros(4, C)}, tmp_path / "p" / "adapter_model.safetensors"
+    )
     with pytest.raises(ValueError, match=rf"the prompt is \(4, {C}\), not \(5, {C}\)"):
         load_adapter(tmp_path / "p", lm)
     save_adapter(tmp_path / "c", make_adapter("connector", lm), lm)
@@ -209,7 +261,9 @@ def test_tensors_that_do_not_fit_are_refused(lm, tmp_path):
         {n.replace(name, name + "x"): t for n, t in tensors.items()},
     ):
         save_file(changed, file)
-        with pytest.raises(ValueError, match=f"the tensor {name}.* is missing, unexpected or misshapen"):
+        with pytest.raises(
+            ValueError, match=f"the tensor {name}.* is missing, unexpected or misshapen"
+        ):
             load_adapter(tmp_path / "c", lm)
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match="adapter_model.safetensors: truncated or corrupt"):
@@ -221,13 +275,19 @@ def test_configs_that_cannot_be_used_are_named(lm, tmp_path):
         load_adapter(tmp_path, lm)
     save_adapter(tmp_path, make_adapter("prompt", lm), lm)
     edit_config(tmp_path, peft_type="LORA")
-    with pytest.raises(ValueError, match="peft_type 'LORA' is not supported; supported: PROMPT_TUNING, CONNECTOR"):
+    with pytest.raises(
+        ValueError, match="peft_type 'LORA' is not supported; supported: PROMPT_TUNING, CONNECTOR"
+    ):
         load_adapter(tmp_path, lm)
     save_adapter(tmp_path, make_adapter("prompt", lm), lm)
     edit_config(tmp_path, placement="after_bos")
     with pytest.raises(ValueError, match="placement 'after_bos' is not supported"):
         load_adapter(tmp_path, lm)
-    for text, named in (("{", "not valid JSON"), ("[]", "has no key peft_type"), ("{}", "has no key peft_type")):
+    for text, named in (
+        ("{", "not valid JSON"),
+        ("[]", "has no key peft_type"),
+        ("{}", "has no key peft_type"),
+    ):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(ValueError, match=f"adapter_config.json: {named}"):
             load_adapter(tmp_path, lm)
@@ -255,7 +315,14 @@ def test_replacing_keeps_the_old_file_if_the_writer_fails(tmp_path):
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("copied, files", [("read_tensors", (model, adapters, rerank)), ("Uninitialised", (model, adapters, rerank)), ("replacing", (adapters, rerank))])
+@pytest.mark.parametrize(
+    "copied, files",
+    [
+        ("read_tensors", (model, adapters, rerank)),
+        ("Uninitialised", (model, adapters, rerank)),
+        ("replacing", (adapters, rerank)),
+    ],
+)
 def test_the_copies_of_a_helper_are_one_text(copied, files):
     assert len({inspect.getsource(getattr(file, copied)) for file in files}) == 1
 
@@ -265,7 +332,21 @@ def test_the_copies_of_a_helper_are_one_text(copied, files):
 
 def t5(seed=0, **changes):
     torch.manual_seed(seed)
-    encoder = T5Encoder(T5Config(**dict(vocab_size=30, dim=16, n_layers=2, n_heads=2, head_dim=6, hidden_dim=24, buckets=8, max_distance=12) | changes))
+    encoder = T5Encoder(
+        T5Config(
+            **dict(
+                vocab_size=30,
+                dim=16,
+                n_layers=2,
+                n_heads=2,
+                head_dim=6,
+                hidden_dim=24,
+                buckets=8,
+                max_distance=12,
+            )
+            | changes
+        )
+    )
     for p in encoder.parameters():
         torch.nn.init.normal_(p, std=0.4)
     return encoder.requires_grad_(False).eval()
@@ -273,10 +354,19 @@ def t5(seed=0, **changes):
 
 @torch.no_grad()
 def test_encoded_texts_do_not_see_their_padding_nor_their_neighbours():
-    encoder, ids, lengths = t5(), torch.randint(30, (3, 20), generator=seeded()), torch.tensor([20, 7, 1])
+    encoder, ids, lengths = (
+        t5(),
+        torch.randint(30, (3, 20), generator=seeded()),
+        torch.tensor([20, 7, 1]),
+    )
     together = encoder(encoder.embed(ids), lengths)
     for row, n in enumerate(lengths.tolist()):
-        torch.testing.assert_close(together[row, :n], encoder(encoder.embed(ids[row : row + 1, :n]))[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            together[row, :n],
+            encoder(encoder.embed(ids[row : row + 1, :n]))[0],
+            atol=1e-5,
+            rtol=1e-5,
+        )
 
 
 @torch.no_grad()
@@ -294,7 +384,9 @@ def test_the_encoder_reads_any_vectors_and_both_directions():
 
 def test_near_distances_have_a_bucket_each_and_far_ones_share():
     config = t5(buckets=32, max_distance=128).config
-    buckets = adapters.distance_bucket(torch.tensor([-500, -128, -64, -8, -7, -1, 0, 1, 7, 8, 64, 128, 500]), config).tolist()
+    buckets = adapters.distance_bucket(
+        torch.tensor([-500, -128, -64, -8, -7, -1, 0, 1, 7, 8, 64, 128, 500]), config
+    ).tolist()
     assert buckets == [15, 15, 14, 8, 7, 1, 0, 17, 23, 24, 30, 31, 31]
 
 
@@ -303,12 +395,24 @@ def test_a_stored_encoder_comes_back_frozen(tmp_path, gated):
     encoder = t5(gated=gated)
     encoder.save(tmp_path)
     again = T5Encoder.from_pretrained(tmp_path)
-    assert again.config == encoder.config and not any(p.requires_grad for p in again.parameters()) and not again.training
+    assert (
+        again.config == encoder.config
+        and not any(p.requires_grad for p in again.parameters())
+        and not again.training
+    )
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), encoder.parameters()))
 
 
-@pytest.mark.parametrize("change, named", [(dict(model_type="bert"), "model_type is not t5"), (dict(d_kv=None), "d_kv is None"), (dict(num_heads=3), "the tensor encoder.block.0"),
-                                           (dict(feed_forward_proj="swish"), "'swish' is not supported"), (dict(num_layers=1), "the tensor encoder.block.1")])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (dict(model_type="bert"), "model_type is not t5"),
+        (dict(d_kv=None), "d_kv is None"),
+        (dict(num_heads=3), "the tensor encoder.block.0"),
+        (dict(feed_forward_proj="swish"), "'swish' is not supported"),
+        (dict(num_layers=1), "the tensor encoder.block.1"),
+    ],
+)
 def test_an_encoder_that_does_not_fit_is_refused(tmp_path, change, named):
     t5().save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | change
@@ -318,7 +422,11 @@ def test_an_encoder_that_does_not_fit_is_refused(tmp_path, change, named):
 
 
 def test_command_line(lm, tmp_path, capsys):
-    save_adapter(tmp_path, SoftPrompt(torch.full((5, lm.config.dim), -0.25)), lm, method="prompt_tuning")
+    save_adapter(
+        tmp_path, SoftPrompt(torch.full((5, lm.config.dim), -0.25)), lm, method="prompt_tuning"
+    )
     assert adapters.main([str(tmp_path)])["method"] == "prompt_tuning"
     printed = capsys.readouterr().out
-    assert f"(5, {lm.config.dim}), root mean square 0.2500" in printed and lm.fingerprint() in printed
+    assert (
+        f"(5, {lm.config.dim}), root mean square 0.2500" in printed and lm.fingerprint() in printed
+    )

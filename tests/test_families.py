@@ -1,4 +1,5 @@
 """Every family of published checkpoints against transformers, on tiny random weights: logits, greedy tokens, prefixes, layers, files."""
+
 import json
 
 import pytest
@@ -11,32 +12,85 @@ from model import FAMILIES, LM, Prefix, generate, published_config, read_config
 from recurse import Stack
 
 ONE = [[5, 9, 11, 4, 30, 8]]
-FIVE = ONE + [[7], [6, 3, 44, 20], list(range(12, 45)), [12, 13, 14, 15, 16, 17, 18, 19]]  # ragged; the longest is beyond every window and every original length
+FIVE = ONE + [
+    [7],
+    [6, 3, 44, 20],
+    list(range(12, 45)),
+    [12, 13, 14, 15, 16, 17, 18, 19],
+]  # ragged; the longest is beyond every window and every original length
 MOST = 64  # positions; 33 + 20 new tokens fit
 
-LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=500.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
 SLIDING = dict(use_sliding_window=True, sliding_window=7)
 CASES = {  # (model_type, what differs from the reference's defaults, in its own words)
     "gpt2": ("gpt2", dict()),
-    "gpt2, untied, exact gelu, own MLP width": ("gpt2", dict(tie_word_embeddings=False, activation_function="gelu", n_inner=40, layer_norm_epsilon=1e-3)),
+    "gpt2, untied, exact gelu, own MLP width": (
+        "gpt2",
+        dict(
+            tie_word_embeddings=False,
+            activation_function="gelu",
+            n_inner=40,
+            layer_norm_epsilon=1e-3,
+        ),
+    ),
     "gpt2, scores divided by depth": ("gpt2", dict(scale_attn_by_inverse_layer_idx=True)),
     "gpt_neox": ("gpt_neox", dict()),
-    "gpt_neox, sequential, half turned, tied": ("gpt_neox", dict(use_parallel_residual=False, rotary_pct=0.5, rotary_emb_base=500, tie_word_embeddings=True)),
-    "gpt_neox, no attention bias, all turned, relu": ("gpt_neox", dict(attention_bias=False, rotary_pct=1.0, hidden_act="relu", layer_norm_eps=1e-3)),
-    "gpt_neox, linear": ("gpt_neox", dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=500.0, partial_rotary_factor=0.5))),
+    "gpt_neox, sequential, half turned, tied": (
+        "gpt_neox",
+        dict(
+            use_parallel_residual=False,
+            rotary_pct=0.5,
+            rotary_emb_base=500,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "gpt_neox, no attention bias, all turned, relu": (
+        "gpt_neox",
+        dict(attention_bias=False, rotary_pct=1.0, hidden_act="relu", layer_norm_eps=1e-3),
+    ),
+    "gpt_neox, linear": (
+        "gpt_neox",
+        dict(
+            rope_parameters=dict(
+                rope_type="linear", factor=4.0, rope_theta=500.0, partial_rotary_factor=0.5
+            )
+        ),
+    ),
     "llama": ("llama", dict(num_key_value_heads=2, head_dim=12)),
-    "llama, biases, tied": ("llama", dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
+    "llama, biases, tied": (
+        "llama",
+        dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    ),
     "llama, llama3": ("llama", dict(rope_parameters=LLAMA3, num_key_value_heads=1)),
-    "llama, linear": ("llama", dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=500.0))),
+    "llama, linear": (
+        "llama",
+        dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=500.0)),
+    ),
     "mistral": ("mistral", dict(sliding_window=7, num_key_value_heads=2, head_dim=12)),
     "mistral, no window": ("mistral", dict(sliding_window=None, num_key_value_heads=2)),
     "mistral, narrow window": ("mistral", dict(sliding_window=2, num_key_value_heads=4)),
     "qwen2": ("qwen2", dict(num_key_value_heads=2, tie_word_embeddings=True)),
-    "qwen2, upper layers slide": ("qwen2", dict(num_key_value_heads=2, max_window_layers=1, **SLIDING)),
+    "qwen2, upper layers slide": (
+        "qwen2",
+        dict(num_key_value_heads=2, max_window_layers=1, **SLIDING),
+    ),
     "qwen3": ("qwen3", dict(num_key_value_heads=2, head_dim=12, tie_word_embeddings=True)),
     "qwen3, layer types, bias": (
         "qwen3",
-        dict(num_key_value_heads=2, head_dim=8, attention_bias=True, layer_types=["sliding_attention", "full_attention", "sliding_attention"], **SLIDING),
+        dict(
+            num_key_value_heads=2,
+            head_dim=8,
+            attention_bias=True,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            **SLIDING,
+        ),
     ),
     "olmo2": ("olmo2", dict(num_key_value_heads=2)),
     "olmo2, bias, llama3": ("olmo2", dict(attention_bias=True, rope_parameters=LLAMA3)),
@@ -48,10 +102,19 @@ def make(case):
     """A reference model with random weights, large enough that positions, masks, norms and biases all matter."""
     family, changes = CASES[case]
     keys = FAMILIES[family].keys
-    shape = {keys["vocab_size"]: 61, keys["dim"]: 32, keys["n_layers"]: 3, keys["n_heads"]: 4, keys["hidden_dim"]: 48, keys["max_len"]: MOST}
+    shape = {
+        keys["vocab_size"]: 61,
+        keys["dim"]: 32,
+        keys["n_layers"]: 3,
+        keys["n_heads"]: 4,
+        keys["hidden_dim"]: 48,
+        keys["max_len"]: MOST,
+    }
     if changes.get("rope_parameters", {}).get("rope_type") == "linear":
         shape[keys["max_len"]] = MOST // 4
-    config = transformers.AutoConfig.for_model(family, **shape | dict(bos_token_id=1, eos_token_id=2, pad_token_id=0) | changes)
+    config = transformers.AutoConfig.for_model(
+        family, **shape | dict(bos_token_id=1, eos_token_id=2, pad_token_id=0) | changes
+    )
     reference = transformers.AutoModelForCausalLM.from_config(config).eval()
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -91,9 +154,28 @@ def test_logits_equal_the_references(both):
         theirs = reference(torch.tensor(ids)).logits
         check(case, logits(lm, ids), theirs)
     for cut in (1, 20, 59):  # behind a prefix that was read
-        check(case, logits(lm, [row[cut:] for row in tokens], lm.read(lm.embed(torch.tensor([row[:cut] for row in tokens])))), theirs[:, cut:])
-    cuts = (3, 30, 0, 8, 17)  # behind a ragged one, as long as every row's text after its own prefix
-    stacked = Prefix.stack([lm.read(lm.embed(torch.tensor([row[:cut]]))) if cut else None for row, cut in zip(tokens, cuts)])
+        check(
+            case,
+            logits(
+                lm,
+                [row[cut:] for row in tokens],
+                lm.read(lm.embed(torch.tensor([row[:cut] for row in tokens]))),
+            ),
+            theirs[:, cut:],
+        )
+    cuts = (
+        3,
+        30,
+        0,
+        8,
+        17,
+    )  # behind a ragged one, as long as every row's text after its own prefix
+    stacked = Prefix.stack(
+        [
+            lm.read(lm.embed(torch.tensor([row[:cut]]))) if cut else None
+            for row, cut in zip(tokens, cuts)
+        ]
+    )
     z = logits(lm, [row[cut : cut + 30] for row, cut in zip(tokens, cuts)], stacked)
     for b, cut in enumerate(cuts):
         check(case, z[b], theirs[b, cut : cut + 30])
@@ -106,12 +188,16 @@ def test_greedy_tokens_equal_the_references(both):
     alone = reference.generate(torch.tensor(ONE), **options)[0, len(ONE[0]) :].tolist()
     assert generate(lm, ONE, None, 20)[0][0].ids == alone
     T = max(map(len, FIVE))
-    left = torch.tensor([[0] * (T - len(ids)) + ids for ids in FIVE])  # the reference wants its padding on the left, and a mask
+    left = torch.tensor(
+        [[0] * (T - len(ids)) + ids for ids in FIVE]
+    )  # the reference wants its padding on the left, and a mask
     mask = torch.tensor([[0] * (T - len(ids)) + [1] * len(ids) for ids in FIVE])
     batched = reference.generate(left, attention_mask=mask, **options)[:, T:].tolist()
     assert [row[0].ids for row in generate(lm, FIVE, None, 20)] == batched and batched[0] == alone
     assert len(set(map(tuple, batched))) > 2
-    shared = lm.read(lm.embed(torch.tensor(FIVE[3][:20])[None]))  # few-shot text read once, samples of what follows it
+    shared = lm.read(
+        lm.embed(torch.tensor(FIVE[3][:20])[None])
+    )  # few-shot text read once, samples of what follows it
     assert [s.ids for s in generate(lm, [FIVE[3][20:]], shared, 20, n=3)[0]] == [batched[3]] * 3
     some = [None, None, lm.read(lm.embed(torch.tensor([FIVE[2][:3]]))), shared, None]
     asked = [FIVE[0], FIVE[1], FIVE[2][3:], FIVE[3][20:], FIVE[4]]
@@ -124,16 +210,24 @@ def test_new_layers_are_the_familys(both):
     layers = lm.new_layers(3)
     layers.load_state_dict(lm.layers.state_dict())
     tokens = torch.tensor([FIVE[3], FIVE[3][::-1]])
-    check(case, lm.logits(lm.norm(layers(lm.add_positions(lm.embed(tokens), None)))), reference(tokens).logits)
+    check(
+        case,
+        lm.logits(lm.norm(layers(lm.add_positions(lm.embed(tokens), None)))),
+        reference(tokens).logits,
+    )
     connector = Connector(lm.new_layers(2))
     for p in connector.parameters():
-        p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)) * 0.2 + (p.dim() == 1))
+        p.copy_(
+            torch.randn(p.shape, generator=torch.Generator().manual_seed(3)) * 0.2 + (p.dim() == 1)
+        )
     stack = Stack(lm, [connector])
     naive = []
     for ids in FIVE:
         text = list(ids)
         for _ in range(6):
-            text.append(stack.logits(stack(stack.embed(torch.tensor([text]))))[0, -1].argmax().item())
+            text.append(
+                stack.logits(stack(stack.embed(torch.tensor([text]))))[0, -1].argmax().item()
+            )
         naive.append(text[len(ids) :])
     assert [row[0].ids for row in generate(stack, FIVE, None, 6)] == naive
 
@@ -152,13 +246,22 @@ def test_new_layers_train(both):
 def test_what_we_save_loads_in_the_reference_and_here(both, tmp_path):
     case, reference, lm, _ = both
     lm.save(tmp_path / "ours")
-    again, problems = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(problems[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    again, problems = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(
+        problems[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    )
     tokens = torch.tensor([FIVE[3]])
     assert torch.equal(again(tokens).logits, reference(tokens).logits)
     loaded = LM.from_pretrained(tmp_path / "ours")
-    assert loaded.config == lm.config and torch.equal(loaded(loaded.embed(tokens)), lm(lm.embed(tokens)))
-    assert loaded.fingerprint() == LM.from_pretrained(tmp_path / "ours", dtype=torch.bfloat16).fingerprint()
+    assert loaded.config == lm.config and torch.equal(
+        loaded(loaded.embed(tokens)), lm(lm.embed(tokens))
+    )
+    assert (
+        loaded.fingerprint()
+        == LM.from_pretrained(tmp_path / "ours", dtype=torch.bfloat16).fingerprint()
+    )
 
 
 def test_old_and_new_spellings_mean_the_same(both, tmp_path):
@@ -179,8 +282,17 @@ def test_old_and_new_spellings_mean_the_same(both, tmp_path):
 @pytest.mark.parametrize(
     "family, buffers",
     [
-        ("gpt2", {"h.1.attn.bias": torch.ones(1, 1, 64, 64), "h.1.attn.masked_bias": torch.tensor(-1e4)}),
-        ("gpt_neox", {"gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool), "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(1)}),
+        (
+            "gpt2",
+            {"h.1.attn.bias": torch.ones(1, 1, 64, 64), "h.1.attn.masked_bias": torch.tensor(-1e4)},
+        ),
+        (
+            "gpt_neox",
+            {
+                "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool),
+                "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(1),
+            },
+        ),
     ],
 )
 def test_files_of_other_years_load(tmp_path, family, buffers):
@@ -197,8 +309,18 @@ def test_files_of_other_years_load(tmp_path, family, buffers):
 
 def test_misshapen_published_tensors_are_named_with_their_published_shapes(tmp_path):
     for family, name, shape, wrong in (
-        ("gpt2", "transformer.h.2.attn.c_attn.weight", r"\(96, 32\), not \(32, 96\)", lambda t: t.T.contiguous()),
-        ("gpt_neox", "gpt_neox.layers.1.attention.query_key_value.bias", r"\(95,\), not \(96,\)", lambda t: t[1:].clone()),
+        (
+            "gpt2",
+            "transformer.h.2.attn.c_attn.weight",
+            r"\(96, 32\), not \(32, 96\)",
+            lambda t: t.T.contiguous(),
+        ),
+        (
+            "gpt_neox",
+            "gpt_neox.layers.1.attention.query_key_value.bias",
+            r"\(95,\), not \(96,\)",
+            lambda t: t[1:].clone(),
+        ),
     ):
         make(family).save_pretrained(tmp_path / family)
         file = tmp_path / family / "model.safetensors"
@@ -213,8 +335,16 @@ def test_options_that_no_family_has_here_are_refused_by_name(tmp_path):
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights False is not supported"),
         ("gpt_neox", {"rotary_pct": 1.5}, "partial_rotary_factor 1.5 is not supported"),
         ("gpt_neox", {"rotary_pct": 0.01}, "of a head's 8 channels 0 would be turned"),
-        ("qwen2", {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 3}, "layer_types names sliding_attention, but"),
-        ("qwen3", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config .* is not supported"),
+        (
+            "qwen2",
+            {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 3},
+            "layer_types names sliding_attention, but",
+        ),
+        (
+            "qwen3",
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quantization_config .* is not supported",
+        ),
     ):
         config = make(family).config.to_dict()
         config.pop("rope_parameters", None)
@@ -225,4 +355,7 @@ def test_options_that_no_family_has_here_are_refused_by_name(tmp_path):
 
 def test_every_family_is_checked():
     assert {family for family, _ in CASES.values()} == set(FAMILIES)
-    print("\nlargest logit difference:", ", ".join(f"{family} {value:.1e}" for family, value in sorted(worst.items())))
+    print(
+        "\nlargest logit difference:",
+        ", ".join(f"{family} {value:.1e}" for family, value in sorted(worst.items())),
+    )

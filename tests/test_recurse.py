@@ -1,4 +1,5 @@
 """Recursion: each composition against its formula written out, cached decoding against whole passes, and who learns."""
+
 import json
 
 import pytest
@@ -24,17 +25,26 @@ def lively(connector, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in connector.layers.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.25 + (1.0 if p.dim() == 1 else 0.0))
+            p.copy_(
+                torch.randn(p.shape, generator=generator) * 0.25 + (1.0 if p.dim() == 1 else 0.0)
+            )
     return connector
 
 
 def build(kind, lm):
     """The composition, and the same written out as a function of x."""
     if kind == "three passes":
-        a, b = lively(new_connector(lm, "neural_recursion", 1), 1), lively(new_connector(lm, "neural_recursion", 2), 2)
+        a, b = (
+            lively(new_connector(lm, "neural_recursion", 1), 1),
+            lively(new_connector(lm, "neural_recursion", 2), 2),
+        )
         return Stack(lm, [a, b]), lambda x: lm(b(lm(a(lm(x)))))
     c = lively(new_connector(lm, kind, 2))
-    formula = {"neural_recursion": lambda x: lm(c(lm(x))), "lm_connector": lambda x: c(lm(x)), "connector_lm": lambda x: lm(c(x))}
+    formula = {
+        "neural_recursion": lambda x: lm(c(lm(x))),
+        "lm_connector": lambda x: c(lm(x)),
+        "connector_lm": lambda x: lm(c(x)),
+    }
     return COMPOSITIONS[kind](lm, c), formula[kind]
 
 
@@ -56,7 +66,9 @@ class Embeddings(nn.Module):
     def forward(self, x, prefix=None, keep=False):
         start = prefix.size if prefix else 0
         out = self.x[:, start : start + x.shape[1]]
-        kept = Prefix([(torch.zeros(len(x), 1, start + x.shape[1], 2),) * 2])  # it only has to remember how far it is
+        kept = Prefix(
+            [(torch.zeros(len(x), 1, start + x.shape[1], 2),) * 2]
+        )  # it only has to remember how far it is
         return (out, kept) if keep else out
 
 
@@ -67,7 +79,9 @@ def test_connector_that_outputs_the_embeddings_gives_the_bare_lm(lm):
     first, cache = stack(x[:, :4], keep=True)
     second, cache = stack(x[:, 4:], cache, keep=True)
     close(torch.cat([first, second], 1), lm(x))
-    close(lm(x[:, 2:], cache[2]), lm(x[:, 2:], lm.read(x)))  # the last pass has kept what the LM itself would have
+    close(
+        lm(x[:, 2:], cache[2]), lm(x[:, 2:], lm.read(x))
+    )  # the last pass has kept what the LM itself would have
 
 
 def test_stack_without_connectors_is_the_lm(lm):
@@ -88,7 +102,9 @@ def test_composition_is_its_formula_whole_and_token_by_token(lm, kind):
         for part in x.split(chunks, dim=1):
             h, cache = stack(part, cache, keep=True)
             parts.append(h)
-        close(torch.cat(parts, 1), whole, 1e-4)  # each pass amplifies the rounding of the one before
+        close(
+            torch.cat(parts, 1), whole, 1e-4
+        )  # each pass amplifies the rounding of the one before
     assert len(cache) == len(stack.passes) and {p.size for p in cache} == {6}
     for ours, theirs in zip(stack.read(x), cache):
         for (k, v), (k_cached, v_cached) in zip(ours.layers, theirs.layers):
@@ -103,9 +119,14 @@ def test_generate_equals_the_naive_loop_batched_and_one_by_one(lm, kind):
     assert [[s.ids for s in row] for row in generate(stack, QUESTIONS, None, 6)] == expected
     assert [[s.ids for s in generate(stack, [ids], None, 6)[0]] for ids in QUESTIONS] == expected
     eos = expected[0][0][1]
-    for (long,), (sample,) in zip(expected, generate(stack, QUESTIONS, None, 6, eos=eos)):  # rows leave every pass's cache
+    for (long,), (sample,) in zip(
+        expected, generate(stack, QUESTIONS, None, 6, eos=eos)
+    ):  # rows leave every pass's cache
         assert sample.ids == (long[: long.index(eos) + 1] if eos in long else long)
-    samples = [generate(stack, ids, None, 4, 1.0, n=n, generator=torch.Generator().manual_seed(3)) for ids, n in ((QUESTIONS, 2), ([q for q in QUESTIONS for _ in "12"], 1))]
+    samples = [
+        generate(stack, ids, None, 4, 1.0, n=n, generator=torch.Generator().manual_seed(3))
+        for ids, n in ((QUESTIONS, 2), ([q for q in QUESTIONS for _ in "12"], 1))
+    ]
     assert [s.ids for row in samples[0] for s in row] == [s.ids for row in samples[1] for s in row]
 
 
@@ -123,8 +144,14 @@ def test_prefixes_stand_before_every_pass(lm, kind):
         assert [row[0].ids for row in got] == [naive_greedy(lm, formula, ids, 4) for ids in joined]
         for ids, scores in zip(joined, option_scores(stack, QUESTIONS, [options] * 4, prefix)):
             for option, score in zip(options, scores):
-                logprobs = lm.logits(formula(lm.embed(torch.tensor([ids + option]))))[0].log_softmax(-1)
-                close(score, sum(logprobs[len(ids) - 1 + t, token] for t, token in enumerate(option)), 1e-4)
+                logprobs = lm.logits(formula(lm.embed(torch.tensor([ids + option]))))[
+                    0
+                ].log_softmax(-1)
+                close(
+                    score,
+                    sum(logprobs[len(ids) - 1 + t, token] for t, token in enumerate(option)),
+                    1e-4,
+                )
 
 
 def test_new_connector_speaks_at_the_scale_of_what_it_replaces(lm):
@@ -136,7 +163,9 @@ def test_new_connector_speaks_at_the_scale_of_what_it_replaces(lm):
         assert len(connector.layers) == 2
         for given in (x, lm(x)):
             assert rms(connector(given)) == pytest.approx(rms(replaced), rel=1e-2)
-        assert rms(Connector(lm.new_layers(2))(x)) == pytest.approx(1.0, rel=1e-2)  # what it would be otherwise
+        assert rms(Connector(lm.new_layers(2))(x)) == pytest.approx(
+            1.0, rel=1e-2
+        )  # what it would be otherwise
 
 
 # --- Training: the adapter learns, the LM stays --------------------------------------------------------------------------
@@ -163,7 +192,9 @@ def test_frozen_means_frozen_and_trained_means_trained(lm, method):
     adapter, run = setting(method, lm)
     ids = torch.tensor([QUESTIONS[3], QUESTIONS[3][::-1]])
     with torch.no_grad():
-        untrained = run(ids)  # a pass without a graph must leave nothing behind that later stands in for a trained tensor
+        untrained = run(
+            ids
+        )  # a pass without a graph must leave nothing behind that later stands in for a trained tensor
     base = {n: p.clone() for n, p in lm.named_parameters()}
     before = {n: p.detach().clone() for n, p in adapter.named_parameters()}
     optimiser = torch.optim.SGD(adapter.parameters(), lr=0.1)
@@ -178,7 +209,9 @@ def test_frozen_means_frozen_and_trained_means_trained(lm, method):
         assert [n for n, p in adapter.named_parameters() if torch.equal(p, moving[n])] == []
     assert losses[1] < losses[0] and not torch.equal(run(ids), untrained)
     assert [n for n, p in adapter.named_parameters() if torch.equal(p, before[n])] == []
-    assert [n for n, p in lm.named_parameters() if not torch.equal(p, base[n]) or p.grad is not None] == []
+    assert [
+        n for n, p in lm.named_parameters() if not torch.equal(p, base[n]) or p.grad is not None
+    ] == []
 
 
 def saved_tensors(function):
@@ -199,14 +232,20 @@ def test_the_frozen_first_pass_records_no_graph(lm):
     assert saved_tensors(lambda: lm(x)) == 0 and not lm(x).requires_grad
     connector = new_connector(lm, "neural_recursion", 1)
     alone = saved_tensors(lambda: lm(connector(x)))
-    assert saved_tensors(lambda: Stack(lm, [connector])(x)) == alone > 0  # the first pass adds nothing to keep
+    assert (
+        saved_tensors(lambda: Stack(lm, [connector])(x)) == alone > 0
+    )  # the first pass adds nothing to keep
 
 
-@pytest.mark.parametrize("method, steps, rate", [("prompt_tuning", 100, 0.03), ("neural_recursion", 100, 0.01)])
+@pytest.mark.parametrize(
+    "method, steps, rate", [("prompt_tuning", 100, 0.03), ("neural_recursion", 100, 0.01)]
+)
 def test_overfits_one_batch(make_lm, method, steps, rate):
     """Four random texts, which the LM knows nothing of; all but their first token predicted. Chance is log V = 4.2 nats."""
     lm = make_lm()
-    lm.norm.weight.mul_(4)  # a random LM of this width cannot put more than 95 % on any token; now it can
+    lm.norm.weight.mul_(
+        4
+    )  # a random LM of this width cannot put more than 95 % on any token; now it can
     adapter, run = setting(method, lm)
     ids = torch.randint(67, (4, 4), generator=torch.Generator().manual_seed(0))
     ids[:, 0] = torch.arange(10, 14)  # the first tokens differ, so that the texts can be told apart
@@ -238,14 +277,25 @@ def test_load_run(lm, tmp_path):
     ids = torch.tensor([[4, 5, 6]])
 
     def record(folder, **arguments):
-        (folder / "run.json").write_text(json.dumps({"arguments": {"model": str(tmp_path / "lm"), "tokenizer": None} | arguments}))
+        (folder / "run.json").write_text(
+            json.dumps(
+                {"arguments": {"model": str(tmp_path / "lm"), "tokenizer": None} | arguments}
+            )
+        )
 
     connector = lively(new_connector(lm, "neural_recursion", 1))
     save_adapter(tmp_path / "run", connector, lm)
-    for method in ({"method": "neural_recursion"}, {"method": "pretrain_connector", "composition": "neural_recursion"}):
+    for method in (
+        {"method": "neural_recursion"},
+        {"method": "pretrain_connector", "composition": "neural_recursion"},
+    ):
         record(tmp_path / "run", **method)
         model, prefix, again, what = load_run(tmp_path / "run")
-        assert prefix is None and again.token_to_id("w7") == 7 and what["arguments"]["method"] == method["method"]
+        assert (
+            prefix is None
+            and again.token_to_id("w7") == 7
+            and what["arguments"]["method"] == method["method"]
+        )
         assert torch.equal(model(model.embed(ids)), lm(connector(lm(lm.embed(ids)))))
         assert not any(p.requires_grad for p in model.parameters())
 
