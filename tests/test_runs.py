@@ -1,5 +1,6 @@
 """Runs from the command line: complete folders, frozen weights, exact resume after a kill, refusals of one line."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -64,8 +65,9 @@ def place(tmp_path_factory):
 
 def command(place, method, out, *more):
     """The arguments of a short run on the tiny LM."""
-    files = ["--train", place / ("text.jsonl" if method == "pretrain_connector" else "train.jsonl")]
-    files += ["--dev", place / ("text.jsonl" if method == "pretrain_connector" else "dev.jsonl")]
+    text = method.startswith("pretrain")
+    files = ["--train", place / ("text.jsonl" if text else "train.jsonl")]
+    files += ["--dev", place / ("text.jsonl" if text else "dev.jsonl")]
     rest = "--steps 6 --eval-every 2 --log-every 1 --batch-size 3 --max-new-tokens 4 --prompt-length 4 --connector-layers 1 --length 16".split()
     return [
         str(a)
@@ -118,6 +120,44 @@ def test_a_run_leaves_a_complete_folder_and_the_frozen_lm_as_it_was(place, tmp_p
         assert answer(
             model, tokenizer, [tokenizer.encode(r["input"]).ids for r in rows], prefix, 4
         ) == [r["prediction"] for r in rows]
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_every_method_leaves_a_whole_run_refuses_a_second_writer_and_resumes(
+    place, tmp_path, monkeypatch, method
+):
+    """From the command line's entry to files on disk: a run that dies at step 5 and is resumed
+    leaves the same bytes as one that does not, and a locked folder is left alone."""
+
+    class Dead(Exception):
+        """Stands for a process that ends without a word."""
+
+    def dies(run, record):
+        if record["step"] == 5:
+            raise Dead
+        log(run, record)
+
+    shape = "--dim 16 --layers 1 --heads 2 --context 32 --seed 1".split()
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    record = train.main(command(place, method, whole, *shape))
+    log = train.Run.log
+    monkeypatch.setattr(train.Run, "log", dies)
+    with pytest.raises(Dead):
+        train.main(command(place, method, killed, *shape))
+    monkeypatch.undo()
+    with open(killed / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(FileExistsError, match="in use by another process"):
+            train.main(command(place, method, killed, *shape, "--resume"))
+    train.main(command(place, method, killed, *shape, "--resume"))
+    assert record["results"]["dev"]
+    made = {path.relative_to(whole) for path in whole.rglob("*") if path.is_file()}
+    assert made == {path.relative_to(killed) for path in killed.rglob("*") if path.is_file()}
+    assert {"run.json", "metrics.jsonl", "state.safetensors", "curve.png"} <= set(map(str, made))
+    a, b = (load_file(run / "state.safetensors") for run in (whole, killed))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    for path in made - set(map(Path, ("run.json", "state.safetensors", "curve.png", "lock"))):
+        assert (whole / path).read_bytes() == (killed / path).read_bytes(), path
 
 
 def test_what_is_trained_moves_and_only_that(place, tmp_path):
@@ -580,8 +620,6 @@ def test_existing_and_changed_and_busy_runs_are_refused(place, tmp_path):
     refused(command(place, "neural_recursion", out), "exists", "--resume")
     refused(command(place, "neural_recursion", out, "--resume", "--lr", "0.5"), "--lr", "0.5")
     with open(out / "lock", "w") as lock:
-        import fcntl
-
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused(command(place, "neural_recursion", out, "--resume"), "in use by another process")
     assert {p.name: p.read_bytes() for p in out.iterdir()} == content
