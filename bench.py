@@ -1,18 +1,22 @@
-"""Speed and memory beside the peers, in one run on the same weights and the same batch.
+"""Speed and memory: beside the peers, measured in one run, and before a run, estimated.
 
-prompt      a step of prompt tuning against PEFT on transformers. The frozen LM reads a shared prompt once per batch
-            instead of once per example. Counting multiplications alone, a step computes P + BT instead of B(P + T) tokens,
-            so at P = 100, B = 32, T = 64 and a vocabulary computed at 8 answer tokens instead of at all 164 positions,
-            theirs needs about 2.9 times as many.
-generation  `generate` against transformers: 16 samples of 16 new tokens for each of 32 questions of 24 tokens, and one greedy
-            continuation of each. Samples share the reading of their question: 24 + 16 * 16 tokens instead of 16 * (24 + 16),
-            2.3 times as many.
-loading     `LM.from_pretrained` and a first token against transformers, on a checkpoint of 1.1 GB, each time in a fresh
-            process: seconds, and the most memory held beyond what Python and the libraries hold, over the size of the weights.
+prompt      a step of prompt tuning against PEFT on transformers. The frozen LM reads a shared
+            prompt once per batch instead of once per example. Counting multiplications alone, a
+            step computes P + BT instead of B(P + T) tokens. At P = 100, B = 32, T = 64, and with
+            logits at 8 answer tokens instead of all 164, PEFT needs about 2.9 times as many.
+generation  `generate` against transformers: 16 samples of 16 new tokens for each of 32 questions of
+            24 tokens, and one greedy continuation of each. Samples share the reading of their
+            question: 24 + 16 * 16 tokens instead of 16 * (24 + 16), 2.3 times as many.
+loading     `LM.from_pretrained` and a first token against transformers, on a checkpoint of 1.1 GB,
+            each time in a fresh process: seconds, and the peak of the memory beyond that of Python
+            and the libraries, divided by the size of the weights.
 
 pip install -r requirements-dev.txt
-python bench.py                     ->  a row for each workload: our median, the peer's, the ratio with its spread
-python bench.py --only generation   ->  those rows alone; --tiny runs every row in seconds, to see that it runs
+python bench.py                     a row for each workload: our median, the peer's, and the ratio
+python bench.py --only generation   the rows of one workload; --tiny runs every row in seconds
+python bench.py plan --method neural_recursion --model EleutherAI/pythia-1b
+                                    the memory that this command of train.py would need, from
+                                    config.json alone; --text: of pretrain.py connector
 """
 
 import argparse
@@ -29,39 +33,30 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from adapters import SoftPrompt
-from model import LM, Config, generate
+import train
+from adapters import Connector, SoftPrompt
+from checkpoints import read_config, resolve, skip_init
+from generate import generate
+from model import LM, Config
+from runs import ASSETS
 
-ASSETS = Path(__file__).parent / "assets"
-SMALL = Config(
-    4096, dim=192, n_layers=6, n_heads=6, n_kv_heads=6, head_dim=32, hidden_dim=512, max_len=512
-)
-LLAMA_100M = Config(
-    32_000,
-    dim=768,
-    n_layers=12,
-    n_heads=12,
-    n_kv_heads=12,
-    head_dim=64,
-    hidden_dim=1792,
-    max_len=1024,
-)
-LLAMA_1GB = Config(
-    32_000,
-    dim=1024,
-    n_layers=16,
-    n_heads=16,
-    n_kv_heads=16,
-    head_dim=64,
-    hidden_dim=2816,
-    max_len=1024,
-    tied=False,
-)
+
+def llama(
+    vocab_size: int, dim: int, n_layers: int, n_heads: int, hidden_dim: int, **more
+) -> Config:
+    """The shape of a Llama without grouped heads."""
+    head_dim = dim // n_heads
+    return Config(vocab_size, dim, n_layers, n_heads, n_heads, head_dim, hidden_dim, **more)
+
+
+SMALL = llama(4096, 192, 6, 6, 512, max_len=512)
+LLAMA_100M = llama(32_000, 768, 12, 12, 1792, max_len=1024)
+LLAMA_1GB = llama(32_000, 1024, 16, 16, 2816, max_len=1024, tied=False)
 TINY = dict(vocab_size=300, dim=32, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=16, hidden_dim=64)
 
 
 def race(ours, theirs, runs: int) -> dict:
-    """Both in turn, after a warm-up: median seconds of each, and the ratio theirs / ours pair by pair (low, median, high)."""
+    """Time both in turn, `runs` times. The caller has run both once, as a warm-up."""
     return compare([[timed(step) for step in (ours, theirs)] for _ in range(runs)])
 
 
@@ -73,7 +68,7 @@ def timed(step) -> float:
 
 
 def compare(seconds: list) -> dict:
-    """Pairs (our seconds, the peer's) -> medians, and the ratio with its spread."""
+    """From pairs (our seconds, the peer's): the medians, and the median ratio with its spread."""
     ratios = sorted(b / a for a, b in seconds)
     medians = {
         "ours": statistics.median(a for a, _ in seconds),
@@ -82,35 +77,26 @@ def compare(seconds: list) -> dict:
     return medians | {"ratio": statistics.median(ratios), "spread": [ratios[0], ratios[-1]]}
 
 
-def describe(lm: LM) -> str:
-    """The number of parameters."""
-    return f"{sum(p.numel() for p in lm.parameters()) / 1e6:.0f}M"
-
-
-# --- Prompt tuning -------------------------------------------------------------------------------------------------------
+# Prompt tuning
 
 
 def prompt_rows(runs: int, tiny: bool):
-    """A row for a long prompt and one for a short one."""
+    """Yield a row and a note for a long prompt and for a short one."""
     for P in (100, 20):
         B, T, answer, config = (2, 12, 4, replace(SMALL, **TINY)) if tiny else (32, 64, 8, SMALL)
         ours, theirs = prompt_tuning_steps(P, B, T, answer, config)
         (loss, gradient), (peer_loss, peer_gradient) = ours(), theirs()
-        row = {"workload": f"prompt tuning P={P} B={B} T={T} V={config.vocab_size}"} | race(
-            ours, theirs, runs
-        )
+        row = {"workload": f"prompt tuning P={P} B={B} T={T} V={config.vocab_size}"}
+        row |= race(ours, theirs, runs)
         row["loss_difference"] = abs(loss - peer_loss)
-        row["gradient_difference"] = (
-            gradient - peer_gradient
-        ).abs().max().item() / peer_gradient.abs().max().item()
-        yield (
-            row,
-            f"losses differ by {row['loss_difference']:.0e}, gradients by {row['gradient_difference']:.0e} of the largest",
-        )
+        largest = peer_gradient.abs().max().item()
+        row["gradient_difference"] = (gradient - peer_gradient).abs().max().item() / largest
+        note = f"losses differ by {row['loss_difference']:.0e}, "
+        yield row, note + f"gradients by {row['gradient_difference']:.0e} of the largest"
 
 
 def prompt_tuning_steps(P: int, B: int, T: int, answer: int, config: Config):
-    """(our step, PEFT's step): functions that run forward and backward and return (loss, the prompt's gradient (P, C))."""
+    """Return (our step, PEFT's step): forward and backward -> (loss, gradient of the prompt)."""
     import peft
     import transformers
 
@@ -119,12 +105,11 @@ def prompt_tuning_steps(P: int, B: int, T: int, answer: int, config: Config):
     with tempfile.TemporaryDirectory() as folder:
         lm.save(Path(folder) / "lm")
         base = transformers.LlamaForCausalLM.from_pretrained(Path(folder) / "lm")
-    peer = peft.get_peft_model(
-        base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
-    )
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
+    peer = peft.get_peft_model(base, config)
     weight = peer.prompt_encoder["default"].embedding.weight
     weight.data.copy_(prompt.vectors.data)
-    ids = torch.randint(config.vocab_size, (B, T))
+    ids = torch.randint(lm.config.vocab_size, (B, T))
     labels = ids.clone()
     labels[:, :-answer] = -100
 
@@ -144,42 +129,45 @@ def prompt_tuning_steps(P: int, B: int, T: int, answer: int, config: Config):
     return ours, theirs
 
 
-# --- Generation ----------------------------------------------------------------------------------------------------------
+# Generation
 
 
 def generation_rows(runs: int, tiny: bool):
-    """Samples and greedy continuations, by the embedded LM and by a random one of 100M parameters."""
-    questions, tokens, new, n = (3, 5, 4, 2) if tiny else (32, 24, 16, 16)
+    """Yield rows for samples and for greedy decoding, by the embedded LM and by a random one."""
     with tempfile.TemporaryDirectory() as folder:
         LM(replace(LLAMA_100M, **TINY) if tiny else LLAMA_100M).save(Path(folder) / "lm")
         for name, source in (("embedded LM", ASSETS / "lm"), ("random Llama", Path(folder) / "lm")):
             lm, peer = LM.from_pretrained(source), load_peer(source)
-            ids = torch.randint(lm.config.vocab_size, (questions, tokens)).tolist()
-            for samples in (n, 1):
-                ours, theirs = (
-                    lambda f=f, model=model: f(model, ids, new, samples)
-                    for f, model in ((generate_ours, lm), (generate_peer, peer))
-                )
-                same = sum(a == b for a, b in zip(ours(), theirs()))  # this is also the warm-up
-                how = f"n={samples}" if samples > 1 else "greedy"
-                row = {
-                    "workload": f"generate, {name} ({describe(lm)}), {questions} questions of {tokens}, {how}"
-                }
-                row |= race(ours, theirs, runs)
-                row |= {
-                    f"{who}_tokens_per_second": questions * samples * new / row[who]
-                    for who in ("ours", "peer")
-                }
-                row |= {
-                    f"{who}_peak": alone("generate", who, source, ids, new, samples)["peak"]
-                    for who in ("ours", "peer")
-                }
-                note = f"{row['ours_tokens_per_second']:,.0f} and {row['peer_tokens_per_second']:,.0f} tokens a second; "
-                note += f"at most {row['ours_peak'] / 1e6:,.0f} and {row['peer_peak'] / 1e6:,.0f} MB beside the weights"
-                if samples == 1:
-                    row["identical"] = same / questions
-                    note += f"; {same} of {questions} continuations identical"
-                yield row, note
+            for n in (2 if tiny else 16, 1):
+                yield generation_row(name, source, lm, peer, n, runs, tiny)
+
+
+def generation_row(name: str, source: Path, lm: LM, peer, n: int, runs: int, tiny: bool):
+    """Return the row and the note of n samples, or of greedy decoding if n is 1."""
+    questions, tokens, new = (3, 5, 4) if tiny else (32, 24, 16)
+    ids = torch.randint(lm.config.vocab_size, (questions, tokens)).tolist()
+
+    def ours():
+        return generate_ours(lm, ids, new, n)
+
+    def theirs():
+        return generate_peer(peer, ids, new, n)
+
+    same = sum(a == b for a, b in zip(ours(), theirs()))  # this is also the warm-up
+    size = f"{sum(p.numel() for p in lm.parameters()) / 1e6:.0f}M"
+    how = f"{questions} questions of {tokens}, " + (f"n={n}" if n > 1 else "greedy")
+    row = {"workload": f"generate, {name} ({size}), {how}"} | race(ours, theirs, runs)
+    for who in ("ours", "peer"):
+        row[f"{who}_tokens_per_second"] = questions * n * new / row[who]
+        row[f"{who}_peak"] = alone("generate", who, source, ids, new, n)["peak"]
+    speeds = [f"{row[f'{who}_tokens_per_second']:,.0f}" for who in ("ours", "peer")]
+    peaks = [f"{row[f'{who}_peak'] / 1e6:,.0f}" for who in ("ours", "peer")]
+    note = f"{' and '.join(speeds)} tokens a second; "
+    note += f"at most {' and '.join(peaks)} MB beside the weights"
+    if n == 1:
+        row["identical"] = same / questions
+        note += f"; {same} of {questions} continuations identical"
+    return row, note
 
 
 def load_peer(folder: Path, dtype: torch.dtype = torch.float32):
@@ -192,139 +180,192 @@ def load_peer(folder: Path, dtype: torch.dtype = torch.float32):
 
 
 def generate_ours(lm: LM, ids: list[list[int]], new: int, n: int) -> list[list[int]]:
-    """Greedy for one continuation, else samples at temperature 1."""
-    return [
-        sample.ids
-        for row in generate(lm, ids, None, new, temperature=float(n > 1), n=n)
-        for sample in row
-    ]
+    """n samples of each question at temperature 1, or its greedy continuation if n is 1."""
+    samples = generate(lm, ids, None, new, temperature=float(n > 1), n=n)
+    return [sample.ids for row in samples for sample in row]
 
 
 @torch.no_grad()
 def generate_peer(peer, ids: list[list[int]], new: int, n: int) -> list[list[int]]:
-    """The same by transformers, which neither stops at an eos nor narrows what it samples from."""
+    """The same with transformers. Neither side stops at an eos or narrows what it samples from."""
     tokens = torch.tensor(ids)
-    options = (
-        dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, num_return_sequences=n)
-        if n > 1
-        else dict(do_sample=False)
-    )
-    out = peer.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=new,
-        eos_token_id=None,
-        pad_token_id=0,
-        **options,
-    )
+    options = {"do_sample": False}
+    if n > 1:
+        options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+        options["num_return_sequences"] = n
+    options |= {"max_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}
+    out = peer.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
     return out[:, tokens.shape[1] :].tolist()
 
 
-# --- Loading -------------------------------------------------------------------------------------------------------------
+# Loading
 
 
 def loading_rows(runs: int, tiny: bool):
-    """A checkpoint used as it is stored, and one stored in bfloat16 and used in float32."""
+    """Yield a row for a checkpoint stored in float32, and for one stored in bf16. Both are used in
+    float32."""
     with tempfile.TemporaryDirectory() as folder:
         lm = LM(replace(LLAMA_1GB, **TINY) if tiny else LLAMA_1GB)
-        size = 4 * sum(p.numel() for p in lm.parameters())  # in float32, as it is used
+        size = 4 * sum(p.numel() for p in lm.parameters())
         for dtype in (torch.float32, torch.bfloat16):
             path = Path(folder) / str(dtype)
             lm.save(path, dtype)
-            results = [
-                [alone("load", who, path) for who in ("ours", "peer")] for _ in range(runs + 1)
-            ][1:]  # the first fills the page cache
-            row = {
-                "workload": f"load {size / 1e9:.2f} GB stored in {str(dtype).removeprefix('torch.')}, and a first token"
-            }
+            both = ("ours", "peer")
+            results = [[alone("load", who, path) for who in both] for _ in range(runs + 1)]
+            results = results[1:]  # the first fills the page cache
+            stored = str(dtype).removeprefix("torch.")
+            row = {"workload": f"load {size / 1e9:.2f} GB stored in {stored}, and a first token"}
             row |= compare([[result["seconds"] for result in pair] for pair in results])
-            row |= {
-                f"{who}_peak_over_weights": max(pair[i]["peak"] for pair in results) / size
-                for i, who in enumerate(("ours", "peer"))
-            }
-            yield (
-                row,
-                f"peak memory {row['ours_peak_over_weights']:.2f} and {row['peer_peak_over_weights']:.2f} times the weights",
-            )
+            peaks = [max(pair[i]["peak"] for pair in results) / size for i in range(2)]
+            row["ours_peak_over_weights"], row["peer_peak_over_weights"] = peaks
+            yield row, f"peak memory {peaks[0]:.2f} and {peaks[1]:.2f} times the weights"
 
 
 def alone(*task) -> dict:
-    """{"seconds", "peak"} of a task run by a fresh process: time, and bytes held at most beyond what it held before."""
+    """Run a task in a fresh process. Returns its {"seconds", "peak"}; peak is in bytes, beyond what
+    the process held before."""
     command = [sys.executable, __file__, "--alone", json.dumps(task, default=str)]
-    return json.loads(
-        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-    )
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(out.splitlines()[-1])
 
 
 def run_alone(kind: str, who: str, folder: str, *rest) -> dict:
-    """What `alone` asks for: kind is load or generate, who is ours or peer."""
+    """The task of `alone`: kind is load or generate, who is ours or peer."""
     load, go = (LM.from_pretrained, generate_ours) if who == "ours" else (load_peer, generate_peer)
-    if who == "peer":
-        import transformers.models.llama.modeling_llama  # so that its import counts neither as time nor as memory
+    if who == "peer":  # so that this import counts neither as time nor as memory
+        import transformers.models.llama.modeling_llama  # noqa: F401
+
+    def step():
+        if kind == "generate":
+            go(model, *rest)
+        else:
+            go(load(folder), [[1]], 1, 1)
+
     if kind == "generate":
         model = load(folder)
-        go(model, [[1]], 1, 1)  # every weight has been touched: what follows is beside the weights
+        go(model, [[1]], 1, 1)  # touches every weight, so the peak below is what comes on top
     before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the highest mark begins anew
-    seconds = timed(
-        lambda: go(model, *rest) if kind == "generate" else go(load(folder), [[1]], 1, 1)
-    )
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
+    seconds = timed(step)
     return {"seconds": seconds, "peak": memory("VmHWM") - before}
 
 
 def memory(mark: str) -> int:
-    """Bytes resident in memory: VmRSS now, VmHWM at most."""
+    """Bytes of memory in use: VmRSS now, VmHWM at the peak."""
     return 1024 * int(re.search(rf"{mark}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
+
+# The memory of a run, before anything is loaded
+
+
+def parse_plan(argv: list[str]) -> argparse.Namespace:
+    """Parse the flags of train.py, and with them --seq-len and --text."""
+    first = train.Parser(prog="bench.py plan", add_help=False)
+    first.add_argument("--seq-len", type=train.COUNT, default=128)  # of a question and its answer
+    first.add_argument("--text", action="store_true")  # every token is a target, as in pretraining
+    more, rest = first.parse_known_args(argv)
+    args = train.parse(rest, "bench.py plan")
+    args.seq_len, args.text = more.seq_len, more.text
+    return args
+
+
+def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
+    """Print and return the bytes that a training step of this command will hold at most.
+
+    They are counted from the LM's config.json alone.
+    """
+    method = args.method
+    config = Config(**read_config(resolve(args.model or ASSETS / "lm", ["config.json"])))
+    with torch.device("meta"), skip_init():
+        lm = LM(config)
+        connector = Connector(lm.new_layers(args.connector_layers))
+    weights = sum(p.numel() for p in lm.parameters())
+    frozen, tokens, targets = weights, args.batch_size * args.seq_len, args.batch_size
+    trained_layers, frozen_layers = args.connector_layers, config.n_layers
+    if method == "prompt_tuning":
+        trained, trained_layers = args.prompt_length * config.dim, 0
+        tokens += args.prompt_length  # read once per batch
+    elif method == "fine_tuning":
+        trained, frozen = weights, 0
+        trained_layers, frozen_layers = config.n_layers, 0
+    else:
+        trained = sum(p.numel() for p in connector.parameters())
+    if method == "lm_connector":  # the gradient ends in the Connector
+        frozen_layers = 0
+    targets *= args.seq_len if args.text else min(args.seq_len, args.max_new_tokens)
+    kept = trained_layers * activations(config, trained=True)
+    kept += frozen_layers * activations(config, trained=False)
+    size = 2 if args.dtype == "bfloat16" else 4  # what is trained is in float32 all the same
+    table = {
+        "frozen weights": size * frozen,
+        "trained": 4 * trained,
+        "its gradients": 4 * trained,
+        "the best so far": 4 * trained,
+        f"optimiser ({args.optimizer})": (8 if args.optimizer == "adamw" else 4) * trained,
+        "activations": size * tokens * kept,
+        "logits": 3 * 4 * targets * config.vocab_size,  # with log softmax and gradient
+    }
+    print(f"{args.method}: {trained:,} parameters trained, {frozen:,} frozen; ", end="")
+    print(f"{args.batch_size} texts of {args.seq_len} tokens, {args.dtype}")
+    for what, held in (table | {"in all": sum(table.values())}).items():
+        print(f"{what:22} {held / 1e9:8.2f} GB")
+    return table
+
+
+def activations(c: Config, trained: bool) -> int:
+    """Count the values that a token leaves in one layer for the backward pass."""
+    query, key = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    values = 2 * c.dim + 2 * query + 2 * key  # inputs of the norms; q, k, v and attention's output
+    values += c.hidden_dim * (3 if c.gated else 1)  # the activation's input, the gate's factors
+    if trained:
+        values += 2 * c.dim + query + c.hidden_dim  # inputs of the weights
+    return values
+
+
+# The command line
 
 WORKLOADS = {"prompt": prompt_rows, "generation": generation_rows, "loading": loading_rows}
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(
-        description="Our speed and memory beside the peers', in one run."
-    )
-    parser.add_argument(
-        "--only",
-        choices=WORKLOADS,
-        action="append",
-        help="these rows; may be given several times (default: all)",
-    )
-    parser.add_argument("--runs", type=int, default=5, help="timed pairs per workload (default 5)")
-    parser.add_argument(
-        "--tiny",
-        action="store_true",
-        help="tiny shapes: shows that every row runs, measures nothing",
-    )
+def main(argv: list[str] | None = None):
+    """Measure and return the rows, or estimate memory and return the table."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["plan"]:
+        return estimate_memory(parse_plan(argv[1:]))
+    description = "Speed and memory beside the peers, in one run. `bench.py plan` with flags of "
+    description += "train.py estimates the memory of a run instead."
+    parser = train.Parser(prog="bench.py", description=description)
+    text = "the rows of this workload; may be given several times; all if not given"
+    parser.add_argument("--only", choices=WORKLOADS, action="append", help=text)
+    parser.add_argument("--runs", type=train.COUNT, default=5, help="timed pairs per workload")
+    text = "tiny shapes, which show that every row runs and measure nothing"
+    parser.add_argument("--tiny", action="store_true", help=text)
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
-    parser.error = lambda message: parser.exit(2, f"bench.py: {message}\n")
     args = parser.parse_args(argv)
     if args.alone:
         print(json.dumps(run_alone(*json.loads(args.alone))))
         return []
-    if args.runs < 1:
-        parser.error("--runs must be at least 1")
     try:
         import peft  # noqa: F401
     except ImportError:
-        raise ValueError(
-            "transformers and PEFT are not installed: pip install -r requirements-dev.txt"
-        ) from None
+        text = "transformers and PEFT are not installed: pip install -r requirements-dev.txt"
+        raise ValueError(text) from None
     torch.manual_seed(0)
     rows = []
     for workload in args.only or WORKLOADS:
         for row, note in WORKLOADS[workload](args.runs, args.tiny):
             rows.append(row)
-            ours, theirs = (f"{1e3 * row[who]:,.0f} ms" for who in ("ours", "peer"))
-            ratio = f"ratio {row['ratio']:.2f} ({row['spread'][0]:.2f} to {row['spread'][1]:.2f})"
-            print(
-                json.dumps(row)
-                if args.json
-                else f"{row['workload']}: {ours}, peer {theirs}, {ratio}; {note}",
-                flush=True,
-            )
+            print(json.dumps(row) if args.json else as_line(row, note), flush=True)
     return rows
+
+
+def as_line(row: dict, note: str) -> str:
+    """A row as text."""
+    ours, peer = (f"{1e3 * row[who]:,.0f} ms" for who in ("ours", "peer"))
+    low, high = row["spread"]
+    ratio = f"ratio {row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+    return f"{row['workload']}: {ours}, peer {peer}, {ratio}; {note}"
 
 
 if __name__ == "__main__":

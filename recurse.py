@@ -1,116 +1,137 @@
-"""LM recursion: several passes through one frozen LM, composed so that the result has the LM's own interface.
+"""LM recursion: compositions of passes through one frozen LM, with the LM's own interface.
 
-Levine et al. 2022, "Standing on the Shoulders of Giant Frozen Language Models", section 4.2 (neural recursion): the last
-hidden states of a first pass, "before translation into the vocabulary", go through a small trained Connector and into
-the first layer of a second pass, past the embedding:
+Levine et al. 2022, "Standing on the Shoulders of Giant Frozen Language Models", section 4.2 (neural
+recursion). The last hidden states of a first pass, "before translation into the vocabulary", go
+through a small trained Connector. The Connector's output enters the first layer of a second pass
+in place of the embeddings.
 
     neural recursion   lm(connector(lm(lm.embed(ids))))
-    LM-Connector       connector(lm(lm.embed(ids)))        the same trained layers, one pass: a taller LM
-    Connector-LM       lm(connector(lm.embed(ids)))        the same trained layers, one pass: a deeper embedding
+    LM-Connector       connector(lm(lm.embed(ids)))      one pass; the Connector comes after it
+    Connector-LM       lm(connector(lm.embed(ids)))      one pass; the Connector comes before it
 
-A composition decodes token by token like an LM: each new token runs through all passes, each of which has its own cache.
-Everything here takes the LM and the Connectors as arguments.
+A Stack generates like an LM: every new token runs through all its parts, and every part has its own
+KV cache. Needs adapters.py; the caller passes the LM.
 
     python train.py --method neural_recursion      trains one on the embedded world
 """
 
-import json
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch.nn as nn
 from torch import Tensor
 
-from adapters import Connector, load_adapter, rms
-from model import LM, Prefix, load_tokenizer
+from adapters import Connector, rms
+
+
+@dataclass
+class StackPrefix:
+    """The prefixes of all parts of a Stack, with those methods of Prefix that generate.py calls."""
+
+    parts: list  # one Prefix per part, all of the same lengths
+
+    @property
+    def size(self) -> int:
+        """P, the same in every part."""
+        return self.parts[0].size
+
+    @property
+    def rows(self) -> int:
+        """1 if shared by all rows of the batch, otherwise B."""
+        return self.parts[0].rows
+
+    def row_lengths(self, B: int) -> list[int]:
+        """The number of prefix positions before each of B rows of text."""
+        return self.parts[0].row_lengths(B)
+
+    def select(self, index: Tensor) -> "StackPrefix":
+        """Rows `index` (R,) of every part."""
+        return StackPrefix([p.select(index) for p in self.parts])
+
+    def preallocate(self, index: Tensor, more: int) -> "StackPrefix":
+        """Rows `index` (R,) of every part, in buffers with space for `more` positions."""
+        return StackPrefix([p.preallocate(index, more) for p in self.parts])
+
+    def drop_padding(self, padding: Tensor) -> "StackPrefix":
+        """Removes the last padding[b] positions of row b in every part."""
+        return StackPrefix([p.drop_padding(padding) for p in self.parts])
+
+    @staticmethod
+    def stack(prefixes: list["StackPrefix | None"]) -> "StackPrefix | None":
+        """Joins prefixes of one row each, one per example. None is an empty prefix."""
+        present = [p for p in prefixes if p is not None]
+        if not present:
+            return None
+        stacked = []
+        for i, part in enumerate(present[0].parts):
+            rows = [None if p is None else p.parts[i] for p in prefixes]
+            stacked.append(part.stack(rows))
+        return StackPrefix(stacked)
 
 
 class Stack(nn.Module):
-    """Passes in a row, with the LM's interface: config, embed, call, read, logits. Its prefix is a tuple, one entry per pass.
+    """Parts in a row, each the LM or a Connector, with the LM's interface.
 
-    Stack(lm, [c]) is LM-Connector-LM, Stack(lm, [c1, c2]) runs the LM three times; `passes` spells out any other order.
-    The frozen first pass receives no trained input, so autograd records nothing for it.
+    Stack(lm, [c]) is LM-Connector-LM and Stack(lm, [c1, c2]) runs the LM three times; `parts` gives
+    any other order. If the first part is the frozen LM, autograd records nothing for it, because
+    nothing trained comes before it.
     """
 
-    def __init__(self, lm, connectors: list[nn.Module] = (), passes: list[nn.Module] | None = None):
+    def __init__(self, lm, connectors=(), parts: list[nn.Module] | None = None):
         super().__init__()
         self.config = lm.config
         self.lm = lm
-        self.passes = nn.ModuleList(
-            passes or [lm] + [part for connector in connectors for part in (connector, lm)]
-        )
+        if parts is None:
+            parts = [lm]
+            for connector in connectors:
+                parts += [connector, lm]
+        self.parts = nn.ModuleList(parts)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """ids (B, T) -> (B, T, C), what the first pass gets."""
+        """ids (B, T) -> (B, T, C), what the first part reads."""
         return self.lm.embed(ids)
 
     def logits(self, h: Tensor) -> Tensor:
         """h (..., C) -> (..., V), float32."""
         return self.lm.logits(h)
 
-    def forward(self, x: Tensor, prefix: tuple[Prefix, ...] | None = None, keep: bool = False):
-        """x (B, T, C) -> (B, T, C) through every pass; with keep, also each pass's prefix extended by what it was given."""
-        kept = []
-        for i, step in enumerate(self.passes):
-            x = step(x, prefix[i] if prefix else None, keep)
+    def forward(self, x: Tensor, prefix: StackPrefix | None = None, keep: bool = False):
+        """x (B, T, C) -> (B, T, C) through every part.
+
+        With keep it returns (output, every part's prefix extended by what that part read).
+        """
+        extended = []
+        for i, part in enumerate(self.parts):
+            x = part(x, None if prefix is None else prefix.parts[i], keep)
             if keep:
-                x, extended = x
-                kept.append(extended)
-        return (x, tuple(kept)) if keep else x
+                x, part_prefix = x
+                extended.append(part_prefix)
+        return (x, StackPrefix(extended)) if keep else x
 
-    def read(
-        self, x: Tensor, prefix: tuple[Prefix, ...] | None = None, lengths: Tensor | None = None
-    ) -> tuple[Prefix, ...]:
-        """The prefixes, one per pass, after x (P, C) or (B, P, C); lengths (B,) as in LM.read."""
+    def read(self, x: Tensor, prefix: StackPrefix | None = None, lengths: Tensor | None = None):
+        """The StackPrefix after x (T, C) or (B, T, C); lengths (B,) as in LM.read."""
         x = x[None] if x.dim() == 2 else x
-        _, kept = self(x, prefix, keep=True)
-        return (
-            kept
-            if lengths is None
-            else tuple(p.trim(x.shape[1] - lengths.to(x.device)) for p in kept)
-        )
+        _, extended = self(x, prefix, keep=True)
+        if lengths is None:
+            return extended
+        return extended.drop_padding(x.shape[1] - lengths.to(x.device))
 
 
-# Each relative is one line: which passes, in which order. The keys are the methods' names on the command line.
+# method: a function (lm, adapter) -> (model with the LM's interface, prefix of every text or None)
 COMPOSITIONS = {
-    "neural_recursion": lambda lm, connector: Stack(lm, [connector]),
-    "lm_connector": lambda lm, connector: Stack(lm, passes=[lm, connector]),
-    "connector_lm": lambda lm, connector: Stack(lm, passes=[connector, lm]),
+    "fine_tuning": lambda lm, _: (lm, None),
+    "prompt_tuning": lambda lm, prompt: (lm, lm.read(prompt())),
+    "neural_recursion": lambda lm, connector: (Stack(lm, [connector]), None),
+    "lm_connector": lambda lm, connector: (Stack(lm, parts=[lm, connector]), None),
+    "connector_lm": lambda lm, connector: (Stack(lm, parts=[connector, lm]), None),
 }
+CONNECTOR_METHODS = ("neural_recursion", "lm_connector", "connector_lm")
 
 
 def new_connector(lm, method: str, layers: int) -> Connector:
-    """A freshly initialised Connector for one of COMPOSITIONS, its output at the scale of what it replaces:
-    token embeddings where the LM reads it, the LM's own last hidden states (whose scale is its final norm's gain) where the vocabulary does."""
-    replaced = lm.norm.weight if method == "lm_connector" else lm.embedding.weight
-    return Connector(lm.new_layers(layers), rms(replaced))
+    """A freshly initialised Connector for one of CONNECTOR_METHODS.
 
-
-def compose(method: str, lm, adapter: nn.Module | None):
-    """What was trained by `method`, ready to use: (a model with the LM's interface, the prefix that its texts stand behind or None)."""
-    if method in COMPOSITIONS:
-        return COMPOSITIONS[method](lm, adapter), None
-    return lm, None if adapter is None else lm.read(adapter())
-
-
-def load_run(folder: str | Path, device: str = "cpu"):
-    """What a run trained, ready to use: (a model with the LM's interface, its prefix or None, the tokenizer, run.json's record)."""
-    path = Path(folder) / "run.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no run.json, so this is not a run's folder")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        arguments = record["arguments"]
-        method, base, tokenizer = (arguments[key] for key in ("method", "model", "tokenizer"))
-        base = Path(base or Path(__file__).parent / "assets" / "lm")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a run record ({error!r})") from None
-    if (Path(folder) / "model").is_dir():  # the LM itself was trained
-        lm, adapter = LM.from_pretrained(Path(folder) / "model", device), None
-        tokenizer = Path(folder) / "model"
-    else:
-        lm = LM.from_pretrained(base, device)
-        adapter = load_adapter(folder, lm).requires_grad_(False)
-        tokenizer = tokenizer or lm.folder
-        if method == "pretrain_connector":
-            method = arguments["composition"]
-    return *compose(method, lm, adapter), load_tokenizer(tokenizer, lm.config.vocab_size), record
+    Its output replaces token embeddings, so it starts at their root mean square. In LM-Connector it
+    replaces the LM's final hidden states, whose root mean square is about the final norm's gain.
+    """
+    reference = lm.norm.weight if method == "lm_connector" else lm.embed_tokens.weight
+    return Connector(lm.new_layers(layers), rms(reference))

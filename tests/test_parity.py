@@ -1,135 +1,234 @@
-"""Against the reference implementations, on tiny random weights: transformers' Llama, tokenizers, T5 encoder and BERT, and PEFT's prompt tuning."""
+"""Parity with the reference implementations on tiny random weights.
+
+transformers: seven families of decoders, tokenizers, T5, BERT and Adafactor. PEFT: prompt tuning.
+"""
 
 import copy
 import json
-from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers
+from conftest import close, randomise, seeded
 from peft import PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    BertTokenizer,
-    GPT2Tokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5EncoderModel,
-    T5ForConditionalGeneration,
-)
 
-from adapters import SoftPrompt, T5Encoder, load_adapter, save_adapter
-from model import LM, generate, load_tokenizer, pad, published_config
-from rerank import Bert, segments
+from adapters import Connector, SoftPrompt, load_adapter, save_adapter
+from checkpoints import load_tokenizer, read_config
+from families import FAMILIES
+from fit import Adafactor
+from generate import generate, pad
+from model import LM, Prefix
+from recurse import Stack
+from rerank import Bert, token_type_ids
+from t5 import T5Encoder
 
-QUESTIONS = [[5, 9, 11, 4, 30, 8], [7, 9], [6, 3, 44, 20], [12, 13, 14, 15, 16, 17, 18, 19]]
+# Decoders
 
-CASES = {  # what differs from the reference's defaults, in its own words
-    "grouped heads, head_dim explicit, tied": dict(
-        num_key_value_heads=2, head_dim=12, tie_word_embeddings=True, rms_norm_eps=1e-5
-    ),
-    "grouped heads, untied, far theta": dict(
-        num_key_value_heads=2, tie_word_embeddings=False, rope_theta=500_000.0
-    ),
-    "one key head, head_dim explicit, untied": dict(
-        num_key_value_heads=1, head_dim=6, tie_word_embeddings=False
-    ),
-    "as many key heads, tied": dict(
-        num_key_value_heads=4, tie_word_embeddings=True, rms_norm_eps=1e-3
-    ),
+MAX_LEN = 64
+ONE = [[5, 9, 11, 4, 30, 8]]
+# Ragged. The longest goes beyond every window and every original length of rope scaling.
+FIVE = [*ONE, [7], [6, 3, 44, 20], list(range(12, 45)), list(range(12, 20))]
+
+LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0)
+LLAMA3 |= dict(high_freq_factor=4.0, original_max_position_embeddings=16)
+LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=500.0)
+TIED, TWO_KEY_HEADS = dict(tie_word_embeddings=True), dict(num_key_value_heads=2)
+WIDE = TWO_KEY_HEADS | dict(head_dim=12)
+SLIDING = TWO_KEY_HEADS | dict(use_sliding_window=True, sliding_window=7)
+MIXED = dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+EXACT_GELU = dict(activation_function="gelu", tie_word_embeddings=False)
+SEQUENTIAL = dict(use_parallel_residual=False, rotary_pct=0.5, rotary_emb_base=500)
+NO_BIAS = dict(attention_bias=False, rotary_pct=1.0, hidden_act="relu", layer_norm_eps=1e-3)
+CASES = {  # model_type and a description: what differs from transformers' defaults, in its words
+    "gpt2": {},
+    "gpt2, untied, own width": EXACT_GELU | dict(n_inner=40, layer_norm_epsilon=1e-3),
+    "gpt2, scores divided by depth": dict(scale_attn_by_inverse_layer_idx=True),
+    "gpt_neox": {},
+    "gpt_neox, sequential, half rotated, tied": SEQUENTIAL | TIED,
+    "gpt_neox, no bias, all rotated, relu": NO_BIAS,
+    "gpt_neox, linear": dict(rope_parameters=LINEAR | dict(partial_rotary_factor=0.5)),
+    "llama": WIDE,
+    "llama, grouped, tied": WIDE | TIED | dict(rms_norm_eps=1e-5),
+    "llama, grouped, far theta": TWO_KEY_HEADS | dict(rope_theta=500_000.0),
+    "llama, one key head": dict(num_key_value_heads=1, head_dim=6),
+    "llama, biases, tied": TIED | dict(attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3),
+    "llama, llama3": dict(rope_parameters=LLAMA3, num_key_value_heads=1),
+    "llama, linear": dict(rope_parameters=LINEAR),
+    "mistral": WIDE | dict(sliding_window=7),
+    "mistral, no window": TWO_KEY_HEADS | dict(sliding_window=None),
+    "mistral, narrow window": dict(sliding_window=2, num_key_value_heads=4),
+    "qwen2": TWO_KEY_HEADS | TIED,
+    "qwen2, upper layers slide": SLIDING | dict(max_window_layers=1),
+    "qwen3": WIDE | TIED,
+    "qwen3, layer types, bias": SLIDING | MIXED | dict(head_dim=8, attention_bias=True),
+    "olmo2": TWO_KEY_HEADS,
+    "olmo2, bias, llama3": dict(attention_bias=True, rope_parameters=LLAMA3),
 }
+worst = {}  # the largest logit difference of each family
 
 
-def close(a, b, tolerance=2e-5):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+def make_reference(case):
+    """A reference LM whose random weights make positions, masks, norms and biases matter."""
+    kind, changes = case.split(",")[0], CASES[case]
+    linear = changes.get("rope_parameters", {}).get("rope_type") == "linear"
+    sizes = dict(vocab_size=61, bos_token_id=1, eos_token_id=2, pad_token_id=0, hidden_size=32)
+    sizes |= dict(num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
+    sizes |= dict(max_position_embeddings=MAX_LEN // 4 if linear else MAX_LEN)
+    config = transformers.AutoConfig.for_model(kind, **sizes | changes)
+    reference, rng = transformers.AutoModelForCausalLM.from_config(config).eval(), seeded(0)
+    for name, p in reference.named_parameters():
+        is_norm = p.dim() == 1 and name.endswith("weight")
+        p.data.copy_(torch.randn(p.shape, generator=rng) * 0.2 + is_norm)
+    return reference
 
 
-def pair(folder, case):
-    """A reference model with random weights, and the LM that reads the folder it saved."""
-    shape = dict(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    reference = LlamaForCausalLM(
-        LlamaConfig(**shape | CASES[case], bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    ).eval()
-    with torch.no_grad():
-        for name, p in reference.named_parameters():
-            p.normal_(0, 0.25).add_(1.0 if p.dim() == 1 else 0.0)
+@pytest.fixture(params=CASES, scope="module")
+def both(request, tmp_path_factory):
+    """The reference, the LM that loads the folder it saved, and that folder."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "reference"
+    reference = make_reference(request.param)
     reference.save_pretrained(folder)
-    return reference, LM.from_pretrained(folder)
+    return reference, LM.from_pretrained(folder), folder
 
 
-@pytest.fixture(params=CASES)
-def both(request, tmp_path):
-    return pair(tmp_path / "reference", request.param)
+def check(lm, ours, theirs):
+    difference, family = (ours - theirs).abs().max().item(), lm.config.family
+    worst[family] = max(worst.get(family, 0.0), difference)
+    close(ours, theirs)
+    assert theirs.std() > 0.3  # the logits are not constant
+
+
+def logits(lm, ids, prefix=None):
+    return lm.logits(lm(lm.embed(torch.tensor(ids)), prefix))
+
+
+def read(lm, ids):
+    return lm.read(lm.embed(torch.tensor(ids)))
+
+
+def greedy(lm, *arguments, n=1):
+    return [[sample.ids for sample in row] for row in generate(lm, *arguments, n=n)]
 
 
 @torch.no_grad()
 def test_logits_equal_the_references(both):
-    reference, lm = both
-    tokens = torch.randint(61, (3, 40), generator=torch.Generator().manual_seed(1))
-    theirs = reference(tokens)
-    close(lm.logits(lm(lm.embed(tokens))), theirs.logits)
-    assert theirs.logits.std() > 0.3
-    cached = lm(lm.embed(tokens[:, 25:]), lm.read(lm.embed(tokens[:, :25])))
-    close(lm.logits(cached), theirs.logits[:, 25:])
+    reference, lm, _ = both
+    assert lm.config.family == reference.config.model_type and lm.config.max_len == MAX_LEN
+    tokens = torch.randint(61, (5, 60), generator=seeded(1)).tolist()
+    theirs = reference(torch.tensor(tokens)).logits
+    check(lm, logits(lm, tokens[:1]), theirs[:1])
+    for cut in (0, 1, 20, 59):
+        prefix = read(lm, [row[:cut] for row in tokens]) if cut else None
+        check(lm, logits(lm, [row[cut:] for row in tokens], prefix), theirs[:, cut:])
+    cuts = (3, 30, 0, 8, 17)
+    prefixes = [read(lm, [row[:cut]]) if cut else None for row, cut in zip(tokens, cuts)]
+    texts = [row[cut : cut + 30] for row, cut in zip(tokens, cuts)]
+    for b, ours in enumerate(logits(lm, texts, Prefix.stack(prefixes))):
+        check(lm, ours, theirs[b, cuts[b] : cuts[b] + 30])
 
 
 @torch.no_grad()
 def test_greedy_tokens_equal_the_references(both):
-    reference, lm = both
-    alone = [
-        reference.generate(
-            torch.tensor([ids]),
-            max_new_tokens=20,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )[0, len(ids) :].tolist()
-        for ids in QUESTIONS
-    ]
-    T = max(map(len, QUESTIONS))
-    left = torch.tensor(
-        [[0] * (T - len(ids)) + ids for ids in QUESTIONS]
-    )  # the reference wants its padding on the left, and a mask
-    mask = torch.tensor([[0] * (T - len(ids)) + [1] * len(ids) for ids in QUESTIONS])
-    batched = reference.generate(
-        left,
-        attention_mask=mask,
-        max_new_tokens=20,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )[:, T:].tolist()
-    assert [row[0].ids for row in generate(lm, QUESTIONS, None, 20)] == alone == batched
-    assert len(set(map(tuple, alone))) == len(alone)
+    reference, lm, _ = both
+    options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    T = max(map(len, FIVE))  # the reference needs left padding and a mask
+    left = torch.tensor([[0] * (T - len(ids)) + ids for ids in FIVE])
+    mask = torch.tensor([[0] * (T - len(ids)) + [1] * len(ids) for ids in FIVE])
+    batched = reference.generate(left, attention_mask=mask, **options)[:, None, T:].tolist()
+    alone = reference.generate(left[:1, T - len(ONE[0]) :], **options)[:, None, len(ONE[0]) :]
+    assert greedy(lm, ONE, None, 20) == alone.tolist() == batched[:1]
+    assert greedy(lm, FIVE, None, 20) == batched and len({tuple(ids) for (ids,) in batched}) > 2
+    prefixes = [None, None, read(lm, [FIVE[2][:3]]), read(lm, [FIVE[3][:20]]), None]
+    rests = [*FIVE[:2], FIVE[2][3:], FIVE[3][20:], FIVE[4]]
+    assert greedy(lm, rests, prefixes, 20, n=3) == [row * 3 for row in batched]
+
+
+def test_new_layers_are_the_familys_and_train(both):
+    reference, lm, _ = both
+    layers = lm.new_layers(3)
+    layers.load_state_dict(lm.layers.state_dict())
+    tokens = torch.tensor([FIVE[3], FIVE[3][::-1]])
+    x = lm.add_positions(lm.embed(tokens), None)
+    check(lm, lm.logits(lm.norm(layers(x))), reference(tokens).logits)
+    connector = Connector(lm.new_layers(2))
+    stack, parameters = Stack(lm, [connector]), dict(connector.named_parameters())
+    assert all(p.requires_grad for p in parameters.values())
+    assert not any(p.any() for name, p in parameters.items() if name.endswith("bias"))
+    logits(stack, FIVE[3:4]).square().mean().backward()
+    without = [name for name, p in parameters.items() if p.grad is None or not p.grad.any()]
+    assert all(name.endswith("k_proj.bias") for name in without)  # shifts a query's scores alike
+    randomise(connector, 3)
+    for ids, (new,) in zip(FIVE, greedy(stack, FIVE, None, 6)):
+        for t, token in enumerate(new):
+            assert logits(stack, [ids + new[:t]])[0, -1].argmax() == token
+
+
+def load_completely(kind, folder):
+    """The reference's model from a folder that must hold exactly its tensors."""
+    model, problems = kind.from_pretrained(folder, output_loading_info=True)
+    assert not any(problems[p] for p in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
 
 
 @torch.no_grad()
-def test_folder_that_we_save_loads_in_the_reference(both, tmp_path):
-    reference, lm = both
-    lm.save(tmp_path / "ours")
-    again, problems = LlamaForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(
-        problems[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-    )
-    tokens = torch.tensor([QUESTIONS[3]])
+def test_saved_folder_loads_in_the_reference_and_here(both, tmp_path):
+    """The reference writes rope_parameters; it used to write rope_theta, as we still do."""
+    reference, lm, folder = both
+    lm.save(tmp_path, replace=True)
+    again = load_completely(transformers.AutoModelForCausalLM, tmp_path)
+    tokens = torch.tensor([FIVE[3]])
     assert torch.equal(again(tokens).logits, reference(tokens).logits)
-    assert again.config.eos_token_id == 2 and again.config.max_position_embeddings == 64
-    several = published_config(replace(lm.config, eos=(2, 5)), torch.float32)
-    assert several["eos_token_id"] == [2, 5]
+    assert again.config.eos_token_id == 2
+    loaded = LM.from_pretrained(tmp_path)
+    assert loaded.config == lm.config
+    assert torch.equal(logits(loaded, FIVE[3:4]), logits(lm, FIVE[3:4]))
+    assert loaded.fingerprint() == LM.from_pretrained(tmp_path, dtype=torch.bfloat16).fingerprint()
+    new, old = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path))
+    assert "rope_parameters" not in old and ("rope_parameters" in new or "n_positions" in new)
+    if "rope_scaling" in old:
+        old["rope_scaling"]["type"] = old["rope_scaling"].pop("rope_type")  # older still
+        (tmp_path / "config.json").write_text(json.dumps(old))
+        assert read_config(tmp_path) == read_config(folder)
 
 
-# --- Tokenizers ----------------------------------------------------------------------------------------------------------
+MASK = torch.ones(1, 1, 64, 64)
+BUFFERS = {
+    "llama": {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)},
+    "gpt2": {"h.1.attn.bias": MASK, "h.1.attn.masked_bias": torch.tensor(-1e4)},
+    "gpt_neox": {
+        "gpt_neox.layers.0.attention.bias": MASK.bool(),
+        "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(1),
+    },
+}
+HEADS = {"embed_out.weight": "lm_head.weight", "lm_head.weight": "embed_out.weight"}
+
+
+@pytest.mark.parametrize("family", BUFFERS)
+def test_files_of_other_years_load(tmp_path, family):
+    """Some hold masks and frequencies. GPT-2's was saved without its head, so without a prefix.
+    The name of GPT-NeoX's head differs between versions of the reference."""
+    make_reference(family).save_pretrained(tmp_path)
+    lm, file = LM.from_pretrained(tmp_path), tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    if family == "gpt2":
+        tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
+    if family == "gpt_neox":
+        tensors = {HEADS.get(name, name): t for name, t in tensors.items()}
+    save_file(tensors | BUFFERS[family], file)
+    again = LM.from_pretrained(tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(lm.parameters(), again.parameters(), strict=True))
+
+
+def test_every_family_is_checked():
+    assert {case.split(",")[0] for case in CASES} == set(FAMILIES)
+    print("\nlargest logit difference:", {name: f"{d:.1e}" for name, d in sorted(worst.items())})
+
+
+# Tokenizers
 
 TEXTS = [
     "The hats' owner, José, can't (or won't) pay  $12.50!",
@@ -139,251 +238,152 @@ TEXTS = [
     "<|endoftext|>x <|endoftext|>",
     "[MASK] [SEP]he",
 ]
+END = "<|endoftext|>"
 
 
-def byte_level_bpe(folder, **settings):
-    """A folder with vocab.json and merges.txt, as GPT-2's."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        TEXTS * 3,
-        trainers.BpeTrainer(
-            vocab_size=320,
-            special_tokens=["<|endoftext|>"],
-            initial_alphabet=alphabet,
-            show_progress=False,
-        ),
-    )
+def tokenizer_folder(folder, kind, **settings):
+    """A folder with GPT-2's vocab.json and merges.txt, or with BERT's vocab.txt."""
     folder.mkdir()
-    tokenizer.model.save(str(folder))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "GPT2Tokenizer"} | settings)
-    )
+    if kind == "GPT2Tokenizer":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        options = dict(special_tokens=[END], initial_alphabet=tokenizer.pre_tokenizer.alphabet())
+        trainer = trainers.BpeTrainer(vocab_size=320, show_progress=False, **options)
+        tokenizer.train_from_iterator(TEXTS * 3, trainer)
+        tokenizer.model.save(str(folder))
+    else:
+        pieces = [*"abcdefghijklmnopqrstuvwxyzJThe0125.,!$'()新し", "the", "hat", "own", "Jo", "na"]
+        pieces = list(dict.fromkeys(pieces))
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces, *(f"##{p}" for p in pieces)]
+        (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    settings = {"tokenizer_class": kind} | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 
-def word_pieces(folder, **settings):
-    """A folder with vocab.txt, as BERT's."""
-    folder.mkdir()
-    pieces = [*"abcdefghijklmnopqrstuvwxyzJThe0125.,!$'()新し", "the", "hat", "own", "Jo", "na"]
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *dict.fromkeys(pieces),
-        *(f"##{p}" for p in dict.fromkeys(pieces)),
-    ]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "BertTokenizer"} | settings)
-    )
-    return folder
+BPE = [{}, {"add_bos_token": True}, {"add_prefix_space": True, "bos_token": END}]
+BPE += [{"eos_token": {"__type": "AddedToken", "content": END}}]
+SETTINGS = [("GPT2Tokenizer", settings) for settings in BPE]
+SETTINGS += [("BertTokenizer", {}), ("BertTokenizer", {"do_lower_case": False})]
 
 
-@pytest.mark.parametrize(
-    "make, reference, settings",
-    [
-        (byte_level_bpe, GPT2Tokenizer, {}),
-        (byte_level_bpe, GPT2Tokenizer, {"add_prefix_space": True, "bos_token": "<|endoftext|>"}),
-        (
-            byte_level_bpe,
-            GPT2Tokenizer,
-            {"eos_token": {"__type": "AddedToken", "content": "<|endoftext|>"}},
-        ),
-        (word_pieces, BertTokenizer, {}),
-        (word_pieces, BertTokenizer, {"do_lower_case": False}),
-    ],
-)
-def test_tokenizers_of_several_files_equal_the_references(tmp_path, make, reference, settings):
-    folder = make(tmp_path / "tokenizer", **settings)
-    theirs, ours = reference.from_pretrained(folder), load_tokenizer(folder)
+@pytest.mark.parametrize("kind, settings", SETTINGS)
+def test_tokenizers_of_several_files_equal_the_references(tmp_path, kind, settings):
+    folder = tokenizer_folder(tmp_path / "tokenizer", kind, **settings)
+    theirs, ours = getattr(transformers, kind).from_pretrained(folder), load_tokenizer(folder)
     for text in TEXTS:
         for special in (True, False):
             ids = theirs(text, add_special_tokens=special)["input_ids"]
             assert ours.encode(text, add_special_tokens=special).ids == ids
-        assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(
-            ids, clean_up_tokenization_spaces=False
-        )
+        decoded = theirs.decode(ids, clean_up_tokenization_spaces=False)
+        assert ours.decode(ids, skip_special_tokens=False) == decoded
     assert ours.get_vocab() == theirs.get_vocab()
+    has_bos = ours.encode("the").ids[0] == ours.token_to_id(END)
+    assert has_bos == bool(settings.get("add_bos_token"))
 
 
-def test_bos_in_front_where_the_settings_ask_for_it(tmp_path):
-    bos = load_tokenizer(byte_level_bpe(tmp_path / "a")).token_to_id("<|endoftext|>")
-    tokenizer = load_tokenizer(byte_level_bpe(tmp_path / "b", add_bos_token=True))
-    assert tokenizer.encode("the hat").ids == [
-        bos,
-        *tokenizer.encode("the hat", add_special_tokens=False).ids,
-    ]
+def test_tokenizer_files_that_cannot_be_used_are_named(tmp_path):
+    def refused(error, message, **arguments):
+        with pytest.raises(error, match=message):
+            load_tokenizer(folder, **arguments)
 
-
-def test_tokenizer_files_that_do_not_do_are_named(tmp_path):
-    folder = byte_level_bpe(tmp_path / "a", tokenizer_class="Qwen2Tokenizer")
-    with pytest.raises(
-        ValueError,
-        match="tokenizer_config.json: a Qwen2Tokenizer is read from its tokenizer.json only",
-    ):
-        load_tokenizer(folder)
-    folder = byte_level_bpe(tmp_path / "b")
-    with pytest.raises(
-        ValueError,
-        match="vocab.json: the tokenizer's ids go up to .*, the LM's embedding table has 100 rows",
-    ):
-        load_tokenizer(folder, vocab_size=100)
+    folder = tokenizer_folder(tmp_path / "bpe", "GPT2Tokenizer")
+    message = "vocab.json: the tokenizer's ids go up to .*, the LM's embedding table has 100 rows"
+    refused(ValueError, message, vocab_size=100)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    refused(ValueError, "a Qwen2Tokenizer is read from its tokenizer.json only")
+    (folder / "tokenizer_config.json").unlink()
     (folder / "merges.txt").unlink()
-    with pytest.raises(FileNotFoundError, match="merges.txt: missing"):
-        load_tokenizer(folder)
+    refused(FileNotFoundError, "merges.txt: missing")
     (folder / "vocab.json").write_text("{")
     (folder / "merges.txt").write_text("")
-    with pytest.raises(ValueError, match="not a vocab.json"):
-        load_tokenizer(folder)
-    folder = word_pieces(tmp_path / "c")
+    refused(ValueError, "not a vocab.json")
+    folder = tokenizer_folder(tmp_path / "wordpiece", "BertTokenizer")
     (folder / "vocab.txt").write_text("a\nb\n")
-    with pytest.raises(ValueError, match="vocab.txt: not BERT's vocabulary"):
-        load_tokenizer(folder)
+    refused(ValueError, "vocab.txt: not BERT's vocabulary")
     (folder / "vocab.txt").rename(folder / "tokenizer.model")
-    with pytest.raises(FileNotFoundError, match="a SentencePiece tokenizer.model is not read"):
-        load_tokenizer(folder)
+    refused(FileNotFoundError, "a SentencePiece tokenizer.model is not read")
 
 
-# --- Encoders ------------------------------------------------------------------------------------------------------------
+# Encoders
+
+T5_SIZES = dict(vocab_size=50, d_model=24, d_kv=10, d_ff=40, num_layers=3, num_heads=4)
+T5_SIZES |= dict(num_decoder_layers=1, relative_attention_num_buckets=8)
+T5_SIZES |= dict(relative_attention_max_distance=20)
+BERT_SIZES = dict(vocab_size=50, hidden_size=24, num_hidden_layers=3, num_attention_heads=4)
+BERT_SIZES |= dict(intermediate_size=40, max_position_embeddings=60)
+RAGGED, LENGTHS = torch.randint(49, (3, 40), generator=seeded(1)), torch.tensor([40, 17, 1])
+REAL = torch.arange(40) < LENGTHS[:, None]
 
 
-def saved(reference, folder, scale=0.3):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in reference.parameters():
-            p.normal_(1.0 if p.dim() == 1 else 0.0, scale)
-    reference.eval().save_pretrained(folder)
-    return reference
-
-
-def texts(size):
-    """Token ids (3, 40) of different lengths, the lengths, and the mask."""
-    lengths = torch.tensor([40, 17, 1])
-    return (
-        torch.randint(size, (3, 40), generator=torch.Generator().manual_seed(1)),
-        lengths,
-        torch.arange(40) < lengths[:, None],
-    )
+def states(reference, **inputs):
+    """What the reference makes of the real tokens."""
+    return reference(attention_mask=REAL.long(), **inputs).last_hidden_state[REAL]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [T5EncoderModel, T5ForConditionalGeneration])
+@pytest.mark.parametrize("kind", ["T5EncoderModel", "T5ForConditionalGeneration"])
 @pytest.mark.parametrize("mlp", ["relu", "gated-gelu"])
 def test_t5_encoder_equals_the_reference_and_goes_back(tmp_path, kind, mlp):
-    shape = dict(
-        vocab_size=50,
-        d_model=24,
-        d_kv=10,
-        d_ff=40,
-        num_layers=3,
-        num_decoder_layers=1,
-        num_heads=4,
-        feed_forward_proj=mlp,
-    )
-    config = T5Config(
-        **shape,
-        relative_attention_num_buckets=8,
-        relative_attention_max_distance=20,
-        tie_word_embeddings=mlp == "relu",
-    )
-    reference = saved(kind(config), tmp_path / "reference", 0.15)
-    ids, lengths, mask = texts(50)
-    encoder = T5Encoder.from_pretrained(tmp_path / "reference")
-    theirs, ours = (
-        reference.get_encoder()(input_ids=ids, attention_mask=mask.long()).last_hidden_state,
-        encoder(encoder.embed(ids), lengths),
-    )
-    close(ours[mask], theirs[mask], 1e-5)
-    vectors = torch.randn(3, 40, 24) * 0.3  # such as a prompt in front
-    close(
-        encoder(vectors, lengths)[mask],
-        reference.get_encoder()(
-            inputs_embeds=vectors, attention_mask=mask.long()
-        ).last_hidden_state[mask],
-        1e-5,
-    )
+    changes = dict(feed_forward_proj=mlp, tie_word_embeddings=mlp == "relu")
+    reference = getattr(transformers, kind)(transformers.T5Config(**T5_SIZES | changes)).eval()
+    randomise(reference).save_pretrained(tmp_path / "reference")
+    encoder, theirs = T5Encoder.from_pretrained(tmp_path / "reference"), reference.get_encoder()
+    expected = states(theirs, input_ids=RAGGED)
+    close(encoder(encoder.embed(RAGGED), LENGTHS)[REAL], expected, 1e-5)
+    x = torch.randn(3, 40, 24) * 0.3  # no tokens' embeddings, such as a trained prompt
+    close(encoder(x, LENGTHS)[REAL], states(theirs, inputs_embeds=x), 1e-5)
     encoder.save(tmp_path / "ours")
-    again, problems = T5EncoderModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(
-        problems[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-    )
-    close(
-        again(input_ids=ids, attention_mask=mask.long()).last_hidden_state[mask], theirs[mask], 1e-5
-    )
+    again = load_completely(transformers.T5EncoderModel, tmp_path / "ours")
+    close(states(again, input_ids=RAGGED), expected, 1e-5)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [BertModel, BertForSequenceClassification])
+@pytest.mark.parametrize("kind", ["BertModel", "BertForSequenceClassification"])
 def test_bert_equals_the_reference_and_goes_back(tmp_path, kind):
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=40,
-        max_position_embeddings=60,
-    )
-    reference = saved(kind(config), tmp_path / "reference")
-    reference = getattr(reference, "bert", reference)
-    ids, lengths, mask = texts(50)
+    reference = getattr(transformers, kind)(transformers.BertConfig(**BERT_SIZES)).eval()
+    randomise(reference).save_pretrained(tmp_path / "reference")
+    bert, ids = Bert.from_pretrained(tmp_path / "reference"), RAGGED.clone()
     ids[:, 9] = 49
-    types = segments(ids, 49)
-    bert = Bert.from_pretrained(tmp_path / "reference")
-    theirs = reference(
-        input_ids=ids, attention_mask=mask.long(), token_type_ids=types
-    ).last_hidden_state
-    close(bert(ids, lengths, types)[mask], theirs[mask], 1e-5)
-    assert (bert(ids, lengths) - bert(ids, lengths, types))[mask].abs().max() > 0.1
+    types = token_type_ids(ids, 49)
+    expected = states(reference.base_model, input_ids=ids, token_type_ids=types)
+    close(bert(ids, LENGTHS, types)[REAL], expected, 1e-5)
+    assert (bert(ids, LENGTHS)[REAL] - expected).abs().max() > 0.1
     bert.save(tmp_path / "ours")
-    again = BertModel.from_pretrained(tmp_path / "ours", add_pooling_layer=False).eval()
-    close(
-        again(input_ids=ids, attention_mask=mask.long(), token_type_ids=types).last_hidden_state[
-            mask
-        ],
-        theirs[mask],
-        1e-5,
-    )
+    again = transformers.BertModel.from_pretrained(tmp_path / "ours", add_pooling_layer=False)
+    close(states(again.eval(), input_ids=ids, token_type_ids=types), expected, 1e-5)
 
 
-# --- PEFT ----------------------------------------------------------------------------------------------------------------
+# Prompt tuning
+
+
+TOKENS, TOKEN_COUNTS = pad(FIVE)
+ATTENDED = torch.arange(TOKENS.shape[1]) < TOKEN_COUNTS[:, None]
 
 
 @pytest.fixture
 def prompted(tmp_path):
-    """PEFT's prompt-tuned model, our LM on the same weights, and the prompt's vectors (P, C)."""
-    reference, lm = pair(tmp_path / "reference", "grouped heads, head_dim explicit, tied")
-    model = get_peft_model(
-        copy.deepcopy(reference), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7)
-    )
-    vectors = torch.randn(7, 32, generator=torch.Generator().manual_seed(2)) * 0.25
+    """The bare reference, PEFT's prompt-tuned model, our LM, and the prompt's vectors (P, C)."""
+    reference = make_reference("llama, grouped, tied")
+    reference.save_pretrained(tmp_path / "reference")
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7)
+    model = get_peft_model(copy.deepcopy(reference), config).eval()
+    vectors = torch.randn(7, 32, generator=seeded(2)) * 0.25
     model.prompt_encoder["default"].embedding.weight.data.copy_(vectors)
-    return reference, model.eval(), lm, vectors
-
-
-def ragged():
-    """Tokens (B, T) padded on the right, their mask, and labels with -100 where nothing is predicted (padding)."""
-    tokens, lengths = pad(QUESTIONS)
-    mask = torch.arange(tokens.shape[1]) < lengths[:, None]
-    return tokens, mask, tokens.masked_fill(~mask, -100)
+    return reference, model, LM.from_pretrained(tmp_path / "reference"), vectors
 
 
 def test_loss_and_prompt_gradient_equal_pefts(prompted):
     _, model, lm, vectors = prompted
-    tokens, mask, labels = ragged()
-    theirs = model(input_ids=tokens, attention_mask=mask.long(), labels=labels).loss
+    labels = TOKENS.masked_fill(~ATTENDED, -100)
+    theirs = model(input_ids=TOKENS, attention_mask=ATTENDED.long(), labels=labels).loss
     theirs.backward()
     prompt = SoftPrompt(vectors)
-    z = lm.logits(lm(lm.embed(tokens), lm.read(prompt())))
-    # PEFT labels its P slots -100 and shifts the rest by one, so that the last slot predicts nothing but the first
-    # token does: the logits of slot P - 1 have token 0 as their target.
-    last = lm.logits(lm(prompt()[None]))[:, -1:].expand(len(tokens), -1, -1)
-    ours = torch.nn.functional.cross_entropy(
-        torch.cat([last, z[:, :-1]], 1).flatten(0, 1), labels.flatten(), ignore_index=-100
-    )
+    z = lm.logits(lm(lm.embed(TOKENS), lm.read(prompt())))
+    # PEFT labels its P slots -100 and shifts by one. So the logits of slot P - 1 predict token 0.
+    last = lm.logits(lm(prompt()[None]))[:, -1:].expand(len(TOKENS), -1, -1)
+    shifted = torch.cat([last, z[:, :-1]], dim=1)
+    ours = F.cross_entropy(shifted.flatten(0, 1), labels.flatten(), ignore_index=-100)
     ours.backward()
     close(ours, theirs, 1e-5)
     close(prompt.vectors.grad, model.prompt_encoder["default"].embedding.weight.grad, 1e-5)
@@ -391,27 +391,46 @@ def test_loss_and_prompt_gradient_equal_pefts(prompted):
 
 
 @torch.no_grad()
-def test_prompt_that_we_save_loads_in_peft(prompted, tmp_path):
-    reference, _, lm, vectors = prompted
-    tokens, mask, _ = ragged()
-    bare = reference(tokens, attention_mask=mask.long()).logits
-    save_adapter(tmp_path / "prompt", SoftPrompt(vectors), lm, method="prompt_tuning")
-    model = PeftModel.from_pretrained(reference, tmp_path / "prompt").eval()
-    theirs, ours = (
-        model(input_ids=tokens, attention_mask=mask.long()).logits[:, 7:],
-        lm.logits(lm(lm.embed(tokens), lm.read(vectors))),
-    )
-    close(ours[mask], theirs[mask])
-    assert (ours - bare)[mask].abs().max() > 0.1
-
-
-@torch.no_grad()
-def test_prompt_that_peft_saves_loads_here(prompted, tmp_path):
-    _, model, lm, vectors = prompted
-    model.save_pretrained(tmp_path / "prompt")
-    assert "fingerprint" not in json.loads(
-        (tmp_path / "prompt" / "adapter_config.json").read_text()
-    )
+def test_saved_prompt_loads_in_peft_and_pefts_here(prompted, tmp_path):
+    reference, model, lm, vectors = prompted
+    model.save_pretrained(tmp_path / "theirs")
+    assert "fingerprint" not in (tmp_path / "theirs" / "adapter_config.json").read_text()
     with pytest.warns(UserWarning, match="carries no fingerprint"):
-        prompt = load_adapter(tmp_path / "prompt", lm)
-    assert torch.equal(prompt.vectors, vectors)
+        assert torch.equal(load_adapter(tmp_path / "theirs", lm).vectors, vectors)
+    bare = reference(TOKENS, attention_mask=ATTENDED.long()).logits
+    save_adapter(tmp_path / "ours", SoftPrompt(vectors), lm, method="prompt_tuning")
+    model = PeftModel.from_pretrained(reference, tmp_path / "ours").eval()
+    theirs = model(input_ids=TOKENS, attention_mask=ATTENDED.long()).logits[:, 7:]
+    ours = lm.logits(lm(lm.embed(TOKENS), lm.read(vectors)))
+    close(ours[ATTENDED], theirs[ATTENDED])
+    assert (ours - bare)[ATTENDED].abs().max() > 0.1
+
+
+# Adafactor
+
+
+@pytest.mark.parametrize(
+    "factored, scale_parameter, clip, decay", [*product([0, 1], [0, 1], [1.0, 0.3], [0.0, 0.1])]
+)
+def test_five_steps_of_adafactor_are_the_references(factored, scale_parameter, clip, decay):
+    """The reference factors every parameter of two dimensions or more, and never a vector. The
+    prompt-tuning papers keep a full second moment of a matrix: the reference's of its entries in a
+    row."""
+    rng = seeded(0)
+    start = [torch.randn(shape, generator=rng) * 0.1 for shape in [(6, 9), (2, 3, 4), (7,)]]
+    start[-1] *= 1e-4  # below the smallest scale that a parameter counts with
+    ours = [torch.nn.Parameter(p.clone()) for p in start]
+    theirs = [torch.nn.Parameter(p.clone() if factored else p.flatten().clone()) for p in start]
+    options = dict(lr=0.05, weight_decay=decay, scale_parameter=scale_parameter)
+    mine = Adafactor(ours, clip=clip, factored=factored, **options)
+    options |= dict(clip_threshold=clip, relative_step=False, warmup_init=False)
+    reference = transformers.Adafactor(theirs, **options)
+    for step in range(5):
+        for a, b in zip(ours, theirs):  # gradients that shrink, so that the second moment matters
+            a.grad = torch.randn(a.shape, generator=rng) * 10.0**-step
+            b.grad = a.grad.view_as(b).clone()
+        mine.step()
+        reference.step()
+    for a, b, before in zip(ours, theirs, start):
+        close(a, b.view_as(a), 1e-6)
+        assert not torch.equal(a, before)

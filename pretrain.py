@@ -1,0 +1,351 @@
+"""Train from text: an LM, a T5 encoder or a BERT, or the first weights of a Connector.
+
+    python pretrain.py lm          next-token prediction; a new tokenizer too, if none is given
+    python pretrain.py encoder     span corruption (Raffel et al. 2020)
+    python pretrain.py bert        masked language modelling (Devlin et al. 2019)
+    python pretrain.py connector   next-token prediction through a frozen LM and the Connector
+                                   (Levine et al. 2022, section 4.2: up to 3 % of the LM's text)
+
+The text is --train, or the documents of the embedded world. A run leaves the folder that runs.py
+describes. The first three leave model/ in it, in the published format. The last leaves an adapter,
+which train.py takes as --init. assets/README.md has the commands that made the embedded models,
+with their time and loss.
+"""
+
+import argparse
+import hashlib
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+
+import adapters
+import data
+import genres
+import recurse
+import train
+import world
+from checkpoints import load_tokenizer, resolve
+from fit import Recipe, fit, target_loss
+from model import LM, Config
+from rerank import Bert, BertConfig, token_type_ids
+from runs import ASSETS, Run, arguments, finish_record, start_record
+from t5 import T5Config, T5Encoder
+
+# The objectives
+
+
+def pretrain_lm(args) -> dict:
+    """Train an LM to predict the next token of the text."""
+    texts = load_texts(args)
+    if args.tokenizer:
+        tokenizer = load_tokenizer(args.tokenizer)
+    else:
+        tokenizer = data.train_tokenizer(texts[:50_000], args.vocab_size)  # enough text
+    text = tokenize_corpus(args, tokenizer, texts)
+    # The special tokens around a document. The first is BOS and the last EOS, often the same one.
+    ends = tokenizer.encode("").ids
+    bos, eos = (ends[0], (ends[-1],)) if ends else (None, ())
+    vocab_size = tokenizer.get_vocab_size()
+    lm = LM(decoder_config(args, vocab_size, args.layers, args.context, bos, eos)).to(args.device)
+
+    def loss_of(batch: data.Batch) -> Tensor:
+        return target_loss(lm, None, batch)
+
+    def save() -> None:
+        lm.save(Path(args.out) / "model", torch.bfloat16, tokenizer, replace=True)
+
+    return train_on_text(args, text, lm, loss_of, save, args.context)
+
+
+def pretrain_encoder(args) -> dict:
+    """Train a T5 encoder to encode a text with missing spans, so that a decoder can write them.
+
+    The decoder reads the encoded text as a prefix. It is small, and thrown away at the end.
+    """
+    tokenizer, sentinels = encoder_tokenizer(args, [f"<extra_id_{i}>" for i in range(32)])
+    text = tokenize_corpus(args, tokenizer, load_texts(args))
+    V, D = tokenizer.get_vocab_size(), args.dim // args.heads
+    encoder = T5Encoder(T5Config(V, args.dim, args.layers, args.heads, D, mlp_width(args)))
+    decoder = LM(decoder_config(args, V, layers=2, context=2 * args.seq_len))  # encoded and new
+    both = nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(args.device)
+
+    def loss_of(batch: data.Batch) -> Tensor:
+        prefix = decoder.read(encoder(encoder.embed(batch.ids)))
+        inputs = F.pad(batch.targets[:, :-1], (1, 0))  # token 0 starts what the decoder writes
+        logits = decoder.logits(decoder(decoder.embed(inputs), prefix))
+        return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
+
+    def save() -> None:
+        save_encoder(args, encoder, tokenizer)
+
+    def corrupt(batch: data.Batch, seed: int, step: int) -> data.Batch:
+        return data.corrupt_spans(batch, sentinels, seed, step)
+
+    return train_on_text(args, text, both, loss_of, save, args.seq_len, corrupt=corrupt)
+
+
+def pretrain_bert(args) -> dict:
+    """Train a BERT to predict masked tokens of [CLS] first part [SEP] rest."""
+    names = ["[CLS]", "[SEP]", "[MASK]"]
+    tokenizer, ids = encoder_tokenizer(args, names)
+    text = tokenize_corpus(args, tokenizer, load_texts(args))
+    V, C = tokenizer.get_vocab_size(), args.dim
+    bert = Bert(BertConfig(V, C, args.layers, args.heads, 4 * C, args.context))
+    head = nn.Sequential(nn.Linear(C, C), nn.GELU(), nn.LayerNorm(C))  # before the output layer
+    both = nn.ModuleDict({"bert": bert, "head": head}).to(args.device)
+    special = dict(zip(names, ids))
+
+    def loss_of(batch: data.Batch) -> Tensor:
+        target_mask = batch.targets != data.IGNORE_INDEX
+        types = token_type_ids(batch.ids, special["[SEP]"])
+        h = head(bert(batch.ids, token_type_ids=types)[target_mask])
+        logits = F.linear(h, bert.word_embeddings.weight).float()  # tied, as in the paper
+        return F.cross_entropy(logits, batch.targets[target_mask], reduction="sum")
+
+    def save() -> None:
+        save_encoder(args, bert, tokenizer)
+
+    def corrupt(batch: data.Batch, seed: int, step: int) -> data.Batch:
+        return data.mask_tokens(batch, special, min(ids), seed, step)  # random ids: the LM's own
+
+    longest = args.context - 2  # [CLS] and [SEP] come to the text
+    return train_on_text(args, text, both, loss_of, save, longest, corrupt=corrupt)
+
+
+def pretrain_connector(args) -> dict:
+    """Train a Connector to predict the next token from its place before, after or between LMs."""
+    lm, tokenizer = train.load_lm(args)
+    text = tokenize_corpus(args, tokenizer, load_texts(args))
+    connector = recurse.new_connector(lm, args.composition, args.connector_layers)
+    stack, prefix = recurse.COMPOSITIONS[args.composition](lm, connector)
+
+    def loss_of(batch: data.Batch) -> Tensor:
+        return target_loss(stack, prefix, batch)
+
+    def save() -> None:
+        base = arguments(args)["model"]
+        info = {"method": args.composition, "base_model_name_or_path": base}
+        adapters.save_adapter(args.out, connector, lm, **info)
+
+    return train_on_text(args, text, connector, loss_of, save, lm.config.max_len, frozen=lm)
+
+
+OBJECTIVES = {  # objective: (function, defaults of its flags)
+    "lm": (pretrain_lm, {"steps": 4500, "lr": 3e-3, "batch_size": 16, "eval_every": 500}),
+    "encoder": (
+        pretrain_encoder,
+        {"steps": 3000, "lr": 2e-3, "warmup": 0.02, "eval_every": 250}
+        | {"dim": 128, "layers": 4, "heads": 4},
+    ),
+    "bert": (
+        pretrain_bert,
+        {"steps": 4000, "lr": 1e-3, "warmup": 0.05, "eval_every": 250}
+        | {"dim": 160, "layers": 3, "heads": 5},
+    ),
+    "connector": (pretrain_connector, {"steps": 800, "lr": 1e-3, "batch_size": 16}),
+}
+
+
+# What they share
+
+
+def decoder_config(args, vocab_size: int, layers: int, context: int, bos=None, eos=()) -> Config:
+    """The shape of a decoder with the width, heads and MLP that the flags give."""
+    head_dim = args.dim // args.heads
+    return Config(
+        vocab_size=vocab_size,
+        dim=args.dim,
+        n_layers=layers,
+        n_heads=args.heads,
+        n_kv_heads=args.heads,
+        head_dim=head_dim,
+        hidden_dim=mlp_width(args),
+        max_len=context,
+        bos=bos,
+        eos=eos,
+    )
+
+
+def mlp_width(args) -> int:
+    """--hidden, or 8/3 of --dim in multiples of 32.
+
+    A gated MLP of that width has as many weights as a plain one of four times --dim.
+    """
+    return args.hidden or max(32, round(args.dim * 8 / 3 / 32) * 32)
+
+
+def encoder_tokenizer(args, names: list[str]) -> tuple[Tokenizer, list[int]]:
+    """The LM's tokenizer with the special tokens `names` added, and their ids.
+
+    An encoder and the LM then agree on the tokens of every text.
+    """
+    tokenizer = load_tokenizer(args.tokenizer or resolve(args.model or ASSETS / "lm"))
+    tokenizer.add_special_tokens(names)
+    return tokenizer, [tokenizer.token_to_id(name) for name in names]
+
+
+def save_encoder(args, encoder: T5Encoder | Bert, tokenizer: Tokenizer) -> None:
+    """Write the encoder, in bf16, and its tokenizer as a published checkpoint."""
+    folder = Path(args.out) / "model"
+    encoder.save(folder, torch.bfloat16)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def load_texts(args) -> list[str]:
+    """Read the documents of --train, or make those of the embedded world."""
+    if args.train:
+        return data.read_texts(args.train)
+    documents = genres.documents(world.make(args.world_seed), args.documents, args.seed)
+    return [d["text"] if "text" in d else question_and_answer(d) for d in documents]
+
+
+def question_and_answer(document: dict) -> str:
+    """A question document as text, in the format in which every method asks."""
+    return f"{data.question_text(document['question'])} {document['answer'][0]}"
+
+
+@dataclass
+class Text:
+    """The tokens to train on, and those of other documents that measure the loss."""
+
+    train: data.Corpus
+    held_out: data.Corpus
+
+
+def tokenize_corpus(args, tokenizer: Tokenizer, texts: list[str]) -> Text:
+    """Tokenise the documents. Held out are those of --dev, or the last two percent."""
+    if args.dev:
+        held_out = data.read_texts(args.dev)
+    else:
+        count = max(1, len(texts) // 50)
+        texts, held_out = texts[:-count], texts[-count:]
+    if not texts:
+        raise ValueError(
+            f"{args.train}: holds one document; separate documents with blank lines, or name "
+            "held-out text with --dev"
+        )
+    return Text(data.encode_texts(texts, tokenizer), data.encode_texts(held_out, tokenizer))
+
+
+def train_on_text(
+    args, text: Text, trained: nn.Module, loss_of, save, longest: int, frozen=None, corrupt=None
+) -> dict:
+    """Train on windows of the text. The score is minus the mean loss on held-out text, in nats.
+
+    loss_of   Batch -> loss summed over its targets
+    save      () -> None writes what is trained
+    longest   the longest window that fits the model's context
+    frozen    the LM that must not change, if there is one
+    corrupt   (Batch, seed, step) -> Batch, if the task is not to predict the next token
+
+    Returns the record, which run.json holds too.
+    """
+    held_out_batches = (len(text.held_out.tokens) - 1) // args.seq_len // args.batch_size
+
+    def make_batch(corpus: data.Corpus, seed: int, step: int) -> data.Batch:
+        batch = data.windows(corpus, args.batch_size, args.seq_len, seed, step)
+        return batch if corrupt is None else corrupt(batch, seed, step)
+
+    def evaluate() -> float:
+        trained.eval()
+        batches = [make_batch(text.held_out, 0, i).to(args.device) for i in range(held_out_batches)]
+        loss = sum(loss_of(batch).item() for batch in batches)
+        targets = sum(int((batch.targets != data.IGNORE_INDEX).sum()) for batch in batches)
+        trained.train()
+        return -loss / targets
+
+    if args.seq_len > longest:
+        raise ValueError(
+            f"--seq-len {args.seq_len} exceeds the {longest} that fit the model's context"
+        )
+    if held_out_batches < 1:
+        raise ValueError(
+            f"the held-out text has {len(text.held_out.tokens)} tokens, too few for a batch of "
+            f"{args.batch_size} windows of {args.seq_len}"
+        )
+    make_batch(text.train, args.seed, 0)  # refuses too little text before anything is written
+    tokens = text.train.tokens.tobytes() + text.held_out.tokens.tobytes()
+    run = Run.from_args(args)
+    with run:
+        record = start_record(run, trained, frozen, hashlib.sha256(tokens).hexdigest())
+        record |= fit(
+            run,
+            Recipe.from_args(args),
+            trained.train(),
+            lambda step: make_batch(text.train, args.seed, step),
+            loss_of,
+            evaluate,
+            save,
+        )
+        loss = -record["score"]
+        perplexity = math.exp(min(loss, 700))  # exp overflows above 709
+        return finish_record(run, record, frozen, {"dev": {"loss": loss, "perplexity": perplexity}})
+
+
+# The command line
+
+
+def parse(argv: list[str], program: str = "pretrain.py") -> argparse.Namespace:
+    """Parse the objective and its flags. A bad flag exits with status 2."""
+    count = train.COUNT
+    shape = [
+        ("--dim", count, 192, "C, the model's width"),
+        ("--layers", count, 6, "number of layers"),
+        ("--heads", count, 6, "attention heads"),
+    ]
+    hidden = ("--hidden", count, None, "width of the MLP; 8/3 of --dim if not given")
+    context = ("--context", train.number_type(int, 8), 512, "positions that the model is made for")
+    vocab = ("--vocab-size", train.number_type(int, 257, 10**6), 2048, "of the new tokenizer")
+    uses = list(recurse.CONNECTOR_METHODS)
+    use = ("--composition", uses, "neural_recursion", "what the Connector is pretrained for")
+    model_flags = {
+        "lm": [train.TOKENIZER, *shape, hidden, context, vocab],
+        "encoder": [train.MODEL, train.TOKENIZER, *shape, hidden],
+        "bert": [train.MODEL, train.TOKENIZER, *shape, context],
+        "connector": [train.MODEL, train.TOKENIZER, use, train.CONNECTOR],
+    }
+    data_flags = [
+        ("--train", str, None, "text: .txt or JSONL; the embedded world's if not given"),
+        ("--dev", str, None, "held-out text; the last 2 %% of the documents if not given"),
+        train.WORLD,
+        ("--documents", count, 120_000, "documents of the embedded world"),
+        ("--seq-len", count, 128, "tokens in a window of text"),
+    ]
+    parser = train.Parser(prog=program, description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="objective", required=True)
+    for name, (objective, defaults) in OBJECTIVES.items():
+        summary = objective.__doc__.split("\n")[0]
+        command = commands.add_parser(name, help=summary, description=summary)
+        train.add_flags(command, "model", *model_flags[name])
+        train.add_flags(command, "data", *data_flags)
+        train.add_training_flags(command)
+        train.add_run_flags(command)
+        command.set_defaults(method=f"pretrain_{name}", **defaults)
+    args = train.add_late_defaults(parser.parse_args(argv), program, argv)
+    del args.objective  # the method says it
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run one objective. Returns the record, which run.json holds too."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    if args.method != "pretrain_connector":
+        dim, heads = args.dim, args.heads
+        if dim % heads:
+            raise ValueError(f"--dim {dim} is not a multiple of --heads {heads}")
+        if dim // heads % 2:
+            raise ValueError(f"--dim {dim} / --heads {heads} is odd; heads need an even width")
+    train.check_and_seed(args)
+    objective, _ = OBJECTIVES[args.method.removeprefix("pretrain_")]
+    return objective(args)
+
+
+if __name__ == "__main__":
+    train.run_program("pretrain.py", main)

@@ -1,0 +1,388 @@
+"""Run folders: what a training run leaves on disk, and how it is resumed and loaded again.
+
+    adapter_config.json, adapter_model.safetensors   the trained adapter, best on dev
+    model/                                           instead of it, if the model itself was trained
+    predictions.jsonl                                each test question (dev, if there is no test),
+                                                     its prediction and scores
+    run.json                                         arguments, versions, hardware, hashes, results
+    metrics.jsonl, curve.png                         loss and dev score along training
+    state.safetensors                                what --resume needs
+    lock                                             held by the process that writes the folder
+
+Files are written under a temporary name, synced and renamed, so they are always complete. Only
+metrics.jsonl is appended to, and a kill can cut its last line. No pickle is ever read or written. A
+kill costs at most the steps since the last saved state. A resumed run ends, on the same CPU and
+number of threads, with the same bits as an uninterrupted one.
+
+    from runs import load_run
+    model, prefix, tokenizer, record = load_run("runs/neural_recursion")      # under a second
+"""
+
+import json
+import math
+import os
+import platform
+import shlex
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adapters import load_adapter
+from checkpoints import atomic_write, hash_tensors, load_tokenizer, write_json
+from model import LM
+from recurse import COMPOSITIONS
+
+ASSETS = Path(__file__).parent / "assets"  # the embedded LM and the Connectors pretrained on it
+
+# The run folder
+
+
+def arguments(args) -> dict:
+    """Return the arguments that identify a run: all but its folder, --resume and the command line.
+
+    Paths of existing files become absolute, so a run can be resumed and used from any folder.
+    """
+    kept = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "program", "argv")}
+    for key in ("model", "tokenizer", "init", "train", "dev", "test"):
+        if kept.get(key) and Path(kept[key]).exists():
+            kept[key] = os.path.abspath(kept[key])
+    return kept
+
+
+@dataclass
+class State:
+    """How far a run is, and its best parameters so far.
+
+    `save_state` stores it with the current parameters, the optimiser and the random state.
+    """
+
+    step: int = 0  # finished steps
+    seconds: float = 0.0  # training time
+    best_step: int = 0
+    best_score: float = -math.inf
+    best: dict[str, Tensor] = field(default_factory=dict)  # the parameters after best_step
+
+
+class Run:
+    """The folder of one run. `with run:` locks it against other processes."""
+
+    def __init__(self, folder, arguments: dict, command: str = "", resume: bool = False):
+        self.folder = Path(folder)
+        self.arguments = arguments  # what identifies the run; "method" and "device" are needed
+        self.command = command  # the command line, for run.json
+        self.resume = resume  # continue from the state in the folder
+        self.state_path = self.folder / "state.safetensors"
+        self.metrics_path = self.folder / "metrics.jsonl"
+
+    @classmethod
+    def from_args(cls, args) -> "Run":
+        """The run that a parsed command line asks for."""
+        command = shlex.join(["python", *args.program.split(), *args.argv])
+        return cls(args.out, arguments(args), command, args.resume)
+
+    def check(self) -> None:
+        """FileExistsError or ValueError if this run must not write to its folder.
+
+        An existing folder needs --resume, and must hold a run with the same arguments.
+        """
+        if not self.folder.exists():
+            return
+        if not self.resume:
+            raise FileExistsError(
+                f"{self.folder} exists; continue it with --resume, or choose another --out"
+            )
+        record = self.record()
+        if record is None:
+            # A kill at the very start leaves only these two files.
+            leftovers = {"lock", "run.json.unfinished"}
+            if {path.name for path in self.folder.iterdir()} - leftovers:
+                raise FileExistsError(f"{self.folder} is not a run's folder (it has no run.json)")
+            return
+        for key, value in self.arguments.items():
+            before = record["arguments"].get(key)
+            if before != value:
+                flag = f"--{key.replace('_', '-')}"
+                raise ValueError(f"{self.folder} was started with {flag} {before}, not {value}")
+
+    def record(self) -> dict | None:
+        """Return run.json of the run that the folder holds already, or None."""
+        return read_record(self.folder) if (self.folder / "run.json").is_file() else None
+
+    def __enter__(self) -> "Run":
+        import fcntl
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / "lock", "w")
+        try:  # the system releases the lock, however the process ends
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"{self.folder} is in use by another process") from None
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.lock.close()
+
+    def write_lines(self, name: str, records: list[dict]) -> None:
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        with atomic_write(self.folder / name) as path:
+            path.write_text(text, encoding="utf-8")
+
+    def log(self, record: dict) -> None:
+        with open(self.metrics_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def rewind_log(self, step: int) -> list[dict]:
+        """Delete the records after `step` from metrics.jsonl, and return the others."""
+        records = []
+        if self.metrics_path.is_file():
+            for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+                with suppress(json.JSONDecodeError):  # a kill can cut the last line short
+                    records.append(json.loads(line))
+        records = [r for r in records if isinstance(r, dict) and r.get("step", math.inf) <= step]
+        self.write_lines("metrics.jsonl", records)
+        return records
+
+    def save_state(self, trained: nn.Module, optimizer, state: State) -> None:
+        """Write all that a resumed run needs: parameters, optimiser, random state, `state`."""
+        tensors = {f"trained.{name}": p.detach() for name, p in trained.named_parameters()}
+        tensors |= {f"best.{name}": p for name, p in state.best.items()}
+        for i, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{key}": value for key, value in moments.items()}
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        keys = ("step", "best_step", "best_score", "seconds")
+        metadata = {"json": json.dumps({key: getattr(state, key) for key in keys})}
+        with atomic_write(self.state_path) as path:
+            save_file(tensors, path, metadata=metadata)
+
+    def load_state(self, trained: nn.Module, optimizer) -> State:
+        """Restore what `save_state` wrote. Returns a fresh State if there is nothing to resume."""
+        if not (self.resume and self.state_path.is_file()):
+            return State()
+        try:
+            with safe_open(self.state_path, framework="pt") as file:
+                metadata = json.loads(file.metadata()["json"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{self.state_path}: truncated or corrupt ({error}); delete it to start again"
+            ) from None
+        trained.load_state_dict(_group("trained.", tensors))
+        moments = {}
+        for name, tensor in _group("optimizer.", tensors).items():
+            i, key = name.split(".")
+            moments.setdefault(int(i), {})[key] = tensor
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        return State(**metadata, best=_group("best.", tensors))
+
+
+def _group(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`; it is removed from the names."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+# Records
+
+
+def start_record(run: Run, trained: nn.Module, frozen: LM | None, data_hash: str) -> dict:
+    """Write run.json with all that is known before training, and return it as a dict.
+
+    ValueError if the folder's run was started on other data or on another LM.
+    """
+    before = run.record() or {}
+    fingerprint = frozen.fingerprint() if frozen else None
+    if before and before.get("data_hash") != data_hash:
+        raise ValueError(f"{run.folder} was started on other data (its data_hash differs)")
+    if before and before.get("fingerprint") != fingerprint:
+        raise ValueError(f"{run.folder} was started on another LM (its fingerprint differs)")
+    count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    line = f"{run.arguments['method']}: {count:,} parameters trained"
+    if frozen:
+        line += f", {sum(p.numel() for p in frozen.parameters()):,} frozen"
+    print(line, flush=True)
+    cuda = run.arguments["device"] == "cuda"
+    device = torch.cuda.get_device_name() if cuda else platform.machine()
+    record = before | {  # the results of a finished run stay until it is scored again
+        "command": before.get("command", run.command),
+        "arguments": run.arguments,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "hardware": {"device": device, "threads": torch.get_num_threads()},
+        "trained_parameters": count,
+        "fingerprint": fingerprint,
+        "weights_before": hash_tensors(frozen.state_dict()) if frozen else None,
+        "data_hash": data_hash,
+    }
+    write_json(run.folder / "run.json", record)
+    return record
+
+
+def finish_record(run: Run, record: dict, frozen: LM | None, results: dict) -> dict:
+    """Write run.json with the results, print them, and return the record.
+
+    ValueError if the weights of the frozen LM changed during the run.
+    """
+    record["weights_after"] = hash_tensors(frozen.state_dict()) if frozen else None
+    record["results"] = results
+    write_json(run.folder / "run.json", record)
+    if record["weights_before"] != record["weights_after"]:
+        raise ValueError(f"{run.folder}: the frozen LM's weights changed during the run")
+    for split, result in results.items():
+        print_result(split, result)
+    print(f"{run.folder}: step {record['step']} was best; {record['seconds']:.0f} s of training")
+    return record
+
+
+def print_result(split: str, result: dict) -> None:
+    """Print the loss of a text, or the scores of all questions and of each task."""
+    if "em" not in result:
+        loss, perplexity = result["loss"], result["perplexity"]
+        print(f"{split:5} loss {loss:.4f} nats a token, perplexity {perplexity:.2f}")
+        return
+    for task, row in {"all": result, **result["tasks"]}.items():
+        if task:
+            scores = f"EM {100 * row['em']:5.1f}   F1 {100 * row['f1']:5.1f}"
+            print(f"{split:5} {task:12} {scores}   ({row['n']} questions)")
+
+
+def draw_curve(run: Run, history: list[dict]) -> None:
+    """Write curve.png: loss and dev score against steps."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no curve.png: matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    losses = [(r["step"], r["loss"]) for r in history if r.get("loss") is not None]
+    scores = [(r["step"], r["score"]) for r in history if r.get("score") is not None]
+    figure, left = plt.subplots(figsize=(7, 4))
+    left.plot(*zip(*losses), color="tab:gray")
+    title = f"{run.arguments['method']}: {run.folder.name}"
+    left.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    if scores:
+        right = left.twinx()
+        right.plot(*zip(*scores), color="tab:blue", marker="o")
+        right.set_ylabel("dev score", color="tab:blue")
+    figure.tight_layout()
+    with atomic_write(run.folder / "curve.png") as path:
+        figure.savefig(path, format="png", dpi=110)
+    plt.close(figure)
+
+
+# What a run trained
+
+
+def read_record(folder: str | Path) -> dict:
+    """Return run.json as a dict. FileNotFoundError if there is none, ValueError if it is no record.
+
+    Keys: command, arguments, versions, hardware, trained_parameters, fingerprint, weights_before,
+    weights_after, data_hash, step, score, seconds, tokens_per_second, results, question_format.
+    """
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no run.json, so this is not a run's folder")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record["arguments"]["method"], str):
+            raise ValueError("the method is no text")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a run record ({error!r})") from None
+    return record
+
+
+def load_run(folder: str | Path, device: str = "cpu"):
+    """Load what a run trained. Returns (model, prefix, tokenizer, record).
+
+    model      the LM, or a Stack with the LM's interface; float32, whatever the run used
+    prefix     the trained prompt as a Prefix, or None
+    tokenizer  the one that the run used
+    record     run.json
+
+    ValueError if the run trained no LM or adapter but an encoder.
+    """
+    folder, record = Path(folder), read_record(folder)
+    args, trained_lm = record["arguments"], folder / "model"
+    if trained_lm.is_dir():
+        lm = LM.from_pretrained(trained_lm, device)
+        return lm, None, load_tokenizer(trained_lm, lm.config.vocab_size), record
+    method = args["method"]
+    if method == "pretrain_connector":
+        method = args.get("composition")
+    if method not in COMPOSITIONS:
+        raise ValueError(f"{folder}/run.json: {args['method']} trains nothing that answers")
+    lm = LM.from_pretrained(args.get("model") or ASSETS / "lm", device)
+    adapter = load_adapter(folder, lm).requires_grad_(False)
+    tokenizer = load_tokenizer(args.get("tokenizer") or lm.folder, lm.config.vocab_size)
+    model, prefix = COMPOSITIONS[method](lm, adapter)
+    return model, prefix, tokenizer, record
+
+
+PREDICTION_KEYS = {
+    "id": (str, int),
+    "task": (str,),
+    "input": (str,),
+    "prediction": (str,),
+    "answers": (list,),
+    "em": (int, float),
+    "f1": (int, float),
+}
+
+
+def read_predictions(folder: str | Path) -> list[dict]:
+    """Return the records of predictions.jsonl in file order. `eval.score` describes them.
+
+    FileNotFoundError if there is no file. ValueError, with file and line, if a line is no such
+    record or repeats the task and id of another.
+    """
+    path = Path(folder) / "predictions.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a run writes it when it has been tested")
+    records, line_of = [], {}
+    # Bytes, split at "\n" only: the decoding errors of a text file name no line.
+    for number, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), start=1):
+        try:
+            record = _check_prediction(json.loads(line.decode("utf-8")))
+            task, id = record["task"], record["id"]
+            first = line_of.setdefault((task, id), number)
+            if first != number:
+                raise ValueError(f"id {id!r} of task {task!r} is already on line {first}")
+        except ValueError as error:  # json and decode raise it too
+            raise ValueError(f"{path}:{number}: {error}") from None
+        records.append(record)
+    return records
+
+
+def _check_prediction(record) -> dict:
+    if not isinstance(record, dict):
+        raise ValueError("a line must be a JSON object")
+    for key, kinds in PREDICTION_KEYS.items():
+        if key not in record:
+            raise ValueError(f"key {key!r} is missing")
+        if type(record[key]) not in kinds:  # not isinstance: to Python, true and false are ints
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"key {key!r} must be {names}, got {record[key]!r}")
+    answers = record["answers"]
+    if not answers or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"key 'answers' must be a list with at least one string, got {answers!r}")
+    for metric in ("em", "f1"):
+        if not 0 <= record[metric] <= 1:  # refuses NaN too
+            raise ValueError(f"key {metric!r} must be from 0 to 1, got {record[metric]!r}")
+    return record

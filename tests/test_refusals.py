@@ -1,0 +1,236 @@
+"""Bad input ends every command with one line and exit status 2, and changes no file.
+
+The programs run as `python NAME` runs them, but in this process and from the folder of the files.
+"""
+
+import json
+import runpy
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_runs import ROOT, SHAPE, command, make_place, run, write_lines
+
+import adapters
+import recurse
+from checkpoints import load_tokenizer
+from data import train_tokenizer
+from model import LM
+
+TRAIN = "train.py --model lm/model --train train.jsonl --dev dev.jsonl --out new --steps 1"
+TRAIN += " --device cpu --connector-layers 1 --prompt-length 4 --max-new-tokens 4 --method"
+TEXT = f"--train text.jsonl --dev text.jsonl --out new --steps 1 --device cpu {SHAPE}"
+SHORT = {
+    "TRAIN": TRAIN,
+    "RECUR": f"{TRAIN} neural_recursion",
+    "PROMPT": f"{TRAIN} prompt_tuning",
+    "LM": f"pretrain.py lm {TEXT} --context 96 --vocab-size 300",
+    "BERT": f"pretrain.py bert {TEXT} --context 32 --model lm/model",
+    "CONNECTOR": f"pretrain.py connector {TEXT[: TEXT.index(' --dim')]} --model lm/model",
+}
+
+# Command line | words that its one line contains. The words in capitals are those of SHORT.
+TABLE = r"""
+train.py --steps 1                                      | --method
+train.py --meth prompt_tuning                           | --meth
+TRAIN magic                                             | magic | neural_recursion
+RECUR --colour red                                      | --colour
+RECUR --steps 0                                         | --steps
+RECUR --lr -1                                           | --lr
+RECUR --lr nan                                          | --lr
+RECUR --device cuda                                     | --device cuda
+RECUR --model nowhere/at/all                            | nowhere
+RECUR --train none.jsonl                                | none.jsonl | no such file
+RECUR --train .                                         | is a folder
+RECUR --train broken.jsonl                              | broken.jsonl:2
+RECUR --train long.jsonl                                | long.jsonl:2 | context
+RECUR --dev long.jsonl                                  | long.jsonl:2 | context
+RECUR --dev unanswered.jsonl                            | unanswered.jsonl:1 | answer
+RECUR --tokenizer large                                 | large/tokenizer.json | another LM
+RECUR --tokenizer small                                 | --tokenizer | belongs to another LM
+RECUR --init foreign                                    | another base
+RECUR --init connector --connector-layers 2             | --connector-layers 1
+RECUR --init vocab                                      | --init vocab | neural_recursion
+RECUR --init nothing                                    | --init nothing
+RECUR --out run                                         | run exists | --resume
+RECUR --out run --resume --lr 0.5                       | --lr | 0.5
+RECUR --out thesis --resume                             | thesis is not a run's folder
+RECUR --out torn --resume                               | state.safetensors | corrupt
+RECUR --out spoilt --resume                             | run.json | not a run record
+PROMPT --prompt-length 90                               | train.jsonl:1 | context
+PROMPT --prompt-length 600                              | --prompt-length 600 | context
+PROMPT --init connector                                 | Connector | prompt_tuning
+PROMPT --init prompt                                    | --prompt-length 90
+PROMPT --dev twice.jsonl                                | twice.jsonl:3
+PROMPT --train half.jsonl                               | half.jsonl:1
+PROMPT --out twice.jsonl/new                            | twice.jsonl
+PROMPT --out mine --train mine.jsonl --resume           | other data
+PROMPT --out other --model replaced --resume            | another LM
+TRAIN connector_lm --dev full.jsonl --max-new-tokens 70 | full.jsonl:1
+TRAIN lm_connector --init connector                     | for neural_recursion | lm_connector
+TRAIN fine_tuning --init connector                      | --init | fine_tuning
+
+pretrain.py                                             | objective
+pretrain.py poem                                        | poem
+LM --init connector                                     | --init
+LM --vocab-size 256                                     | --vocab-size
+LM --heads 5                                            | --heads 5
+LM --dim 6                                              | --dim 6
+LM --seq-len 97                                         | --seq-len 97 | context
+LM --train little.jsonl                                 | too few for one window of
+LM --dev little.jsonl                                   | held-out text | too few
+LM --train little.jsonl --dev ''                        | one document | --dev
+LM --train latin.txt                                    | latin.txt: not UTF-8 text
+LM --train blank.txt                                    | blank.txt: holds no text
+BERT --seq-len 31                                       | --seq-len 31 | context
+CONNECTOR --seq-len 97                                  | --seq-len 97 | context
+CONNECTOR --composition magic                           | magic
+
+bench.py --only everything                              | everything
+bench.py --runs 0                                       | --runs
+bench.py plan                                           | --method
+bench.py plan --method neural_recursion --seq-len 0     | --seq-len
+bench.py plan --method fine_tuning --model nowhere      | nowhere
+
+data.py                                                 | path
+data.py broken.jsonl --unknown                          | --unknown
+data.py broken.jsonl                                    | broken.jsonl:2: | not a line of JSON
+data.py list.jsonl                                      | list.jsonl:1: a JSON object is expected
+data.py empty.jsonl                                     | empty.jsonl: holds no examples
+data.py none.jsonl                                      | none.jsonl: no such file
+data.py thesis                                          | is a folder, not a file
+data.py twice.jsonl                                     | :3: the id 1 is taken by twice.jsonl:1
+data.py choices.jsonl                                   | :1: | 'yes' is not among the options no
+data.py dev.jsonl --tokenizer thesis                    | thesis
+
+eval.py                                                 | command
+eval.py contrast                                        | contrast
+eval.py compare x                                       | run_b
+eval.py compare run nowhere                             | nowhere/predictions.jsonl: no such file
+eval.py compare run fewer                               | id 'q4' of task 'b' is in run but not in
+eval.py compare run run --iters 0                       | iters must be at least 1, got 0
+eval.py ask --run run                                   | no question
+eval.py ask --run run ' '                               | no question, or an empty one
+eval.py ask --run nowhere who                           | nowhere: no run.json
+eval.py ask --run run --input none.txt                  | none.txt
+eval.py score broken.jsonl                              | broken.jsonl:2:
+eval.py score dev.jsonl --model nowhere                 | nowhere
+eval.py score dev.jsonl --run nowhere                   | nowhere: no run.json
+
+generate.py lm/model                                    | text
+generate.py nowhere text                                | nowhere
+generate.py lm/model text --max-new-tokens 0            | max_new_tokens cannot be 0
+generate.py lm/model text --max-new-tokens 96           | context of 96
+generate.py lm/model text --temperature -1              | temperature cannot be -1
+adapters.py                                             | folder
+adapters.py thesis                                      | thesis: no adapter_config.json
+adapters.py cut                                         | adapter_model.safetensors
+rerank.py                                               | folder
+rerank.py nowhere                                       | nowhere
+rerank.py lm/model                                      | config.json: model_type
+t5.py                                                   | folder
+t5.py nowhere                                           | nowhere
+t5.py lm/model                                          | config.json: model_type
+world.py --people three                                 | --people
+world.py --people 3                                     | people: 3 is not between 20 and
+world.py --out thesis                                   | thesis
+"""
+ROWS = [line.split("|") for line in TABLE.splitlines() if line.strip()]
+if torch.cuda.is_available():
+    ROWS = [row for row in ROWS if "--device cuda" not in row[0]]
+
+FILES = {
+    "broken.jsonl": '{"question": "a", "answer": ["b"]}\n{"question": \n',
+    "unanswered.jsonl": '{"question": "a", "answer": []}\n',
+    "list.jsonl": "[1]\n",
+    "empty.jsonl": "",
+    "twice.jsonl": '{"id": 1, "question": "a", "answer": ["b"]}\n\n' * 2,
+    "half.jsonl": '{"question": "\\ud83d", "answer": ["b"]}\n',
+    "long.jsonl": '{"question": "a", "answer": ["b"]}\n'
+    + json.dumps({"question": "why " * 200, "answer": ["b"]}),
+    "full.jsonl": json.dumps({"question": "why so " * 8, "answer": ["b"]}),
+    "choices.jsonl": '{"inputs_pretokenized": "a", "targets_pretokenized": "yes", '
+    '"answer_choices": ["no"]}\n',
+    "little.jsonl": '{"text": "a"}\n',
+    "blank.txt": "\n\n",
+    "thesis/chapter.tex": "mine",
+}
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    """A folder with broken files beside good ones, and with runs that must be left alone."""
+    place = make_place(tmp_path_factory.mktemp("place"))
+    for name in ("thesis", "large", "small", "fewer"):
+        (place / name).mkdir()
+    for name, text in FILES.items():
+        (place / name).write_text(text)
+    (place / "latin.txt").write_bytes(b"\xff\xfe")
+    words = " ".join(f"word{i}" for i in range(400))
+    for name, text, size in (("large", words, 600), ("small", "another text", 262)):
+        train_tokenizer([text], size).save(str(place / name / "tokenizer.json"))
+    with pytest.MonkeyPatch.context() as patch:  # the runs know their files by these names
+        patch.chdir(place)
+        make_runs(place)
+    return place
+
+
+def make_runs(place):
+    def short(line):
+        name, *flags = line.split()
+        run(shlex.split(f"{SHORT[name]} {' '.join(flags)}"))
+
+    for out in ("run", "torn", "spoilt"):
+        short(f"RECUR --out {out}")
+    run(command(place, "neural_recursion", place / "connector"))
+    state = place / "torn" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:1000])
+    (place / "spoilt" / "run.json").write_text("{}")
+    lines = (place / "run" / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (place / "fewer" / "predictions.jsonl").write_text("".join(lines[:4]))
+    questions = (place / "train.jsonl").read_text().splitlines()
+    write_lines(place / "mine.jsonl", map(json.loads, questions))
+    short("PROMPT --out mine --train mine.jsonl")
+    write_lines(place / "mine.jsonl", map(json.loads, questions[:4]))
+    lm, tokenizer = LM.from_pretrained("lm/model"), load_tokenizer("lm/model")
+    lm.save("replaced", tokenizer=tokenizer)
+    short("PROMPT --out other --model replaced")
+    other = LM(lm.config)
+    other.save("replaced", tokenizer=tokenizer, replace=True)
+    adapters.save_adapter("foreign", recurse.new_connector(other, "neural_recursion", 1), other)
+    adapters.save_adapter("prompt", adapters.SoftPrompt(torch.zeros(90, 32)), lm)
+    adapters.save_adapter("cut", adapters.SoftPrompt(torch.zeros(90, 32)), lm)
+    weights = place / "cut" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("line, words", [(line, words) for line, *words in ROWS])
+def test_bad_input_is_one_line_and_status_2(bad, monkeypatch, capsys, line, words):
+    first, _, rest = line.partition(" ")
+    name, *arguments = shlex.split(f"{SHORT.get(first, first)} {rest}")
+    monkeypatch.chdir(bad)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    before = snapshot(bad)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and len(message.splitlines()) == 1, message
+    assert message.startswith(name) and all(word.strip() in message for word in words), message
+    assert str(ROOT) not in message  # files are named as they were typed
+    assert str(bad) not in message or name == "world.py"  # which names its folder in full
+    assert snapshot(bad) == before
+
+
+@pytest.mark.parametrize("line, status, word", [("--lr nan", 2, "--lr"), ("--help", 0, "--method")])
+def test_the_same_in_a_process_of_its_own(tmp_path, line, status, word):
+    call = [sys.executable, ROOT / "train.py", "--method", "neural_recursion", *line.split()]
+    result = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+    shown = result.stderr if status else result.stdout
+    assert result.returncode == status and word in shown and not list(tmp_path.iterdir())
+    assert len(result.stderr.splitlines()) == (1 if status else 0)

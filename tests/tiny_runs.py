@@ -1,0 +1,82 @@
+"""Short runs on a tiny LM, for the tests that run whole commands."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pretrain
+import train
+
+ROOT = Path(train.__file__).parent
+PEOPLE = ["Anna", "Boris", "Clara", "Dmitri", "Elena", "Fedor", "Galina", "Hugo"]
+TOWNS = ["Velmor", "Kranstad", "Pornwick", "Delmau"]
+HOMES = [(name, TOWNS[i % 4]) for i, name in enumerate(PEOPLE)]
+OBJECTIVES = [f"pretrain_{name}" for name in pretrain.OBJECTIVES]
+METHODS = [*train.METHODS, *OBJECTIVES]
+SHAPE = "--dim 16 --layers 1 --heads 2 --seq-len 16"
+OWN_FLAGS = {
+    "pretrain_lm": f"{SHAPE} --context 96 --vocab-size 300",
+    "pretrain_encoder": SHAPE,
+    "pretrain_bert": f"{SHAPE} --context 32",
+    "pretrain_connector": "--connector-layers 1 --seq-len 16",
+}
+
+
+def write_lines(path, records) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def read_lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def make_place(folder: Path) -> Path:
+    """A folder with questions, text, and a tiny LM that pretrain.py trained on the text."""
+    questions = [
+        {"id": f"q{i}", "task": "ba"[i % 2], "question": f"where was {name} born"}
+        | {"answer": [town, "nowhere"]}
+        for i, (name, town) in enumerate(HOMES)
+    ]
+    write_lines(folder / "train.jsonl", questions)
+    write_lines(folder / "dev.jsonl", questions[:5])
+    lives = [f"{name} was born in {town}. {name} lives in {town}." for name, town in HOMES]
+    write_lines(folder / "text.jsonl", [{"text": text} for text in lives * 12])
+    flags = "--dim 32 --layers 2 --steps 12 --eval-every 6 --batch-size 4 --lr 0.01"
+    run(command(folder, "pretrain_lm", folder / "lm", flags))
+    return folder
+
+
+def command(place: Path, method: str, out: Path, flags: str = "") -> list[str]:
+    """The program and arguments of a short run. `flags` come last, so they override the others."""
+    start, files = f"train.py --method {method}", (place / "train.jsonl", place / "dev.jsonl")
+    if method in OBJECTIVES:
+        start = f"pretrain.py {method.removeprefix('pretrain_')}"
+        files = (place / "text.jsonl", place / "text.jsonl")
+    model = "" if method == "pretrain_lm" else f"--model {place}/lm/model"
+    own = "--max-new-tokens 4 --prompt-length 4 --connector-layers 1"
+    own = OWN_FLAGS.get(method, own)
+    short = "--steps 6 --eval-every 2 --log-every 1 --batch-size 3 --device cpu"
+    line = f"{start} {model} --train {files[0]} --dev {files[1]} --out {out} {short} {own} {flags}"
+    return line.split()
+
+
+def run(arguments: list[str]) -> dict:
+    """Run a command in this process. Returns what its main returns."""
+    program = {"train.py": train, "pretrain.py": pretrain}[arguments[0]]
+    return program.main(arguments[1:])
+
+
+def start(arguments: list[str], **options) -> subprocess.Popen:
+    """Run a command in a process of its own."""
+    call = [sys.executable, ROOT / arguments[0], *arguments[1:]]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(call, stdout=pipe, stderr=pipe, text=True, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files that two equal runs share. The others say when and where they ran."""
+    own = ("run.json", "curve.png", "lock", "state.safetensors")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in own]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
