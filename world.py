@@ -14,9 +14,15 @@ function of its seeds.
     python world.py --out world --documents 20000
 
 prints 300 people, 30 cities, 25 companies, 16 countries, 2320 facts, hash 05b23a7ceba4baf0  (2 s)
+
+    python world.py --final --out world --documents 400000
+
+writes the larger world of the final LM: 640 people, 80 cities, 64 companies, 5056 facts, with an
+open book of passages and the prompted tasks of suite.py beside its documents  (2 minutes)
 """
 
 import argparse
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -77,6 +83,8 @@ def read_relations(path: str | Path) -> dict[str, dict[str, tuple[list[str], lis
     """kind -> relation -> (statements, questions); questions are the lines that end with "?"."""
     relations = {}
     for section, wordings in read_sections(path, SUBJECT_FIELDS | OBJECT_FIELDS).items():
+        if section.count(".") != 1:
+            raise ValueError(f"{path}: the section [{section}] is not named kind.relation")
         kind, relation = section.split(".")
         statements = [wording for wording in wordings if not wording.endswith("?")]
         questions = [wording for wording in wordings if wording.endswith("?")]
@@ -101,23 +109,20 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def render(wording: str, name: str, obj: str = "", mention: str | None = None) -> str:
-    """Fill in a wording. `mention` is the full name (default), the surname, or she, he or it."""
+def render(
+    wording: str, name: str, obj: str = "", mention: str | None = None, **others: str
+) -> str:
+    """Fill in a wording. `mention` is the full name (default), the surname, or she, he or it.
+
+    `others` fill further fields, under their own names.
+    """
     mention = mention or name
     him = {"she": "her", "he": "him"}.get(mention, mention)
     his = {"she": "her", "he": "his", "it": "its"}.get(mention) or possessive(mention)
     article = "an" if obj[:1] in "aeiou" else "a"
-    return wording.format(
-        name=name,
-        S=capital(mention),
-        s=mention,
-        him=him,
-        His=capital(his),
-        his=his,
-        o=obj,
-        O=capital(obj),
-        an_o=f"{article} {obj}",
-    )
+    subject = dict(name=name, s=mention, S=capital(mention), him=him, his=his, His=capital(his))
+    object_ = dict(o=obj, O=capital(obj), an_o=f"{article} {obj}")
+    return wording.format(**subject, **object_, **others)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -137,12 +142,23 @@ class World:
     kind: dict[str, str]  # subject -> "person" | "city" | "company"
     split: dict[str, str]  # person -> "train" | "dev" | "test"
     facts: dict[str, dict[str, str]]  # subject -> relation -> object
+    final: bool = False  # told in all genres, with an open book and a suite: see `make_final`
 
     def answer(self, subject: str, path: str) -> str:
         """Follow a path of relations: answer("Anna Teller", "born_in.country")."""
         for relation in path.split("."):
             subject = self.facts[subject][relation]
         return subject
+
+    def task(self, path: str) -> str:
+        """The name under which the figures of a path are given.
+
+        People share their first names, so a bridge that is a person is hard to hand over by its
+        first token. The final world counts this path apart.
+        """
+        if self.final and path == "teacher.profession":
+            return "two-hop-person"
+        return "two-hop" if "." in path else "one-hop"
 
     def questions(self, split: str) -> list[dict]:
         """All questions about the people of one split. Half have one hop, half have two."""
@@ -157,31 +173,18 @@ class World:
             for path, wordings in (one_hop | TWO_HOP).items():
                 hops = 1 + path.count(".")
                 for wording in rng.sample(wordings, TRAIN_WORDINGS if split == "train" else 1):
-                    rows.append(
-                        {
-                            "id": f"{split}-{len(rows):06d}",
-                            "question": render(wording, person),
-                            "answer": [self.answer(person, path)],
-                            "hops": hops,
-                            "task": {1: "one-hop", 2: "two-hop"}[hops],
-                            "relation": path,
-                            "subject": person,
-                        }
-                    )
+                    row = {"id": f"{split}-{len(rows):06d}", "question": render(wording, person)}
+                    row |= {"answer": [self.answer(person, path)], "hops": hops}
+                    row |= {"task": self.task(path), "relation": path, "subject": person}
+                    rows.append(row)
         return rows
 
     def triples(self) -> list[dict]:
         """Every fact as {subject, kind, relation, object, split}."""
         return [
-            {
-                "subject": subject,
-                "kind": self.kind[subject],
-                "relation": relation,
-                "object": obj,
-                "split": self.split.get(subject),
-            }
-            for subject, facts in self.facts.items()
-            for relation, obj in facts.items()
+            dict(subject=s, kind=self.kind[s], relation=r, object=o, split=self.split.get(s))
+            for s, facts in self.facts.items()
+            for r, o in facts.items()
         ]
 
     def hash(self) -> str:
@@ -198,13 +201,17 @@ class World:
             TWO_HOP,
             list(genres.documents(self, 1000)),
         ]
+        if self.final:
+            import suite
+
+            everything += suite.contents(self)
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
     def write(self, out: str | Path, documents: int = 20000, seed: int = 1) -> None:
         """Write the world to the new or empty folder `out`. It appears complete or not at all."""
         import genres
 
-        out = Path(out).absolute()
+        out = Path(out)
         if documents < 1:
             raise ValueError(f"documents: {documents} is not at least 1")
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -212,26 +219,24 @@ class World:
                 f"{out} exists and is not empty: choose another folder or remove it"
             )
         questions = {split: self.questions(split) for split in SPLITS}
-        info = {
-            "seed": self.seed,
-            "people": len(self.people),
-            "cities": len(self.cities),
-            "companies": len(self.companies),
-            "countries": len(self.countries),
+        info = {"seed": self.seed}
+        for group in ("people", "cities", "companies", "countries"):
+            info[group] = len(getattr(self, group))
+        info |= {
             "facts": len(self.triples()),
             "questions": {split: len(rows) for split, rows in questions.items()},
             "documents": documents,
             "documents_seed": seed,
             "hash": self.hash(),
         }
-        files = {
-            "facts.jsonl": self.triples(),
-            "corpus.jsonl": genres.documents(self, documents, seed),
-            "world.json": [info],
-        }
-        for split, rows in questions.items():
-            files[f"questions-{split}.jsonl"] = rows
-        write_folder(out, files)
+        files = {f"questions-{split}.jsonl": rows for split, rows in questions.items()}
+        files |= {"world.json": [info], "facts.jsonl": self.triples()}
+        files["corpus.jsonl"] = genres.documents(self, documents, seed)
+        if self.final:
+            import suite
+
+            files |= suite.files(self, seed)
+        write_folder(out.absolute(), files)
 
 
 def write_folder(out: Path, files: dict) -> None:
@@ -241,6 +246,7 @@ def write_folder(out: Path, files: dict) -> None:
     try:
         temporary.mkdir()
         for name, rows in files.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             with open(temporary / name, "w", encoding="utf-8", newline="\n") as f:
                 f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 f.flush()
@@ -364,6 +370,18 @@ def make(
     return World(seed, person, city, company, country, pronoun, kind, split, facts)
 
 
+FINAL = {"people": 640, "cities": 80, "companies": 64}
+
+
+def make_final(seed: int = 1) -> World:
+    """The world of the final LM. It is larger, and everything in genres.py and suite.py is of it.
+
+    The embedded LM has read the world of `make`. Once an LM is pretrained on this one, `make` takes
+    these sizes and the field `final` goes.
+    """
+    return dataclasses.replace(make(seed, **FINAL), final=True)
+
+
 def pairs(first: str, second: str) -> list[str]:
     """Two words for each object: "smoked eels", "brass lamps"."""
     return [f"{a} {b}" for a in WORDS[first] for b in WORDS[second]]
@@ -401,25 +419,19 @@ def person_facts(
 
 def main(argv=None) -> World:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--out", help="new folder for the world's files; without it only samples are printed"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=1, help="another seed gives another world (default 1)"
-    )
-    parser.add_argument(
-        "--people",
-        type=int,
-        default=300,
-        help="number of people; there is one city per 10 and one company per 12 (default 300)",
-    )
-    parser.add_argument(
-        "--documents", type=int, default=20000, help="documents in corpus.jsonl (default 20000)"
-    )
+    option = parser.add_argument
+    option("--out", help="new folder for the world's files; without it only samples are printed")
+    option("--seed", type=int, default=1, help="another seed, another world (default 1)")
+    option("--people", type=int, help="with a city per 10 and a company per 12 (default 300)")
+    option("--documents", type=int, default=20000, help="documents in corpus.jsonl (20000)")
+    option("--final", action="store_true", help="640 people, all genres, open book and suite")
     parser.error = lambda message: parser.exit(2, f"world.py: {message}\n")
     args = parser.parse_args(argv)
     try:
-        world = make(args.seed, args.people)
+        if args.final and args.people is not None:
+            raise ValueError("--people: the final world has its own sizes")
+        people = 300 if args.people is None else args.people
+        world = make_final(args.seed) if args.final else make(args.seed, people)
         if args.out:
             world.write(args.out, args.documents)
     except (ValueError, OSError) as error:
@@ -444,7 +456,7 @@ def print_samples(world: World) -> None:
         print(f"{split}: {len(rows)} questions, {two_hop} of them with two hops")
     for row in genres.documents(world, 8):
         text = row.get("text") or f"{row['question']} -> {row['answer'][0]}"
-        print(f"  {row['genre']:8} {text}")
+        print(f"  {row['genre']:8}", text.replace("\n", "\n           "))
     for row in random.Random(world.seed).sample(world.questions("test"), 6):
         print(f"  {row['hops']}-hop    {row['question']} -> {row['answer'][0]}")
 

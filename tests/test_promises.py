@@ -15,7 +15,7 @@ TIERS = {  # imports at the top of a file go strictly down
     "families": 0,
     **dict.fromkeys(["checkpoints", "data", "eval", "world", "attention", "generate"], 1),
     **dict.fromkeys(["model", "adapters", "rerank", "t5", "genres"], 2),
-    "recurse": 3,
+    **dict.fromkeys(["recurse", "suite"], 3),
     "runs": 4,
     "fit": 5,
     "train": 6,

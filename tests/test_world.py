@@ -12,7 +12,17 @@ import pytest
 
 import genres
 import world as world_module
-from world import RELATIONS, SPLITS, TRAIN_WORDINGS, TWO_HOP, main, make, read_sections, render
+from world import (
+    RELATIONS,
+    SPLITS,
+    TRAIN_WORDINGS,
+    TWO_HOP,
+    main,
+    make,
+    read_relations,
+    read_sections,
+    render,
+)
 
 OTHER_PRONOUNS = {
     "she": {"he", "him", "his"},
@@ -260,6 +270,13 @@ def test_a_malformed_wording_is_refused_with_file_and_line(tmp_path, text, line,
         read_sections(path, {"s"})
 
 
+def test_a_relation_without_a_kind_is_refused(tmp_path):
+    path = tmp_path / "wordings.txt"
+    path.write_text("[born_in]\n{S} was born in {o}.\n")
+    with pytest.raises(ValueError, match=r"wordings.txt: the section \[born_in\] is not named"):
+        read_relations(path)
+
+
 def test_sections_keep_their_order_and_skip_comments(tmp_path):
     path = tmp_path / "wordings.txt"
     path.write_text("# note\n\n[b.x]\n  {s} is here. \n\n# note\nWhere is {s}?\n[a]\nword\n")
@@ -274,6 +291,7 @@ def test_bad_arguments_are_refused_and_nothing_is_touched(world, tmp_path, capsy
     for argv, message in (
         (["--out", str(full)], "exists and is not empty"),
         (["--people", "3"], "people: 3 is not between"),
+        (["--people", "60", "--final"], "--people: the final world has its own sizes"),
         (["--out", str(tmp_path / "new"), "--documents", "0"], "documents: 0"),
     ):
         with pytest.raises(SystemExit) as stop:
