@@ -77,6 +77,8 @@ def append_kv(past: KV | None, k: Tensor, v: Tensor, buffer: KV | None = None) -
         past_k, past_v = (t.expand(len(k), -1, -1, -1) for t in past)
         return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
     P, T = past[0].shape[2], k.shape[2]
+    if P + T > buffer[0].shape[2]:  # an empty slice would swallow one position silently
+        raise ValueError(f"{P} + {T} positions exceed the prefix's buffer")
     for whole, new in zip(buffer, (k, v)):
         whole[:, :, P : P + T] = new
     return tuple(whole[:, :, : P + T] for whole in buffer)
