@@ -79,9 +79,8 @@ def from_labels(length: int, table: Tensor, tokenizer: Tokenizer, labels, genera
         )
     means = []
     for label in labels[:length]:
-        means.append(
-            table[token_ids(tokenizer, label)].detach().float().mean(0, keepdim=True).cpu()
-        )
+        ids = token_ids(tokenizer, label, len(table))
+        means.append(table[ids].detach().float().mean(0, keepdim=True).cpu())
     rest = from_vocab(length - len(means), table, generator=generator)
     return torch.cat([*means, rest])
 
@@ -89,7 +88,7 @@ def from_labels(length: int, table: Tensor, tokenizer: Tokenizer, labels, genera
 def from_text(length: int, table: Tensor, tokenizer: Tokenizer, text, generator=None) -> Tensor:
     """Vector i is the embedding of token i of the text. A longer text is cut, and sampled
     vocabulary follows a shorter one."""
-    ids = token_ids(tokenizer, text)[:length]
+    ids = token_ids(tokenizer, text, len(table))[:length]
     rest = from_vocab(length - len(ids), table, generator=generator)
     return torch.cat([table[ids].detach().float().cpu(), rest])
 
@@ -102,6 +101,8 @@ def from_file(length: int, table: Tensor, path: str | Path) -> Tensor:
     if set(tensors) != {"prompt_embeddings"}:
         names = ", ".join(sorted(tensors)[:3])
         raise ValueError(f"{path}: not a soft prompt (its tensors: {names})")
+    if (Path(path) / "adapter_config.json").is_file():  # another kind may have vectors that fit
+        check_kind(path, read_adapter_config(path), ("PROMPT_TUNING", "P_TUNING"))
     vectors = tensors["prompt_embeddings"]
     if tuple(vectors.shape) != (length, table.shape[1]):
         raise ValueError(
@@ -110,11 +111,17 @@ def from_file(length: int, table: Tensor, path: str | Path) -> Tensor:
     return vectors.float()
 
 
-def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The text's tokens without BOS or EOS. ValueError if there are none."""
+def token_ids(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]:
+    """The text's tokens without BOS or EOS. ValueError if there are none or they do not fit."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     if not ids:
         raise ValueError(f"the text {text!r} has no tokens")
+    if max(ids) >= vocab_size:
+        token = tokenizer.id_to_token(max(ids))
+        raise ValueError(
+            f"the text {text!r} has the token {token!r} with the id {max(ids)}, outside the LM's "
+            f"vocabulary of {vocab_size}"
+        )
     return ids
 
 
@@ -197,17 +204,23 @@ def load_adapter(folder: str | Path, lm) -> nn.Module:
     fingerprint (PEFT's own) loads with a warning.
     """
     config = read_adapter_config(folder)
+    # The kind comes first: the widths of another kind, such as prefix tuning, mean something else.
+    check_kind(folder, config, ("PROMPT_TUNING", "CONNECTOR"))
     check_base(folder, config, lm)
-    kind = config["peft_type"]
-    if kind == "PROMPT_TUNING":
-        adapter = load_soft_prompt(folder, config, lm)
-    elif kind == "CONNECTOR":
+    if config["peft_type"] == "CONNECTOR":
         adapter = load_connector(folder, config, lm)
     else:
-        raise ValueError(
-            f"{folder}: peft_type {kind!r} is not supported; supported: PROMPT_TUNING, CONNECTOR"
-        )
+        adapter = load_soft_prompt(folder, config, lm)
     return adapter.to(lm.embed_tokens.weight.device)
+
+
+def check_kind(folder: str | Path, config: dict, supported: tuple[str, ...]) -> None:
+    """ValueError unless peft_type is one of `supported`."""
+    kind = config["peft_type"]
+    if kind not in supported:
+        raise ValueError(
+            f"{folder}: peft_type {kind!r} is not supported; supported: {', '.join(supported)}"
+        )
 
 
 def check_base(folder: str | Path, config: dict, lm) -> None:
@@ -246,7 +259,7 @@ def load_connector(folder: str | Path, config: dict, lm) -> Connector:
     connector = Connector(lm.new_layers(n))
     found = read_tensors(Path(folder) / "adapter_model.safetensors")
     expected = {name: p.shape for name, p in connector.named_parameters()}
-    check_tensors({name: tensor.shape for name, tensor in found.items()}, expected, folder)
+    check_tensors(found, expected, folder)
     connector.load_state_dict(found)
     return connector
 

@@ -16,7 +16,8 @@ python bench.py                     a row for each workload: our median, the pee
 python bench.py --only generation   the rows of one workload; --tiny runs every row in seconds
 python bench.py plan --method neural_recursion --model EleutherAI/pythia-1b
                                     the memory that this command of train.py would need, from
-                                    config.json alone; --text: of pretrain.py connector
+                                    config.json and the lengths of its questions, or from --seq-len
+                                    tokens in each; --text: of pretrain.py connector
 """
 
 import argparse
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 
 import train
 from adapters import Connector, SoftPrompt
-from checkpoints import read_config, resolve, skip_init
+from checkpoints import HUB_FILES, load_tokenizer, read_config, resolve, skip_init
 from generate import generate
 from model import LM, Config
 from runs import ASSETS
@@ -52,6 +53,7 @@ def llama(
 SMALL = llama(4096, 192, 6, 6, 512, max_len=512)
 LLAMA_100M = llama(32_000, 768, 12, 12, 1792, max_len=1024)
 LLAMA_1GB = llama(32_000, 1024, 16, 16, 2816, max_len=1024, tied=False)
+CACHE_PEAK = 2  # generate's cache while it grows or loses rows: the old and the new one
 TINY = dict(vocab_size=300, dim=32, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=16, hidden_dim=64)
 
 
@@ -258,58 +260,127 @@ def memory(mark: str) -> int:
 # The memory of a run, before anything is loaded
 
 
+@dataclass
+class Lengths:
+    """The longest of what a run reads, in tokens, and the most answer choices of a question."""
+
+    text: int  # of a training text
+    targets: int  # of a training text
+    question: int
+    new: int  # after a question: new tokens, or those of its longest option
+    options: int
+
+
 def parse_plan(argv: list[str]) -> argparse.Namespace:
     """Parse the flags of train.py, and with them --seq-len and --text."""
     first = train.Parser(prog="bench.py plan", add_help=False)
-    first.add_argument("--seq-len", type=train.COUNT, default=128)  # of a question and its answer
+    first.add_argument("--seq-len", type=train.COUNT)  # of a question and its answer
     first.add_argument("--text", action="store_true")  # every token is a target, as in pretraining
     more, rest = first.parse_known_args(argv)
     args = train.parse(rest, "bench.py plan")
     args.seq_len, args.text = more.seq_len, more.text
+    if args.text and args.seq_len is None:
+        args.seq_len = 128  # as in pretrain.py
     return args
 
 
-def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
-    """Print and return the bytes that a training step of this command will hold at most.
+def read_lengths(args: argparse.Namespace, lm: LM, folder: str | Path) -> Lengths:
+    """The lengths that --seq-len assumes, or else those of the questions of the run."""
+    if args.seq_len:
+        T, new = args.seq_len, args.max_new_tokens
+        return Lengths(T, T if args.text else min(T, new), T, new, 0)
+    files = [name for name in HUB_FILES if "safetensors" not in name]
+    tokenizer = load_tokenizer(args.tokenizer or resolve(folder, files), lm.config.vocab_size)
+    tokens = train.load_task(args, lm, tokenizer).tokens
+    asked = [e for split in ("dev", "test") for e in tokens[split]]
+    ends = [max(map(len, e.options), default=args.max_new_tokens) for e in asked]
+    return Lengths(
+        text=max(len(e.input) + len(e.target) - 1 for e in tokens["train"]),
+        targets=max(len(e.target) for e in tokens["train"]),
+        question=max((len(e.input) for e in asked), default=0),
+        new=max(ends, default=0),
+        options=max((len(e.options) for e in asked), default=0),
+    )
 
-    They are counted from the LM's config.json alone.
+
+def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
+    """Print and return the bytes that this command will hold at most, by what holds them.
+
+    The weights are counted from config.json. A step and an evaluation do not come at the same time,
+    so the table has what a step holds, and what an evaluation holds beyond that.
     """
-    method = args.method
-    config = Config(**read_config(resolve(args.model or ASSETS / "lm", ["config.json"])))
+    folder = args.model or ASSETS / "lm"
+    config = Config(**read_config(resolve(folder, ["config.json"])))
     with torch.device("meta"), skip_init():
         lm = LM(config)
         connector = Connector(lm.new_layers(args.connector_layers))
-    weights = sum(p.numel() for p in lm.parameters())
-    frozen, tokens, targets = weights, args.batch_size * args.seq_len, args.batch_size
-    trained_layers, frozen_layers = args.connector_layers, config.n_layers
-    if method == "prompt_tuning":
-        trained, trained_layers = args.prompt_length * config.dim, 0
-        tokens += args.prompt_length  # read once per batch
-    elif method == "fine_tuning":
+    lengths = read_lengths(args, lm, folder)
+    weights, trained = (sum(p.numel() for p in m.parameters()) for m in (lm, connector))
+    frozen = weights
+    if args.method == "prompt_tuning":
+        trained = args.prompt_length * config.dim
+    elif args.method == "fine_tuning":
         trained, frozen = weights, 0
-        trained_layers, frozen_layers = config.n_layers, 0
-    else:
-        trained = sum(p.numel() for p in connector.parameters())
-    if method == "lm_connector":  # the gradient ends in the Connector
-        frozen_layers = 0
-    targets *= args.seq_len if args.text else min(args.seq_len, args.max_new_tokens)
-    kept = trained_layers * activations(config, trained=True)
-    kept += frozen_layers * activations(config, trained=False)
     size = 2 if args.dtype == "bfloat16" else 4  # what is trained is in float32 all the same
+    step = {"its gradients": 4 * trained} | step_memory(args, config, lengths, size)
+    evaluation = evaluation_memory(args, config, lengths, size)
     table = {
         "frozen weights": size * frozen,
         "trained": 4 * trained,
-        "its gradients": 4 * trained,
         "the best so far": 4 * trained,
         f"optimiser ({args.optimizer})": (8 if args.optimizer == "adamw" else 4) * trained,
-        "activations": size * tokens * kept,
-        "logits": 3 * 4 * targets * config.vocab_size,  # with log softmax and gradient
+        **step,
+        "evaluation beyond this": max(0, evaluation - sum(step.values())),
     }
+    if args.device == "cpu":
+        table["Python and libraries"] = memory("VmRSS")  # this process has loaded the same ones
     print(f"{args.method}: {trained:,} parameters trained, {frozen:,} frozen; ", end="")
-    print(f"{args.batch_size} texts of {args.seq_len} tokens, {args.dtype}")
-    for what, held in (table | {"in all": sum(table.values())}).items():
-        print(f"{what:22} {held / 1e9:8.2f} GB")
+    print(f"{args.batch_size} texts of at most {lengths.text} tokens, {args.dtype}")
+    for what, bytes_held in (table | {"in all": sum(table.values())}).items():
+        print(f"{what:22} {bytes_held / 1e9:8.2f} GB")
+    print("not counted: what the allocator keeps of freed memory, often a fifth more", end="")
+    print("" if args.device == "cpu" else "; the CUDA context, about half a GB")
     return table
+
+
+def step_memory(args, c: Config, lengths: Lengths, size: int) -> dict[str, int]:
+    """What a training step holds beside the gradients."""
+    trained_layers, frozen_layers = args.connector_layers, c.n_layers
+    tokens = args.batch_size * lengths.text
+    if args.method == "prompt_tuning":
+        trained_layers = 0
+        tokens += args.prompt_length  # read once per batch
+    elif args.method == "fine_tuning":
+        trained_layers, frozen_layers = c.n_layers, 0
+    elif args.method == "lm_connector":  # the gradient ends in the Connector
+        frozen_layers = 0
+    kept = trained_layers * activations(c, trained=True)
+    kept += frozen_layers * activations(c, trained=False)
+    targets = args.batch_size * lengths.targets
+    return {
+        "activations": size * tokens * kept,
+        "logits": 3 * 4 * targets * c.vocab_size,  # with log softmax and gradient
+    }
+
+
+def evaluation_memory(args, c: Config, lengths: Lengths, size: int) -> int:
+    """What a batch of questions holds: in all its rows at most --eval-tokens positions."""
+    if args.text:  # a loss without gradients: less than a step
+        return 0
+    P = args.prompt_length if args.method == "prompt_tuning" else 0
+    length = P + lengths.question + lengths.new
+    rows = min(128, max(1, args.eval_tokens // length))  # as in generate.predict
+    passes = {"neural_recursion": 2 * c.n_layers + args.connector_layers}
+    passes |= dict.fromkeys(("prompt_tuning", "fine_tuning"), c.n_layers)
+    layers = passes.get(args.method, c.n_layers + args.connector_layers)
+    cache = 2 * c.n_kv_heads * c.head_dim * layers * size
+    scored = rows  # positions whose logits exist together
+    if lengths.options:  # as in generate.token_logprobs
+        scored = min(rows * lengths.new, max(1, 2**25 // c.vocab_size))
+    held = (
+        rows * length * (CACHE_PEAK * cache + size * activations(c, trained=True))
+    )  # of one layer
+    return held + 2 * 4 * scored * c.vocab_size
 
 
 def activations(c: Config, trained: bool) -> int:

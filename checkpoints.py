@@ -31,7 +31,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import BertProcessing, TemplateProcessing
 from torch import Tensor
 
-from families import FAMILIES, Family, config_from_hf, config_to_hf, read_json
+from families import FAMILIES, config_from_hf, config_to_hf, read_json
 
 Shapes = dict[str, torch.Size]
 
@@ -53,8 +53,8 @@ def read_config(folder: str | Path) -> dict:
 def has_own_head(folder: str | Path, family_name: str) -> bool:
     """Whether the files store an output table that differs from the embeddings."""
     family, weights = FAMILIES[family_name], weight_files(folder, family_name)
-    head = weights.get(hf_name("lm_head.weight", family))
-    table = weights.get(hf_name("embed_tokens.weight", family))
+    head = weights.get(family.hf_name("lm_head.weight"))
+    table = weights.get(family.hf_name("embed_tokens.weight"))
     if head is None or table is None:
         return False
     head, table = map_tensor(*head), map_tensor(*table)
@@ -69,18 +69,16 @@ def read_weights(folder: str | Path, fields: dict, shapes: Shapes) -> Iterator[t
     mapping is released after it. ValueError, before the first is yielded, if tensors are missing,
     unexpected, quantised or of another shape; it gives their published names.
     """
-    weights = weight_files(folder, fields["family"])
-    if fields["tied"]:  # some files store the tied table a second time
-        weights.pop(hf_name("lm_head.weight", FAMILIES[fields["family"]]), None)
+    family, weights = FAMILIES[fields["family"]], weight_files(folder, fields["family"])
+    if fields["tied"]:  # some files store the table under both names, or as the head alone
+        head = weights.pop(family.hf_name("lm_head.weight"), None)
+        if head is not None:
+            weights.setdefault(family.hf_name("embed_tokens.weight"), head)
     tensors = {name: map_tensor(*place) for name, place in weights.items()}
-    for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            stored = f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}"
-            raise ValueError(f"{folder}: {stored}; quantised checkpoints are not supported")
     # to_hf on tensors without data gives the published names and shapes.
     ours = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     expected = {name: tensor.shape for name, tensor in to_hf(ours, fields).items()}
-    check_tensors({name: tensor.shape for name, tensor in tensors.items()}, expected, folder)
+    check_tensors(tensors, expected, folder)
     for name in expected:
         yield from from_hf({name: tensors.pop(name)}, fields).items()
 
@@ -114,28 +112,11 @@ def write_checkpoint(
     os.replace(unfinished, folder)
 
 
-def hf_name(name: str, family: Family) -> str:
-    """Return the published name of one of our tensors."""
-    prefix = "" if name.startswith("lm_head.") else family.prefix
-    name = "." + name  # so that .norm. is replaced, and input_layernorm is not
-    for ours, theirs in family.names.items():
-        name = name.replace(f".{ours}.", f".{theirs}.")
-    return prefix + name[1:]
-
-
-def our_name(name: str, family: Family) -> str:
-    """The inverse of `hf_name`."""
-    name = "." + name.removeprefix(family.prefix)
-    for ours, theirs in family.names.items():
-        name = name.replace(f".{theirs}.", f".{ours}.")
-    return name[1:]
-
-
 def from_hf(tensors: dict[str, Tensor], fields: dict) -> dict[str, Tensor]:
     """Rename and convert published tensors. All are views, except GPT-NeoX's q, k and v."""
     family, converted = FAMILIES[fields["family"]], {}
     for name, tensor in tensors.items():
-        name = our_name(name, family)
+        name = family.our_name(name)
         if is_conv1d(name, tensor, fields):
             tensor = tensor.t()
         if ".qkv_proj." not in name:
@@ -158,7 +139,7 @@ def to_hf(tensors: dict[str, Tensor], fields: dict) -> dict[str, Tensor]:
             tensor, name = fuse_qkv(qkv, fields), name.replace("q_proj", "qkv_proj")
         if is_conv1d(name, tensor, fields):
             tensor = tensor.t()
-        converted[hf_name(name, family)] = tensor
+        converted[family.hf_name(name)] = tensor
     return converted
 
 
@@ -267,12 +248,20 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: truncated or corrupt ({error})") from None
 
 
-def check_tensors(found: Shapes, expected: Shapes, source: str | Path) -> None:
-    """ValueError if tensors are missing, unexpected or of another shape; it names the first few."""
+def check_tensors(found: dict[str, Tensor], expected: Shapes, source: str | Path) -> None:
+    """ValueError if tensors are quantised, missing, unexpected or of another shape.
+
+    It names the first few. Quantised means stored in whole numbers or in 8 bits: cast to floats,
+    such numbers would not be the weights.
+    """
+    for name, tensor in found.items():
+        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            stored = f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}"
+            raise ValueError(f"{source}: {stored}; quantised checkpoints are not supported")
     misshapen = [
-        f"{name} is {tuple(found[name])}, not {tuple(shape)}"
+        f"{name} is {tuple(found[name].shape)}, not {tuple(shape)}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if name in found and found[name].shape != shape
     ]
     missing, unexpected = sorted(expected.keys() - found), sorted(found.keys() - expected)
     problems = ("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)
@@ -298,6 +287,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with open(unfinished, "rb") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+    except SafetensorError as error:  # safetensors' own type, also if the disk is full
+        raise OSError(f"{path}: cannot be written ({error})") from None
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -358,8 +349,8 @@ class skip_init(torch.overrides.TorchFunctionMode):
 
 # The hub
 
-HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
-HUB_FILES += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt"]
+HUB_FILES = ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"]
+HUB_FILES += ["model*.safetensors*", "vocab.json", "merges.txt", "vocab.txt"]
 
 
 def resolve(path_or_hub_id: str | Path, files: list[str] = HUB_FILES) -> Path:
@@ -398,8 +389,7 @@ def hub_reason(error: Exception, name: str, revision: str) -> str:
     reasons = {  # in this order: a gated repository counts as a missing one too
         "GatedRepoError": f"it is gated: accept its terms at huggingface.co/{name}, then log in "
         "(hf auth login)",
-        "RepositoryNotFoundError": "the hub has no such repository, or it is private and you are "
-        "not logged in",
+        "RepositoryNotFoundError": "the hub has no such repository, or it is private: log in",
         "RevisionNotFoundError": f"it has no revision {revision!r}",
         "LocalEntryNotFoundError": "the hub does not answer, and the local cache does not have it",
     }
@@ -419,7 +409,9 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
     BPE), else from vocab.txt (BERT's WordPiece). `encode(text)` adds the special tokens that the
     published tokenizer adds: a BOS for Llama and Mistral, [CLS] and [SEP] for BERT, nothing for
     GPT-2, GPT-NeoX, Qwen and OLMo-2. Special tokens written in a text are recognised.
-    ValueError if it has ids beyond an embedding table of `vocab_size` rows.
+    ValueError if it belongs to another LM than one with `vocab_size` rows of embeddings. Its base
+    vocabulary and the tokens around every text must fit. An added token that lies beyond the table,
+    such as a <pad> without a row, does no harm until a text contains it, and is refused there.
     """
     path, readers = Path(path), {"vocab.json": gpt2_tokenizer, "vocab.txt": bert_tokenizer}
     if path.is_dir():
@@ -428,28 +420,39 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
     if not path.is_file():
         message = f"{path}: no such tokenizer file"
         if (path.parent / "tokenizer.model").is_file():
-            message += " (a SentencePiece tokenizer.model is not read; transformers saves it as "
-            message += "tokenizer.json)"
+            message += " (a SentencePiece tokenizer.model is not read, only a tokenizer.json)"
         raise FileNotFoundError(message)
-    file_name = path.name if path.name in readers else "tokenizer.json"
+    reader = readers.get(path.name)
     try:
-        if file_name in readers:
-            tokenizer = readers[file_name](path)
-        else:
-            tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = reader(path) if reader else Tokenizer.from_file(str(path))
     except (ValueError, OSError):
         raise
     except Exception as error:  # tokenizers raises bare Exception
+        file_name = path.name if reader else "tokenizer.json"
         raise ValueError(f"{path}: not a {file_name} ({error})") from None
     tokenizer.no_padding()  # tokenizer.json may hold a training script's padding and truncation
     tokenizer.no_truncation()
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    flag_end_token(tokenizer, path.with_name("tokenizer_config.json"))
+    base = tokenizer.get_vocab(with_added_tokens=False).values()
+    largest = max([*base, *tokenizer.encode("").ids], default=-1)
     if vocab_size is not None and largest >= vocab_size:
         raise ValueError(
             f"{path}: the tokenizer's ids go up to {largest}, the LM's embedding table has "
             f"{vocab_size} rows: it belongs to another LM"
         )
     return tokenizer
+
+
+def flag_end_token(tokenizer: Tokenizer, settings_path: Path) -> None:
+    """Make the end token that tokenizer_config.json names special, so that `decode` drops it."""
+    settings = read_json(settings_path) if settings_path.is_file() else {}
+    text = settings.get("eos_token")
+    if isinstance(text, dict):
+        text = text.get("content")
+    index = tokenizer.token_to_id(text) if isinstance(text, str) else None
+    if index is not None:
+        added = tokenizer.get_added_tokens_decoder().get(index)
+        tokenizer.add_special_tokens([added or AddedToken(text, normalized=False)])
 
 
 def tokenizer_settings(folder: Path, class_name: str) -> dict:

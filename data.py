@@ -7,11 +7,12 @@ A file of examples has one JSON object a line, in one of three forms:
     {"inputs_pretokenized": ..., "targets_pretokenized": ..., "answer_choices": [...]}   P3
 
 - A question is put into the format of `question_text`. An input is used as it is.
-- If an example has options, its target is one of them.
-- Every form may have "task" (scores are reported per task) and "id".
+- If an example has options, they all differ and its target is one of them.
+- Every form may have "options" or "answer_choices", "task" (scores are reported per task) and "id".
+- White space around targets, answers and options is dropped. A key whose value is null is absent.
 
 A file of text has lines of {"text": "..."}, or of examples, or it is a .txt file with blank lines
-between documents.
+between documents. Only a newline ends a line. A byte order mark is dropped.
 
 A batch is a pure function of (examples, size, seed, step), where `step` is the number of the batch.
 So a resumed run gets the same batches, and no position in the data is saved.
@@ -56,6 +57,7 @@ class Example:
 
 
 P3_KEYS = dict(inputs_pretokenized="input", targets_pretokenized="target", answer_choices="options")
+BOM = "\ufeff"  # byte order mark
 
 
 def question_text(question: str) -> str:
@@ -85,30 +87,33 @@ def read(path: str | Path) -> list[Example]:
     return examples
 
 
+def sample(count: int, limit: int | None, seed: int) -> list[int]:
+    """Draw `limit` of `count` rows, or all if there are fewer. Returns indices in ascending order.
+    None is no limit. A smaller limit draws a part of the same rows. ValueError if it is below 1."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"the limit must be at least 1, got {limit}")
+    return sorted(np.random.default_rng(seed).permutation(count)[:limit].tolist())
+
+
 def parse_record(record: dict, source: str) -> Example:
     """Make an Example of a record in any of the three forms. Error messages begin with `source`."""
+    record = _clean(record)
     if "question" in record:
         text, answers = record["question"], record.get("answer")
         if isinstance(answers, str):
             answers = [answers]
         target = answers[0] if isinstance(answers, list) and answers else None
     else:
-        record = _rename_p3_keys(record)
         text, target = record.get("input"), record.get("target")
         answers = record.get("answers", [target])
-    options = record.get("options") or []
     if not _is_text(text):
         keys = "question, input or inputs_pretokenized"
         raise ValueError(f"{source}: needs a text under the key {keys}")
     if not isinstance(answers, list) or not all(map(_is_text, [target, *answers])):
         keys = "answer, or a text under target or targets_pretokenized"
         raise ValueError(f"{source}: needs a list of texts under the key {keys}")
-    if not isinstance(options, list) or not all(map(_is_text, options)):
-        raise ValueError(f"{source}: needs a list of texts under the key options or answer_choices")
-    options = tuple(option.strip() for option in options)
-    if options and target not in options:
-        listed = ", ".join(options)
-        raise ValueError(f"{source}: the target {target!r} is not among the options {listed}")
+    target, answers = target.strip(), [answer.strip() for answer in answers]
+    options = _parse_options(record, target, source)
     if "question" in record:
         text = question_text(text)
     if target not in answers:
@@ -117,13 +122,29 @@ def parse_record(record: dict, source: str) -> Example:
     return Example(text, target, tuple(answers), task, id, source, options)
 
 
-def _rename_p3_keys(record: dict) -> dict:
-    renamed = {}
+def _parse_options(record: dict, target: str, source: str) -> tuple[str, ...]:
+    options = record.get("options") or []
+    if not isinstance(options, list) or not all(map(_is_text, options)):
+        raise ValueError(f"{source}: needs a list of texts under the key options or answer_choices")
+    options = tuple(option.strip() for option in options)
+    if options and target not in options:
+        listed = ", ".join(options)
+        raise ValueError(f"{source}: the target {target!r} is not among the options {listed}")
+    twice = [option for option in options if options.count(option) > 1]
+    if twice:
+        raise ValueError(f"{source}: the option {twice[0]!r} occurs twice")
+    return options
+
+
+def _clean(record: dict) -> dict:
+    """Drop the keys that are absent, and rename those of P3."""
+    cleaned = {}
     for key, value in record.items():
         if key in P3_KEYS and isinstance(value, str):
             value = value.strip()  # P3's texts have white space at both ends
-        renamed[P3_KEYS.get(key, key)] = value
-    return renamed
+        if value is not None and value == value:  # tables have NaN too, which equals nothing
+            cleaned[P3_KEYS.get(key, key)] = value
+    return cleaned
 
 
 def _is_text(value) -> bool:
@@ -137,11 +158,7 @@ def read_texts(path: str | Path) -> list[str]:
     FileNotFoundError if there is no such file, ValueError if it holds no text.
     """
     if Path(path).suffix == ".txt":
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error})") from None
-        documents = [d.strip() for d in re.split(r"\n\s*\n", text) if d.strip()]
+        documents = [d.strip() for d in re.split(r"\n\s*\n", _read_utf8(path)) if d.strip()]
     elif all("text" in record for _, record in json_lines(path)):
         documents = []
         for source, record in json_lines(path):
@@ -155,14 +172,29 @@ def read_texts(path: str | Path) -> list[str]:
     return documents
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """Read the lines of a text file that are not blank, stripped. ValueError if it is not UTF-8."""
+    return [line.strip() for line in _read_utf8(path).split("\n") if line.strip()]
+
+
+def _read_utf8(path: str | Path) -> str:
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+    # str.splitlines would also split at U+2028 and form feeds. Joined files have several marks.
+    return re.sub(f"^{BOM}", "", text.replace("\r\n", "\n"), flags=re.MULTILINE)
+
+
 def json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield ("file:line", record) for each line of a JSONL file that is not blank."""
+    """Yield ("file:line", record without absent keys) for each line that is not blank."""
     path = Path(path)
     if not path.is_file():
         problem = "is a folder, not a file" if path.is_dir() else "no such file"
         raise FileNotFoundError(f"{path}: {problem}")
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            line = line.removeprefix(BOM.encode())
             if not line.strip():
                 continue
             source = f"{path.name}:{number}"
@@ -174,7 +206,7 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
                 raise ValueError(f"{source}: not a line of JSON ({error})") from None
             if not isinstance(record, dict):
                 raise ValueError(f"{source}: a JSON object is expected")
-            yield source, record
+            yield source, _clean(record)
 
 
 # ------------------------------------------------------------------------------------- tokens
@@ -190,13 +222,15 @@ class TokenizedExample:
 
 
 def tokenize(
-    examples: Sequence[Example], tokenizer: Tokenizer, eos: int | None, max_len: int
+    examples: list[Example], tokenizer: Tokenizer, eos: int | None, max_len: int, vocab_size=None
 ) -> list[TokenizedExample]:
     """Tokenise examples, and append `eos` to their targets and options.
 
     The target's tokens are those of `input + " " + target` after the input's own, so the boundary
     is tokenised as in running text. `max_len` is the number of positions that the soft prompt
-    leaves in the LM's context. ValueError if an example does not fit; the message names it.
+    leaves in the LM's context. ValueError, which names the example, if it does not fit, no tokens
+    after the input's spell the target, two options have the same tokens, or an id is not below
+    `vocab_size`.
     """
     inputs = encode_prompts(tokenizer, [e.input for e in examples])
     texts = [f"{e.input} {text}" for e in examples for text in (e.target, *e.options)]
@@ -204,24 +238,55 @@ def tokenize(
     ending = [] if eos is None else [eos]
     tokenized = []
     for example, input in zip(examples, inputs):
-        targets, n = [], len(input)
-        for text in (example.target, *example.options):
-            whole = next(wholes)
-            if whole[:n] != input:
-                # A token spans the boundary, so the target's tokens cannot be cut out of `whole`.
-                # Tokenise the target after a colon instead, which is how a question ends.
-                colon, whole = encode_prompts(tokenizer, [":", f": {text}"])
-                targets.append(whole[len(colon) :] + ending)
-            else:
-                targets.append(whole[n:] + ending)
-            m = len(targets[-1])
-            if n + m - 1 > max_len:  # the last target token is predicted, never read
-                raise ValueError(
-                    f"{example.source}: {n} tokens and {m} of the answer "
-                    f"exceed the {max_len} that the LM's context leaves"
-                )
+        try:
+            targets = []
+            for text in (example.target, *example.options):
+                targets.append(_target_tokens(tokenizer, input, text, next(wholes)) + ending)
+            _check_tokens(input, targets, example.options, max_len)
+            _check_vocabulary(sum(targets, input), tokenizer, vocab_size)
+        except ValueError as error:
+            raise ValueError(f"{example.source}: {error}") from None
         tokenized.append(TokenizedExample(input, targets[0], targets[1:]))
     return tokenized
+
+
+def _target_tokens(tokenizer, input: list[int], text: str, whole: list[int]) -> list[int]:
+    """Return the tokens of `text` after the input's. `whole` are those of both as running text."""
+    n = len(input)
+    if whole[:n] == input and whole[n:]:
+        return whole[n:]
+    # A token spans the boundary, so the target's tokens cannot be cut out of `whole`. Tokenise the
+    # target after a colon, which is how a question ends, or alone. Some tokenizers add the space.
+    colon, after_colon = encode_prompts(tokenizer, [":", f": {text}"])
+    alone = [e.ids for e in tokenizer.encode_batch([f" {text}", text], add_special_tokens=False)]
+    both, start, end = tokenizer.decode_batch([whole, input, alone[1]], skip_special_tokens=False)
+    for target in (after_colon[len(colon) :], *alone):
+        spelt = tokenizer.decode(input + target, skip_special_tokens=False)
+        if target and spelt in (both, f"{start} {end.removeprefix(' ')}"):
+            return target
+    raise ValueError(f"no tokens after those of the input spell the answer {text!r}")
+
+
+def _check_tokens(input: list[int], targets: list, options: Sequence[str], max_len: int) -> None:
+    n, seen = len(input), {}
+    for m in map(len, targets):
+        if n + m - 1 > max_len:  # the last target token is predicted, never read
+            raise ValueError(
+                f"{n} tokens and {m} of the answer "
+                f"exceed the {max_len} that the LM's context leaves"
+            )
+    for option, target in zip(options, targets[1:]):
+        other = seen.setdefault(tuple(target), option)
+        if other != option:
+            raise ValueError(f"the options {other!r} and {option!r} have the same tokens")
+
+
+def _check_vocabulary(ids: Sequence[int], tokenizer: Tokenizer, vocab_size: int | None) -> None:
+    # A tokenizer may have added tokens that the LM does not have.
+    last = int(np.max(ids, initial=0))
+    if vocab_size is not None and last >= vocab_size:
+        token = f"the token {tokenizer.id_to_token(last)!r} has the id {last}"
+        raise ValueError(f"{token}, outside the LM's vocabulary of {vocab_size}")
 
 
 def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
@@ -246,8 +311,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    template = processors.TemplateProcessing(single=f"{end} $A", special_tokens=[(end, 0)])
-    tokenizer.post_processor = template
+    tokenizer.post_processor = processors.TemplateProcessing(f"{end} $A", special_tokens=[(end, 0)])
     return tokenizer
 
 
@@ -333,10 +397,12 @@ class Corpus:
     starts: np.ndarray  # (documents + 1,)
 
 
-def encode_texts(texts: Sequence[str], tokenizer: Tokenizer) -> Corpus:
-    """Tokenise documents, with the special tokens that the tokenizer adds (usually a BOS)."""
+def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, vocab_size=None) -> Corpus:
+    """Tokenise documents, with the special tokens that the tokenizer adds (usually a BOS).
+    ValueError if a token is outside the LM's vocabulary of `vocab_size`."""
     documents = [e.ids for e in tokenizer.encode_batch_fast(list(texts))]
     tokens = np.fromiter((t for d in documents for t in d), dtype=np.int32)
+    _check_vocabulary(tokens, tokenizer, vocab_size)
     return Corpus(tokens, np.cumsum([0] + [len(d) for d in documents]))
 
 
@@ -367,12 +433,7 @@ def windows(corpus: Corpus, size: int, seq_len: int, seed: int, step: int) -> Ba
 
 
 def mask_tokens(
-    batch: Batch,
-    special: dict[str, int],
-    vocab_size: int,
-    seed: int,
-    step: int,
-    fraction: float = 0.15,
+    batch: Batch, special: dict[str, int], vocab_size: int, seed: int, step: int, fraction=0.15
 ) -> Batch:
     """Turn windows of text into BERT's masked language modelling (Devlin et al. 2019, 3.1).
 
@@ -394,12 +455,7 @@ def mask_tokens(
 
 
 def corrupt_spans(
-    batch: Batch,
-    sentinels: list[int],
-    seed: int,
-    step: int,
-    fraction: float = 0.15,
-    mean_length: float = 3.0,
+    batch: Batch, sentinels: list[int], seed: int, step: int, fraction=0.15, mean_length=3.0
 ) -> Batch:
     """Turn windows of text into T5's span corruption (Raffel et al. 2020, section 3.1.4).
 
@@ -435,11 +491,7 @@ def main(argv: list[str] | None = None) -> list[Example]:
     parser = argparse.ArgumentParser(description="Print what a file of examples holds.")
     parser.add_argument("path", help="a JSONL file of examples")
     parser.add_argument("--tokenizer", help="a checkpoint folder; shows the first example's tokens")
-
-    def refuse(error) -> None:
-        parser.exit(2, f"data.py: {error}\n")
-
-    parser.error = refuse  # one line, without the usage
+    parser.error = lambda error: parser.exit(2, f"data.py: {error}\n")  # without the usage
     args = parser.parse_args(argv)
     try:
         examples = read(args.path)
@@ -455,7 +507,7 @@ def main(argv: list[str] | None = None) -> list[Example]:
             print("tokens:", *map(tokenizer.id_to_token, tokens.input), end=" -> ")
             print(*map(tokenizer.id_to_token, tokens.target))
     except (ValueError, OSError) as error:
-        refuse(error)
+        parser.error(error)
     return examples
 
 

@@ -1,12 +1,13 @@
 """Metrics and significance for short answers: exact match, token F1, paired bootstrap.
 
-The metrics are those of SQuAD v1.1 (Rajpurkar et al. 2016), as Natural Questions open uses them.
-The significance test is the paired bootstrap (Koehn 2004). Functions and files hold scores from 0
-to 1; printed scores are in percent.
+The metrics are those of SQuAD v1.1 (Rajpurkar et al. 2016). Questions in the project's format are
+compared after NFD, as the scorer of Natural Questions open does. A choice among options is right or
+wrong as a whole. The significance test is the paired bootstrap (Koehn 2004). Functions and files
+hold scores from 0 to 1; printed scores are in percent.
 
 The metrics need nothing from the other files. Their examples are any objects with the attributes
-id, task, input and answers. A run is a folder whose predictions.jsonl has one line per test
-example:
+id, task, input, answers and, where there is a choice, options. A run is a folder whose
+predictions.jsonl has one line per test example:
 
     {"id": "7", "task": "nq", "input": "who wrote it?", "prediction": "the bard",
      "answers": ["Bard"], "em": 1.0, "f1": 1.0}
@@ -22,10 +23,15 @@ takes under a second for 300 examples of two tasks and prints the difference a -
 """
 
 import argparse
+import json
 import re
 import string
+import sys
+import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,27 +41,31 @@ METRICS = ("em", "f1")
 # ------------------------------------------------------------------------------------ metrics
 
 
-def normalise(text: str) -> str:
+def normalise(text: str, form: str | None = None) -> str:
     """Normalise an answer as SQuAD v1.1's script does.
 
     Lower-case, delete ASCII punctuation, delete the articles a, an and the, and collapse white
     space, in this order. Punctuation is deleted and not replaced by a space: "U.S.A." becomes
-    "usa", and "a-the" becomes the word "athe". Accents and other punctuation stay.
+    "usa", and "a-the" becomes the word "athe". Accents and other punctuation stay. `form` is a
+    Unicode normal form that comes first: None in SQuAD, "NFD" in Natural Questions open, where an
+    accented letter equals the letter followed by the accent.
     """
+    if form is not None:
+        text = unicodedata.normalize(form, text)
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def exact_match(prediction: str, answers: Sequence[str]) -> float:
+def exact_match(prediction: str, answers: Sequence[str], form: str | None = None) -> float:
     """Return 1.0 if the normalised prediction equals a normalised answer, else 0.0 (SQuAD v1.1).
 
     ValueError if `answers` is empty or a bare string.
     """
     _check_answers(answers)
-    return float(normalise(prediction) in map(normalise, answers))
+    return float(normalise(prediction, form) in [normalise(answer, form) for answer in answers])
 
 
-def token_f1(prediction: str, answers: Sequence[str]) -> float:
+def token_f1(prediction: str, answers: Sequence[str], form: str | None = None) -> float:
     """Return the F1 of the bags of normalised words, the maximum over the answers (SQuAD v1.1).
 
     If prediction and answer are both empty after normalisation ("The" and "a"), the score is 1.0,
@@ -63,8 +73,8 @@ def token_f1(prediction: str, answers: Sequence[str]) -> float:
     ValueError if `answers` is empty or a bare string.
     """
     _check_answers(answers)
-    predicted = normalise(prediction).split()
-    return max(_f1(predicted, normalise(answer).split()) for answer in answers)
+    predicted = normalise(prediction, form).split()
+    return max(_f1(predicted, normalise(answer, form).split()) for answer in answers)
 
 
 def _f1(predicted: list[str], gold: list[str]) -> float:
@@ -148,23 +158,56 @@ def _resample_seeds(scores: np.ndarray, size: int, rng: np.random.Generator) -> 
 # ------------------------------------------------------------------------------- predictions
 
 
-def score(examples: Sequence, predictions: Sequence[str]) -> list[dict]:
+def score(examples: Sequence, predictions: Sequence[str | int]) -> list[dict]:
     """Return a record for each example, in order: the lines of predictions.jsonl.
 
-    A record is {"id", "task", "input", "prediction", "answers", "em", "f1"}. ValueError if the
-    numbers of examples and predictions differ, or an example has no answers.
+    A prediction is a text, or the index of the chosen one of the example's options. A record is
+    {"id", "task", "input", "prediction", "answers", "em", "f1"}, its prediction always a text.
+    ValueError if the numbers of examples and predictions differ, or an example has no answers.
     """
     if len(examples) != len(predictions):
         raise ValueError(f"{len(examples)} examples but {len(predictions)} predictions")
     records = []
     for e, prediction in zip(examples, predictions):
-        record = {"id": e.id, "task": e.task, "input": e.input, "prediction": prediction}
         try:
-            em, f1 = exact_match(prediction, e.answers), token_f1(prediction, e.answers)
+            text, em, f1 = _score_one(e, prediction)
         except ValueError as error:
             raise ValueError(f"example {e.id!r} of task {e.task!r}: {error}") from None
+        record = {"id": e.id, "task": e.task, "input": e.input, "prediction": text}
         records.append(record | {"answers": list(e.answers), "em": em, "f1": f1})
     return records
+
+
+def _score_one(e, prediction: str | int) -> tuple[str, float, float]:
+    """Return the prediction as a text, its exact match and its F1."""
+    if isinstance(prediction, str):
+        form = "NFD" if _is_question(e.input) else None
+        em = exact_match(prediction, e.answers, form)
+        return prediction, em, token_f1(prediction, e.answers, form)
+    # Options may differ only in what `normalise` deletes: "-5" and "5". Words that a wrong option
+    # shares with the answer are not the model's, so they earn no F1.
+    _check_answers(e.answers)
+    chosen = e.options[prediction]
+    right = float(chosen in e.answers)
+    return chosen, right, right
+
+
+def _is_question(text: str) -> bool:
+    """Return whether a text has the format of data.question_text."""
+    return text.startswith("Q: ") and text.endswith("?\nA:")
+
+
+def stops(examples: Sequence, stop: str | None = None) -> list[str]:
+    """Return the text that ends the answer to each example; "" is none.
+
+    It is `stop` for all of them. If `stop` is None, it is a newline for questions in the project's
+    format, unless an accepted answer has several lines, and "" for other inputs. The two letters
+    \\n in `stop` stand for a newline, which is hard to type.
+    """
+    if stop is not None:
+        return [stop.replace("\\n", "\n")] * len(examples)
+    one_line = [_is_question(e.input) and "\n" not in "".join(e.answers) for e in examples]
+    return ["\n" if ends else "" for ends in one_line]
 
 
 def summary(records: list[dict]) -> dict:
@@ -192,12 +235,16 @@ def compare(run_a, run_b, iters: int = 10_000, seed: int = 0) -> list[dict]:
     There is a row for each metric over all examples and, if there are several tasks, over each
     task: {"metric", "task" (None for all), "n", "a", "b", "difference", "low", "high", "p"}, with
     scores from 0 to 1 (see `paired_bootstrap`). Examples are paired by task and id. ValueError if
-    the runs have different examples or different answers. Inputs may differ, because methods
-    prepare them differently.
+    a run has no predictions, or if the runs have different examples or different answers. Inputs
+    may differ, because methods prepare them differently, unless the runs predicted other splits.
     """
     from runs import read_predictions
 
-    pairs = _pair(read_predictions(run_a), read_predictions(run_b), run_a, run_b)
+    records_a, records_b = read_predictions(run_a), read_predictions(run_b)
+    if not records_a or not records_b:
+        raise ValueError(f"{run_b if records_a else run_a}/predictions.jsonl: no predictions")
+    _check_splits(records_a, records_b, run_a, run_b)
+    pairs = _pair(records_a, records_b, run_a, run_b)
     tasks = {}
     for pair in pairs:
         tasks.setdefault(pair[0]["task"], []).append(pair)
@@ -215,6 +262,23 @@ def compare(run_a, run_b, iters: int = 10_000, seed: int = 0) -> list[dict]:
             rows.append(row)
     _print_rows(rows)
     return rows
+
+
+def _check_splits(records_a: list[dict], records_b: list[dict], run_a, run_b) -> None:
+    """ValueError if one run predicted its dev and the other its test questions, and they differ."""
+    a, b = _split(run_a), _split(run_b)
+    inputs_a, inputs_b = (sorted(r["input"] for r in part) for part in (records_a, records_b))
+    if a and b and a != b and inputs_a != inputs_b:
+        raise ValueError(f"the runs predicted different splits: {run_a} {a}, {run_b} {b}")
+
+
+def _split(run) -> str | None:
+    """Return the split that predictions.jsonl is of, or None if no run.json tells."""
+    from runs import read_record
+
+    recorded = (Path(run) / "run.json").is_file()
+    results = read_record(run).get("results", {}) if recorded else {}
+    return next((split for split in ("test", "dev") if split in results), None)
 
 
 def _pair(records_a: list[dict], records_b: list[dict], run_a, run_b) -> list[tuple[dict, dict]]:
@@ -238,80 +302,129 @@ def _pair(records_a: list[dict], records_b: list[dict], run_a, run_b) -> list[tu
 
 
 def _print_rows(rows: list[dict]) -> None:
+    from runs import show
+
     width = max(len(row["task"] or "all") for row in rows)
     header = f"metric  {'task':<{width}}  {'n':>5}  {'a':>6}  {'b':>6}"
-    print(f"{header}  {'a - b':>7}  [95 % interval]       p")
+    show(f"{header}  {'a - b':>7}  [95 % interval]       p")
     for row in rows:
         columns = ("a", "b", "difference", "low", "high")
         a, b, difference, low, high = (100 * row[column] for column in columns)
-        task = row["task"] or "all"
-        print(f"{row['metric'].upper():<6}  {task:<{width}}  {row['n']:>5}", end="")
-        print(f"  {a:6.2f}  {b:6.2f}  {difference:+7.2f}", end="")
-        print(f"  [{low:+6.2f}, {high:+6.2f}]  {row['p']:.4f}")
+        line = f"{row['metric'].upper():<6}  {row['task'] or 'all':<{width}}  {row['n']:>5}"
+        line += f"  {a:6.2f}  {b:6.2f}  {difference:+7.2f}"
+        show(f"{line}  [{low:+6.2f}, {high:+6.2f}]  {row['p']:.4f}")
 
 
 # ------------------------------------------------------------------------------- command line
 
 
 def ask_command(args: argparse.Namespace) -> list[str]:
-    """Answer questions with what a run trained; print and return the answers."""
-    from data import encode_prompts, question_text
-    from generate import predict
-    from runs import load_run
+    """Answer questions with a run or the bare LM; print and return the answers."""
+    from runs import show
 
-    questions = list(args.question)
-    if args.input:
-        lines = Path(args.input).read_text(encoding="utf-8").splitlines()
-        questions += [line.strip() for line in lines if line.strip()]
-    if not questions or not all(question.strip() for question in questions):
-        raise ValueError(
-            "no question, or an empty one: "
-            "give one in quotation marks, or a file of questions with --input"
-        )
-    model, prefix, tokenizer, record = load_run(args.run)
-    texts = questions
-    if record.get("question_format", True):  # False if its training inputs had another format
-        texts = [question_text(question) for question in questions]
-    ids = encode_prompts(tokenizer, texts)
-    answers = predict(model, tokenizer, ids, prefix, args.max_new_tokens)
-    for question, answer in zip(questions, answers):
-        print(answer if len(questions) == 1 else f"{question}\t{answer}")
+    model, prefix, tokenizer, record = _load(args)
+    # False if the inputs that the run was trained on had another format.
+    examples = _read_questions(args, record.get("question_format", True))
+    answers = []
+    for e, answer in zip(examples, _answer(args, model, prefix, tokenizer, examples)):
+        answers.append(answer if isinstance(answer, str) else e.options[answer])
+        line = _one_line(answers[-1])
+        show(line if len(examples) == 1 else f"{_one_line(e.id)}\t{line}")
     return answers
+
+
+def _read_questions(args: argparse.Namespace, question_format: bool) -> list:
+    """Return an Example for each question, without its answers. Its `id` is what was asked."""
+    import data
+
+    texts, examples = list(args.question), []
+    if args.input and Path(args.input).suffix in (".jsonl", ".json", ".ndjson"):
+        examples = [
+            _parse_question(record, source) for source, record in data.json_lines(args.input)
+        ]
+    elif args.input:
+        texts += data.read_lines(args.input)
+    if not texts + examples or not all(text.strip() for text in texts):
+        how = "give one in quotation marks, or a file of questions with --input"
+        raise ValueError(f"no question, or an empty one: {how}")
+    asked = []
+    for text in texts:
+        input = data.question_text(text) if question_format else text
+        asked.append(data.Example(input, "", (), id=text, source=repr(text)))
+    return asked + examples
+
+
+def _parse_question(record: dict, source: str):
+    """Make an Example of a record that need not say the answer. If it does, that is dropped."""
+    from data import parse_record
+
+    options = record["options"] if isinstance(record.get("options"), list) else []
+    filler = next((o for o in options if isinstance(o, str) and o.strip()), "?")
+    example = parse_record(record | {"target": filler, "answer": filler, "answers": None}, source)
+    return replace(example, answers=(), id=record.get("question", example.input))
 
 
 def score_command(args: argparse.Namespace) -> dict:
     """Answer a file of examples; print and return the summary of the scores."""
     import data
-    from generate import predict
+    from checkpoints import atomic_write
+    from runs import show
 
-    model, prefix, tokenizer = _load(args.run, args.model)
+    path = Path(args.out or "") / "predictions.jsonl"
+    if args.out and path.exists():
+        raise FileExistsError(f"{path} exists; choose another --out")
+    model, prefix, tokenizer, _ = _load(args)
     examples = data.read(args.file)
-    if args.limit:
-        examples = examples[:: -(-len(examples) // args.limit)]
-    eos = model.config.eos[0] if model.config.eos else None
-    tokens = data.tokenize(examples, tokenizer, eos, model.config.max_len)
-    inputs, options = [t.input for t in tokens], [t.options for t in tokens]
-    predictions = predict(model, tokenizer, inputs, prefix, args.max_new_tokens, options)
-    result = summary(score(examples, predictions))
+    examples = [examples[row] for row in data.sample(len(examples), args.limit, args.seed)]
+    records = score(examples, _answer(args, model, prefix, tokenizer, examples))
+    if args.out:
+        with atomic_write(path) as unfinished:
+            lines = [json.dumps(record) + "\n" for record in records]
+            unfinished.write_text("".join(lines), encoding="utf-8")
+    for record in records[:3]:
+        shown = f"{_one_line(record['input'])[-200:]} {_one_line(record['prediction'])}"
+        show(f"{shown}   (accepted: {_one_line(', '.join(record['answers']))})")
+    result = summary(records)
     for task, row in [("all", result), *result["tasks"].items()]:
         if task:
             em, f1 = 100 * row["em"], 100 * row["f1"]
-            print(f"{task:20} EM {em:5.1f}   F1 {f1:5.1f}   ({row['n']} examples)")
+            show(f"{task:20} EM {em:5.1f}   F1 {f1:5.1f}   ({row['n']} examples)")
     return result
 
 
-def _load(run: str | None, checkpoint: str | None):
-    """Return (model, prefix, tokenizer) of a run, or of a bare LM."""
-    if run:
+def _one_line(text: str) -> str:
+    """Return a text without line ends and tabs, which would end a line or a column of output."""
+    return " ".join(line.strip() for line in text.expandtabs(1).splitlines())
+
+
+def _load(args: argparse.Namespace):
+    """Return (model, prefix, tokenizer, record) of a run, or of a bare LM, whose record is {}."""
+    if args.run:
         from runs import load_run
 
-        model, prefix, tokenizer, _ = load_run(run)
-        return model, prefix, tokenizer
+        return load_run(args.run, model=args.model)
     from checkpoints import load_tokenizer
     from model import LM
 
-    lm = LM.from_pretrained(checkpoint or Path(__file__).parent / "assets" / "lm")
-    return lm, None, load_tokenizer(lm.folder, lm.config.vocab_size)
+    lm = LM.from_pretrained(args.model or Path(__file__).parent / "assets" / "lm")
+    return lm, None, load_tokenizer(lm.folder, lm.config.vocab_size), {}
+
+
+def _answer(args: argparse.Namespace, model, prefix, tokenizer, examples: list) -> list[str | int]:
+    """Answer examples as the flags say. The result is what `score` takes."""
+    from generate import SHOT_END, predict, prepare, read_shots
+
+    if (args.shots is None) != (args.shots_from is None):
+        raise ValueError("--shots and --shots-from need each other")
+    shots, ends, new = [], stops(examples, args.stop), args.max_new_tokens
+    if args.shots:
+        shots = read_shots(args.shots_from, args.shots, args.seed, examples)
+        if args.stop is None:  # otherwise the model goes on with an example of its own
+            ends = [end or SHOT_END for end in ends]
+    ids, options, prefix = prepare(model, tokenizer, examples, prefix, new, shots)
+    if getattr(args, "out", None):  # before the work: the folder may be one that cannot be made
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    return predict(model, tokenizer, ids, prefix, new, options, ends, args.eval_tokens)
 
 
 def compare_command(args: argparse.Namespace) -> list[dict]:
@@ -326,43 +439,74 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
+    return int(text)
+
+
+def _utf8(text: str) -> str:
+    if text != text.encode("utf-8", "replace").decode("utf-8"):  # other bytes are surrogates here
+        raise argparse.ArgumentTypeError(f"{ascii(text)} is not UTF-8 text")
+    return text
+
+
 def _parser() -> Parser:
     parser = Parser(prog="eval.py", description="Compare runs, and use what they trained.")
     commands = parser.add_subparsers(dest="command", required=True)
-    length = "maximum length of an answer in tokens (default 16)"
 
     command = commands.add_parser("compare", help="paired bootstrap between two runs")
     command.set_defaults(function=compare_command)
-    command.add_argument("run_a", help="run folder of system a")
-    command.add_argument("run_b", help="run folder of system b")
+    command.add_argument("run_a", help="run folder of system a, or --out of score")
+    command.add_argument("run_b", help="run folder of system b, or --out of score")
     resamples = "bootstrap resamples (default 10000; Koehn 2004: 1000)"
     command.add_argument("--iters", type=int, default=10_000, help=resamples)
     command.add_argument("--seed", type=int, default=0, help="of the resampling (default 0)")
 
-    command = commands.add_parser("ask", help="answer questions with what a run trained")
+    command = commands.add_parser("ask", help="answer questions with a run or the bare LM")
     command.set_defaults(function=ask_command)
     questions = "each in quotation marks; used as it is if the run was trained on inputs"
-    command.add_argument("question", nargs="*", help=questions)
-    command.add_argument("--run", required=True, help="run folder")
-    command.add_argument("--input", help="a file of questions, one a line")
-    command.add_argument("--max-new-tokens", type=int, default=16, help=length)
+    command.add_argument("question", nargs="*", type=_utf8, help=questions)
+    file = "a file of questions, one a line, or JSONL of examples, whose answers are not needed"
+    command.add_argument("--input", help=file)
+    _add_answer_flags(command)
 
     command = commands.add_parser("score", help="score a run or the bare LM on a file of examples")
     command.set_defaults(function=score_command)
     command.add_argument("file", help="examples; of options, the likeliest is the answer")
-    command.add_argument("--run", help="run folder; the bare LM if not given")
-    command.add_argument("--model", help="checkpoint of the bare LM; the embedded LM if not given")
-    command.add_argument("--limit", type=int, help="number of examples, evenly spaced in the file")
-    command.add_argument("--max-new-tokens", type=int, default=16, help=length)
+    command.add_argument("--limit", type=_count, help="score that many, sampled with --seed")
+    command.add_argument("--out", help="folder for predictions.jsonl, which compare reads")
+    _add_answer_flags(command)
     return parser
+
+
+def _add_answer_flags(command: argparse.ArgumentParser) -> None:
+    """The flags of both commands that answer: the model, and what stands around a question."""
+    command.add_argument("--run", help="run folder; the bare LM if not given")
+    model = "the LM's checkpoint, if a run's has moved; the embedded LM if neither is given"
+    command.add_argument("--model", help=model)
+    stop = "text that ends an answer; a newline for questions if not given, '' for none"
+    command.add_argument("--stop", type=_utf8, help=stop)
+    command.add_argument("--shots", type=_count, help="examples that stand before every question")
+    command.add_argument("--shots-from", help="the file that they are sampled from")
+    command.add_argument("--seed", type=int, default=0, help="of samples of examples (default 0)")
+    command.add_argument("--max-new-tokens", type=_count, default=16, help="tokens (default 16)")
+    budget = "tokens in a batch, options included (default 8192)"
+    command.add_argument("--eval-tokens", type=_count, default=8192, help=budget)
 
 
 def main(argv: list[str] | None = None):
     """Run a command and return its result. Bad input ends with one line and exit status 2."""
     parser = _parser()
     args = parser.parse_args(argv)
+
+    def show_warning(message, *_, **__):
+        print(f"eval.py {args.command}: {message}", file=sys.stderr)
+
     try:
-        return args.function(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning  # without the file and line that raised it
+            return args.function(args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"eval.py {args.command}: {error}\n")
 

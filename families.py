@@ -117,12 +117,9 @@ GPT2_KEYS = required("vocab_size n_embd n_layer n_head") | {
     "tie_word_embeddings": True,
     "scale_attn_by_inverse_layer_idx": False,
 }
-COMMON_KEYS = {  # keys of every family, supported only with these values
-    "quantization_config": None,
-    "compression_config": None,
-    "scale_attn_weights": True,
-    "add_cross_attention": False,
-}
+# Keys of every family, supported only with these values
+QUANTISED_KEYS = {"quantization_config": None, "compression_config": None}
+COMMON_KEYS = QUANTISED_KEYS | {"scale_attn_weights": True, "add_cross_attention": False}
 # Fields of GPT-NeoX and GPT-2: LayerNorm, not RMSNorm, and an MLP of two matrices with biases
 GPT_FIELDS = {"layer_norm": True, "gated": False, "mlp_bias": True}
 BERT_KEYS = SIZE_KEYS | {
@@ -150,15 +147,36 @@ class Family:
     prefix: str = "model."  # of all published tensor names but the head's
     names: dict = field(default_factory=dict)  # our module name -> the published one
     fused: str | None = None  # q, k, v in one tensor, as three "blocks" or head by head ("heads")
+    eos: int | None = None  # the end token of a checkpoint whose files name none
+
+    def hf_name(self, name: str) -> str:
+        """Return the published name of one of our tensors."""
+        prefix = "" if name.startswith("lm_head.") else self.prefix
+        name = "." + name  # so that .norm. is replaced, and input_layernorm is not
+        for ours, theirs in self.names.items():
+            name = name.replace(f".{ours}.", f".{theirs}.")
+        return prefix + name[1:]
+
+    def our_name(self, name: str) -> str:
+        """The inverse of `hf_name`."""
+        name = "." + name.removeprefix(self.prefix)
+        for ours, theirs in self.names.items():
+            name = name.replace(f".{theirs}.", f".{ours}.")
+        return name[1:]
 
 
 FAMILIES = {
     # RMSNorm, gated MLP, rope, grouped heads; biases if config.json asks for them
-    "llama": Family("LlamaForCausalLM", LLAMA_KEYS | BIAS_KEYS | {"mlp_bias": False} | HEAD_KEYS),
+    "llama": Family(
+        "LlamaForCausalLM",
+        LLAMA_KEYS | BIAS_KEYS | {"mlp_bias": False} | HEAD_KEYS,
+        eos=2,
+    ),
     # Llama with a sliding window
     "mistral": Family(
         "MistralForCausalLM",
         LLAMA_KEYS | HEAD_KEYS | {"num_key_value_heads": 8} | MISTRAL_WINDOW_KEYS,
+        eos=2,
     ),
     # Llama with biases on q, k and v; some layers may have a window
     "qwen2": Family(
@@ -177,6 +195,7 @@ FAMILIES = {
         "Olmo2ForCausalLM",
         LLAMA_KEYS | {"rms_norm_eps": 1e-5} | BIAS_KEYS | HEAD_KEYS,
         fixed={"qk_norm": "width", "post_norm": True},
+        eos=50279,
     ),
     # Attention and MLP side by side, rope on a part of each head, biases (Pythia is one)
     "gpt_neox": Family(
@@ -194,6 +213,7 @@ FAMILIES = {
             "lm_head": "embed_out",
         },
         fused="heads",
+        eos=2,
     ),
     # Learned positions, biases
     "gpt2": Family(
@@ -214,6 +234,7 @@ FAMILIES = {
             "norm": "ln_f",
         },
         fused="blocks",
+        eos=50256,
     ),
 }
 
@@ -287,20 +308,37 @@ def config_from_hf(path: str | Path) -> dict:
     if "attention_bias" in values:
         fields["o_bias"] = fields["qkv_bias"]
     fields |= family.fixed | {"family": family_name, "bos": raw.get("bos_token_id")}
-    fields["eos"] = read_eos(path, raw.get("eos_token_id"))
+    fields["eos"] = read_eos(path, raw, family.eos, fields["vocab_size"])
     if not fields.get("learned_positions"):
         fields |= read_rope(path, raw, fields, values.get("rotary_pct"))
     return fields | {"windows": read_windows(path, values, fields)}
 
 
-def read_eos(path: Path, eos: int | list | None) -> tuple[int, ...]:
-    """Return eos_token_id, which may be one id, a list of them or null, as a tuple."""
-    if eos is None:
-        return ()
-    ids = eos if isinstance(eos, list) else [eos]
-    if not all(type(token) is int for token in ids):
-        raise ValueError(f"{path}: eos_token_id {ids!r} is not a token id")
-    return tuple(ids)
+def read_eos(path: Path, raw: dict, default: int | None, vocab_size: int) -> tuple[int, ...]:
+    """Return the ids that end a text.
+
+    As in transformers, generation_config.json beside config.json decides. Without it config.json
+    does, where null means none. If neither has the key, it is the family's `default`, or none if
+    that is outside the vocabulary. The ids of config.json come first: training appends the first.
+    """
+    key, beside = "eos_token_id", path.with_name("generation_config.json")
+    first = token_list(raw.get(key))
+    source, ids = beside, token_list(read_json(beside).get(key)) if beside.is_file() else []
+    if not ids:
+        source, ids = path, first
+    if not ids and key not in raw and default is not None and default < vocab_size:
+        ids = [default]
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise ValueError(f"{source}: {key} is {token!r}, not an id from 0 to {vocab_size - 1}")
+    return tuple(dict.fromkeys([token for token in first if token in ids] + ids))
+
+
+def token_list(ids) -> list:
+    """Return the ids of a key that holds one token id, a list of them or null."""
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) else [ids]
 
 
 ORIGINAL_LEN = "original_max_position_embeddings"
@@ -345,11 +383,11 @@ def read_rope(path: Path, raw: dict, fields: dict, rotary_pct: float | None) -> 
 
 def read_rotary_dim(path: Path, fraction: float, fields: dict) -> int | None:
     """How many channels of a head rope rotates, None for all. Only GPT-NeoX rotates a part."""
-    family_name, head_dim = fields["family"], fields["head_dim"]
+    family, head_dim = fields["family"], fields["head_dim"]
     in_range = VALUE_CHECKS[POSITIVE](fraction) and fraction <= 1
-    if not in_range or (fraction != 1 and family_name != "gpt_neox"):
+    if not in_range or (fraction != 1 and family != "gpt_neox"):
         raise ValueError(
-            f"{path}: partial_rotary_factor {fraction!r} is not supported for {family_name}"
+            f"{path}: partial_rotary_factor {fraction!r} is not supported for {family}"
         )
     rotated = int(head_dim * fraction)
     if rotated % 2 or not rotated:
@@ -446,13 +484,11 @@ def bert_from_hf(path: str | Path) -> dict:
     raw = read_json(path)
     if raw.get("model_type") != "bert":
         raise ValueError(f"{path}: model_type is not bert")
-    fields, _ = read_keys(path, raw, BERT_KEYS)
+    fields, _ = read_keys(path, raw, BERT_KEYS | QUANTISED_KEYS)
     check_value(path, "hidden_act", fields.pop("activation"), ("gelu",))  # all that rerank.py has
     dim, heads = fields["dim"], fields["n_heads"]
     if dim % heads:
-        raise ValueError(
-            f"{path}: hidden_size {dim} is not a multiple of num_attention_heads {heads}"
-        )
+        raise ValueError(f"{path}: hidden_size {dim} is not a multiple of its {heads} heads")
     return fields
 
 
@@ -469,7 +505,7 @@ def t5_from_hf(path: str | Path) -> dict:
     raw = read_json(path)
     if raw.get("model_type") not in ("t5", "mt5"):
         raise ValueError(f"{path}: model_type is neither t5 nor mt5")
-    fields, values = read_keys(path, raw, T5_KEYS)
+    fields, values = read_keys(path, raw, T5_KEYS | QUANTISED_KEYS)
     return fields | {"gated": values["feed_forward_proj"] == "gated-gelu"}
 
 

@@ -18,10 +18,11 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from data import IGNORE_INDEX, Batch
-from runs import Run, State, draw_curve
+from runs import Run, State, draw_curve, only_shows, show
 
 # Optimisation
 
@@ -168,47 +169,70 @@ def fit(
     save      () -> None writes what is trained. It runs after each best score, and at the end.
 
     Returns step and score of the best parameters, seconds, and tokens_per_second without scoring.
-    ValueError if a loss, gradient, parameter or score is not finite; the last saved state stays.
+    ValueError if a loss, gradient, parameter or score is not finite, OSError if the disk is full;
+    the last saved state stays.
     KeyboardInterrupt after SIGINT or SIGTERM, once the step is finished and saved.
     """
     optimizer = make_optimizer(trained, recipe)
     state = run.load_state(trained, optimizer)
     log = run.rewind_log(state.step)
-    tokens, scoring_seconds = 0, 0.0
     earlier_seconds, start = state.seconds, time.perf_counter()
-    with progress(recipe.steps, state.step) as (show, stopped):
+    with progress(recipe.steps, state.step) as (show_step, stopped):
         for step in range(state.step, recipe.steps):
+            began = time.perf_counter()
             numbers = range(step * recipe.grad_accum, (step + 1) * recipe.grad_accum)
             batches = [batch_at(number).to(recipe.device) for number in numbers]
             loss = take_step(run, recipe, trained, optimizer, batches, loss_of, step)
-            tokens += sum(int(batch.lengths.sum()) for batch in batches)
+            state.tokens += sum(int(batch.lengths.sum()) for batch in batches)
             state.step = step + 1
+            state.step_seconds += time.perf_counter() - began
             record = {"step": state.step, "loss": loss, "lr": learning_rate(step, recipe)}
             if state.step % recipe.eval_every == 0 or state.step == recipe.steps:
-                began = time.perf_counter()
                 with torch.no_grad(), autocast(recipe):
                     record["score"] = evaluate()
-                scoring_seconds += time.perf_counter() - began
-                keep_best(run, trained, state, record["score"], save)
-            if "score" in record or state.step % recipe.log_every == 0:
-                log.append(record)
-                run.log(record)
-            if (stop := stopped()) or "score" in record:
-                state.seconds = earlier_seconds + time.perf_counter() - start
-                run.save_state(trained, optimizer, state)
-            show(record)
+            with checkpoint(run, state):
+                if "score" in record:
+                    keep_best(run, trained, state, record["score"], save)
+                if "score" in record or state.step % recipe.log_every == 0:
+                    log.append(record)
+                    run.log(record)
+                if (stop := stopped()) or "score" in record:
+                    state.seconds = earlier_seconds + time.perf_counter() - start
+                    run.save_state(trained, optimizer, state)
+            show_step(record)
             if stop:
                 raise KeyboardInterrupt
     trained.load_state_dict(state.best)
-    save()
-    draw_curve(run, log)
-    seconds = time.perf_counter() - start
-    return {
+    with checkpoint(run, state):
+        save()
+    with only_shows("curve.png"):
+        draw_curve(run, log)
+    state.seconds = earlier_seconds + time.perf_counter() - start
+    return outcome(state)
+
+
+def outcome(state: State) -> dict:
+    """What run.json holds of a finished training."""
+    result = {
         "step": state.best_step,
         "score": None if state.best_score == -math.inf else state.best_score,
-        "seconds": round(earlier_seconds + seconds, 1),
-        "tokens_per_second": round(tokens / (seconds - scoring_seconds)),
+        "seconds": round(state.seconds, 1),
     }
+    if state.tokens:  # the state of an earlier program does not count them
+        result["tokens_per_second"] = round(state.tokens / state.step_seconds)
+    return result
+
+
+@contextmanager
+def checkpoint(run: Run, state: State):
+    """A context for writing. OSError, with the run's folder and the step, if the disk is full."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{run.folder}: cannot be written after step {state.step} ({error}); the checkpoint "
+            "before it is kept, and --resume goes on from it"
+        ) from None
 
 
 def take_step(run, recipe, trained, optimizer, batches, loss_of, step: int) -> float:
@@ -256,9 +280,9 @@ def keep_best(run, trained: nn.Module, state: State, score: float | None, save) 
 
 @contextmanager
 def progress(steps: int, first: int):
-    """Yield (show, stopped), and handle SIGINT and SIGTERM meanwhile.
+    """Yield (show_step, stopped), and handle SIGINT and SIGTERM meanwhile.
 
-    show(record) moves a bar on a terminal; elsewhere it prints a line for each dev score.
+    show_step(record) moves a bar on a terminal; elsewhere it prints a line for each dev score.
     stopped() is true once a signal came: end after this step. A second signal ends at once.
     """
     from tqdm import tqdm
@@ -270,13 +294,13 @@ def progress(steps: int, first: int):
         if len(signals) > 1:
             raise KeyboardInterrupt
 
-    def show(record: dict) -> None:
+    def show_step(record: dict) -> None:
         shown["loss"] = f"{record['loss']:.3f}"
         if record.get("score") is not None:
             shown["dev"] = f"{record['score']:.3f}"
         if bar.disable and "score" in record:
             line = f"step {record['step']:>5} of {steps}  loss {record['loss']:.4f}"
-            print(f"{line} dev {shown['dev']}" if "dev" in shown else line, flush=True)
+            show(f"{line} dev {shown['dev']}" if "dev" in shown else line)
         bar.set_postfix(shown, refresh=False)
         bar.update()
 
@@ -284,9 +308,10 @@ def progress(steps: int, first: int):
         return bool(signals)
 
     before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=steps, initial=first, unit="step", disable=not sys.stderr.isatty())
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    bar = tqdm(total=steps, initial=first, unit="step", disable=not on_terminal)
     try:
-        yield show, stopped
+        yield show_step, stopped
     finally:
         bar.close()
         for number, handler in before.items():

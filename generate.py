@@ -7,7 +7,8 @@ prefix has the methods of model.Prefix: rows, row_lengths, select, preallocate a
     sample_next_token  logits -> one token per row
     generate           prefill, then one token per step; finished rows leave the batch
     option_scores      log-probabilities of answer choices; each question is read once
-    predict            answers as text, in batches
+    prepare            examples of data.py, and examples before them -> the arguments of predict
+    predict            answers: texts, or choices among options; in batches within a memory budget
 
 Needs torch, and only its command line needs other files of the project. Dimensions as in model.py.
 
@@ -18,8 +19,10 @@ continues the text and prints the mean negative log-probability of its tokens  (
 
 import argparse
 import math
+import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -107,7 +110,9 @@ def sample_next_token(logits: Tensor, temperature: float, top_k, top_p, generato
     Temperature 0 takes the most likely token. Otherwise it samples: top_k keeps only the most
     likely tokens, and top_p then keeps the fewest most likely ones whose sum reaches top_p.
     """
-    if temperature == 0:
+    # Float32 logits that differ at all differ by so many multiples of 1e-20 that nothing else can
+    # be sampled. Division by a much smaller number would overflow.
+    if temperature < 1e-20:
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k is not None:
@@ -145,34 +150,44 @@ def generate(
     n: int = 1,
     eos: int | list[int] | tuple[int, ...] | None = None,
     generator: torch.Generator | None = None,
+    ended: Callable[[list[int]], bool] | None = None,
 ) -> list[list[Sample]]:
     """Continues each of B questions n times. Returns B lists of n Samples, new tokens only.
 
     ids     B non-empty lists of token ids, of any lengths
     prefix  None, one for all, or a list with a prefix or None per question
     eos     id or ids that end a continuation; its row then leaves the batch. None never stops early
+    ended   a function of a continuation's tokens so far; if it returns True, the row leaves too
 
-    A question is read once, however many samples are drawn. Memory: 2 * K * D values per position,
-    active row and layer (of every part of a Stack), with space for max_new_tokens. When finished
-    rows are removed, the old and the new cache exist together for a moment.
+    A question is read once, however many samples are drawn. Memory: the cache has 2 * K * D values
+    per row, layer (of every part of a Stack) and position; the positions are the prefix's, the
+    longest question's and max_new_tokens. The peak is twice that, because old and new cache exist
+    together when it is preallocated and when finished rows are removed. A prefix that the caller
+    keeps comes on top.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, n)
     token, cache = prefill(lm, ids, prefix, [max_new_tokens] * len(ids))
     device, R = token.device, len(ids) * n
     eos_ids = torch.tensor(as_list(eos), dtype=torch.long, device=device)
+    rows = torch.arange(len(ids), device=device).repeat_interleave(n)
+    preallocated = n == 1 and cache is not None
+    if preallocated:
+        cache = cache.preallocate(rows, max_new_tokens)
     active = torch.arange(R, device=device)  # row i of the batch writes sample active[i]
     new_tokens = torch.full((R, max_new_tokens), -1, device=device)  # -1: not written
     logprob = torch.zeros(R, device=device)
     for step in range(max_new_tokens):
         h, cache = lm(lm.embed(token), cache, keep=True)
         logits = lm.logits(h[:, -1])
-        if step == 0:  # until here the n samples of a question share one row
-            rows = torch.arange(len(ids), device=device).repeat_interleave(n)
+        if step == 0 and not preallocated:  # until here n samples of a question share one row
             logits, cache = logits[rows], cache.preallocate(rows, max_new_tokens - 1)
         token = sample_next_token(logits, temperature, top_k, top_p, generator)[:, None]
         new_tokens[active, step] = token[:, 0]
         logprob[active] += (logits.gather(1, token) - logits.logsumexp(-1, keepdim=True))[:, 0]
         unfinished = ~torch.isin(token[:, 0], eos_ids)
+        if ended is not None:
+            finished = [ended(row) for row in new_tokens[active, : step + 1].tolist()]
+            unfinished &= ~torch.tensor(finished, device=device)
         if not unfinished.any():
             break
         if not unfinished.all():
@@ -193,11 +208,12 @@ def as_list(eos: int | list[int] | tuple[int, ...] | None) -> list[int]:
 
 
 @torch.no_grad()
-def option_scores(lm, ids: list[list[int]], options, prefix=None, mean: bool = False):
+def option_scores(lm, ids: list[list[int]], options, prefix=None, mean=False, max_rows=None):
     """Log-probabilities of answer choices: B float32 tensors, one value per option.
 
     options[b] is a list of non-empty lists of token ids. A score is the sum over an option's
-    tokens, or with `mean` their mean. Each question is read only once.
+    tokens, or with `mean` their mean. Each question is read only once. Every option is a row, with
+    its question's cache; at most `max_rows` rows (None: all) are computed at a time.
     """
     if len(options) != len(ids) or not all(choices and all(choices) for choices in options):
         raise ValueError(
@@ -209,46 +225,181 @@ def option_scores(lm, ids: list[list[int]], options, prefix=None, mean: bool = F
     counts = [len(choices) for choices in options]
     rows = torch.arange(len(ids)).repeat_interleave(torch.tensor(counts)).to(last.device)
     targets, lengths = pad([option for choices in options for option in choices], last.device)
-    if cache is not None:
-        cache = cache.select(rows)
-    inputs = torch.cat([last[rows], targets[:, :-1]], dim=1)  # position t predicts target t
-    logprobs = lm.logits(lm(lm.embed(inputs), cache)).log_softmax(-1)
-    logprobs = logprobs.gather(2, targets[:, :, None])[:, :, 0]
     is_real = torch.arange(targets.shape[1], device=last.device) < lengths[:, None]
-    scores = (logprobs * is_real).sum(1) / (lengths if mean else 1)
-    return list(scores.split(counts))
+    scores = []
+    for part in torch.arange(len(rows), device=last.device).split(max_rows or len(rows)):
+        question = rows[part]
+        part_cache = None if cache is None else cache.select(question)
+        inputs = torch.cat([last[question], targets[part, :-1]], dim=1)  # position t predicts t
+        h = lm(lm.embed(inputs), part_cache)  # (rows, T, C)
+        logprobs = torch.zeros(inputs.shape, device=last.device)
+        real = is_real[part]
+        logprobs[real] = token_logprobs(lm, h[real], targets[part][real])
+        scores.append(logprobs.sum(1) / (lengths[part] if mean else 1))
+    return list(torch.cat(scores).split(counts))
 
 
-def predict(lm, tokenizer, ids, prefix=None, max_new_tokens=16, options=None, batch_size=128):
-    """Answers B questions as text, in batches of similar lengths. prefix: None or one for all.
+def token_logprobs(lm, h: Tensor, targets: Tensor) -> Tensor:
+    """h (N, C) and the tokens that follow (N,) -> their log-probabilities (N,).
 
-    The answer is the greedy continuation. options[b] is a list of choices, each a list of token
-    ids. If it is not empty, the answer is the choice with the highest sum of log-probabilities (as
-    T0 ranks answers). Returns B strings.
+    Of large vocabularies the logits are the largest tensor, so only 128 MiB exist at a time.
+    """
+    size, logprobs = max(1, 2**25 // lm.config.vocab_size), []
+    for part, target in zip(h.split(size), targets.split(size)):
+        logits = lm.logits(part)
+        logprobs.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1))
+    return torch.cat(logprobs)
+
+
+def predict(
+    lm,
+    tokenizer,
+    ids: list[list[int]],
+    prefix=None,
+    max_new_tokens: int = 16,
+    options=None,
+    stops: list[str] | None = None,
+    max_tokens: int = 8192,
+    batch_size: int = 128,
+) -> list[str | int]:
+    """Answers B questions in batches of similar lengths. prefix: None or one for all.
+
+    Without options the answer is a text: the greedy continuation up to an eos of the LM, or to
+    stops[b] ("" for none), without either. options[b] is a list of choices, each a list of token
+    ids. If it is not empty, the answer is the index of the choice with the highest sum of
+    log-probabilities (as T0 ranks answers).
+
+    A batch has at most batch_size rows and max_tokens positions: rows times (prefix + longest
+    question + its new tokens). Every option is a row.
     """
     options = options or [[] for _ in ids]
+    stops = stops or [""] * len(ids)
     # Every question is checked before the first is answered. No options: max_new_tokens follow.
     max_new = [max(map(len, choices), default=max_new_tokens) for choices in options]
+    if ids:
+        check_ids(ids, lm.config.vocab_size)
     check_context(lm, ids, prefix, max_new)
-    answers: list[list[int]] = [[] for _ in ids]
-    by_length = sorted(range(len(ids)), key=lambda b: len(ids[b]))
-    for chosen in chunks([b for b in by_length if not options[b]], batch_size):
-        prompts = [ids[b] for b in chosen]
-        continued = generate(lm, prompts, prefix, max_new_tokens, eos=lm.config.eos)
-        for b, samples in zip(chosen, continued):
-            answers[b] = samples[0].ids
-    fewer = max(1, batch_size // 4)  # every option is a row of the batch
-    for chosen in chunks([b for b in by_length if options[b]], fewer):
-        prompts, choices = [ids[b] for b in chosen], [options[b] for b in chosen]
-        for b, scores in zip(chosen, option_scores(lm, prompts, choices, prefix)):
-            answers[b] = options[b][scores.argmax()]
-    return [tokenizer.decode(tokens).strip() for tokens in answers]  # decode drops special tokens
+    P = 0 if prefix is None else prefix.size
+    widths = [P + len(row) + new for row, new in zip(ids, max_new)]
+    rows = [max(1, len(choices)) for choices in options]
+    by_length = sorted(range(len(ids)), key=lambda b: widths[b])
+    answers: list = [""] * len(ids)
+    for stop in dict.fromkeys(stops):
+        group = [b for b in by_length if not options[b] and stops[b] == stop]
+        for batch in batches(group, rows, widths, batch_size, max_tokens):
+            prompts = [ids[b] for b in batch]
+            texts = continue_texts(lm, tokenizer, prompts, prefix, max_new_tokens, stop)
+            for b, text in zip(batch, texts):
+                answers[b] = text
+    group = [b for b in by_length if options[b]]
+    for batch in batches(group, rows, widths, batch_size, max_tokens):
+        prompts, choices = [ids[b] for b in batch], [options[b] for b in batch]
+        longest = max(widths[b] for b in batch)  # one question's options may exceed the budget
+        max_rows = max(1, min(batch_size, max_tokens // longest))
+        scores = option_scores(lm, prompts, choices, prefix, max_rows=max_rows)
+        for b, row in zip(batch, scores):
+            answers[b] = row.argmax().item()
+    return answers
 
 
-def chunks(items: list[int], size: int):
-    """Yields consecutive parts of at most `size` items."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def continue_texts(lm, tokenizer, ids, prefix, max_new_tokens: int, stop: str) -> list[str]:
+    """The greedy continuations as texts, each up to `stop` ("" for none) or an eos of the LM."""
+
+    def ended(tokens: list[int]) -> bool:
+        return stop in tokenizer.decode(tokens)
+
+    eos, texts = lm.config.eos, []
+    test = ended if stop else None
+    for (sample,) in generate(lm, ids, prefix, max_new_tokens, eos=eos, ended=test):
+        text = tokenizer.decode(drop_eos(sample.ids, eos))  # decode drops special tokens
+        texts.append((text.split(stop)[0] if stop else text).strip())
+    return texts
+
+
+def drop_eos(ids: list[int], eos) -> list[int]:
+    """The tokens without the eos that ended them. A tokenizer need not know that it is special."""
+    return ids[:-1] if ids and ids[-1] in as_list(eos) else ids
+
+
+def batches(order: list[int], rows, widths, max_rows: int, max_tokens: int) -> Iterator[list[int]]:
+    """Cuts the questions `order` into batches of at most max_rows rows and max_tokens positions.
+
+    Question b has rows[b] rows of widths[b] positions. One that exceeds a limit alone is a batch.
+    """
+    batch, count, width = [], 0, 0
+    for b in order:
+        count, width = count + rows[b], max(width, widths[b])
+        if batch and (count > max_rows or count * width > max_tokens):
+            yield batch
+            batch, count, width = [], rows[b], widths[b]
+        batch.append(b)
+    if batch:
+        yield batch
+
+
+SHOT_END = "\n\n"  # follows each of the examples that stand before a question
+
+
+def prepare(lm, tokenizer, examples, prefix=None, max_new_tokens: int = 16, shots=()):
+    """Tokenises examples of data.py for `predict`. Returns (ids, options, prefix).
+
+    `shots` are examples that stand, with their answers, before every question. They are read here,
+    once, and the prefix is extended by them. ValueError, which names the example, if one of its
+    options or max_new_tokens exceed the context. An open question's own answer needs no tokens.
+    """
+    import data
+
+    config = lm.config
+    left = config.max_len - (0 if prefix is None else prefix.size)
+    before = "".join(f"{shot.input} {shot.target}{SHOT_END}" for shot in shots)
+    examples = [replace(e, input=before + e.input) for e in examples]
+    eos = config.eos[0] if config.eos else None
+    choices = [e for e in examples if e.options]
+    tokenized = iter(data.tokenize(choices, tokenizer, eos, left, config.vocab_size))
+    ids, options = [], []
+    for e, row in zip(examples, data.encode_prompts(tokenizer, [e.input for e in examples])):
+        ids.append(row)
+        options.append(next(tokenized).options if e.options else [])
+        if not e.options and len(row) + max_new_tokens - 1 > left:  # the last is never read
+            raise ValueError(
+                f"{e.source}: {len(row)} tokens and {max_new_tokens} new ones exceed the {left} "
+                "that the LM's context leaves"
+            )
+    if shots:
+        ids, prefix = read_shared(lm, ids, prefix)
+    return ids, options, prefix
+
+
+def read_shots(path, count: int, seed: int, asked) -> list:
+    """Samples `count` examples of a file that are not among the examples `asked`, with `seed`."""
+    import data
+
+    inputs = {e.input for e in asked}
+    pool = [e for e in data.read(path) if e.input not in inputs]
+    if len(pool) < count:
+        raise ValueError(f"{path}: {len(pool)} examples that are not asked, fewer than {count}")
+    return [pool[row] for row in data.sample(len(pool), count, seed)]
+
+
+@torch.no_grad()
+def read_shared(lm, ids: list[list[int]], prefix=None):
+    """Reads the tokens that all questions begin with. Returns the rest of each, and the prefix."""
+    check_ids(ids, lm.config.vocab_size)
+    # Every question keeps a token: its logits give the first token of the answer.
+    n = min(len(os.path.commonprefix(ids)), min(map(len, ids)) - 1)
+    shared = torch.tensor([ids[0][:n]], device=next(lm.parameters()).device)
+    if n > 0:
+        prefix = lm.read(lm.embed(shared), prefix)
+    return [row[n:] for row in ids], prefix
+
+
+def utf8_text(text: str) -> str:
+    """An argparse type: a text that was UTF-8 on the command line."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{ascii(text)} is not UTF-8 text") from None
+    return text
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -257,7 +408,7 @@ def main(argv: list[str] | None = None) -> dict:
         description="Continue a text with a published checkpoint, and print its loss per token."
     )
     parser.add_argument("model", help="checkpoint folder or hub id")
-    parser.add_argument("text")
+    parser.add_argument("text", type=utf8_text)
     parser.add_argument("--max-new-tokens", type=int, default=40)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--seed", type=int, default=0)
@@ -277,7 +428,8 @@ def main(argv: list[str] | None = None) -> dict:
     new, nats = samples[0][0], math.nan
     if len(ids) > 1:  # the text after its first token
         nats = -option_scores(lm, [ids[:1]], [[ids[1:]]], mean=True)[0].item()
-    print(args.text + tokenizer.decode(ids + new.ids)[len(tokenizer.decode(ids)) :])
+    whole = tokenizer.decode(ids + drop_eos(new.ids, eos))
+    print(args.text + whole[len(tokenizer.decode(ids)) :])
     cost = -new.logprob / len(new.ids)
     print(f"[{nats:.4f} nats a token for the text, {cost:.4f} for the {len(new.ids)} new tokens]")
     return {"ids": new.ids, "nats": nats}

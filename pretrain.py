@@ -48,11 +48,11 @@ def pretrain_lm(args) -> dict:
         tokenizer = load_tokenizer(args.tokenizer)
     else:
         tokenizer = data.train_tokenizer(texts[:50_000], args.vocab_size)  # enough text
-    text = tokenize_corpus(args, tokenizer, texts)
+    vocab_size = tokenizer.get_vocab_size()
+    text = tokenize_corpus(args, tokenizer, texts, vocab_size)
     # The special tokens around a document. The first is BOS and the last EOS, often the same one.
     ends = tokenizer.encode("").ids
     bos, eos = (ends[0], (ends[-1],)) if ends else (None, ())
-    vocab_size = tokenizer.get_vocab_size()
     lm = LM(decoder_config(args, vocab_size, args.layers, args.context, bos, eos)).to(args.device)
 
     def loss_of(batch: data.Batch) -> Tensor:
@@ -70,8 +70,8 @@ def pretrain_encoder(args) -> dict:
     The decoder reads the encoded text as a prefix. It is small, and thrown away at the end.
     """
     tokenizer, sentinels = encoder_tokenizer(args, [f"<extra_id_{i}>" for i in range(32)])
-    text = tokenize_corpus(args, tokenizer, load_texts(args))
     V, D = tokenizer.get_vocab_size(), args.dim // args.heads
+    text = tokenize_corpus(args, tokenizer, load_texts(args), V)
     encoder = T5Encoder(T5Config(V, args.dim, args.layers, args.heads, D, mlp_width(args)))
     decoder = LM(decoder_config(args, V, layers=2, context=2 * args.seq_len))  # encoded and new
     both = nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(args.device)
@@ -95,8 +95,8 @@ def pretrain_bert(args) -> dict:
     """Train a BERT to predict masked tokens of [CLS] first part [SEP] rest."""
     names = ["[CLS]", "[SEP]", "[MASK]"]
     tokenizer, ids = encoder_tokenizer(args, names)
-    text = tokenize_corpus(args, tokenizer, load_texts(args))
     V, C = tokenizer.get_vocab_size(), args.dim
+    text = tokenize_corpus(args, tokenizer, load_texts(args), V)
     bert = Bert(BertConfig(V, C, args.layers, args.heads, 4 * C, args.context))
     head = nn.Sequential(nn.Linear(C, C), nn.GELU(), nn.LayerNorm(C))  # before the output layer
     both = nn.ModuleDict({"bert": bert, "head": head}).to(args.device)
@@ -122,7 +122,7 @@ def pretrain_bert(args) -> dict:
 def pretrain_connector(args) -> dict:
     """Train a Connector to predict the next token from its place before, after or between LMs."""
     lm, tokenizer = train.load_lm(args)
-    text = tokenize_corpus(args, tokenizer, load_texts(args))
+    text = tokenize_corpus(args, tokenizer, load_texts(args), lm.config.vocab_size)
     connector = recurse.new_connector(lm, args.composition, args.connector_layers)
     stack, prefix = recurse.COMPOSITIONS[args.composition](lm, connector)
 
@@ -219,8 +219,11 @@ class Text:
     held_out: data.Corpus
 
 
-def tokenize_corpus(args, tokenizer: Tokenizer, texts: list[str]) -> Text:
-    """Tokenise the documents. Held out are those of --dev, or the last two percent."""
+def tokenize_corpus(args, tokenizer: Tokenizer, texts: list[str], vocab_size=None) -> Text:
+    """Tokenise the documents. Held out are those of --dev, or the last two percent.
+
+    ValueError if a token is not below `vocab_size`, the rows of the embedding table.
+    """
     if args.dev:
         held_out = data.read_texts(args.dev)
     else:
@@ -231,7 +234,8 @@ def tokenize_corpus(args, tokenizer: Tokenizer, texts: list[str]) -> Text:
             f"{args.train}: holds one document; separate documents with blank lines, or name "
             "held-out text with --dev"
         )
-    return Text(data.encode_texts(texts, tokenizer), data.encode_texts(held_out, tokenizer))
+    corpora = [data.encode_texts(part, tokenizer, vocab_size) for part in (texts, held_out)]
+    return Text(*corpora)
 
 
 def train_on_text(
@@ -272,9 +276,11 @@ def train_on_text(
         )
     make_batch(text.train, args.seed, 0)  # refuses too little text before anything is written
     tokens = text.train.tokens.tobytes() + text.held_out.tokens.tobytes()
-    run = Run.from_args(args)
+    digest, run = hashlib.sha256(tokens).hexdigest(), Run.from_args(args)
+    hashes = {"data_hash": digest, "tokens_hash": digest, "init_hash": None}
+    hashes["fingerprint"] = frozen.fingerprint() if frozen else None
     with run:
-        record = start_record(run, trained, frozen, hashlib.sha256(tokens).hexdigest())
+        record = start_record(run, trained, frozen, hashes)
         record |= fit(
             run,
             Recipe.from_args(args),

@@ -134,7 +134,7 @@ class Bert(nn.Module):
         """Load the encoder of a published BERT, float32, trainable, in eval mode.
 
         Heads in the same file are ignored. FileNotFoundError if a file is missing. ValueError if a
-        key of config.json or a tensor does not fit; it names them.
+        key of config.json or a tensor does not fit, or if it is quantised; it names them.
         """
         from checkpoints import check_tensors, read_tensors, skip_init
         from families import bert_from_hf
@@ -143,12 +143,10 @@ class Bert(nn.Module):
         stored = read_tensors(folder / "model.safetensors")
         with torch.device("meta"), skip_init():
             bert = cls(BertConfig(**bert_from_hf(folder / "config.json")))
-        tensors = {name.removeprefix("bert."): tensor for name, tensor in stored.items()}
+        tensors = {current_name(name): tensor for name, tensor in stored.items()}
         tensors.pop("embeddings.position_ids", None)  # older files store 0, 1, 2, ...
         names = bert.hf_names()
-        found = {
-            n: t.shape for n, t in tensors.items() if n.startswith(("embeddings.", "encoder."))
-        }
+        found = {n: t for n, t in tensors.items() if n.startswith(("embeddings.", "encoder."))}
         expected = {names[ours]: p.shape for ours, p in bert.named_parameters()}
         check_tensors(found, expected, folder)
         state = {ours: tensors[theirs].to(device, torch.float32) for ours, theirs in names.items()}
@@ -172,6 +170,19 @@ class Bert(nn.Module):
             place = f"encoder.layer.{path[1]}" if path[0] == "layers" else "embeddings"
             names[name] = f"{place}.{HF_NAMES.get(path[-1], path[-1])}.{suffix}"
         return names
+
+
+def current_name(name: str) -> str:
+    """Return today's published name of a tensor.
+
+    A file of BertFor... has `bert.` in front of the encoder's names. The first published files call
+    a LayerNorm's weight and bias gamma and beta.
+    """
+    name = name.removeprefix("bert.")
+    for earlier, current in (("gamma", "weight"), ("beta", "bias")):
+        if name.endswith(f"LayerNorm.{earlier}"):
+            name = name.removesuffix(earlier) + current
+    return name
 
 
 def token_type_ids(ids: Tensor, separator: int) -> Tensor:

@@ -12,7 +12,8 @@
 Files are written under a temporary name, synced and renamed, so they are always complete. Only
 metrics.jsonl is appended to, and a kill can cut its last line. No pickle is ever read or written. A
 kill costs at most the steps since the last saved state. A resumed run ends, on the same CPU and
-number of threads, with the same bits as an uninterrupted one.
+number of threads, with the same bits as an uninterrupted one. Hashes identify the LM and the data,
+so a run can be moved together with them.
 
     from runs import load_run
     model, prefix, tokenizer, record = load_run("runs/neural_recursion")      # under a second
@@ -23,7 +24,9 @@ import math
 import os
 import platform
 import shlex
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +44,67 @@ from recurse import COMPOSITIONS
 
 ASSETS = Path(__file__).parent / "assets"  # the embedded LM and the Connectors pretrained on it
 
-# The run folder
+# What only shows
+
+
+def show(text: str, stream: str = "stdout") -> None:
+    """Print a line to sys.stdout or sys.stderr. A line that cannot be printed never ends a run.
+
+    Letters that the stream cannot write are escaped. A stream that is closed or full is silent
+    from then on.
+    """
+    out = getattr(sys, stream)
+    if out is None:  # it was closed before Python began
+        return
+    try:
+        encoding = getattr(out, "encoding", None) or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=out, flush=True)
+    except (OSError, ValueError) as error:
+        silent = open(os.devnull, "w")
+        with suppress(OSError, ValueError):  # what is still in the buffer would fail at exit
+            os.dup2(silent.fileno(), out.fileno())
+        setattr(sys, stream, silent)
+        if stream == "stdout":
+            show(f"standard output: {error}; the run goes on without it", "stderr")
+
+
+@contextmanager
+def only_shows(what: str) -> Iterator[None]:
+    """A context for code that only shows something. If it fails, one line says why."""
+    try:
+        yield
+    except Exception as error:  # from any library, and no result may be lost by it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        show(f"no {what}: {reason}")
+
+
+# What identifies a run
+
+HASHES = {  # keys of run.json that identify what a run reads
+    "data_hash": "on other data",
+    "tokens_hash": "with another tokenizer",
+    "fingerprint": "on another LM",
+    "init_hash": "from another adapter",
+}
+PATHS = {  # arguments that name files, and the hash that identifies what they hold
+    "model": "fingerprint",
+    "tokenizer": "tokens_hash",
+    "init": "init_hash",
+    "train": "data_hash",
+    "dev": "data_hash",
+    "test": "data_hash",
+}
+INIT_WORDS = ("random", "vocab", "labels")  # ways to start; the fourth is text:WORDS
+
+
+def is_word(key: str, value) -> bool:
+    """Whether an argument is --init with a way to start. Such a word is never taken for a path."""
+    return key == "init" and bool(value) and (value in INIT_WORDS or value.startswith("text:"))
+
+
+def names_file(key: str, value) -> bool:
+    """Whether an argument is given and names a file, a folder or a hub id."""
+    return key in PATHS and value is not None and not is_word(key, value)
 
 
 def arguments(args) -> dict:
@@ -50,10 +113,27 @@ def arguments(args) -> dict:
     Paths of existing files become absolute, so a run can be resumed and used from any folder.
     """
     kept = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "program", "argv")}
-    for key in ("model", "tokenizer", "init", "train", "dev", "test"):
-        if kept.get(key) and Path(kept[key]).exists():
-            kept[key] = os.path.abspath(kept[key])
+    for key, value in kept.items():
+        if names_file(key, value) and os.path.exists(value):
+            kept[key] = os.path.abspath(value)
     return kept
+
+
+def has_hash(record: dict, key: str) -> bool:
+    """Whether a record holds this hash, or knows that there is none. Early records lack some."""
+    return record.get(key) is not None or "tokens_hash" in record
+
+
+def places(path: str, folder: str | Path, record: dict) -> list[str]:
+    """Return where a path of a run's record may be now: the path itself, and the same place
+    relative to the run's folder, in case that both were moved together."""
+    if not os.path.isabs(path) or "folder" not in record:  # not absolute: a hub id
+        return [path]
+    relative = os.path.relpath(path, record["folder"])
+    return [path, os.path.normpath(os.path.join(os.path.abspath(folder), relative))]
+
+
+# The run folder
 
 
 @dataclass
@@ -65,6 +145,8 @@ class State:
 
     step: int = 0  # finished steps
     seconds: float = 0.0  # training time
+    tokens: int = 0  # read by the steps
+    step_seconds: float = 0.0  # of the steps that read them, without scoring
     best_step: int = 0
     best_score: float = -math.inf
     best: dict[str, Tensor] = field(default_factory=dict)  # the parameters after best_step
@@ -106,10 +188,20 @@ class Run:
                 raise FileExistsError(f"{self.folder} is not a run's folder (it has no run.json)")
             return
         for key, value in self.arguments.items():
-            before = record["arguments"].get(key)
-            if before != value:
+            before = record["arguments"].get(key, value)  # an earlier program lacks some flags
+            words = is_word(key, before) or is_word(key, value)
+            if key in PATHS and has_hash(record, PATHS[key]) and not words:
+                continue  # a path is a hint; start_record compares the hashes
+            if before != value and key != "eval_tokens":  # which saves memory and changes nothing
                 flag = f"--{key.replace('_', '-')}"
                 raise ValueError(f"{self.folder} was started with {flag} {before}, not {value}")
+
+    def find(self, path: str) -> str:
+        """Return where a path of the command line is now: at the same place relative to the run's
+        folder, if it is not where it was when the run began."""
+        record = self.record() if self.resume else None
+        found = [p for p in places(path, self.folder, record or {}) if os.path.exists(p)]
+        return [*found, path][0]
 
     def record(self) -> dict | None:
         """Return run.json of the run that the folder holds already, or None."""
@@ -159,7 +251,7 @@ class Run:
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        keys = ("step", "best_step", "best_score", "seconds")
+        keys = ("step", "best_step", "best_score", "seconds", "tokens", "step_seconds")
         metadata = {"json": json.dumps({key: getattr(state, key) for key in keys})}
         with atomic_write(self.state_path) as path:
             save_file(tensors, path, metadata=metadata)
@@ -197,40 +289,45 @@ def _group(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 # Records
 
 
-def start_record(run: Run, trained: nn.Module, frozen: LM | None, data_hash: str) -> dict:
+def start_record(run: Run, trained: nn.Module, frozen: LM | None, hashes: dict) -> dict:
     """Write run.json with all that is known before training, and return it as a dict.
 
-    ValueError if the folder's run was started on other data or on another LM.
+    `hashes` has the keys of HASHES. ValueError if the folder's run was started with others.
     """
     before = run.record() or {}
-    fingerprint = frozen.fingerprint() if frozen else None
-    if before and before.get("data_hash") != data_hash:
-        raise ValueError(f"{run.folder} was started on other data (its data_hash differs)")
-    if before and before.get("fingerprint") != fingerprint:
-        raise ValueError(f"{run.folder} was started on another LM (its fingerprint differs)")
+    for key, what in HASHES.items():
+        if has_hash(before, key) and before.get(key) != hashes[key]:
+            raise ValueError(f"{run.folder} was started {what} (its {key} differs)")
     count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     line = f"{run.arguments['method']}: {count:,} parameters trained"
     if frozen:
         line += f", {sum(p.numel() for p in frozen.parameters()):,} frozen"
-    print(line, flush=True)
-    cuda = run.arguments["device"] == "cuda"
-    device = torch.cuda.get_device_name() if cuda else platform.machine()
-    record = before | {  # the results of a finished run stay until it is scored again
-        "command": before.get("command", run.command),
+    show(line)
+    # The results of a finished run stay until it is scored again, and what it was started on stays.
+    record = {"command": run.command} | environment(run) | before
+    record |= {
         "arguments": run.arguments,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "hardware": {"device": device, "threads": torch.get_num_threads()},
+        "folder": os.path.abspath(run.folder),
         "trained_parameters": count,
-        "fingerprint": fingerprint,
         "weights_before": hash_tensors(frozen.state_dict()) if frozen else None,
-        "data_hash": data_hash,
+        **hashes,
     }
+    latest, now = record.get("resumed", [record])[-1], environment(run)
+    if any(latest.get(key) != now[key] for key in now):
+        record["resumed"] = [*record.get("resumed", []), now]
     write_json(run.folder / "run.json", record)
     return record
+
+
+def environment(run: Run) -> dict:
+    """What the process computes with: versions and hardware."""
+    cuda = run.arguments["device"] == "cuda"
+    device = torch.cuda.get_device_name() if cuda else platform.machine()
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {
+        "versions": versions | {"numpy": np.__version__},
+        "hardware": {"device": device, "threads": torch.get_num_threads()},
+    }
 
 
 def finish_record(run: Run, record: dict, frozen: LM | None, results: dict) -> dict:
@@ -245,7 +342,7 @@ def finish_record(run: Run, record: dict, frozen: LM | None, results: dict) -> d
         raise ValueError(f"{run.folder}: the frozen LM's weights changed during the run")
     for split, result in results.items():
         print_result(split, result)
-    print(f"{run.folder}: step {record['step']} was best; {record['seconds']:.0f} s of training")
+    show(f"{run.folder}: step {record['step']} was best; {record['seconds']:.0f} s of training")
     return record
 
 
@@ -253,30 +350,30 @@ def print_result(split: str, result: dict) -> None:
     """Print the loss of a text, or the scores of all questions and of each task."""
     if "em" not in result:
         loss, perplexity = result["loss"], result["perplexity"]
-        print(f"{split:5} loss {loss:.4f} nats a token, perplexity {perplexity:.2f}")
+        show(f"{split:5} loss {loss:.4f} nats a token, perplexity {perplexity:.2f}")
         return
     for task, row in {"all": result, **result["tasks"]}.items():
         if task:
             scores = f"EM {100 * row['em']:5.1f}   F1 {100 * row['f1']:5.1f}"
-            print(f"{split:5} {task:12} {scores}   ({row['n']} questions)")
+            show(f"{split:5} {task:12} {scores}   ({row['n']} questions)")
 
 
 def draw_curve(run: Run, history: list[dict]) -> None:
     """Write curve.png: loss and dev score against steps."""
+    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's may be missing here; none is needed
     try:
-        import matplotlib
-    except ImportError:
-        print("no curve.png: matplotlib is not installed")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     losses = [(r["step"], r["loss"]) for r in history if r.get("loss") is not None]
     scores = [(r["step"], r["score"]) for r in history if r.get("score") is not None]
-    figure, left = plt.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4))
+    left = figure.subplots()
     left.plot(*zip(*losses), color="tab:gray")
-    title = f"{run.arguments['method']}: {run.folder.name}"
-    left.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    left.set(xlabel="step", ylabel="loss (nats a token)")
+    name = run.folder.name.encode("utf-8", "backslashreplace").decode()
+    left.set_title(f"{run.arguments['method']}: {name}", parse_math=False)  # $ is no formula
     if scores:
         right = left.twinx()
         right.plot(*zip(*scores), color="tab:blue", marker="o")
@@ -284,7 +381,6 @@ def draw_curve(run: Run, history: list[dict]) -> None:
     figure.tight_layout()
     with atomic_write(run.folder / "curve.png") as path:
         figure.savefig(path, format="png", dpi=110)
-    plt.close(figure)
 
 
 # What a run trained
@@ -293,8 +389,10 @@ def draw_curve(run: Run, history: list[dict]) -> None:
 def read_record(folder: str | Path) -> dict:
     """Return run.json as a dict. FileNotFoundError if there is none, ValueError if it is no record.
 
-    Keys: command, arguments, versions, hardware, trained_parameters, fingerprint, weights_before,
-    weights_after, data_hash, step, score, seconds, tokens_per_second, results, question_format.
+    Keys: command, arguments, folder, versions, hardware, resumed, trained_parameters, the keys of
+    HASHES, weights_before, weights_after, step, score, seconds, tokens_per_second, results,
+    question_format. Versions and hardware are those of the start. If a run was resumed with others,
+    resumed is the list of these.
     """
     path = Path(folder) / "run.json"
     if not path.is_file():
@@ -308,7 +406,7 @@ def read_record(folder: str | Path) -> dict:
     return record
 
 
-def load_run(folder: str | Path, device: str = "cpu"):
+def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None = None):
     """Load what a run trained. Returns (model, prefix, tokenizer, record).
 
     model      the LM, or a Stack with the LM's interface; float32, whatever the run used
@@ -316,23 +414,48 @@ def load_run(folder: str | Path, device: str = "cpu"):
     tokenizer  the one that the run used
     record     run.json
 
-    ValueError if the run trained no LM or adapter but an encoder.
+    The argument `model` says where the LM is now, if it was moved. ValueError if it is another LM,
+    or if the run trained no LM or adapter but an encoder.
     """
     folder, record = Path(folder), read_record(folder)
     args, trained_lm = record["arguments"], folder / "model"
-    if trained_lm.is_dir():
-        lm = LM.from_pretrained(trained_lm, device)
-        return lm, None, load_tokenizer(trained_lm, lm.config.vocab_size), record
     method = args["method"]
     if method == "pretrain_connector":
         method = args.get("composition")
+    if trained_lm.is_dir():
+        if model is not None:
+            raise ValueError(f"{folder}: {method} trained an LM of its own; --model says another")
+        lm = LM.from_pretrained(trained_lm, device)
+        return lm, None, load_tokenizer(trained_lm, lm.config.vocab_size), record
     if method not in COMPOSITIONS:
         raise ValueError(f"{folder}/run.json: {args['method']} trains nothing that answers")
-    lm = LM.from_pretrained(args.get("model") or ASSETS / "lm", device)
+    lm = _load_base(folder, record, device, model)
     adapter = load_adapter(folder, lm).requires_grad_(False)
-    tokenizer = load_tokenizer(args.get("tokenizer") or lm.folder, lm.config.vocab_size)
+    given = args.get("tokenizer")
+    found = [p for p in places(given, folder, record) if os.path.exists(p)] if given else []
+    tokenizer = load_tokenizer([*found, lm.folder][0], lm.config.vocab_size)
     model, prefix = COMPOSITIONS[method](lm, adapter)
     return model, prefix, tokenizer, record
+
+
+def _load_base(folder: Path, record: dict, device: str, model: str | Path | None) -> LM:
+    """Load the LM that a run was trained on. The fingerprint decides whether it is the one."""
+    stored = str(model or record["arguments"].get("model") or ASSETS / "lm")
+    candidates = [stored] if model else places(stored, folder, record)
+    if not model and os.path.isabs(stored):
+        candidates = [path for path in candidates if os.path.isdir(path)]
+    if not candidates:
+        raise FileNotFoundError(
+            f"{folder}: its LM is not at {stored} any more; --model says where it is now"
+        )
+    for path in candidates:
+        lm = LM.from_pretrained(path, device)
+        if record.get("fingerprint") in (None, lm.fingerprint()):
+            return lm
+    raise ValueError(
+        f"{folder}: was trained on another LM than {path} (its fingerprint differs); --model says "
+        "where its own is"
+    )
 
 
 PREDICTION_KEYS = {
@@ -357,7 +480,8 @@ def read_predictions(folder: str | Path) -> list[dict]:
         raise FileNotFoundError(f"{path}: no such file; a run writes it when it has been tested")
     records, line_of = [], {}
     # Bytes, split at "\n" only: the decoding errors of a text file name no line.
-    for number, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), start=1):
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+    for number, line in enumerate([] if lines == [b""] else lines, start=1):  # []: nothing tested
         try:
             record = _check_prediction(json.loads(line.decode("utf-8")))
             task, id = record["task"], record["id"]

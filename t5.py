@@ -32,6 +32,14 @@ HF_NAMES = {  # our parameter: the published tensor
     ),
     "norm.weight": "encoder.final_layer_norm.weight",
 }
+# A file may hold the one embedding table under several of these names, or under one alone. A head
+# of its own, as T5 1.1 has, stands beside the table and so is never taken for it.
+HF_TABLE_NAMES = (
+    "shared.weight",
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "lm_head.weight",
+)
 HF_LAYER_NAMES = {  # our module of a layer: the published one of encoder.block.{i}
     "input_layernorm": "layer.0.layer_norm",
     "self_attn.q_proj": "layer.0.SelfAttention.q",
@@ -156,7 +164,7 @@ class T5Encoder(nn.Module):
         """Load the encoder of a published T5, frozen: eval mode, no parameter needs a gradient.
 
         A decoder in the same file is ignored. FileNotFoundError if a file is missing. ValueError if
-        a key of config.json or a tensor does not fit; it names them.
+        a key of config.json or a tensor does not fit, or if it is quantised; it names them.
         """
         from checkpoints import check_tensors, read_tensors, skip_init
         from families import t5_from_hf
@@ -165,13 +173,13 @@ class T5Encoder(nn.Module):
         tensors = read_tensors(folder / "model.safetensors")
         with torch.device("meta"), skip_init():
             encoder = cls(T5Config(**t5_from_hf(folder / "config.json")))
-        embeddings = tensors.pop("encoder.embed_tokens.weight", None)  # some files hold both names
-        if embeddings is not None:
-            tensors.setdefault("shared.weight", embeddings)
+        tables = [tensors.pop(name) for name in HF_TABLE_NAMES if name in tensors]
+        if tables:
+            tensors["shared.weight"] = tables[0]
         names = encoder.hf_names()
-        parameters = dict(encoder.named_parameters())
-        found = {n: t.shape for n, t in tensors.items() if n.startswith(("shared.", "encoder."))}
-        check_tensors(found, {names[ours]: p.shape for ours, p in parameters.items()}, folder)
+        found = {n: t for n, t in tensors.items() if n.startswith(("shared.", "encoder."))}
+        expected = {names[ours]: p.shape for ours, p in encoder.named_parameters()}
+        check_tensors(found, expected, folder)
         state = {ours: tensors[theirs].to(device, dtype) for ours, theirs in names.items()}
         encoder.load_state_dict(state, assign=True)
         return encoder.requires_grad_(False).eval()

@@ -23,6 +23,7 @@ to recurse.COMPOSITIONS, and a function and a line of METHODS here.
 import argparse
 import hashlib
 import math
+import os
 import sys
 import warnings
 from collections import Counter
@@ -32,6 +33,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -40,11 +42,11 @@ import data
 import eval as metrics
 import recurse
 import world
-from checkpoints import load_tokenizer, resolve
+from checkpoints import hash_tensors, load_tokenizer, read_tensors, resolve
 from fit import Recipe, autocast, fit, target_loss
 from generate import predict
 from model import LM
-from runs import ASSETS, Run, finish_record, start_record
+from runs import ASSETS, Run, finish_record, names_file, only_shows, show, start_record
 
 # The methods
 
@@ -127,9 +129,8 @@ def train_adapter(task: Task, trained: nn.Module) -> dict:
             info = {"method": args.method, "base_model_name_or_path": base}
             adapters.save_adapter(run.folder, adapter, lm, **info)
 
-    data_hash = hashlib.sha256(repr(sorted(task.examples.items())).encode()).hexdigest()
     with run:
-        record = start_record(run, trained, frozen, data_hash)
+        record = start_record(run, trained, frozen, hashes(task))
         # Whether `eval.py ask` must put its questions into the format of data.question_text.
         inputs = [example.input for example in task.examples["train"]]
         record["question_format"] = all(map(data.is_question, inputs))
@@ -139,31 +140,47 @@ def train_adapter(task: Task, trained: nn.Module) -> dict:
             predictions = {split: predict_split(task, adapter, split) for split in splits}
         rows = predictions.get("test") or predictions.get("dev") or []
         run.write_lines("predictions.jsonl", rows)
-        show_examples(rows)
-        if args.method == "neural_recursion" and rows:  # the last correct answer, or the last
-            show_passes(task, next((row for row in rows[::-1] if row["em"]), rows[-1]))
+        with only_shows("examples"):
+            show_examples(rows)
+            if args.method == "neural_recursion" and rows:  # the last correct answer, or the last
+                show_passes(task, next((row for row in rows[::-1] if row["em"]), rows[-1]))
         results = {split: metrics.summary(part) for split, part in predictions.items()}
         return finish_record(run, record, frozen, results)
 
 
 @torch.no_grad()
 def predict_split(task: Task, adapter, split: str, limit: int | None = None) -> list[dict]:
-    """Answer a split's questions, or about `limit` of them, and score the answers."""
-    model, prefix = recurse.COMPOSITIONS[task.args.method](task.lm, adapter)
-    # Every n-th question, because files are often sorted.
-    stride = math.ceil(len(task.tokens[split]) / limit) if limit else 1
-    tokens, examples = task.tokens[split][::stride], task.examples[split][::stride]
+    """Answer a split's questions, or a sample of `limit` of them, and score the answers."""
+    args = task.args
+    model, prefix = recurse.COMPOSITIONS[args.method](task.lm, adapter)
+    rows = data.sample(len(task.tokens[split]), limit, args.seed)
+    examples = [task.examples[split][row] for row in rows]
+    tokens = [task.tokens[split][row] for row in rows]
     ids, options = [t.input for t in tokens], [t.options for t in tokens]
-    answers = predict(model, task.tokenizer, ids, prefix, task.args.max_new_tokens, options)
+    new, stops = args.max_new_tokens, metrics.stops(examples, args.stop)
+    answers = predict(model, task.tokenizer, ids, prefix, new, options, stops, args.eval_tokens)
     return metrics.score(examples, answers)
+
+
+def hashes(task: Task) -> dict[str, str | None]:
+    """What identifies the data, their tokens, the LM, and the adapter that training starts from."""
+    folder, adapter = init_folder(task.args), None
+    if folder:
+        adapter = hash_tensors(read_tensors(folder / "adapter_model.safetensors"))
+    texts, tokens = (repr(sorted(part.items())) for part in (task.examples, task.tokens))
+    return {
+        "data_hash": hashlib.sha256(texts.encode()).hexdigest(),
+        "tokens_hash": hashlib.sha256(tokens.encode()).hexdigest(),
+        "fingerprint": task.lm.fingerprint(),
+        "init_hash": adapter,
+    }
 
 
 # What training starts from
 
 
-def load_task(args) -> Task:
-    """Load the LM and the questions. A question that does not fit the context is a ValueError."""
-    lm, tokenizer = load_lm(args)
+def load_task(args, lm: LM, tokenizer: Tokenizer) -> Task:
+    """Load and tokenise the questions. One that does not fit the context is a ValueError."""
     P = args.prompt_length if args.method == "prompt_tuning" else 0
     context = lm.config.max_len
     left = context - P  # for a question and its answer
@@ -171,7 +188,8 @@ def load_task(args) -> Task:
         raise ValueError(f"--prompt-length {P} leaves {left} of the LM's context of {context}")
     eos = lm.config.eos[0] if lm.config.eos else None
     examples = {split: load_split(args, split) for split in ("train", "dev", "test")}
-    tokens = {k: data.tokenize(part, tokenizer, eos, left) for k, part in examples.items()}
+    V = lm.config.vocab_size
+    tokens = {k: data.tokenize(part, tokenizer, eos, left, V) for k, part in examples.items()}
     for split in ("dev", "test"):  # refuse before training what `predict` would refuse after it
         for example, question in zip(examples[split], tokens[split]):
             T, new = len(question.input), args.max_new_tokens
@@ -211,24 +229,33 @@ def load_split(args, split: str) -> list[data.Example]:
     return [data.parse_record(record, f"world {split}") for record in records]
 
 
+def init_folder(args) -> Path | None:
+    """The folder of the adapter that training starts from, or None if it starts from none."""
+    if names_file("init", args.init):
+        return Path(args.init)
+    stored = ASSETS / f"{args.method}_{args.connector_layers}"
+    embedded = args.init is None and args.model is None and stored.is_dir()
+    return stored if embedded else None
+
+
 def start_connector(task: Task) -> adapters.Connector:
     """The Connector that training starts from: --init, or the one in assets/, or a random one."""
     args, lm = task.args, task.lm
-    stored = ASSETS / f"{args.method}_{args.connector_layers}"
-    if args.init is None and args.model is None and stored.is_dir():
-        return adapters.load_adapter(stored, lm)
+    folder = init_folder(args)
+    if folder:
+        return load_init(folder, args, lm, adapters.Connector)
     if args.init in (None, "random"):
         return recurse.new_connector(lm, args.method, args.connector_layers)
-    return load_init(args, lm, adapters.Connector)
+    raise ValueError(f"--init {args.init} starts a prompt, and {args.method} trains a Connector")
 
 
 def start_prompt(task: Task) -> adapters.SoftPrompt:
     """The prompt that training starts from, as --init says."""
     args, table, P = task.args, task.lm.embed_tokens.weight, task.args.prompt_length
-    init = args.init or "vocab"
-    kind, _, text = init.partition(":")
-    if kind not in ("random", "vocab", "labels", "text") or Path(init).is_dir():
-        return load_init(args, task.lm, adapters.SoftPrompt)
+    folder = init_folder(args)
+    if folder:
+        return load_init(folder, args, task.lm, adapters.SoftPrompt)
+    kind, _, text = (args.init or "vocab").partition(":")
     rng = torch.Generator().manual_seed(args.seed)
     if kind == "labels":  # the most frequent answers
         counts = Counter(example.target for example in task.examples["train"])
@@ -243,10 +270,10 @@ def start_prompt(task: Task) -> adapters.SoftPrompt:
     return adapters.SoftPrompt(vectors).to(args.device)
 
 
-def load_init(args, lm: LM, kind: type) -> nn.Module:
+def load_init(init: Path, args, lm: LM, kind: type) -> nn.Module:
     """Load the stored adapter that --init names. ValueError if the method does not train it."""
-    init, method = args.init, args.method
-    if not Path(init).is_dir():
+    method = args.method
+    if not init.is_dir():
         raise ValueError(
             f"--init {init} is neither the folder of an adapter nor a way to start {method}"
         )
@@ -276,7 +303,7 @@ def show_examples(rows: list[dict]) -> None:
     """Print the first question of each task with its prediction and the accepted answers."""
     for name in dict.fromkeys(row["task"] for row in rows):
         row = next(row for row in rows if row["task"] == name)
-        print(f"{row['input']} {row['prediction']}   (accepted: {', '.join(row['answers'])})")
+        show(f"{row['input']} {row['prediction']}   (accepted: {', '.join(row['answers'])})")
 
 
 def show_passes(task: Task, row: dict) -> None:
@@ -293,13 +320,13 @@ def show_passes(task: Task, row: dict) -> None:
         ids = torch.tensor([question + second], device=lm.embed_tokens.weight.device)
         h = lm(lm.embed(ids))[0, len(question) - 1 : -1]  # position t predicts token t + 1
         first = lm.logits(h).argmax(-1).tolist()
-        alone = predict(lm, tokenizer, [question])[0]
-    print(f"\n{row['input']}\n  the frozen LM alone answers  {alone}")
+        alone = predict(lm, tokenizer, [question], stops=["\n"])[0]
+    show(f"\n{row['input']}\n  the frozen LM alone answers  {alone}")
     lines = [[repr(tokenizer.decode([token])) for token in tokens] for tokens in (second, first)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for name, line in zip(("second pass", "first pass"), lines):
-        print(f"  {name:12}", *(piece.ljust(width) for piece, width in zip(line, widths)))
-    print(f"  accepted     {', '.join(row['answers'])}\n")
+        show(" ".join([f"  {name:12}", *map(str.ljust, line, widths)]))
+    show(f"  accepted     {', '.join(row['answers'])}\n")
 
 
 # The command line
@@ -314,6 +341,15 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
+
+    def parse_known_args(self, args: list[str], namespace=None):
+        """Parse the flags. An argument that is not UTF-8 is an error."""
+        for text in args:
+            if any(
+                "\ud800" <= letter <= "\udfff" for letter in text
+            ):  # how Python reads such bytes
+                self.error(f"the argument {text!a} is not UTF-8 text")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         """Print the message after the program's name, and exit with status 2."""
@@ -361,12 +397,7 @@ def add_training_flags(parser) -> None:
         ("--steps", COUNT, None, "optimiser steps (paper: up to 100,000)"),
         ("--batch-size", COUNT, 32, "questions, or windows of text, in a batch (paper: 32)"),
         ("--grad-accum", COUNT, 1, "batches in a step"),
-        (
-            "--lr",
-            number_type(float, 0),
-            None,
-            "peak (papers: 1e-5 to 4e-4, for prompts 0.03 to 0.5)",
-        ),
+        ("--lr", number_type(float, 0), None, "peak (papers: 1e-5 to 4e-4; prompts: 0.03 to 0.5)"),
         ("--schedule", ["linear", "constant"], "linear", "after warm-up: down to zero, or level"),
         ("--warmup", number_type(float, 0, 1), 0.005, "fraction of the steps (paper: 0.005)"),
         ("--optimizer", ["adamw", "adafactor"], "adamw", "papers: adafactor for prompts"),
@@ -386,12 +417,7 @@ def add_run_flags(parser) -> None:
         "run",
         ("--out", str, None, "the run's folder; runs/METHOD if not given"),
         ("--device", ["cpu", "cuda"], device, "where to compute"),
-        (
-            "--dtype",
-            ["float32", "bfloat16"],
-            None,
-            "of frozen weights and arithmetic; bfloat16 on CUDA",
-        ),
+        ("--dtype", ["float32", "bfloat16"], None, "arithmetic, frozen weights; CUDA: bfloat16"),
     )
     text = "continue from the last checkpoint in --out, bit for bit on a CPU"
     group.add_argument("--resume", action="store_true", help=text)
@@ -414,15 +440,9 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     init = "folder of a trained adapter to start from, or random; if neither this nor --model is "
     init += "given, the Connector of this method and size in assets/, if any; prompts: also vocab "
     init += "(embeddings of sampled tokens, the default), labels (of training answers), text:WORDS"
-    add_flags(
-        parser,
-        "model",
-        MODEL,
-        TOKENIZER,
-        ("--init", str, None, init),
-        ("--prompt-length", COUNT, 20, "P of a soft prompt (papers: 100 to 400)"),
-        CONNECTOR,
-    )
+    start = ("--init", str, None, init)
+    length = ("--prompt-length", COUNT, 20, "P of a soft prompt (papers: 100 to 400)")
+    add_flags(parser, "model", MODEL, TOKENIZER, start, length, CONNECTOR)
     add_flags(
         parser,
         "data",
@@ -431,7 +451,9 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
         ("--test", str, None, "questions that are scored once, at the end"),
         WORLD,
         ("--max-new-tokens", COUNT, 16, "longest answer"),
+        ("--stop", str, None, "ends an answer; a newline for questions if not given, '' for none"),
         ("--eval-limit", COUNT, 240, "dev questions scored along training; the end scores all"),
+        ("--eval-tokens", COUNT, 8192, "tokens in a batch of evaluation, options included"),
     )
     add_training_flags(parser)
     add_run_flags(parser)
@@ -447,7 +469,11 @@ def check_and_seed(args: argparse.Namespace) -> None:
     """Refuse a device or a folder that cannot be used, and seed the random numbers."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here")
-    Run.from_args(args).check()
+    run = Run.from_args(args)
+    run.check()
+    for key, value in list(vars(args).items()):
+        if names_file(key, value):
+            setattr(args, key, run.find(value))
     torch.manual_seed(args.seed)
 
 
@@ -458,26 +484,27 @@ def main(argv: list[str] | None = None) -> dict:
         raise ValueError("--init: fine_tuning does not start from an adapter")
     check_and_seed(args)
     method, _ = METHODS[args.method]
-    return method(load_task(args))
+    return method(load_task(args, *load_lm(args)))
 
 
 def run_program(program: str, main: Callable[[], object]) -> None:
     """Run `main`. Bad input prints one line and exits with 2; SIGINT or SIGTERM, with 130."""
 
     def show_warning(message, *_, **__):
-        print(f"{program}: {message}", file=sys.stderr)
+        show(f"{program}: {message}", "stderr")
 
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed, and no file of the run may get its number
+            setattr(sys, name, open(os.devnull, "w"))
     warnings.showwarning = show_warning  # without the file and line that raised it
     try:
         main()
     except KeyboardInterrupt:
-        print(
-            f"{program}: stopped; the same command with --resume goes on from the last checkpoint",
-            file=sys.stderr,
-        )
+        text = "stopped; the same command with --resume goes on from the last checkpoint"
+        show(f"{program}: {text}", "stderr")
         sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+    except (ValueError, OSError, SafetensorError) as error:
+        show(f"{program}: {' '.join(str(error).splitlines())}", "stderr")
         sys.exit(2)
 
 

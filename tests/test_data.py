@@ -7,7 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 import data
 from data import IGNORE_INDEX, Example, TokenizedExample
@@ -65,6 +73,16 @@ null
 {"inputs_pretokenized": "a", "targets_pretokenized": "b", "answer_choices": "b"}
 {"inputs_pretokenized": "a", "targets_pretokenized": "b", "answer_choices": ["c"]}
 {"input": "half a pair: \uD83D", "target": "b"}
+{"input": null, "target": "b"}
+{"input": "a", "target": NaN, "answers": ["b"]}
+{"question": "a", "answer": null, "target": "b"}
+{"question": "a", "answer": ["b"], "answer_choices": ["c"]}
+{"question": "a", "answer": ["b"], "answer_choices": "b"}
+{"input": "a", "target": "b", "options": ["b", "c", "c"]}
+{"input": "a", "target": "b", "options": [" b", "c", "b "]}
+{"input": "a", "target": "b", "options": ["b", null]}
+{"question": "a", "answer": ["b"], "options": ["b", "b\n"]}
+{"inputs_pretokenized": "a", "targets_pretokenized": "b", "answer_choices": ["c", "b", "c\u2028"]}
 """
 NOT_UTF8, NESTED = '{"input": "\udcff", "target": "b"}', "[" * 100_000
 
@@ -83,6 +101,88 @@ def test_unusual_but_valid_lines_are_read(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(text)
     first, second = data.read(tmp_path / "a.jsonl")
     assert first.answers == ("b",) and second.input == "\U0001f600" and second.source == "a.jsonl:3"
+
+
+FORMS = (
+    {"question": "is it", "answer": ["bad"]},
+    {"input": "Is it?", "target": "bad"},
+    {"inputs_pretokenized": "Is it?", "targets_pretokenized": "bad"},
+)
+OTHER_KEYS = ("text", "task", "id", "answers", "options", "answer_choices")
+
+
+@pytest.mark.parametrize("absent", ["null", "NaN"])
+@pytest.mark.parametrize("form", FORMS)
+def test_key_without_a_value_is_absent(tmp_path, form, absent):
+    """A table as JSON lines: every record has every column."""
+    columns = dict.fromkeys((key for each in FORMS for key in each), json.loads(absent))
+    columns |= dict.fromkeys(OTHER_KEYS, json.loads(absent))
+    table = data.read(write(tmp_path / "a.jsonl", columns | form, columns | form))
+    assert table == data.read(write(tmp_path / "a.jsonl", form, form))
+    assert table[0].task == "" and table[1].id == "a.jsonl:2" and table[0].options == ()
+    choices = form | {"options": ["bad", "good"]}
+    path = write(tmp_path / "a.jsonl", choices, choices | {"answer_choices": None})
+    assert [e.options for e in data.read(path)] == [("bad", "good")] * 2
+    texts = data.read_texts(write(tmp_path / "b.jsonl", columns | form))
+    assert texts == data.read_texts(write(tmp_path / "b.jsonl", form))
+    assert data.read_texts(write(tmp_path / "c.jsonl", columns | {"text": "a"})) == ["a"]
+
+
+@pytest.mark.parametrize("key", ["options", "answer_choices"])
+@pytest.mark.parametrize("form", FORMS)
+def test_targets_answers_and_options_are_stripped_alike(tmp_path, form, key):
+    target = list(form)[1]
+    for text in ("bad", " bad", "bad ", "\nbad\t", "\u3000bad\r\n"):
+        record = form | {target: text, "answers": [f"{text} ", " poor"]}
+        if target == "answer":
+            record = form | {"answer": [text, " poor"]}
+        choices = record | {key: [" bad", "good\n", "\u00a0fair"]}
+        free, chosen = data.read(write(tmp_path / "a.jsonl", record, choices))
+        assert free.target == chosen.target == "bad" and set(free.answers) <= {"bad", "poor"}
+        assert free.options == () and chosen.options == ("bad", "good", "fair")
+
+
+LINES = "who\u2028wrote emma\x0c?\nwhat\x85is\rit\u2029so\x1dfar\x0b?".split("\n")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_only_a_newline_ends_a_line_and_byte_order_marks_are_dropped(tmp_path, mark, end):
+    def file(name, *lines):  # two files in one, as a script may have joined them
+        part = mark + "".join(line + end for line in lines)
+        (tmp_path / name).write_bytes((part + part).encode())
+        return tmp_path / name
+
+    assert data.read_lines(file("q.txt", "", *LINES, " ")) == LINES * 2
+    assert data.read_texts(file("a.txt", *LINES, "")) == ["\n".join(LINES)] * 2
+    record = {"input": LINES[0], "target": LINES[1]}
+    one, two = data.read(file("a.jsonl", json.dumps(record, ensure_ascii=False), ""))
+    assert (one.input, one.target, two.source) == (*LINES, "a.jsonl:3")
+    assert data.read_texts(file("b.jsonl", json.dumps({"text": LINES[0]}))) == LINES[:1] * 2
+
+
+def test_files_of_questions_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(ValueError, match="a.txt: not UTF-8 text"):
+        data.read_lines(write(tmp_path / "a.txt", "who", "\udcff\udcfew"))
+    with pytest.raises(FileNotFoundError, match="none.txt"):
+        data.read_lines(tmp_path / "none.txt")
+    assert data.read_lines(write(tmp_path / "a.txt", "\ufeff", " \t")) == []
+
+
+def test_sample_draws_exactly_as_many_rows_as_the_limit():
+    for count, limit in ((100, 40), (12, 7), (100, 99), (5, 1), (3, 3), (3, 9), (0, 4), (7, None)):
+        rows = data.sample(count, limit, 0)
+        assert len(rows) == min(count if limit is None else limit, count)
+        assert rows == sorted(set(rows)) == data.sample(count, limit, 0)
+        assert set(rows) <= set(range(count)) and set(rows) <= set(data.sample(count, None, 1))
+    assert set(data.sample(100, 10, 3)) <= set(data.sample(100, 40, 3))
+    assert data.sample(100, 40, 0) != data.sample(100, 40, 1)
+    for period in (2, 3, 4, 5):  # classes in turn: each gets about its part
+        drawn = np.bincount(np.array(data.sample(1200, 400, 0)) % period)
+        assert (abs(drawn - 400 / period) < 50).all()
+    for limit in (0, -1, -3):
+        with pytest.raises(ValueError, match=f"at least 1, got {limit}"):
+            data.sample(10, limit, 0)
 
 
 def test_target_is_among_the_answers(tmp_path):
@@ -202,6 +302,86 @@ def test_eos_that_the_tokenizer_appends_does_not_end_the_input(text):
     assert [pieces.id_to_token(i) for i in tokens.input][:4] == ["<s>", "▁", "A", ":"]
     target = [pieces.id_to_token(i) for i in tokens.target]
     assert 1 not in tokens.input and target == ["▁ban", "</s>"]
+
+
+def spanning(kind):
+    """A tokenizer with tokens that hold the end of an input and the beginning of an answer."""
+    model, trainer = {
+        "metaspace": (models.Unigram(), trainers.UnigramTrainer),
+        "wordpiece": (models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer),
+    }.get(kind, (models.BPE(), trainers.BpeTrainer))
+    tokenizer = Tokenizer(model)
+    if kind == "byte-level":  # of a model that does not split texts into words before merging
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    elif kind == "metaspace":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+        tokenizer.decoder = decoders.Metaspace(split=False)
+    elif kind == "llama":  # Llama 2's: the normaliser adds the first space
+        spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(spaces)
+        marks = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        tokenizer.decoder = decoders.Sequence(marks)
+    else:
+        tokenizer.normalizer = normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+    texts = [f"{input} {target}" for input in JOINS for target in TARGETS] * 20
+    special = ["<unk>", "<s>"]
+    trainer = trainer(vocab_size=150, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_tokens([": C", "is -5", "A: no"])
+    return tokenizer
+
+
+JOINS = ("The right choice is:", "What is", "Q: who?\nA:", "so it is", "Answer: ")
+TARGETS = ("A", "C", "D", "-5", "5", "no", "nobody", "C A", "is: C")
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "llama", "metaspace", "wordpiece"])
+def test_input_and_target_spell_the_text_when_a_token_spans_both(kind):
+    tokenizer, spans = spanning(kind), 0
+    for input in JOINS:
+        example = Example(input, TARGETS[1], TARGETS[1:2], options=TARGETS)
+        (tokens,) = data.tokenize([example], tokenizer, 1, 100)
+        assert tokens.target == tokens.options[1] and len(set(map(tuple, tokens.options))) == 9
+        for text, ids in zip(TARGETS, tokens.options):
+            spelt, wanted = tokenizer.decode(tokens.input + ids[:-1]), f"{input} {text}"
+            if kind == "wordpiece":  # its tokens have neither case nor spaces
+                spelt, wanted = ("".join(t.lower().split()) for t in (spelt, wanted))
+            assert spelt == wanted and ids[-1] == 1
+            spans += tokenizer.encode(f"{input} {text}").ids[: len(tokens.input)] != tokens.input
+    assert spans >= 4
+
+
+def test_choices_that_the_tokens_do_not_tell_apart_raise():
+    for options, message in (  # case, accents, unknown letters; characters that are dropped
+        (("US", "us"), "the options 'US' and 'us' have the same tokens"),
+        (("no", "ano", "año"), "the options 'ano' and 'año' have the same tokens"),
+        (("☃", "☄"), "the options '☃' and '☄' have the same tokens"),
+        (("no", "\u200b"), r"no tokens .* spell the answer '\\u200b'"),
+        (("\ufffd",), "no tokens .* spell the answer"),
+    ):
+        example = Example("What is", options[0], options[:1], source="a.jsonl:7", options=options)
+        with pytest.raises(ValueError, match=f"^a.jsonl:7: .*{message}"):
+            data.tokenize([example], spanning("wordpiece"), 1, 100)
+
+
+def test_token_outside_the_vocabulary_of_the_lm_raises():
+    tokenizer = data.train_tokenizer(TEXTS * 30, 300)
+    size = tokenizer.get_vocab_size()
+    tokenizer.add_tokens(["<pad>"])
+    good = Example("Anna", "lives", ("lives",), source="a.jsonl:1", options=("lives", "makes"))
+    message = f"the token '<pad>' has the id {size}, outside the LM's vocabulary of {size}"
+    for change in ({"input": "A <pad>"}, {"target": "<pad>"}, {"options": ("lives", "a <pad>")}):
+        bad = replace(good, source="a.jsonl:2", **change)
+        with pytest.raises(ValueError, match=f"^a.jsonl:2: {message}"):
+            data.tokenize([good, bad], tokenizer, 0, 100, size)
+        data.tokenize([good, bad], tokenizer, 0, 100, size + 1)
+    assert len(data.encode_texts(TEXTS, tokenizer, size).starts) == 4
+    with pytest.raises(ValueError, match=f"^{message}"):
+        data.encode_texts([*TEXTS, "a <pad>"], tokenizer, size)
 
 
 def examples(n):

@@ -1,14 +1,18 @@
-"""eval.py: metrics by hand and against a second implementation, the bootstrap, comparing runs."""
+"""eval.py: metrics by hand and against a second implementation, the bootstrap, comparing runs.
+(The commands that answer questions: test_answers.)"""
 
 import json
 import random
+import unicodedata
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import data
 import eval as evaluation  # not the built-in function
-from eval import compare, exact_match, normalise, paired_bootstrap, score, summary, token_f1
+import runs
+from eval import compare, exact_match, normalise, paired_bootstrap, score, stops, summary, token_f1
 from runs import read_predictions
 
 
@@ -48,6 +52,55 @@ def test_normalise(text, expected):
 def test_scores_worked_out_by_hand(prediction, answers, em, f1):
     assert exact_match(prediction, answers) == em
     assert token_f1(prediction, answers) == pytest.approx(f1, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "composed",
+    ["Beyoncé", "Dvořák", "São Paulo", "Việt Nam", "한국", "ガンダム", "Ελλάδα", "Å (unit)"],
+)
+def test_questions_are_scored_after_nfd_and_inputs_are_not(composed):
+    """Natural Questions open's own scorer normalises so; SQuAD's does not."""
+    apart = unicodedata.normalize("NFD", composed)
+    assert apart != composed
+    for prediction, answer in ((composed, apart), (apart, composed)):
+        for text, expected in ((data.question_text("who"), 1.0), ("who", 0.0)):
+            e = SimpleNamespace(id="0", task="", input=text, answers=[answer])
+            (record,) = score([e], [prediction])
+            assert (record["em"], record["prediction"]) == (expected, prediction)
+            assert record["f1"] >= record["em"]
+    plain = "".join(letter for letter in apart if not unicodedata.combining(letter))
+    question = SimpleNamespace(id="0", task="", input=data.question_text("who"), answers=[composed])
+    if plain != apart:
+        assert score([question], [plain])[0]["em"] == 0.0  # an accent still counts
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("-5", "5"),
+        (":)", ":("),
+        ("C", "C++", "C#"),
+        ("the who", "who", "The Who"),
+        ("3.5", "35"),
+        ("yes", "Yes", "YES!"),
+        ("(a)", "a", "an"),
+        ("U.S.", "us"),
+        ("x = y", "x != y"),
+        ("Å", "A\u030a"),
+    ],
+)
+@pytest.mark.parametrize("text", ["The right choice is", data.question_text("which")])
+def test_a_choice_is_right_if_its_index_is_the_targets(options, text):
+    for right in options:
+        e = data.Example(text, right, (right,), id="0", options=options)
+        for chosen, option in enumerate(options):
+            (record,) = score([e], [chosen])
+            assert record["prediction"] == option
+            assert record["em"] == record["f1"] == float(option == right)
+    both = data.Example(text, options[0], options[:2], id="0", options=options)
+    assert [score([both], [i])[0]["em"] for i in (0, 1)] == [1.0, 1.0]  # two accepted answers
+    shared = data.Example(text, "New York", ("New York",), options=("New York", "New Jersey"))
+    assert score([shared], [1])[0]["f1"] == 0.0  # no credit for a word of another choice
 
 
 @pytest.mark.parametrize("metric", [exact_match, token_f1])
@@ -261,6 +314,61 @@ def test_compare_prints_the_table_of_the_docstring(tmp_path, capsys):
 def test_one_task_is_not_listed_twice(tmp_path):
     run = write_run(tmp_path / "a", score([example("0")], ["Paris"]))
     assert [row["task"] for row in compare(run, run, iters=10)] == [None, None]
+
+
+def test_stops_are_a_newline_for_questions_unless_something_else_is_asked_for():
+    question, lines = data.question_text("who"), ("one\ntwo", "three")
+    examples = [data.Example(question, "a", ("a",)), data.Example("It is", "a", ("a",))]
+    examples.append(data.Example(question, "one\ntwo", lines))  # its answer has two lines
+    assert stops(examples) == ["\n", "", ""]
+    for stop, expected in (("", ""), (".", "."), ("\\n", "\n"), ("\n\n", "\n\n"), ("Q:", "Q:")):
+        assert stops(examples, stop) == [expected] * 3
+
+
+def with_splits(run, *splits):
+    record = {"arguments": {"method": "fine_tuning"}, "results": dict.fromkeys(splits, {})}
+    (run / "run.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("splits", [(["dev"], ["dev", "test"]), (["test"], ["dev"])])
+@pytest.mark.parametrize("ids", ["012", "567", "01"])
+def test_runs_that_predicted_different_splits_are_not_compared(tmp_path, splits, ids):
+    """Also if ids and answers are the same by chance."""
+    a = write_run(tmp_path / "a", score([example(i) for i in "012"], ["Paris"] * 3))
+    others = [example(i) for i in ids]
+    for e in others:
+        e.input = f"another {e.input}"
+    b = write_run(tmp_path / "b", score(others, ["x"] * len(ids)))
+    with_splits(a, *splits[0])
+    with_splits(b, *splits[1])
+    message = f"different splits: {a} {splits[0][-1]}, {b} {splits[1][-1]}"
+    with pytest.raises(ValueError, match=message):
+        compare(a, b)
+
+
+def test_the_same_questions_are_compared_whatever_their_split_is_called(tmp_path, capsys):
+    records = score([example(i) for i in "012"], ["Paris"] * 3)
+    a, b = write_run(tmp_path / "a", records), write_run(tmp_path / "b", records[::-1])
+    with_splits(a, "dev")
+    with_splits(b, "test")
+    assert compare(a, b, iters=10)[0]["n"] == 3
+    for run in (a, b):  # a run that has no results yet, and an early one
+        with_splits(run)
+    assert compare(a, b, iters=10)[0]["n"] == 3
+
+
+@pytest.mark.parametrize("empty", ["a", "b", "ab"])
+def test_a_run_without_predictions_is_named_in_one_line(tmp_path, monkeypatch, capsys, empty):
+    for name in "ab":
+        write_run(tmp_path / name, score([example("0")], ["Paris"]))
+    named = tmp_path / empty[0]
+
+    def read(folder):
+        return [] if folder.name in empty else read_predictions(folder)
+
+    monkeypatch.setattr(runs, "read_predictions", read)
+    with pytest.raises(ValueError, match=f"^{named}/predictions.jsonl: no predictions$"):
+        compare(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,20 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import QUESTIONS, close, randomise, seeded, vectors
+from conftest import QUESTIONS, close, randomise, seeded, vectors, words_tokenizer
 from safetensors.torch import load_file, save_file
 
 import adapters
-from adapters import Connector, SoftPrompt, from_file, from_vocab, load_adapter, save_adapter
+from adapters import (
+    Connector,
+    SoftPrompt,
+    from_file,
+    from_labels,
+    from_text,
+    from_vocab,
+    load_adapter,
+    save_adapter,
+)
 from model import LM
 from recurse import COMPOSITIONS, Stack, new_connector
 
@@ -127,6 +136,18 @@ def test_initialisers_do_not_alias_the_lm(lm):
         SoftPrompt(torch.zeros(4))
 
 
+@pytest.mark.parametrize("token", ["<pad>", " x", "<extra_id_0>"])
+def test_text_with_a_token_that_has_no_embedding_is_refused(lm, token):
+    table = lm.embed_tokens.weight
+    tokenizer = words_tokenizer(len(table))
+    tokenizer.add_tokens([token])
+    message = f"the token '{token}' with the id {len(table)}, outside the LM's vocabulary of"
+    for start, text in ((from_text, f"w3 {token}"), (from_labels, ["w3", token])):
+        with pytest.raises(ValueError, match=message):
+            start(4, table, tokenizer, text)
+    assert torch.equal(from_text(2, table, tokenizer, "w3 w5"), table[[3, 5]])
+
+
 # Files
 
 
@@ -204,6 +225,11 @@ def test_adapter_without_fingerprint_loads_with_a_warning(make_lm, tmp_path):
     "kind, changes, named",
     [
         ("prompt", {"peft_type": "LORA"}, "'LORA' is not supported; .*: PROMPT_TUNING, CONNECTOR"),
+        # Another kind is refused by its name, before its width or its base.
+        ("prompt", {"peft_type": "PREFIX_TUNING", "token_dim": 24}, "'PREFIX_TUNING' is not supp"),
+        ("prompt", {"peft_type": "PREFIX_TUNING", "fingerprint": None}, "'PREFIX_TUNING' is not"),
+        ("prompt", {"peft_type": "P_TUNING", "token_dim": 8}, "'P_TUNING' is not supported"),
+        ("connector", {"peft_type": "IA3", "fingerprint": "another"}, "'IA3' is not supported"),
         ("prompt", {"placement": "after_bos"}, "placement 'after_bos' is not supported"),
         ("prompt", {"num_virtual_tokens": 4}, r"the prompt is \(5, 32\), not \(4, 32\)"),
         ("prompt", {"prompt_embeddings": torch.zeros(4, 32)}, r"is \(4, 32\), not \(5, 32\)"),
@@ -215,6 +241,7 @@ def test_adapter_without_fingerprint_loads_with_a_warning(make_lm, tmp_path):
         ("connector", {"connector_layers": 1}, "unexpected: layers.1.*"),
         ("connector", {Q: None}, f"missing: {Q}"),
         ("connector", {Q: torch.zeros(9, 9)}, rf"misshapen: {Q} is \(9, 9\), not \(48, 32\)"),
+        ("connector", {Q: torch.zeros(48, 32).char()}, f"{Q} is stored as int8; quantised"),
         ("connector", {Q + "x": torch.zeros(48, 32)}, f"unexpected: {Q}x"),
     ],
 )
@@ -231,6 +258,13 @@ def test_adapter_files_that_cannot_be_used_are_named(lm, tmp_path):
     for length, width in ((6, C), (5, 3)):
         with pytest.raises(ValueError, match=rf"is \(5, {C}\), not \({length}, {width}\)"):
             from_file(length, torch.zeros(9, width), tmp_path / "p")
+    for kind in ("PREFIX_TUNING", "LORA"):  # the vectors of prefix tuning are keys and values
+        edit(tmp_path / "p", {"peft_type": kind})
+        with pytest.raises(ValueError, match=f"'{kind}' is not supported"):
+            from_file(5, table, tmp_path / "p")
+    for kind in ("P_TUNING", "PROMPT_TUNING"):
+        edit(tmp_path / "p", {"peft_type": kind})
+        assert torch.equal(from_file(5, table, tmp_path / "p"), prompt.vectors)
     with pytest.raises(FileNotFoundError, match=f"no {FILE}"):
         from_file(5, table, tmp_path)
     with pytest.raises(FileNotFoundError, match=f"no {CONFIG}"):

@@ -2,12 +2,26 @@
 LMs and compositions decode alike. (A composition's pass over a text: test_alignment.py.)"""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import PREFIXES, QUESTIONS, before, close, naive_greedy, naive_score, seeded, vectors
+from conftest import (
+    PREFIXES,
+    QUESTIONS,
+    before,
+    close,
+    naive_greedy,
+    naive_score,
+    seeded,
+    vectors,
+    whole,
+)
+from torch.profiler import ProfilerActivity, profile
 
-from generate import Sample, generate, main, option_scores, predict, sample_next_token
+import data
+from generate import Sample, generate, main, option_scores, predict, prepare, sample_next_token
+from model import LM, Config
 
 OPTIONS = [[[4], [5, 6, 7], [8, 9]], [[10, 11]], [[12], [13]], [[1, 2, 3, 4, 5], [6], [7], [8]]]
 
@@ -127,6 +141,10 @@ def test_sampling_without_randomness_left_is_greedy(lm):
     greedy = tokens(generate(lm, QUESTIONS, None, 6))
     for only in ({"top_k": 1}, {"top_p": 1e-6}, {"top_k": 9, "top_p": 1e-6}):
         assert tokens(generate(lm, QUESTIONS, None, 6, temperature=4.0, **only)) == greedy
+    for tiny in (1e-20, 1e-30, 1e-38, 1e-39, 1e-45, 5e-324):  # to float32 the last three are 0
+        for only in ({}, {"top_k": 5}, {"top_p": 0.9}):
+            assert tokens(generate(lm, QUESTIONS, None, 6, temperature=tiny, **only)) == greedy
+    assert tokens(generate(lm, QUESTIONS, None, 6, 1e-38, n=2)) == [row * 2 for row in greedy]
     assert tokens(generate(lm, QUESTIONS, None, 6, 4.0, generator=seeded())) != greedy
 
 
@@ -181,18 +199,224 @@ def words(ids):
     return " ".join(f"w{t}" for t in ids)
 
 
+def continued(lm, ids, prefix=None, new=6, eos=None):
+    """The greedy continuation of one question, up to and without an end token."""
+    eos = lm.config.eos if eos is None else eos
+    new = generate(lm, [ids], prefix, new, eos=eos)[0][0].ids
+    return new[:-1] if new[-1] in eos else new
+
+
 def test_predict_keeps_the_order_of_the_questions_and_takes_the_likeliest_option(lm, tokenizer):
     prompt = vectors(lm, 3)
     prefix, ids = lm.read(prompt), [list(range(4, 4 + n)) for n in (9, 1, 5, 5, 2)]
-    free = [words(generate(lm, [row], prefix, 5, eos=lm.config.eos)[0][0].ids) for row in ids]
+    free = [words(continued(lm, row, prefix, 5)) for row in ids]
     assert predict(lm, tokenizer, ids, prefix, 5, batch_size=2) == free and len(set(free)) > 1
     options, expected = [[], [[11], [12, 13], [14]], [], [[15, 16], [17]], []], list(free)
     for b in (1, 3):
         naive = [naive_score(lm, ids[b], option, prompt) for option in options[b]]
-        expected[b] = words(options[b][naive.index(max(naive))])
+        expected[b] = naive.index(max(naive))
     assert predict(lm, tokenizer, ids, prefix, 5, options, batch_size=4) == expected != free
+    assert predict(lm, tokenizer, [], None, 5) == []
     with pytest.raises(ValueError, match="question 1: "):  # as given, not as sorted by length
         predict(lm, tokenizer, [[3], [3] * lm.config.max_len, [3, 4]], None, 4, batch_size=1)
+
+
+@pytest.mark.parametrize("position", [0, 2, 5])
+@pytest.mark.parametrize("others", [(), (66,)])
+def test_the_end_token_is_no_part_of_an_answer_whatever_the_tokenizer(
+    make_lm, tokenizer, position, others
+):
+    """No token of this tokenizer is special. The answer may be empty."""
+    lm, free = make_lm(), continued(make_lm(), [5, 9], new=6, eos=())
+    end = free[position]
+    cut = free[: free.index(end)]
+    lm.config = replace(lm.config, eos=(*others, end))
+    assert predict(lm, tokenizer, [[5, 9]], None, 6) == [words(cut)]
+    lm.config = replace(lm.config, eos=())  # no end token: nothing is dropped
+    assert predict(lm, tokenizer, [[5, 9]], None, 6) == [words(free)]
+
+
+@pytest.mark.parametrize("stop", ["{}", " {}", "{} ", "{1}", "{0} {1}"])
+def test_a_stop_ends_the_answer_and_its_row(make_lm, tokenizer, stop):
+    """It may be a part of a token, or span several."""
+    lm = make_lm()
+    lm.config = replace(lm.config, eos=())
+    free = [words(continued(lm, ids, new=8)) for ids in QUESTIONS]
+    second, third = free[0].split()[1:3]
+    stop = stop.format(second, third)
+    expected = [text.split(stop)[0].strip() for text in free]
+    assert expected[0] != free[0]
+    steps, forward = [], lm.forward
+
+    def spy(x, *rest, **more):
+        steps.append(len(x))
+        return forward(x, *rest, **more)
+
+    lm.forward = spy
+    assert predict(lm, tokenizer, QUESTIONS, None, 8, stops=[stop] * 4) == expected
+    assert sum(steps) < 8 * 4
+    mixed = predict(lm, tokenizer, QUESTIONS, None, 8, stops=[stop, "", "w", ""])
+    assert mixed == [expected[0], free[1], "", free[3]]
+
+
+def rows_and_positions(lm, monkeypatch):
+    """Records (rows, positions in the cache after it) of every call of the LM."""
+    seen, forward = [], LM.forward
+
+    def spy(self, x, prefix=None, keep=False):
+        seen.append((len(x), x.shape[1] + (0 if prefix is None else prefix.size)))
+        return forward(self, x, prefix, keep)
+
+    monkeypatch.setattr(LM, "forward", spy)
+    return seen
+
+
+@pytest.mark.parametrize("budget", [60, 100, 250])
+@pytest.mark.parametrize("P", [0, 7])
+def test_batches_keep_a_budget_of_tokens_options_included(
+    make_lm, tokenizer, monkeypatch, budget, P
+):
+    """Many questions, one with many options, long options, and a prefix that every row copies."""
+    lm = make_lm()
+    prefix = lm.read(vectors(lm, P)) if P else None
+    ids = [list(range(4, 4 + n)) for n in (3, 9, 1, 5, 2, 7, 3, 3, 8, 1, 6, 4)]
+    options = [[] for _ in ids]
+    options[1] = [[t] for t in range(30, 60)]
+    options[4] = [[t, t + 1, t + 2] for t in range(30, 37)]
+    options[7] = [[41], [42] * 9]
+    whole_batch = predict(lm, tokenizer, ids, prefix, 5, options, max_tokens=10**6)
+    seen = rows_and_positions(lm, monkeypatch)
+    assert predict(lm, tokenizer, ids, prefix, 5, options, max_tokens=budget) == whole_batch
+    assert max(rows * positions for rows, positions in seen) <= budget
+    assert max(rows for rows, _ in seen) > 1
+    seen.clear()
+    predict(lm, tokenizer, ids, prefix, 5, options, max_tokens=1)  # a single row exceeds it
+    assert {rows for rows, _ in seen} == {1}
+
+
+def test_options_are_scored_in_parts_alike(lm):
+    prefix = lm.read(vectors(lm, 3))
+    for max_rows in (1, 2, 3, 100):
+        rows = option_scores(lm, QUESTIONS, OPTIONS, prefix, max_rows=max_rows)
+        for part, all_at_once in zip(rows, option_scores(lm, QUESTIONS, OPTIONS, prefix)):
+            close(part, all_at_once, 1e-5)
+
+
+def peak_memory(function):
+    """The largest sum of bytes that torch's allocator holds for `function` on the CPU."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        function()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return held.cumsum(0).max().item()
+
+
+def position_bytes(lm):
+    """Keys and values of one position of the cache, in float32."""
+    c = lm.config
+    return 2 * c.n_kv_heads * c.head_dim * c.n_layers * 4
+
+
+@pytest.mark.parametrize("case", ["equal", "ragged", "prefix", "prefixes", "samples", "ends"])
+def test_the_cache_peaks_at_twice_its_size(case):
+    lm = LM(Config(61, 16, 8, 4, 4, 16, 16, 200, eos=(2,))).requires_grad_(False).eval()
+    B, T, new, P, n = 8, 90, 10, 0, 1
+    ids, prefix, eos = [[3] * T for _ in range(B)], None, None
+    if case == "ragged":
+        ids = [[3] * (T - b) for b in range(B)]
+    if case in ("prefix", "prefixes"):
+        P, T, ids = 80, 5, [[3] * 5 for _ in range(B)]
+        prefix = lm.read(vectors(lm, P))
+    if case == "prefixes":  # they are made before the measurement
+        prefix = [lm.read(vectors(lm, P - b)) for b in range(B)]
+    if case == "samples":
+        n = 3
+    if case == "ends":  # about a tenth of the rows end in every step
+        eos = list(range(6))
+    how = {"n": n, "eos": eos, "temperature": 9.0, "generator": seeded()}
+    peak = peak_memory(lambda: generate(lm, ids, prefix, new, **how))
+    size = B * n * (P + T + new) * position_bytes(lm)
+    assert 0.9 * size < peak < 2.1 * size  # activations come on top
+
+
+@pytest.mark.parametrize("choices", [False, True])
+def test_memory_of_predict_follows_the_budget(tokenizer, choices):
+    lm = LM(Config(67, 16, 8, 4, 4, 16, 16, 200, eos=(2,))).requires_grad_(False).eval()
+    ids = [[3] * 90 for _ in range(24)]
+    options = [[[4], [5, 6], [7]] for _ in ids] if choices else None
+    small = peak_memory(lambda: predict(lm, tokenizer, ids, None, 6, options, max_tokens=500))
+    large = peak_memory(lambda: predict(lm, tokenizer, ids, None, 6, options, max_tokens=2000))
+    assert small < 2.1 * 500 * position_bytes(lm) and large < 2.1 * 2000 * position_bytes(lm)
+    assert large > 2 * small
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz QA:?.'"
+
+
+@pytest.fixture(scope="module")
+def letters():
+    """A byte-level tokenizer without merges, and a tiny LM of its vocabulary."""
+    tokenizer = data.train_tokenizer([LETTERS], 257)
+    torch.manual_seed(0)
+    lm = LM(Config(257, 32, 3, 4, 2, 12, 48, 400, bos=0, eos=(0,)))
+    return lm.requires_grad_(False).eval(), tokenizer
+
+
+def questions(count, options=()):
+    for i in range(count):
+        text = data.question_text("who is " + LETTERS[i : 2 * i + 3])
+        yield data.Example(text, LETTERS[i], (LETTERS[i],), source=f"q:{i}", options=options)
+
+
+@pytest.mark.parametrize("shots", [1, 2, 4])
+@pytest.mark.parametrize("P", [0, 6])
+def test_examples_before_a_question_are_read_once(letters, shots, P, monkeypatch):
+    """The answers are those to the whole text, with options and without."""
+    lm, tokenizer = letters
+    prompt = vectors(lm, P) if P else None
+    prefix = lm.read(prompt) if P else None
+    examples = [*questions(4), *questions(3, ("a", "bc", "d"))][:6]
+    before_it = [e for e in questions(9)][9 - shots :]
+    text = "".join(f"{e.input} {e.target}\n\n" for e in before_it)
+    read, counted = LM.read, []
+
+    def spy(self, x, *rest):
+        counted.append(x.shape[-2] * (x.shape[0] if x.dim() == 3 else 1))
+        return read(self, x, *rest)
+
+    monkeypatch.setattr(LM, "read", spy)
+    ids, options, extended = prepare(lm, tokenizer, examples, prefix, 8, before_it)
+    assert extended.size == P + sum(counted) and sum(counted) > len(text)  # and BOS, and "Q: "
+    answers = predict(lm, tokenizer, ids, extended, 8, options)
+    for e, answer in zip(examples, answers):
+        (naive,) = data.encode_prompts(tokenizer, [text + e.input])
+        if not e.options:
+            expected = tokenizer.decode(naive_greedy(lm, naive, prompt, 8)).split("<|end")[0]
+            assert answer == expected.strip()
+            continue
+        spelt = [tokenizer.encode(" " + o, add_special_tokens=False).ids + [0] for o in e.options]
+        scores = [naive_score(lm, naive, option, prompt) for option in spelt]
+        assert answer == scores.index(max(scores))
+
+
+def test_one_question_alone_keeps_a_token(letters):
+    lm, tokenizer = letters
+    (example,), before_it = list(questions(1)), list(questions(4))[1:]
+    ids, _, prefix = prepare(lm, tokenizer, [example, example], None, 4, before_it)
+    assert [len(row) for row in ids] == [1, 1] and prefix.rows == 1
+    text = "".join(f"{e.input} {e.target}\n\n" for e in before_it) + example.input
+    logits = lm.logits(lm(lm.embed(torch.tensor(ids)), prefix))[0, -1]
+    close(logits, whole(lm, data.encode_prompts(tokenizer, [text])[0])[-1])
+
+
+def test_examples_that_do_not_fit_are_named(letters):
+    lm, tokenizer = letters
+    for options in ((), ("a", "b" * 200)):
+        examples = [*questions(2), *questions(1, options), data.Example("why " * 60, "a", ("a",))]
+        long = replace(examples[-1], source="file:4", options=options)
+        with pytest.raises(ValueError, match="^file:4: .* exceed the 394 "):
+            prefix = lm.read(vectors(lm, 6))
+            prepare(lm, tokenizer, [*examples[:2], long], prefix, 200)
 
 
 def test_command_line_continues_a_text_and_prints_its_cost(make_lm, tokenizer, tmp_path, capsys):
@@ -206,3 +430,20 @@ def test_command_line_continues_a_text_and_prints_its_cost(make_lm, tokenizer, t
         assert result == {"ids": sample.ids, "nats": pytest.approx(nats, abs=1e-4)}
         text, cost = f"w5 w9 w11 {words(sample.ids)}\n", f"[{result['nats']:.4f} nats a token"
         assert capsys.readouterr().out.startswith(text + cost)
+
+
+def test_command_line_prints_no_end_token(make_lm, tokenizer, tmp_path, capsys):
+    lm, free = make_lm(), continued(make_lm(), [5, 9, 11], new=6, eos=())
+    lm.config = replace(lm.config, eos=(free[2],))
+    lm.save(tmp_path / "lm", tokenizer=tokenizer)
+    shown = words(free[: free.index(free[2])])
+    assert main([str(tmp_path / "lm"), "w5 w9 w11", "--max-new-tokens", "6"])["ids"][-1] == free[2]
+    assert capsys.readouterr().out.splitlines()[0] == f"w5 w9 w11 {shown}".strip()
+
+
+@pytest.mark.parametrize("text", ["\udcff", "Caf\udce9", "w5 \udc80 w6"])
+def test_a_text_that_is_not_utf8_is_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["nowhere", text])
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1 and "not UTF-8" in message

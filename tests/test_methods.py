@@ -139,8 +139,9 @@ def test_a_frozen_lm_that_changes_is_reported(place, tmp_path, monkeypatch):
         run(command(place, "connector_lm", tmp_path / "run"))
 
 
-def test_dev_scores_along_training_come_from_the_whole_file(place, tmp_path, monkeypatch):
-    """Files are often sorted: of 5 questions with --eval-limit 2, the 1st and the 4th are asked."""
+@pytest.mark.parametrize("limit, seed", [(1, 0), (2, 0), (3, 1), (4, 2), (5, 0), (99, 0)])
+def test_dev_scores_along_training_are_of_a_sample(place, tmp_path, monkeypatch, limit, seed):
+    """Of exactly so many questions, the same each time. At the end all are asked."""
     asked, score = [], metrics.score
 
     def note(examples, answers):
@@ -148,8 +149,33 @@ def test_dev_scores_along_training_come_from_the_whole_file(place, tmp_path, mon
         return score(examples, answers)
 
     monkeypatch.setattr(metrics, "score", note)
-    run(command(place, "prompt_tuning", tmp_path / "run", "--eval-limit 2"))
-    assert asked == [["q0", "q3"]] * 3 + [[f"q{i}" for i in range(5)]]
+    flags = f"--eval-limit {limit} --seed {seed}"
+    run(command(place, "prompt_tuning", tmp_path / "run", flags))
+    rows = [f"q{i}" for i in data.sample(5, limit, seed)]
+    assert len(rows) == min(limit, 5) and rows == sorted(rows)
+    assert asked == [rows] * 3 + [[f"q{i}" for i in range(5)]]
+
+
+STOPS = [("question", "", "\n"), ("input", "", ""), ("question", "--stop ;", ";")]
+STOPS += [("input", "--stop B:", "B:"), ("question", "--stop=", "")]
+
+
+@pytest.mark.parametrize("form, flag, stop", STOPS)
+def test_an_answer_ends_at_the_stop(place, tmp_path, monkeypatch, form, flag, stop):
+    """By default at a newline, if the inputs are questions. --eval-tokens is passed on too."""
+    seen = []
+
+    def note(model, tokenizer, ids, prefix, new, options, stops, tokens):
+        seen.append((set(stops), tokens))
+        return ["right"] * len(ids)
+
+    keys = ("question", "answer") if form == "question" else ("input", "target")
+    rows = [dict(zip(keys, (f"who is {name}", "right"))) for name in PEOPLE]
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    monkeypatch.setattr(train, "predict", note)
+    flags = f"--train {file} --dev {file} --eval-tokens 77 --steps 2 {flag}"
+    record = run(command(place, "connector_lm", tmp_path / "run", flags))
+    assert seen == [({stop}, 77)] * 2 and record["results"]["dev"]["em"] == 1.0
 
 
 # Using what a run trained

@@ -53,9 +53,16 @@ RECUR --tokenizer small                                 | --tokenizer | belongs 
 RECUR --init foreign                                    | another base
 RECUR --init connector --connector-layers 2             | --connector-layers 1
 RECUR --init vocab                                      | --init vocab | neural_recursion
+RECUR --init text:words                                 | --init text:words | neural_recursion
 RECUR --init nothing                                    | --init nothing
+RECUR --eval-limit 0                                    | --eval-limit
+RECUR --eval-limit -3                                   | --eval-limit
+RECUR --eval-tokens 0                                   | --eval-tokens
 RECUR --out run                                         | run exists | --resume
 RECUR --out run --resume --lr 0.5                       | --lr | 0.5
+RECUR --out run --resume --init random                  | --init
+RECUR --out run --resume --train dev.jsonl              | other data
+RECUR --out run --resume --model replaced               | another LM
 RECUR --out thesis --resume                             | thesis is not a run's folder
 RECUR --out torn --resume                               | state.safetensors | corrupt
 RECUR --out spoilt --resume                             | run.json | not a run record
@@ -63,6 +70,7 @@ PROMPT --prompt-length 90                               | train.jsonl:1 | contex
 PROMPT --prompt-length 600                              | --prompt-length 600 | context
 PROMPT --init connector                                 | Connector | prompt_tuning
 PROMPT --init prompt                                    | --prompt-length 90
+PROMPT --init vocab:4                                   | --init vocab:4
 PROMPT --dev twice.jsonl                                | twice.jsonl:3
 PROMPT --train half.jsonl                               | half.jsonl:1
 PROMPT --out twice.jsonl/new                            | twice.jsonl
@@ -93,6 +101,7 @@ bench.py --runs 0                                       | --runs
 bench.py plan                                           | --method
 bench.py plan --method neural_recursion --seq-len 0     | --seq-len
 bench.py plan --method fine_tuning --model nowhere      | nowhere
+bench.py plan --method fine_tuning --train long.jsonl --model lm/model | long.jsonl:2 | context
 
 data.py                                                 | path
 data.py broken.jsonl --unknown                          | --unknown
@@ -138,6 +147,17 @@ world.py --people 3                                     | people: 3 is not betwe
 world.py --out thesis                                   | thesis
 """
 ROWS = [line.split("|") for line in TABLE.splitlines() if line.strip()]
+ROWS += [  # the byte ff, as Python reads it from a command line
+    (line.replace("BYTE", "\udcff"), "is not UTF-8 text")
+    for line in (
+        "PROMPT --init text:BYTE",
+        "RECUR --train BYTE.jsonl",
+        "RECUR --out new/BYTE",
+        "LM --train BYTE.txt",
+        "bench.py plan --method fine_tuning --model BYTE",
+        "bench.py --only BYTE",
+    )
+]
 if torch.cuda.is_available():
     ROWS = [row for row in ROWS if "--device cuda" not in row[0]]
 

@@ -13,16 +13,22 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import seeded
 from safetensors.torch import load_file
-from tiny_runs import METHODS, command, contents, make_place, read_lines, run, start
+from tiny_runs import (
+    METHODS,
+    Dead,
+    command,
+    die_at_5,
+    make_place,
+    read_lines,
+    run,
+    same_runs,
+    start,
+)
 
 import data
 import fit as loop
 from fit import Recipe, learning_rate
 from runs import Run
-
-
-class Dead(Exception):
-    """Stands for a process that ends without warning."""
 
 
 class Toy(nn.Module):
@@ -84,12 +90,9 @@ def fit(monkeypatch):
     return call
 
 
-def same_runs(a, b):
-    """Assert that two runs left the same bits. Returns their checkpoint."""
-    assert contents(a) == contents(b)
-    a, b = (load_file(folder / "state.safetensors") for folder in (a, b))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    return a
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("place"))
 
 
 # The step
@@ -257,28 +260,13 @@ def test_a_signal_saves_the_step_that_it_interrupts(fit, tmp_path):
 # Whole runs
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("place"))
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_resumes_to_the_same_files_and_refuses_a_second_writer(
     place, tmp_path, monkeypatch, method
 ):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-
-    def dies(run, record):
-        if record["step"] == 5:
-            raise Dead
-        log(run, record)
-
     record = run(command(place, method, whole, "--seed 1"))
-    log = Run.log
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "log", dies)
-        with pytest.raises(Dead):
-            run(command(place, method, killed, "--seed 1"))
+    die_at_5(monkeypatch, command(place, method, killed, "--seed 1"))
     again = command(place, method, killed, "--seed 1 --resume")
     with open(killed / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -348,3 +336,4 @@ def test_a_resumed_run_keeps_its_command_and_its_results(place, tmp_path, monkey
     after = json.loads((tmp_path / "run" / "run.json").read_text())
     assert after["command"] == before["command"] and "--resume" not in after["command"]
     assert after["results"] == before["results"]
+    assert after["tokens_per_second"] == before["tokens_per_second"] > 0

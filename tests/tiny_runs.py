@@ -5,8 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from safetensors.torch import load_file
+
 import pretrain
 import train
+from runs import Run
 
 ROOT = Path(train.__file__).parent
 PEOPLE = ["Anna", "Boris", "Clara", "Dmitri", "Elena", "Fedor", "Galina", "Hugo"]
@@ -80,3 +85,30 @@ def contents(folder: Path) -> dict[str, bytes]:
     own = ("run.json", "curve.png", "lock", "state.safetensors")
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in own]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def same_runs(a, b):
+    """Assert that two runs left the same bits. Returns their checkpoint."""
+    assert contents(a) == contents(b)
+    a, b = (load_file(folder / "state.safetensors") for folder in (a, b))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return a
+
+
+class Dead(Exception):
+    """Stands for a process that ends without warning."""
+
+
+def die_at_5(monkeypatch, line: list[str]) -> None:
+    """Run a command until it logs its fifth step."""
+    log = Run.log
+
+    def dies(run, record):
+        if record["step"] == 5:
+            raise Dead
+        log(run, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", dies)
+        with pytest.raises(Dead):
+            run(line)

@@ -1,0 +1,283 @@
+"""eval.py's commands that answer questions, `ask` and `score`, on a tiny LM."""
+
+import warnings
+
+import pytest
+from conftest import randomise
+from tiny_runs import write_lines
+
+import data
+import eval as evaluation  # not the built-in function
+import generate
+import runs
+from checkpoints import load_tokenizer
+from eval import summary
+from model import LM, Config
+from runs import read_predictions
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz ABC:?.'5-"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny LM with a byte-level tokenizer of 300 tokens, in the folder `lm`."""
+    place, text = tmp_path_factory.mktemp("eval"), "who was where " * 9 + LETTERS
+    tokenizer = data.train_tokenizer([text], 300)
+    lm = LM(Config(300, 32, 2, 4, 2, 12, 48, 300, bos=0, eos=(0,)))
+    randomise(lm, 3).save(place / "lm", tokenizer=tokenizer)
+    records = [{"id": f"{i}", "question": f"who was {i}", "answer": ["a"]} for i in range(100)]
+    write_lines(place / "nq.jsonl", records)
+    return place
+
+
+def command(place, line, *more):
+    """Run a command of eval.py on the bare LM."""
+    name, *flags = line.split()
+    return evaluation.main([name, *more, "--model", str(place / "lm"), *flags])
+
+
+@pytest.mark.parametrize(
+    "right, wrong",
+    [("-5", "5"), (":)", ":("), ("Boris", "boris!"), ("a", "the"), ("<b>", "b"), ("C#", "C++")],
+)
+def test_one_of_two_mirrored_choices_is_right(place, tmp_path, right, wrong):
+    """Whatever the LM chooses, it chooses the same text in both."""
+    rows = [("which is it", right, [right, wrong]), ("which is it", wrong, [wrong, right])]
+    keys = ("input", "target", "options")
+    path = write_lines(tmp_path / "choices.jsonl", [dict(zip(keys, row)) for row in rows])
+    result = command(place, f"score {path}")
+    assert (result["em"], result["f1"]) == (0.5, 0.5)
+    command(place, f"score {path} --out {tmp_path}/out")
+    first, second = read_predictions(tmp_path / "out")
+    assert first["prediction"] == second["prediction"] in (right, wrong)
+
+
+@pytest.mark.parametrize("options", [["<|endoftext|>", "b"], ["a  b", "c   d"], ["été", "日本"]])
+def test_the_prediction_is_the_option_as_the_file_has_it(place, tmp_path, options, capsys):
+    """Also where it has the text of a special token, which decoding drops."""
+    rows = [{"input": "it is", "target": o, "options": options} for o in options]
+    path = write_lines(tmp_path / "choices.jsonl", rows)
+    command(place, f"score {path} --out {tmp_path}/out")
+    assert {row["prediction"] for row in read_predictions(tmp_path / "out")} <= set(options)
+    answers = command(place, f"ask --input {path}")
+    assert answers[0] in options and answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("limit, n", [(1, 1), (7, 7), (40, 40), (99, 99), (100, 100), (5000, 100)])
+def test_limit_scores_exactly_that_many(place, limit, n, tmp_path):
+    flags = f"score {place}/nq.jsonl --max-new-tokens 1 --limit {limit}"
+    assert command(place, flags)["n"] == n
+    command(place, f"{flags} --out {tmp_path}/a")
+    command(place, f"{flags} --out {tmp_path}/b")
+    command(place, f"{flags} --seed 1 --out {tmp_path}/c")
+    a, b, c = ([row["id"] for row in read_predictions(tmp_path / name)] for name in "abc")
+    assert a == b and (a == c) == (n == 100)
+
+
+def test_a_sample_has_both_of_two_alternating_classes(place, tmp_path):
+    rows = [{"input": f"{i}", "target": "a", "task": "ab"[i % 2]} for i in range(12)]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    for limit, seed in ((6, 0), (6, 1), (7, 0)):
+        line = f"score {path} --max-new-tokens 1 --limit {limit} --seed {seed}"
+        result = command(place, line)
+        assert result["n"] == limit and set(result["tasks"]) == {"a", "b"}
+
+
+@pytest.mark.parametrize("flag", ["--limit", "--eval-tokens", "--max-new-tokens", "--shots"])
+@pytest.mark.parametrize("value", ["0", "-3", "two", "1.5"])
+def test_counts_are_at_least_1(place, flag, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(["score", f"{place}/nq.jsonl", flag, value])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and len(message.splitlines()) == 1 and flag in message
+
+
+def answering(monkeypatch, *texts):
+    """Replace the LM's continuations by these texts, and record what predict was called with."""
+    calls = []
+
+    def predict(lm, tokenizer, ids, prefix, new, options, stops, budget):
+        calls.append((ids, prefix, new, options, stops, budget))
+        return [texts[b % len(texts)] for b in range(len(ids))]
+
+    monkeypatch.setattr(generate, "predict", predict)
+    return calls
+
+
+BREAKS = ["\u2028", "\u2029", "\x85", "\x0c", "\x0b", "\x1c", "\x1e", "\r"]
+
+
+@pytest.mark.parametrize("break_", BREAKS)
+def test_ask_reads_a_question_a_line_and_writes_an_answer_a_line(
+    place, tmp_path, monkeypatch, capsys, break_
+):
+    path = tmp_path / "questions.txt"
+    path.write_bytes(f"\ufeffwho{break_}was it\r\n\nwho was\tB\n".encode())
+    answers = [f"one{break_}two", "one\n\ntwo\tthree"]
+    calls = answering(monkeypatch, *answers)
+    assert command(place, f"ask --input {path}") == answers
+    printed = capsys.readouterr().out
+    assert printed.splitlines() == ["who was it\tone two", "who was B\tone  two three"]
+    tokenizer = own_tokenizer(place)
+    asked = [data.question_text(text) for text in (f"who{break_}was it", "who was\tB")]
+    assert calls[0][0] == data.encode_prompts(tokenizer, asked) and calls[0][4] == ["\n"] * 2
+
+
+def own_tokenizer(place):
+    return load_tokenizer(place / "lm")
+
+
+def test_one_question_prints_its_answer_in_one_line(place, monkeypatch, capsys):
+    answering(monkeypatch, "one\ntwo")
+    assert command(place, "ask", "who\nwas it") == ["one\ntwo"]
+    assert capsys.readouterr().out == "one two\n"
+
+
+def test_ask_answers_examples_without_labels(place, tmp_path, monkeypatch, capsys):
+    records = [
+        {"question": "who was it"},
+        {"question": "who was it?", "answer": []},
+        {"input": "It was", "target": None, "answers": []},
+        {"inputs_pretokenized": "It is ", "answer_choices": ["a", "b"]},
+        {"question": "which", "options": ["b", "a"], "answer": "c"},
+    ]
+    path = write_lines(tmp_path / "unlabelled.jsonl", records)
+    calls = answering(monkeypatch, "A", "B", "C", 1, 0)
+    assert command(place, f"ask --input {path}") == ["A", "B", "C", "b", "b"]
+    shown = ["who was it", "who was it?", "It was", "It is", "which"]
+    lines = [f"{text}\t{answer}" for text, answer in zip(shown, "ABCbb")]
+    assert capsys.readouterr().out.splitlines() == lines
+    ids, _, _, options, ends, _ = calls[0]
+    question = data.question_text
+    texts = [question(shown[0]), question(shown[1]), "It was", "It is", question("which")]
+    assert ids == data.encode_prompts(own_tokenizer(place), texts)
+    assert [len(choices) for choices in options] == [0, 0, 0, 2, 2]
+    assert ends == ["\n", "\n", "", "", "\n"]
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"answer": "a"}, "question, input"),
+        ({"question": 3}, "question, input"),
+        ({"question": "a", "options": "ab"}, "options"),
+        ({"question": "a", "options": [3]}, "options"),
+        ({"question": "a", "options": {"a": 1}}, "options"),
+        ({"question": "a", "options": ["b", "b"]}, "twice"),
+        ({"question": "why " * 400}, "context"),
+    ],
+)
+def test_a_bad_record_to_answer_is_named(place, tmp_path, record, message, capsys):
+    path = write_lines(tmp_path / "bad.jsonl", [{"question": "a"}, record])
+    with pytest.raises(SystemExit):
+        command(place, f"ask --input {path}")
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "bad.jsonl:2" in error and message in error
+
+
+@pytest.mark.parametrize("shots, seed", [(1, 0), (3, 0), (3, 5)])
+def test_shots_stand_before_every_question(place, tmp_path, monkeypatch, shots, seed):
+    """They are sampled from the file's examples that are not asked themselves."""
+    pool = [{"question": f"where was {c}", "answer": [c]} for c in "abcde"]
+    pool.append({"question": "who was 7", "answer": ["seven"]})  # asked, so no example
+    path = write_lines(tmp_path / "shots.jsonl", pool)
+    flags = f"--shots {shots} --shots-from {path} --seed {seed} --stop \\n"
+    tokenizer, out = own_tokenizer(place), tmp_path / "out"
+    command(place, f"score {place}/nq.jsonl --out {out} {flags} --max-new-tokens 5")
+    rows = data.sample(5, shots, seed)
+    text = "".join(f"Q: where was {'abcde'[i]}?\nA: {'abcde'[i]}\n\n" for i in rows)
+    lm = LM.from_pretrained(place / "lm")
+    for record in read_predictions(out)[5:8]:
+        ids = data.encode_prompts(tokenizer, [text + record["input"]])
+        assert generate.predict(lm, tokenizer, ids, None, 5, stops=["\n"]) == [record["prediction"]]
+        assert record["input"].startswith("Q: who was ")  # the record has no examples in it
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--shots 2", "--shots-from"),
+        ("--shots-from nq.jsonl", "--shots"),
+        ("--shots 2 --shots-from nq.jsonl", "0 examples that are not asked, fewer than 2"),
+        ("--shots 200 --shots-from more.jsonl", "150 examples that are not asked, fewer than 200"),
+        ("--shots 150 --shots-from more.jsonl", "context"),
+        ("--shots 1 --shots-from none.jsonl", "none.jsonl"),
+        ("--out nq.jsonl/out", "nq.jsonl"),
+    ],
+)
+def test_shots_that_cannot_stand_are_refused(place, monkeypatch, capsys, flags, message):
+    more = [{"question": f"where was {i}", "answer": ["a"]} for i in range(150)]
+    write_lines(place / "more.jsonl", more)
+    monkeypatch.chdir(place)
+    with pytest.raises(SystemExit):
+        command(place, f"score nq.jsonl {flags}")
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and message in error
+
+
+def test_inputs_after_shots_end_where_the_next_example_would_begin(place, tmp_path, monkeypatch):
+    pool = write_lines(tmp_path / "pool.jsonl", [{"input": "It was", "target": "a"}])
+    asked = write_lines(tmp_path / "asked.jsonl", [{"input": "It is", "target": "a"}])
+    calls = answering(monkeypatch, "a")
+    for flags, stop in ((f"--shots 1 --shots-from {pool}", "\n\n"), ("", "")):
+        command(place, f"score {asked} {flags}")
+        assert calls.pop()[4] == [stop]
+
+
+def test_score_writes_predictions_that_compare_reads(place, tmp_path, capsys):
+    out, flags = tmp_path / "new" / "bare", "--max-new-tokens 2 --limit 20"
+    result = command(place, f"score {place}/nq.jsonl --out {out} {flags}")
+    printed = capsys.readouterr().out
+    records = read_predictions(out)
+    assert summary(records) == result and len(records) == 20
+    shown = [f"{' '.join(r['input'].split())} {' '.join(r['prediction'].split())}" for r in records]
+    assert all(line.strip() in " ".join(printed.split()) for line in shown[:2])
+    assert "(accepted: a)" in printed
+    assert command(place, f"score {place}/nq.jsonl {flags}") == result
+    other = tmp_path / "other"
+    command(place, f"score {place}/nq.jsonl --out {other} {flags} --stop .")
+    rows = evaluation.main(["compare", str(out), str(other), "--iters", "10"])
+    assert rows[0]["n"] == 20 and rows[0]["a"] == result["em"]
+    before = (out / "predictions.jsonl").read_bytes()
+    with pytest.raises(SystemExit):
+        command(place, f"score {place}/nq.jsonl --out {out}")
+    assert "choose another --out" in capsys.readouterr().err
+    assert (out / "predictions.jsonl").read_bytes() == before
+
+
+def test_eval_tokens_change_no_answer(place, tmp_path, monkeypatch):
+    flags = f"score {place}/nq.jsonl --limit 20 --max-new-tokens 3"
+    for budget in (1, 200, 100_000):
+        command(place, f"{flags} --out {tmp_path}/{budget} --eval-tokens {budget}")
+    rows = [read_predictions(tmp_path / str(budget)) for budget in (1, 200, 100_000)]
+    assert rows[0] == rows[1] == rows[2]
+    calls = answering(monkeypatch, "a")
+    command(place, f"{flags} --eval-tokens 77")
+    assert calls[0][2] == 3 and calls[0][5] == 77
+
+
+@pytest.mark.parametrize("line", ["score nq.jsonl --limit 2", "ask"])
+def test_model_says_where_the_lm_of_a_run_is(place, monkeypatch, line, capsys):
+    """And warnings are one line, without the file and line that raised them."""
+    seen, lm = [], LM.from_pretrained(place / "lm")
+
+    def load_run(folder, device="cpu", model=None):
+        seen.append((folder, model))
+        warnings.warn("the run is old", stacklevel=1)
+        return lm, None, own_tokenizer(place), {"question_format": False}
+
+    monkeypatch.setattr(runs, "load_run", load_run)
+    monkeypatch.chdir(place)
+    question = ["who was it"] if line == "ask" else []
+    evaluation.main([*line.split(), *question, "--run", "run", "--model", "moved"])
+    assert seen == [("run", "moved")]
+    assert capsys.readouterr().err == f"eval.py {line.split()[0]}: the run is old\n"
+
+
+@pytest.mark.parametrize("question", ["\udcff", "who was Caf\udce9"])
+def test_a_question_that_is_not_utf8_is_refused(question, capsys):
+    for argv in (["ask", question], ["ask", "who", "--stop", question]):
+        with pytest.raises(SystemExit):
+            evaluation.main(argv)
+        message = capsys.readouterr().err
+        assert len(message.splitlines()) == 1 and "not UTF-8" in message
