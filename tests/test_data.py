@@ -123,6 +123,7 @@ def test_key_without_a_value_is_absent(tmp_path, form, absent):
     choices = form | {"options": ["bad", "good"]}
     path = write(tmp_path / "a.jsonl", choices, choices | {"answer_choices": None})
     assert [e.options for e in data.read(path)] == [("bad", "good")] * 2
+    assert data.parse_record(columns | form, "a.jsonl:1") == table[0]  # without a file
     texts = data.read_texts(write(tmp_path / "b.jsonl", columns | form))
     assert texts == data.read_texts(write(tmp_path / "b.jsonl", form))
     assert data.read_texts(write(tmp_path / "c.jsonl", columns | {"text": "a"})) == ["a"]
@@ -331,12 +332,12 @@ def spanning(kind):
     trainer = trainer(vocab_size=150, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.add_tokens([": C", "is -5", "A: no"])
+    tokenizer.add_tokens([": C", "is -5", "A: no", "is !"])
     return tokenizer
 
 
 JOINS = ("The right choice is:", "What is", "Q: who?\nA:", "so it is", "Answer: ")
-TARGETS = ("A", "C", "D", "-5", "5", "no", "nobody", "C A", "is: C")
+TARGETS = ("A", "C", "D", "-5", "5", "no", "nobody", "C A", "is: C", "!")
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "llama", "metaspace", "wordpiece"])
@@ -345,7 +346,7 @@ def test_input_and_target_spell_the_text_when_a_token_spans_both(kind):
     for input in JOINS:
         example = Example(input, TARGETS[1], TARGETS[1:2], options=TARGETS)
         (tokens,) = data.tokenize([example], tokenizer, 1, 100)
-        assert tokens.target == tokens.options[1] and len(set(map(tuple, tokens.options))) == 9
+        assert tokens.target == tokens.options[1] and len(set(map(tuple, tokens.options))) == 10
         for text, ids in zip(TARGETS, tokens.options):
             spelt, wanted = tokenizer.decode(tokens.input + ids[:-1]), f"{input} {text}"
             if kind == "wordpiece":  # its tokens have neither case nor spaces
