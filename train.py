@@ -3,7 +3,7 @@
     python train.py --method neural_recursion
 
 trains a Connector between two passes through the embedded LM, on questions about the embedded
-world. In about 4 minutes on two CPU cores it reaches an exact match of 96 % on one-hop and 20 % on
+world. In 2 to 4 minutes on two CPU cores it reaches an exact match of 96 % on one-hop and 20 % on
 two-hop test questions, about people who occur in no training question. runs.py describes the
 folder that a run leaves.
 
