@@ -22,6 +22,7 @@ python bench.py plan --method neural_recursion --model EleutherAI/pythia-1b
 
 import argparse
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -375,12 +376,15 @@ def evaluation_memory(args, c: Config, lengths: Lengths, size: int) -> int:
     passes |= dict.fromkeys(("prompt_tuning", "fine_tuning"), c.n_layers)
     layers = passes.get(args.method, c.n_layers + args.connector_layers)
     cache = 2 * c.n_kv_heads * c.head_dim * layers * size
-    copies, scored = 2, rows  # the cache before and after a row ends; positions with logits at once
-    if lengths.options:  # a question's cache and that of its options; as in generate.token_logprobs
-        copies = 1 + 1 / lengths.options
-        scored = min(rows * lengths.new, max(1, 2**25 // c.vocab_size))
-    one_layer = size * activations(c, trained=True)
-    return round(rows * length * (copies * cache + one_layer)) + 2 * 4 * scored * c.vocab_size
+    cached = 2 * rows * length  # positions, before and after a row ends
+    read, scored = rows * length, rows  # positions that a layer reads at once, and with logits
+    if lengths.options:  # each question is read once, then its cache is copied for every option
+        questions = math.ceil(rows / lengths.options)
+        cached = (questions + rows) * length
+        read = questions * length + rows * lengths.new
+        scored = min(rows * lengths.new, max(1, 2**25 // c.vocab_size))  # generate.token_logprobs
+    held = cached * cache + read * size * activations(c, trained=True)
+    return held + 2 * 4 * scored * c.vocab_size
 
 
 def activations(c: Config, trained: bool) -> int:

@@ -1,12 +1,20 @@
-"""bench.py plan: the memory that a run will need, against what autograd keeps of a step."""
+"""bench.py plan: the memory that a run needs, against what autograd keeps of a step and against the
+peak of a whole run."""
+
+import random
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
+from tiny_runs import PEOPLE, ROOT, make_place, write_lines
 
 import adapters
 import bench
 import recurse
 import train
+from data import train_tokenizer
 from model import LM, Config
 
 
@@ -67,3 +75,84 @@ def test_the_plan_of_a_pretraining_counts_every_token_as_a_target(tmp_path):
     flags = f"plan --method neural_recursion --text --model {tmp_path}/lm --device cpu"
     flags += " --batch-size 5 --seq-len 40"
     assert bench.main(flags.split())["logits"] == 3 * 4 * 5 * 40 * 60
+
+
+def plan(place, flags, method="neural_recursion"):
+    line = (
+        f"plan --method {method} --model {place}/lm/model --device cpu --train {place}/train.jsonl"
+    )
+    return bench.main(shlex.split(f"{line} {flags}"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.mark.parametrize("method", ["neural_recursion", "prompt_tuning", "fine_tuning"])
+@pytest.mark.parametrize("words", [1, 5, 12])
+def test_the_plan_reads_the_lengths_of_the_questions(place, tmp_path, capsys, method, words):
+    """They are those of the longest training question with its answer, in tokens of the LM."""
+    rows = [{"question": "why " * n, "answer": ["so it is"]} for n in (1, words)]
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    flags = f"--train {file} --max-new-tokens 1"
+    args = train.parse(["--method", method, "--model", f"{place}/lm/model", *flags.split()])
+    longest = train.load_task(args, *train.load_lm(args)).tokens["train"][1]
+    T, S = len(longest.input) + len(longest.target) - 1, len(longest.target)
+    table, assumed = plan(place, flags, method), plan(place, f"--seq-len {T}", method)
+    assert table["activations"] == assumed["activations"]
+    assert table["logits"] == 3 * 4 * 32 * S * 300
+    assert f"at most {T} tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_the_plan_counts_evaluation(place, method):
+    """It grows with the budget of tokens, with the prompt, and not without questions to answer."""
+    rest = f"--dev {place}/dev.jsonl --batch-size 1 --eval-tokens"
+    cases = ("", f"{rest} 500", f"{rest} 1000", f"{rest} 1000 --prompt-length 40")
+    beyond = [plan(place, flags, method)["evaluation beyond this"] for flags in cases]
+    assert 0 == beyond[0] < beyond[1] < beyond[2]
+    assert (method == "prompt_tuning") == (beyond[3] != beyond[2])
+
+
+def test_the_plan_counts_the_options_of_a_question(place, tmp_path):
+    towns = [f"{name}ville" for name in PEOPLE]
+    rows = [{"input": "where", "target": towns[0], "options": towns}]
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    flags = "--batch-size 1 --eval-tokens 2000 --max-new-tokens 1"
+    alone = write_lines(tmp_path / "alone.jsonl", [{"input": "where", "target": towns[0]}])
+    one, many = (plan(place, f"{flags} --dev {f}") for f in (alone, file))
+    # Every position of an option has logits, and the last token of a question only.
+    assert many["evaluation beyond this"] > one["evaluation beyond this"]
+
+
+@pytest.mark.parametrize("answers", ["free", "options"])
+def test_the_plan_is_near_the_peak_of_a_whole_run(tmp_path, answers):
+    rng, words = random.Random(0), [f"w{i}" for i in range(500)]
+    tokenizer = train_tokenizer([" ".join(rng.choices(words, k=200)) for _ in range(50)], 1000)
+    lm = LM(Config(1000, 256, 6, 4, 4, 64, 704, 512, eos=(0,)))
+    lm.save(tmp_path / "lm", tokenizer=tokenizer)
+
+    def rows(length):
+        for _ in range(24):
+            row = {"input": " ".join(rng.choices(words, k=length)), "target": "w1"}
+            yield row | ({"options": words[:30]} if answers == "options" else {})
+
+    write_lines(tmp_path / "train.jsonl", rows(20))
+    write_lines(tmp_path / "dev.jsonl", rows(150))
+    flags = "--method neural_recursion --model lm --train train.jsonl --dev dev.jsonl --steps 2 "
+    flags += (
+        "--batch-size 4 --device cpu --connector-layers 1 --max-new-tokens 4 --eval-tokens 4000"
+    )
+    code = "import resource, sys, train; train.main(sys.argv[1:])\n"
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+
+    def call(*line):
+        call = [sys.executable, *line, *flags.split()]
+        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return result.stdout.splitlines()
+
+    peak = int(call("-c", code)[-1])
+    (total,) = [line.split()[2] for line in call(ROOT / "bench.py", "plan") if "in all" in line]
+    assert 0.7 < float(total) * 1e9 / peak < 1.5

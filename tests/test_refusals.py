@@ -47,6 +47,7 @@ RECUR --train .                                         | is a folder
 RECUR --train broken.jsonl                              | broken.jsonl:2
 RECUR --train long.jsonl                                | long.jsonl:2 | context
 RECUR --dev long.jsonl                                  | long.jsonl:2 | context
+RECUR --train doubled.jsonl                             | doubled.jsonl:1: | 'c' occurs twice
 RECUR --dev unanswered.jsonl                            | unanswered.jsonl:1 | answer
 RECUR --tokenizer large                                 | large/tokenizer.json | another LM
 RECUR --tokenizer small                                 | --tokenizer | belongs to another LM
@@ -112,6 +113,8 @@ data.py none.jsonl                                      | none.jsonl: no such fi
 data.py thesis                                          | is a folder, not a file
 data.py twice.jsonl                                     | :3: the id 1 is taken by twice.jsonl:1
 data.py choices.jsonl                                   | :1: | 'yes' is not among the options no
+data.py doubled.jsonl                                   | :1: the option 'c' occurs twice
+data.py holes.jsonl                                     | holes.jsonl:1: needs a text under the key
 data.py dev.jsonl --tokenizer thesis                    | thesis
 
 eval.py                                                 | command
@@ -126,7 +129,20 @@ eval.py ask --run nowhere who                           | nowhere: no run.json
 eval.py ask --run run --input none.txt                  | none.txt
 eval.py score broken.jsonl                              | broken.jsonl:2:
 eval.py score dev.jsonl --model nowhere                 | nowhere
+eval.py ask --run run --input latin.txt                 | latin.txt: not UTF-8 text
+eval.py ask --run run --input list.jsonl                | list.jsonl:1: a JSON object is expected
+eval.py ask --run run --model replaced who              | another LM than replaced | --model
 eval.py score dev.jsonl --run nowhere                   | nowhere: no run.json
+eval.py score dev.jsonl --run run --model replaced      | another LM than replaced | --model
+eval.py score doubled.jsonl                             | doubled.jsonl:1: | 'c' occurs twice
+eval.py score long.jsonl --model lm/model               | long.jsonl:2 | context
+eval.py score dev.jsonl --limit 0                       | --limit | from 1 up
+eval.py score dev.jsonl --limit -3                      | --limit | from 1 up
+eval.py score dev.jsonl --eval-tokens 0                 | --eval-tokens
+eval.py score dev.jsonl --max-new-tokens 0              | --max-new-tokens
+eval.py score dev.jsonl --shots 2                       | --shots and --shots-from need each other
+eval.py score dev.jsonl --shots 9 --shots-from dev.jsonl | 0 examples that are not asked, fewer
+eval.py score dev.jsonl --out run                       | run/predictions.jsonl exists | --out
 
 generate.py lm/model                                    | text
 generate.py nowhere text                                | nowhere
@@ -173,6 +189,8 @@ FILES = {
     "full.jsonl": json.dumps({"question": "why so " * 8, "answer": ["b"]}),
     "choices.jsonl": '{"inputs_pretokenized": "a", "targets_pretokenized": "yes", '
     '"answer_choices": ["no"]}\n',
+    "doubled.jsonl": '{"input": "a", "target": "b", "options": ["b", "c", " c"]}\n',
+    "holes.jsonl": '{"input": null, "question": null, "target": "b"}\n',
     "little.jsonl": '{"text": "a"}\n',
     "blank.txt": "\n\n",
     "thesis/chapter.tex": "mine",
