@@ -40,7 +40,7 @@ from adapters import Connector, SoftPrompt
 from checkpoints import HUB_FILES, load_tokenizer, read_config, resolve, skip_init
 from generate import generate
 from model import LM, Config
-from runs import ASSETS
+from runs import ASSETS, show
 
 
 def llama(
@@ -447,5 +447,5 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"bench.py: {error}", file=sys.stderr)
+        show(f"bench.py: {error}", "stderr")
         sys.exit(2)
