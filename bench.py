@@ -38,6 +38,7 @@ import torch.nn.functional as F
 import train
 from adapters import Connector, SoftPrompt
 from checkpoints import HUB_FILES, load_tokenizer, read_config, resolve, skip_init
+from fit import Recipe, make_optimizer
 from generate import generate
 from model import LM, Config
 from runs import ASSETS, show
@@ -333,6 +334,7 @@ def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
         "evaluation beyond this": max(0, evaluation - sum(step.values())),
     }
     if args.device == "cpu":
+        make_optimizer(torch.nn.Linear(1, 1), Recipe.from_args(args))  # torch imports more for it
         table["Python and libraries"] = memory("VmRSS")  # this process has loaded the same ones
         # malloc keeps freed blocks: 0.2 to 0.65 of the others, in runs that were measured.
         table["allocator, about"] = max(sum(step.values()), evaluation) // 2
