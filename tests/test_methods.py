@@ -239,9 +239,9 @@ def test_a_target_that_the_tokenizer_cannot_spell_is_refused(place, tmp_path, sp
     """Here every word but w0 ... w66 is unknown, and its token is w0."""
     rows = [{"input": "w1", "target": target} for target in ("w5 town", "town")]
     file = write_lines(tmp_path / "rows.jsonl", rows)
-    args = arguments(place, "neural_recursion", f"--train  --dev  --{split} {file}")
-    good = write_lines(tmp_path / "good.jsonl", rows[:1])
-    args.train = args.train or str(good)
+    args = arguments(place, "neural_recursion")
+    args.train = args.dev = str(write_lines(tmp_path / "good.jsonl", rows[:1]))
+    setattr(args, split, str(file))
     lm = LM.from_pretrained(place / "lm" / "model")
     with pytest.raises(ValueError, match="^rows.jsonl:2: .* no tokens for the answer 'town'"):
         train.load_task(args, lm, words_tokenizer(67))
