@@ -39,9 +39,10 @@ import cli
 import train
 from adapters import Connector, SoftPrompt
 from checkpoints import HUB_FILES, load_tokenizer, read_config, resolve, skip_init
+from fit import Recipe, make_optimizer
 from generate import generate
 from model import LM, Config
-from runs import ASSETS
+from runs import ASSETS, show
 
 
 def llama(
@@ -334,6 +335,7 @@ def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
         "evaluation beyond this": max(0, evaluation - sum(step.values())),
     }
     if args.device == "cpu":
+        make_optimizer(torch.nn.Linear(1, 1), Recipe.from_args(args))  # torch imports more for it
         table["Python and libraries"] = memory("VmRSS")  # this process has loaded the same ones
         # malloc keeps freed blocks: 0.2 to 0.65 of the others, in runs that were measured.
         table["allocator, about"] = max(sum(step.values()), evaluation) // 2
@@ -448,5 +450,5 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"bench.py: {error}", file=sys.stderr)
+        show(f"bench.py: {error}", "stderr")
         sys.exit(2)

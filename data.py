@@ -32,6 +32,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -63,11 +64,6 @@ BOM = "\ufeff"  # byte order mark
 def question_text(question: str) -> str:
     """Put a question into the one format that this project uses. The answer follows a space."""
     return f"Q: {question.strip().rstrip('?').rstrip()}?\nA:"
-
-
-def is_question(text: str) -> bool:
-    """Return whether a text has the format of `question_text`."""
-    return text.startswith("Q: ") and text.endswith("?\nA:")
 
 
 def read(path: str | Path) -> list[Example]:
@@ -111,7 +107,8 @@ def parse_record(record: dict, source: str) -> Example:
         raise ValueError(f"{source}: needs a text under the key {keys}")
     if not isinstance(answers, list) or not all(map(_is_text, [target, *answers])):
         keys = "answer, or a text under target or targets_pretokenized"
-        raise ValueError(f"{source}: needs a list of texts under the key {keys}")
+        hint = "(eval.py ask --input needs none)"
+        raise ValueError(f"{source}: needs a list of texts under the key {keys} {hint}")
     target, answers = target.strip(), [answer.strip() for answer in answers]
     options = _parse_options(record, target, source)
     if "question" in record:
@@ -128,12 +125,18 @@ def _parse_options(record: dict, target: str, source: str) -> tuple[str, ...]:
         raise ValueError(f"{source}: needs a list of texts under the key options or answer_choices")
     options = tuple(option.strip() for option in options)
     if options and target not in options:
-        listed = ", ".join(options)
+        listed = ", ".join(options) + _form_note(target, options)
         raise ValueError(f"{source}: the target {target!r} is not among the options {listed}")
     twice = [option for option in options if options.count(option) > 1]
     if twice:
         raise ValueError(f"{source}: the option {twice[0]!r} occurs twice")
     return options
+
+
+def _form_note(text: str, others: Sequence[str]) -> str:
+    """Say why a text looks like one of the others, if only its Unicode form (NFC, NFD) differs."""
+    same = any(normalize("NFC", text) == normalize("NFC", other) for other in others)
+    return " (only their Unicode forms differ)" if same else ""
 
 
 def _clean(record: dict) -> dict:
@@ -278,7 +281,8 @@ def _check_tokens(input: list[int], targets: list, options: Sequence[str], max_l
     for option, target in zip(options, targets[1:]):
         other = seen.setdefault(tuple(target), option)
         if other != option:
-            raise ValueError(f"the options {other!r} and {option!r} have the same tokens")
+            note = _form_note(other, [option])
+            raise ValueError(f"the options {other!r} and {option!r} have the same tokens{note}")
 
 
 def _check_vocabulary(ids: Sequence[int], tokenizer: Tokenizer, vocab_size: int | None) -> None:

@@ -181,7 +181,7 @@ def score(examples: Sequence, predictions: Sequence[str | int]) -> list[dict]:
 def _score_one(e, prediction: str | int) -> tuple[str, float, float]:
     """Return the prediction as a text, its exact match and its F1."""
     if isinstance(prediction, str):
-        form = "NFD" if _is_question(e.input) else None
+        form = "NFD" if is_question(e.input) else None
         em = exact_match(prediction, e.answers, form)
         return prediction, em, token_f1(prediction, e.answers, form)
     # Options may differ only in what `normalise` deletes: "-5" and "5". Words that a wrong option
@@ -192,9 +192,9 @@ def _score_one(e, prediction: str | int) -> tuple[str, float, float]:
     return chosen, right, right
 
 
-def _is_question(text: str) -> bool:
-    """Return whether a text has the format of data.question_text."""
-    return text.startswith("Q: ") and text.endswith("?\nA:")
+def is_question(text: str) -> bool:
+    """Return whether a text has the format of data.question_text. Spaces may follow it."""
+    return text.startswith("Q: ") and text.rstrip(" ").endswith("?\nA:")
 
 
 def stops(examples: Sequence, stop: str | None = None) -> list[str]:
@@ -206,7 +206,7 @@ def stops(examples: Sequence, stop: str | None = None) -> list[str]:
     """
     if stop is not None:
         return [stop.replace("\\n", "\n")] * len(examples)
-    one_line = [_is_question(e.input) and "\n" not in "".join(e.answers) for e in examples]
+    one_line = [is_question(e.input) and "\n" not in "".join(e.answers) for e in examples]
     return ["\n" if ends else "" for ends in one_line]
 
 
@@ -235,15 +235,13 @@ def compare(run_a, run_b, iters: int = 10_000, seed: int = 0) -> list[dict]:
     There is a row for each metric over all examples and, if there are several tasks, over each
     task: {"metric", "task" (None for all), "n", "a", "b", "difference", "low", "high", "p"}, with
     scores from 0 to 1 (see `paired_bootstrap`). Examples are paired by task and id. ValueError if
-    a run has no predictions, or if the runs have different examples or different answers. Inputs
-    may differ, because methods prepare them differently, unless the runs predicted other splits.
+    a run has no predictions, or if the runs have different examples, inputs or answers.
     """
     from runs import read_predictions
 
     records_a, records_b = read_predictions(run_a), read_predictions(run_b)
     if not records_a or not records_b:
         raise ValueError(f"{run_b if records_a else run_a}/predictions.jsonl: no predictions")
-    _check_splits(records_a, records_b, run_a, run_b)
     pairs = _pair(records_a, records_b, run_a, run_b)
     tasks = {}
     for pair in pairs:
@@ -264,41 +262,39 @@ def compare(run_a, run_b, iters: int = 10_000, seed: int = 0) -> list[dict]:
     return rows
 
 
-def _check_splits(records_a: list[dict], records_b: list[dict], run_a, run_b) -> None:
-    """ValueError if one run predicted its dev and the other its test questions, and they differ."""
-    a, b = _split(run_a), _split(run_b)
-    inputs_a, inputs_b = (sorted(r["input"] for r in part) for part in (records_a, records_b))
-    if a and b and a != b and inputs_a != inputs_b:
-        raise ValueError(f"the runs predicted different splits: {run_a} {a}, {run_b} {b}")
-
-
-def _split(run) -> str | None:
-    """Return the split that predictions.jsonl is of, or None if no run.json tells."""
-    from runs import read_record
-
-    recorded = (Path(run) / "run.json").is_file()
-    results = read_record(run).get("results", {}) if recorded else {}
-    return next((split for split in ("test", "dev") if split in results), None)
-
-
 def _pair(records_a: list[dict], records_b: list[dict], run_a, run_b) -> list[tuple[dict, dict]]:
-    a = {(r["task"], r["id"]): r for r in records_a}
-    b = {(r["task"], r["id"]): r for r in records_b}
-    for here, there, run_here, run_there in ((a, b, run_a, run_b), (b, a, run_b, run_a)):
-        for task, id in here:
-            if (task, id) not in there:
-                raise ValueError(
-                    f"the runs hold different examples: id {id!r} of task {task!r} "
-                    f"is in {run_here} but not in {run_there}"
-                )
+    a, b = ({(r["task"], r["id"]): r for r in part} for part in (records_a, records_b))
+    alone = [key for key in [*a, *b] if key not in a or key not in b]
+    if alone:
+        (task, id), both = alone[0], len(a.keys() & b.keys())
+        here, there = (run_a, run_b) if alone[0] in a else (run_b, run_a)
+        raise ValueError(
+            f"the runs hold different examples: {len(a)} in {_answered(run_a)}, {len(b)} in "
+            f"{_answered(run_b)}, and {both} are in both; id {id!r} of task {task!r} "
+            f"is in {here} but not in {there}"
+        )
     for task, id in a:
-        answers_a, answers_b = a[task, id]["answers"], b[task, id]["answers"]
-        if answers_a != answers_b:
-            raise ValueError(
-                f"the runs have different answers for id {id!r} of task {task!r}: "
-                f"{answers_a} in {run_a}, {answers_b} in {run_b}"
-            )
+        for key in ("input", "answers"):
+            here, there = a[task, id][key], b[task, id][key]
+            if here != there:
+                raise ValueError(
+                    f"the runs have different {key} for id {id!r} of task {task!r}: "
+                    f"{here!r:.90} in {_answered(run_a)}, {there!r:.90} in {_answered(run_b)}"
+                )
     return [(a[key], b[key]) for key in a]
+
+
+def _answered(run) -> str:
+    """Return the folder, with the file or split that it answered if a record of it says so."""
+    from checkpoints import read_json
+
+    for name, splits in (("score.json", ["file"]), ("run.json", ["test", "dev"])):
+        if (Path(run) / name).is_file():
+            record = read_json(Path(run) / name)
+            given, results = record.get("arguments", {}), record.get("results", {})
+            split = next((s for s in splits if s in results), splits[0])
+            return f"{run} ({given.get(split) or split})"
+    return str(run)
 
 
 def _print_rows(rows: list[dict]) -> None:
@@ -306,13 +302,13 @@ def _print_rows(rows: list[dict]) -> None:
 
     width = max(len(row["task"] or "all") for row in rows)
     header = f"metric  {'task':<{width}}  {'n':>5}  {'a':>6}  {'b':>6}"
-    show(f"{header}  {'a - b':>7}  [95 % interval]       p")
+    show(f"{header}  {'a - b':>7}  [95 % interval]       p", result=True)
     for row in rows:
         columns = ("a", "b", "difference", "low", "high")
         a, b, difference, low, high = (100 * row[column] for column in columns)
         line = f"{row['metric'].upper():<6}  {row['task'] or 'all':<{width}}  {row['n']:>5}"
         line += f"  {a:6.2f}  {b:6.2f}  {difference:+7.2f}"
-        show(f"{line}  [{low:+6.2f}, {high:+6.2f}]  {row['p']:.4f}")
+        show(f"{line}  [{low:+6.2f}, {high:+6.2f}]  {row['p']:.4f}", result=True)
 
 
 # ------------------------------------------------------------------------------- command line
@@ -329,7 +325,7 @@ def ask_command(args: argparse.Namespace) -> list[str]:
     for e, answer in zip(examples, _answer(args, model, prefix, tokenizer, examples)):
         answers.append(answer if isinstance(answer, str) else e.options[answer])
         line = _one_line(answers[-1])
-        show(line if len(examples) == 1 else f"{_one_line(e.id)}\t{line}")
+        show(line if len(examples) == 1 else f"{_one_line(e.id)}\t{line}", result=True)
     return answers
 
 
@@ -367,8 +363,8 @@ def _parse_question(record: dict, source: str):
 def score_command(args: argparse.Namespace) -> dict:
     """Answer a file of examples; print and return the summary of the scores."""
     import data
-    from checkpoints import atomic_write
-    from runs import show
+    from checkpoints import atomic_write, write_json
+    from runs import score_record, show
 
     path = Path(args.out or "") / "predictions.jsonl"
     if args.out and path.exists():
@@ -377,18 +373,21 @@ def score_command(args: argparse.Namespace) -> dict:
     examples = data.read(args.file)
     examples = [examples[row] for row in data.sample(len(examples), args.limit, args.seed)]
     records = score(examples, _answer(args, model, prefix, tokenizer, examples))
+    result = summary(records)
     if args.out:
+        write_json(path.with_name("score.json"), score_record(args, model, result))
         with atomic_write(path) as unfinished:
             lines = [json.dumps(record) + "\n" for record in records]
             unfinished.write_text("".join(lines), encoding="utf-8")
     for record in records[:3]:
         shown = f"{_one_line(record['input'])[-200:]} {_one_line(record['prediction'])}"
-        show(f"{shown}   (accepted: {_one_line(', '.join(record['answers']))})")
-    result = summary(records)
+        answers = _one_line(", ".join(record["answers"]))
+        show(f"{shown}   (accepted: {answers})", result=not args.out)
     for task, row in [("all", result), *result["tasks"].items()]:
         if task:
             em, f1 = 100 * row["em"], 100 * row["f1"]
-            show(f"{task:20} EM {em:5.1f}   F1 {f1:5.1f}   ({row['n']} examples)")
+            line = f"{task:20} EM {em:5.1f}   F1 {f1:5.1f}   ({row['n']} examples)"
+            show(line, result=not args.out)
     return result
 
 
@@ -427,11 +426,6 @@ def _answer(args: argparse.Namespace, model, prefix, tokenizer, examples: list) 
     return predict(model, tokenizer, ids, prefix, new, options, ends, args.eval_tokens)
 
 
-def compare_command(args: argparse.Namespace) -> list[dict]:
-    """Compare two runs (see `compare`)."""
-    return compare(args.run_a, args.run_b, args.iters, args.seed)
-
-
 class Parser(argparse.ArgumentParser):
     """A parser whose errors, and its sub-commands' errors, are one line without the usage."""
 
@@ -440,9 +434,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
     return int(text)
+
+
+_count.__name__ = "int"  # argparse puts it into its messages
 
 
 def _utf8(text: str) -> str:
@@ -456,11 +453,11 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("compare", help="paired bootstrap between two runs")
-    command.set_defaults(function=compare_command)
+    command.set_defaults(function=lambda a: compare(a.run_a, a.run_b, a.iters, a.seed))
     command.add_argument("run_a", help="run folder of system a, or --out of score")
     command.add_argument("run_b", help="run folder of system b, or --out of score")
     resamples = "bootstrap resamples (default 10000; Koehn 2004: 1000)"
-    command.add_argument("--iters", type=int, default=10_000, help=resamples)
+    command.add_argument("--iters", type=_count, default=10_000, help=resamples)
     command.add_argument("--seed", type=int, default=0, help="of the resampling (default 0)")
 
     command = commands.add_parser("ask", help="answer questions with a run or the bare LM")
@@ -475,7 +472,7 @@ def _parser() -> Parser:
     command.set_defaults(function=score_command)
     command.add_argument("file", help="examples; of options, the likeliest is the answer")
     command.add_argument("--limit", type=_count, help="score that many, sampled with --seed")
-    command.add_argument("--out", help="folder for predictions.jsonl, which compare reads")
+    command.add_argument("--out", help="folder for predictions.jsonl and score.json")
     _add_answer_flags(command)
     return parser
 
@@ -497,8 +494,9 @@ def _add_answer_flags(command: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None):
     """Run a command and return its result. Bad input ends with one line and exit status 2."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv)
+    args.argv = argv
 
     def show_warning(message, *_, **__):
         print(f"eval.py {args.command}: {message}", file=sys.stderr)
@@ -508,7 +506,10 @@ def main(argv: list[str] | None = None):
             warnings.showwarning = show_warning  # without the file and line that raised it
             return args.function(args)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"eval.py {args.command}: {error}\n")
+        from runs import show
+
+        show(f"eval.py {args.command}: {' '.join(str(error).splitlines())}", "stderr")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

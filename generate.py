@@ -306,14 +306,22 @@ def continue_texts(lm, tokenizer, ids, prefix, max_new_tokens: int, stop: str) -
     """The greedy continuations as texts, each up to `stop` ("" for none) or an eos of the LM."""
 
     def ended(tokens: list[int]) -> bool:
-        return stop in tokenizer.decode(tokens)
+        return find_stop(tokenizer.decode(tokens), stop) is not None
 
     eos, texts = lm.config.eos, []
     test = ended if stop else None
     for (sample,) in generate(lm, ids, prefix, max_new_tokens, eos=eos, ended=test):
         text = tokenizer.decode(drop_eos(sample.ids, eos))  # decode drops special tokens
-        texts.append((text.split(stop)[0] if stop else text).strip())
+        texts.append(text[: find_stop(text, stop)].strip())
     return texts
+
+
+def find_stop(text: str, stop: str) -> int | None:
+    """Where `stop` begins in an answer, or None. Spaces before the answer are no stop."""
+    spaces = len(text) - len(text.lstrip(" "))
+    # A stop such as " Q:" may begin with these spaces, but it must reach beyond them.
+    index = text.find(stop, max(0, spaces - len(stop) + 1)) if stop else -1
+    return None if index < 0 else index
 
 
 def drop_eos(ids: list[int], eos) -> list[int]:
@@ -345,10 +353,11 @@ def prepare(lm, tokenizer, examples, prefix=None, max_new_tokens: int = 16, shot
 
     `shots` are examples that stand, with their answers, before every question. They are read here,
     once, and the prefix is extended by them. ValueError, which names the example, if one of its
-    options or max_new_tokens exceed the context. An open question's own answer needs no tokens.
+    options or max_new_tokens exceed the context, or `check_targets` refuses it.
     """
     import data
 
+    check_targets(tokenizer, [*shots, *examples])
     config = lm.config
     left = config.max_len - (0 if prefix is None else prefix.size)
     before = "".join(f"{shot.input} {shot.target}{SHOT_END}" for shot in shots)
@@ -368,6 +377,24 @@ def prepare(lm, tokenizer, examples, prefix=None, max_new_tokens: int = 16, shot
     if shots:
         ids, prefix = read_shared(lm, ids, prefix)
     return ids, options, prefix
+
+
+def check_targets(tokenizer, examples) -> None:
+    """ValueError, which names the example, if the tokens of its target spell nothing.
+
+    They are special or stand for unknown text (<unk>), so no answer of `predict` is right. Examples
+    with options are not checked, because a choice is right by its index.
+    """
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    labelled = [e for e in examples if e.answers and not e.options]
+    known = []
+    for row in tokenizer.encode_batch([e.target for e in labelled], add_special_tokens=False):
+        pairs = zip(row.ids, row.tokens)
+        # Unigram does not tell its unk_token, but the token shows the text, and not <unk>.
+        known.append([i for i, t in pairs if t != unknown and t == tokenizer.id_to_token(i)])
+    for e, text in zip(labelled, tokenizer.decode_batch(known)):
+        if not text.strip():
+            raise ValueError(f"{e.source}: the tokenizer has no tokens for the answer {e.target!r}")
 
 
 def read_shots(path, count: int, seed: int, asked) -> list:

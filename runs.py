@@ -19,10 +19,12 @@ so a run can be moved together with them.
     model, prefix, tokenizer, record = load_run("runs/neural_recursion")      # under a second
 """
 
+import hashlib
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -47,15 +49,21 @@ ASSETS = Path(__file__).parent / "assets"  # the embedded LM and the Connectors 
 # What only shows
 
 
-def show(text: str, stream: str = "stdout") -> None:
+def show(text: str, stream: str = "stdout", result: bool = False) -> None:
     """Print a line to sys.stdout or sys.stderr. A line that cannot be printed never ends a run.
 
     Letters that the stream cannot write are escaped. A stream that is closed or full is silent
-    from then on.
+    from then on. But OSError if the line is the `result` of a command, unless its reader has left.
+    Lines of stderr have no numbers of errors, and the middle of a very long one is left out.
     """
     out = getattr(sys, stream)
+    if out is None and result:
+        raise OSError("standard output: it is closed")
     if out is None:  # it was closed before Python began
         return
+    if stream == "stderr":
+        text = re.sub(r"\[Errno \d+\] ", "", text)
+        text = text if len(text) <= 600 else f"{text[:300]} ... {text[-200:]}"
     try:
         encoding = getattr(out, "encoding", None) or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding), file=out, flush=True)
@@ -64,6 +72,8 @@ def show(text: str, stream: str = "stdout") -> None:
         with suppress(OSError, ValueError):  # what is still in the buffer would fail at exit
             os.dup2(silent.fileno(), out.fileno())
         setattr(sys, stream, silent)
+        if result and not isinstance(error, BrokenPipeError):
+            raise OSError(f"standard output: {error}") from None
         if stream == "stdout":
             show(f"standard output: {error}; the run goes on without it", "stderr")
 
@@ -304,7 +314,7 @@ def start_record(run: Run, trained: nn.Module, frozen: LM | None, hashes: dict) 
         line += f", {sum(p.numel() for p in frozen.parameters()):,} frozen"
     show(line)
     # The results of a finished run stay until it is scored again, and what it was started on stays.
-    record = {"command": run.command} | environment(run) | before
+    record = {"command": run.command} | environment(run.arguments["device"]) | before
     record |= {
         "arguments": run.arguments,
         "folder": os.path.abspath(run.folder),
@@ -312,21 +322,21 @@ def start_record(run: Run, trained: nn.Module, frozen: LM | None, hashes: dict) 
         "weights_before": hash_tensors(frozen.state_dict()) if frozen else None,
         **hashes,
     }
-    latest, now = record.get("resumed", [record])[-1], environment(run)
+    latest = record.get("resumed", [record])[-1]
+    now = environment(run.arguments["device"])
     if any(latest.get(key) != now[key] for key in now):
         record["resumed"] = [*record.get("resumed", []), now]
     write_json(run.folder / "run.json", record)
     return record
 
 
-def environment(run: Run) -> dict:
+def environment(device: str) -> dict:
     """What the process computes with: versions and hardware."""
-    cuda = run.arguments["device"] == "cuda"
-    device = torch.cuda.get_device_name() if cuda else platform.machine()
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {
         "versions": versions | {"numpy": np.__version__},
-        "hardware": {"device": device, "threads": torch.get_num_threads()},
+        "hardware": {"device": name, "threads": torch.get_num_threads()},
     }
 
 
@@ -358,29 +368,27 @@ def print_result(split: str, result: dict) -> None:
             show(f"{split:5} {task:12} {scores}   ({row['n']} questions)")
 
 
-def draw_curve(run: Run, history: list[dict]) -> None:
-    """Write curve.png: loss and dev score against steps."""
-    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's may be missing here; none is needed
-    try:
-        from matplotlib.figure import Figure
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
-    losses = [(r["step"], r["loss"]) for r in history if r.get("loss") is not None]
-    scores = [(r["step"], r["score"]) for r in history if r.get("score") is not None]
-    figure = Figure(figsize=(7, 4))
-    left = figure.subplots()
-    left.plot(*zip(*losses), color="tab:gray")
-    left.set(xlabel="step", ylabel="loss (nats a token)")
-    name = run.folder.name.encode("utf-8", "backslashreplace").decode()
-    left.set_title(f"{run.arguments['method']}: {name}", parse_math=False)  # $ is no formula
-    if scores:
-        right = left.twinx()
-        right.plot(*zip(*scores), color="tab:blue", marker="o")
-        right.set_ylabel("dev score", color="tab:blue")
-    figure.tight_layout()
-    with atomic_write(run.folder / "curve.png") as path:
-        figure.savefig(path, format="png", dpi=110)
+def score_record(args, model, results: dict) -> dict:
+    """What `eval.py score --out` stores beside the predictions, in score.json.
+
+    Keys: command, arguments (as they were given), fingerprint (of the LM), adapter_hash,
+    file_hash, shots_hash, versions, hardware, results. `model` is what load_run returns.
+    """
+    ignored = ("function", "command", "argv", "out", "eval_tokens")  # they change no answer
+    adapter = Path(args.run) / "adapter_model.safetensors" if args.run else None
+    files = {"adapter_hash": adapter, "file_hash": args.file, "shots_hash": args.shots_from}
+    hashes = {}
+    for key, path in files.items():
+        known = path is not None and Path(path).is_file()  # of an LM trained itself: no adapter
+        hashes[key] = hashlib.sha256(Path(path).read_bytes()).hexdigest() if known else None
+    return {
+        "command": shlex.join(["python", "eval.py", *args.argv]),
+        "arguments": {key: value for key, value in vars(args).items() if key not in ignored},
+        "fingerprint": getattr(model, "lm", model).fingerprint(),
+        **hashes,
+        **environment("cpu"),
+        "results": results,
+    }
 
 
 # What a run trained

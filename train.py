@@ -40,7 +40,7 @@ import recurse
 import world
 from checkpoints import hash_tensors, load_tokenizer, read_tensors, resolve
 from fit import Recipe, autocast, fit, target_loss
-from generate import predict
+from generate import check_targets, predict
 from model import LM
 from runs import ASSETS, Run, finish_record, names_file, only_shows, show, start_record
 
@@ -129,7 +129,7 @@ def train_adapter(task: Task, trained: nn.Module) -> dict:
         record = start_record(run, trained, frozen, hashes(task))
         # Whether `eval.py ask` must put its questions into the format of data.question_text.
         inputs = [example.input for example in task.examples["train"]]
-        record["question_format"] = all(map(data.is_question, inputs))
+        record["question_format"] = all(map(metrics.is_question, inputs))
         record |= fit(run, recipe, trained, batch_at, loss_of, evaluate, save)
         with autocast(recipe):
             splits = [split for split in ("dev", "test") if tokens[split]]
@@ -184,6 +184,8 @@ def load_task(args, lm: LM, tokenizer: Tokenizer) -> Task:
         raise ValueError(f"--prompt-length {P} leaves {left} of the LM's context of {context}")
     eos = lm.config.eos[0] if lm.config.eos else None
     examples = {split: load_split(args, split) for split in ("train", "dev", "test")}
+    for part in examples.values():
+        check_targets(tokenizer, part)
     V = lm.config.vocab_size
     tokens = {k: data.tokenize(part, tokenizer, eos, left, V) for k, part in examples.items()}
     for split in ("dev", "test"):  # refuse before training what `predict` would refuse after it

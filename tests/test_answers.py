@@ -1,10 +1,15 @@
 """eval.py's commands that answer questions, `ask` and `score`, on a tiny LM."""
 
+import hashlib
+import io
+import json
+import subprocess
+import sys
 import warnings
 
 import pytest
-from conftest import randomise
-from tiny_runs import write_lines
+from conftest import randomise, words_tokenizer
+from tiny_runs import ROOT, write_lines
 
 import data
 import eval as evaluation  # not the built-in function
@@ -243,6 +248,106 @@ def test_score_writes_predictions_that_compare_reads(place, tmp_path, capsys):
         command(place, f"score {place}/nq.jsonl --out {out}")
     assert "choose another --out" in capsys.readouterr().err
     assert (out / "predictions.jsonl").read_bytes() == before
+
+
+def test_score_records_what_its_scores_are_of(place, tmp_path, capsys):
+    asked, shots = place / "nq.jsonl", tmp_path / "shots.jsonl"
+    write_lines(shots, [{"question": f"where was {c}", "answer": [c]} for c in "abc"])
+    flags = f"score {asked} --max-new-tokens 2 --limit 9 --seed 4 --stop ."
+    flags += f" --shots 2 --shots-from {shots}"
+    result = command(place, f"{flags} --out {tmp_path}/out")
+    record = json.loads((tmp_path / "out" / "score.json").read_text())
+    assert record["arguments"] == {
+        **{"file": str(asked), "run": None, "model": str(place / "lm"), "limit": 9, "seed": 4},
+        **{"shots": 2, "shots_from": str(shots), "stop": ".", "max_new_tokens": 2},
+    }
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (asked, shots)]
+    assert [record["file_hash"], record["shots_hash"]] == hashes
+    assert record["fingerprint"] == LM.from_pretrained(place / "lm").fingerprint()
+    assert record["adapter_hash"] is None and record["results"] == result
+    start = f"python eval.py score --model {place}/lm {flags.removeprefix('score ')}"
+    assert record["command"] == f"{start} --out {tmp_path}/out"
+    assert record["versions"] and record["hardware"]["threads"] == 1
+
+
+def test_files_of_one_name_with_other_examples_are_not_compared(place, tmp_path, capsys):
+    """Their examples have no ids, so they are called nq.jsonl:1 and so on."""
+    for name, word in (("a", "who"), ("b", "where")):
+        (tmp_path / name).mkdir()
+        rows = [{"question": f"{word} was {i}", "answer": ["a"]} for i in range(3)]
+        file = write_lines(tmp_path / name / "nq.jsonl", rows)
+        command(place, f"score {file} --max-new-tokens 1 --out {tmp_path}/{name}/out")
+    a, b = (f"{tmp_path}/{name}/out" for name in "ab")
+    assert evaluation.main(["compare", a, a, "--iters", "5"])
+    with pytest.raises(SystemExit):
+        evaluation.main(["compare", a, b])
+    error = capsys.readouterr().err
+    assert "different input for id 'nq.jsonl:1'" in error and len(error.splitlines()) == 1
+    assert all(f"{tmp_path}/{name}/out ({tmp_path}/{name}/nq.jsonl)" in error for name in "ab")
+
+
+class Broken(io.StringIO):
+    """A standard output that cannot be written."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+@pytest.mark.parametrize("line", ["ask", "score", "score --out", "compare"])
+@pytest.mark.parametrize("case", ["full", "closed", "left"])
+def test_a_result_that_is_only_printed_must_be_printed(
+    place, tmp_path, monkeypatch, capsys, line, case
+):
+    argv = ["score", f"{place}/nq.jsonl", "--limit", "2", "--out", f"{tmp_path}/out"]
+    argv += ["--model", f"{place}/lm", "--max-new-tokens", "1"]
+    if line == "compare":
+        evaluation.main(argv)
+        argv = ["compare", f"{tmp_path}/out", f"{tmp_path}/out", "--iters", "5"]
+    elif line == "ask":
+        argv = ["ask", "who was it", "--model", f"{place}/lm"]
+    elif line == "score":
+        argv[4:6] = []
+    capsys.readouterr()
+    errors = {"full": OSError(28, "No space left on device"), "left": BrokenPipeError(32, "Gone")}
+    monkeypatch.setattr(sys, "stdout", Broken(errors[case]) if case in errors else None)
+    if case == "left" or line == "score --out":
+        assert evaluation.main(argv)
+    else:
+        with pytest.raises(SystemExit) as stop:
+            evaluation.main(argv)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and len(error.splitlines()) == 1
+        assert error.startswith(f"eval.py {line}: standard output: "), error
+
+
+def test_the_same_in_a_shell(place):
+    call = [sys.executable, ROOT / "eval.py", "ask", "who", "--model", place / "lm"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(call, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr == "eval.py ask: standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("shots", [False, True])
+def test_a_target_that_the_tokenizer_cannot_spell_is_refused(tmp_path, shots, capsys):
+    """Here every word but w0 ... w66 is unknown. An example without an answer is none to refuse."""
+    lm = LM(Config(67, 32, 2, 4, 2, 12, 48, 100, eos=(2,)))
+    randomise(lm, 3).save(tmp_path / "lm", tokenizer=words_tokenizer(67))
+    rows = [{"input": f"w{i}", "target": target} for i, target in enumerate(("w5 town", "town"))]
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    good = write_lines(tmp_path / "good.jsonl", [{"input": "w9", "target": "w5"}])
+    flags = f"score {good} --shots 2 --shots-from {file}" if shots else f"score {file}"
+    with pytest.raises(SystemExit):
+        command(tmp_path, f"{flags} --out {tmp_path}/out")
+    error = capsys.readouterr().err
+    assert "rows.jsonl:2: the tokenizer has no tokens for the answer 'town'" in error
+    assert not (tmp_path / "out").exists()
+    assert command(tmp_path, f"score {good} --max-new-tokens 1")["n"] == 1
+    assert len(command(tmp_path, f"ask --input {file} --max-new-tokens 1")) == 2
 
 
 def test_eval_tokens_change_no_answer(place, tmp_path, monkeypatch):

@@ -316,6 +316,17 @@ def test_one_task_is_not_listed_twice(tmp_path):
     assert [row["task"] for row in compare(run, run, iters=10)] == [None, None]
 
 
+def test_a_question_is_one_also_with_spaces_behind_it():
+    questions = [data.question_text(text) for text in ("who", "who?", " who ? ")]
+    for text in (*questions, *(f"{question} " for question in questions)):
+        assert evaluation.is_question(text)
+        assert stops([data.Example(text, "a", ("a",))]) == ["\n"]
+        e = SimpleNamespace(id="0", task="", input=text, answers=["e\u0301"])
+        assert score([e], ["\xe9"])[0]["em"] == 1.0
+    for text in ("Review: dull.\nVerdict:", "Q: who?\nA: so", "Q: who?\nA: so \n", "who?\nA:"):
+        assert not evaluation.is_question(text)
+
+
 def test_stops_are_a_newline_for_questions_unless_something_else_is_asked_for():
     question, lines = data.question_text("who"), ("one\ntwo", "three")
     examples = [data.Example(question, "a", ("a",)), data.Example("It is", "a", ("a",))]
@@ -341,9 +352,10 @@ def test_runs_that_predicted_different_splits_are_not_compared(tmp_path, splits,
     b = write_run(tmp_path / "b", score(others, ["x"] * len(ids)))
     with_splits(a, *splits[0])
     with_splits(b, *splits[1])
-    message = f"different splits: {a} {splits[0][-1]}, {b} {splits[1][-1]}"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError) as caught:
         compare(a, b)
+    for run, split in zip((a, b), splits):
+        assert f"in {run} ({split[-1]})" in str(caught.value)
 
 
 def test_the_same_questions_are_compared_whatever_their_split_is_called(tmp_path, capsys):
@@ -371,6 +383,12 @@ def test_a_run_without_predictions_is_named_in_one_line(tmp_path, monkeypatch, c
         compare(tmp_path / "a", tmp_path / "b")
 
 
+def moved(id, input):
+    e = example(id)
+    e.input = input
+    return e
+
+
 @pytest.mark.parametrize(
     "others, message",
     [
@@ -378,6 +396,9 @@ def test_a_run_without_predictions_is_named_in_one_line(tmp_path, monkeypatch, c
         ([example(i) for i in "012"], "id '2' of task 'nq' is in {b} but not in {a}"),
         ([example("0"), example("1", "quiz")], "id '1' of task 'nq' is in {a} but not in {b}"),
         ([example("0"), example("1", answers=["X"])], "task 'nq': ['Paris'] in {a}, ['X'] in {b}"),
+        ([example(i) for i in "123"], "2 in {a}, 3 in {b}, and 1 are in both"),
+        ([example("0"), moved("1", "who")], "input for id '1' of task 'nq': 'question 1' in {a}"),
+        ([example("0"), moved("1", "why " * 999)], "in {a}, 'why why"),
     ],
 )
 def test_runs_with_other_examples_are_not_compared(tmp_path, others, message):
@@ -386,3 +407,4 @@ def test_runs_with_other_examples_are_not_compared(tmp_path, others, message):
     with pytest.raises(ValueError) as caught:
         compare(a, b)
     assert message.format(a=a, b=b) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(b) in str(caught.value) and len(str(caught.value)) < 700

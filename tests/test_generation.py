@@ -17,9 +17,11 @@ from conftest import (
     vectors,
     whole,
 )
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.profiler import ProfilerActivity, profile
 
 import data
+import generate as generation  # not its function of that name
 from generate import Sample, generate, main, option_scores, predict, prepare, sample_next_token
 from model import LM, Config
 
@@ -269,6 +271,67 @@ def rows_and_positions(lm, monkeypatch):
 
     monkeypatch.setattr(LM, "forward", spy)
     return seen
+
+
+@pytest.mark.parametrize(
+    "text, stop, answer",
+    [
+        (" Paris is it", " ", "Paris"),  # an answer begins after a space
+        ("Paris is it", " ", "Paris"),
+        ("   a  b c", "  ", "a"),
+        (" a b  c", "  ", "a b"),
+        (" Q: who", " Q:", ""),  # the stop reaches beyond the space
+        (" b Q: who", " Q:", "b"),
+        (" Q: who", "Q: ", ""),
+        (" \nParis", "\n", ""),  # an empty answer
+        (" Paris\n is", "\n", "Paris"),
+        (" a \n b", " \n", "a"),
+        (" \n b", " \n", ""),
+        ("\n\nQ: who", "\n\n", ""),
+        (" a b", "", "a b"),
+        ("  ", " ", ""),
+    ],
+)
+def test_spaces_before_an_answer_do_not_end_it(make_lm, monkeypatch, text, stop, answer):
+    class Letters:
+        def decode(self, ids):
+            return "".join(map(chr, ids))
+
+    def generated(lm, ids, prefix, new, eos, ended):
+        tokens = list(map(ord, text))
+        ends = [n for n in range(1, len(tokens)) if ended and ended(tokens[:n])]
+        return [[Sample(tokens[: [*ends, len(tokens)][0]], 0.0)]]
+
+    monkeypatch.setattr(generation, "generate", generated)
+    assert generation.continue_texts(make_lm(), Letters(), [[1]], None, 99, stop) == [answer]
+
+
+UNKNOWING = {
+    "word": lambda: models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"),
+    "wordpiece": lambda: models.WordPiece({"<unk>": 0, "a": 1}, unk_token="<unk>"),
+    "bpe": lambda: models.BPE({"<unk>": 0, "a": 1, "\u2581": 2}, [], unk_token="<unk>"),
+    "unigram": lambda: models.Unigram([("<unk>", 0.0), ("a", -1.0), ("\u2581", -1.0)], 0),
+    "dropping": lambda: models.BPE({"<unk>": 0, "a": 1}, []),
+}
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("kind", UNKNOWING)
+def test_a_target_that_no_answer_can_equal_is_named(kind, special):
+    tokenizer = Tokenizer(UNKNOWING[kind]())
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if kind in ("bpe", "unigram"):  # the space before a word is a token of its own
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+    if special:
+        tokenizer.add_special_tokens(["<unk>"])
+    known = [data.Example("q", "a", ("a",)), data.Example("q", "b", ())]  # one without answers
+    known.append(data.Example("q", "b", ("b",), options=("b", "a")))
+    generation.check_targets(tokenizer, known)
+    for target in ("\u65e5", "\u65e5 \u672c"):
+        bad = data.Example("q", target, (target,), source="a.jsonl:7")
+        with pytest.raises(ValueError, match=f"^a.jsonl:7: .* no tokens for the answer '{target}'"):
+            generation.check_targets(tokenizer, [*known, bad])
 
 
 @pytest.mark.parametrize("budget", [60, 100, 250])

@@ -56,7 +56,7 @@ RECUR --init connector --connector-layers 2             | --connector-layers 1
 RECUR --init vocab                                      | --init vocab | neural_recursion
 RECUR --init text:words                                 | --init text:words | neural_recursion
 RECUR --init nothing                                    | --init nothing
-RECUR --eval-limit 0                                    | --eval-limit
+RECUR --eval-limit 0                                    | --eval-limit | 0 is not a number from 1 up
 RECUR --eval-limit -3                                   | --eval-limit
 RECUR --eval-tokens 0                                   | --eval-tokens
 RECUR --out run                                         | run exists | --resume
@@ -121,12 +121,13 @@ eval.py                                                 | command
 eval.py contrast                                        | contrast
 eval.py compare x                                       | run_b
 eval.py compare run nowhere                             | nowhere/predictions.jsonl: no such file
+eval.py compare run fewer                               | 5 in run ( | 4 in fewer, and 4 are
 eval.py compare run fewer                               | id 'q4' of task 'b' is in run but not in
-eval.py compare run run --iters 0                       | iters must be at least 1, got 0
+eval.py compare run run --iters 0                       | --iters | 0 is not a number from 1 up
 eval.py ask --run run                                   | no question
 eval.py ask --run run ' '                               | no question, or an empty one
 eval.py ask --run nowhere who                           | nowhere: no run.json
-eval.py ask --run run --input none.txt                  | none.txt
+eval.py ask --run run --input none.txt                  | No such file | none.txt
 eval.py score broken.jsonl                              | broken.jsonl:2:
 eval.py score dev.jsonl --model nowhere                 | nowhere
 eval.py ask --run run --input latin.txt                 | latin.txt: not UTF-8 text
@@ -134,15 +135,18 @@ eval.py ask --run run --input list.jsonl                | list.jsonl:1: a JSON o
 eval.py ask --run run --model replaced who              | another LM than replaced | --model
 eval.py score dev.jsonl --run nowhere                   | nowhere: no run.json
 eval.py score dev.jsonl --run run --model replaced      | another LM than replaced | --model
+eval.py score unanswered.jsonl                          | unanswered.jsonl:1 | eval.py ask --input
 eval.py score doubled.jsonl                             | doubled.jsonl:1: | 'c' occurs twice
 eval.py score long.jsonl --model lm/model               | long.jsonl:2 | context
-eval.py score dev.jsonl --limit 0                       | --limit | from 1 up
+eval.py score dev.jsonl --limit 0                       | --limit | 0 is not a number from 1 up
+eval.py score dev.jsonl --limit two                     | --limit | invalid int value: 'two'
 eval.py score dev.jsonl --limit -3                      | --limit | from 1 up
 eval.py score dev.jsonl --eval-tokens 0                 | --eval-tokens
 eval.py score dev.jsonl --max-new-tokens 0              | --max-new-tokens
 eval.py score dev.jsonl --shots 2                       | --shots and --shots-from need each other
 eval.py score dev.jsonl --shots 9 --shots-from dev.jsonl | 0 examples that are not asked, fewer
 eval.py score dev.jsonl --out run                       | run/predictions.jsonl exists | --out
+eval.py score dev.jsonl --out /dev/null/x               | Not a directory | /dev/null/x
 
 generate.py lm/model                                    | text
 generate.py nowhere text                                | nowhere
@@ -172,6 +176,19 @@ ROWS += [  # the byte ff, as Python reads it from a command line
         "LM --train BYTE.txt",
         "bench.py plan --method fine_tuning --model BYTE",
         "bench.py --only BYTE",
+    )
+]
+ROWS += [  # a value of 5,000 letters is not shown in full
+    (line.replace("LETTERS", "a" * 5000), *words)
+    for line, *words in (
+        ("RECUR --init LETTERS", "File name too long"),
+        ("RECUR --model LETTERS", "File name too long"),
+        ("RECUR --out LETTERS", "File name too long"),
+        ("PROMPT --init LETTERS", "File name too long"),
+        ("bench.py plan --method fine_tuning --model LETTERS", "File name too long"),
+        ("eval.py score dev.jsonl --model LETTERS", "File name too long"),
+        ("eval.py score dev.jsonl --out LETTERS", "File name too long"),
+        ("eval.py ask --run run LETTERS", "eval.py ask: 'aaa", "aaa': ", "context"),
     )
 ]
 if torch.cuda.is_available():
@@ -260,8 +277,10 @@ def test_bad_input_is_one_line_and_status_2(bad, monkeypatch, capsys, line, word
     message = capsys.readouterr().err
     assert stop.value.code == 2 and len(message.splitlines()) == 1, message
     assert message.startswith(name) and all(word.strip() in message for word in words), message
+    assert len(message) < 700 and "Errno" not in message
     assert str(ROOT) not in message  # files are named as they were typed
-    assert str(bad) not in message or name == "world.py"  # which names its folder in full
+    # world.py names its folder in full, and a run's record its data.
+    assert str(bad) not in message or name == "world.py" or "compare" in arguments
     assert snapshot(bad) == before
 
 

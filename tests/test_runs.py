@@ -173,6 +173,7 @@ def test_a_full_disk_is_one_line_and_costs_the_steps_since_the_last_checkpoint(
     shown = capsys.readouterr().err
     assert stop.value.code == 2 and len(shown.splitlines()) == 1
     assert all(word in shown for word in ("No space left", str(tmp_path / "run"), "--resume"))
+    assert shown.count("cannot be written") <= 1 and "Errno" not in shown
     assert not list((tmp_path / "run").glob("*unfinished"))
     assert (state.read_bytes() if state.is_file() else None) == kept[-1]
     run([*line, "--resume"])
