@@ -4,15 +4,12 @@ The re-ranker of Levine et al. (2022, section 3): BERT (Devlin et al. 2019) read
 passage together, with the heads and the loss of DPR's reader (Karpukhin et al. 2020).
 
     encoder = CrossEncoder.from_pretrained("cross-encoder/ms-marco-MiniLM-L6-v2")
-    scores = encoder.score(question, passages)          (N,), higher is better
+    scores = encoder.score(question, [(title, text), ...])          (N,), higher is better
     packed, dropped = pack(passages, scores, budget=1024, count=tokens_of)
 
-A passage is a pair (title, text). The title may be empty. retrieve.py finds passages for a question
-among millions, and passages.py reads and writes their files.
-
-Needs torch, numpy and, for progress bars, tqdm. Loading and saving a published folder needs
-checkpoints.py and families.py beside this file. Dimensions as in model.py: B batch, N passages, L
-tokens of a text, C model width, H heads, D head width; M is the passages of a training question.
+Needs torch, numpy and tqdm. Loading and saving a published folder needs checkpoints.py and
+families.py beside this file. Dimensions as in model.py: B batch, N passages, L tokens of a text, C
+model width, H heads, D head width; M is the number of passages of a training question.
 
     python rerank.py runs/bert/model        prints what a checkpoint holds and which input it reads
 """
@@ -20,7 +17,7 @@ tokens of a text, C model width, H heads, D head width; M is the passages of a t
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -230,6 +227,25 @@ def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True), lengths
 
 
+def length_batches(rows: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
+    """Sort rows by length, longest first, and cut into batches of at most `batch_tokens` tokens
+    with padding. Returns the indices of each batch."""
+    batches, width = [], 0
+    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
+        if not batches or (len(batches[-1]) + 1) * width > batch_tokens:
+            batches.append([])
+            width = len(rows[i])
+        batches[-1].append(i)
+    return batches
+
+
+def as_pair(passage) -> tuple[str, str]:
+    """Return (title, text) of a pair, of a dict with these keys, or of a text without a title."""
+    if isinstance(passage, dict):
+        return passage.get("title") or "", passage["text"]
+    return ("", passage) if isinstance(passage, str) else passage[:2]
+
+
 # ------------------------------------------------------------------------------ cross-encoder
 
 
@@ -260,13 +276,11 @@ FORMATS = {  # transformers runs DPR's readers without token types; "reader" is 
 }
 
 
-def find_format(names: Iterable[str]) -> str | None:
+def find_format(names: Collection[str]) -> str | None:
     """Return which of FORMATS has these tensor names, or None if they have no head of theirs."""
-    names = set(names)
     for key, form in FORMATS.items():
-        if names.issuperset(f"{head}.weight" for head in form.heads.values()):
+        if {f"{head}.weight" for head in form.heads.values()} <= set(names):
             return key
-    return None
 
 
 class CrossEncoder(nn.Module):
@@ -296,11 +310,11 @@ class CrossEncoder(nn.Module):
             nn.init.normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
 
-    def forward(self, ids: Tensor, lengths: Tensor, spans: bool = False):
-        """ids (B, L), lengths (B,) -> rank logits (B,); with `spans` also start and end (B, L, 2).
+    def forward(self, ids: Tensor, lengths: Tensor, spans=False) -> tuple[Tensor, Tensor | None]:
+        """ids (B, L), lengths (B,) -> rank logits (B,), and start and end logits (B, L, 2).
 
-        Without them the last layer is computed for [CLS] alone. The score of a classifier with two
-        labels is the difference of their logits.
+        Without `spans` the latter are None, and the last layer is computed for [CLS] alone. The
+        score of a classifier with two labels is the difference of their logits.
         """
         types = token_type_ids(ids, self.sep) if self.format.token_types else None
         full = bool((lengths == ids.shape[1]).all())
@@ -311,7 +325,7 @@ class CrossEncoder(nn.Module):
             x = F.dropout(pooled, self.bert.config.dropout, self.training)
         logits = self.heads["rank"](x)
         rank = logits[:, -1] - logits[:, :-1].sum(-1)
-        return (rank, self.heads["span"](h)) if spans else rank
+        return rank, self.heads["span"](h) if spans else None
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenise texts without special tokens."""
@@ -334,24 +348,18 @@ class CrossEncoder(nn.Module):
     def score_all(self, questions: Sequence[str], passages: Sequence, batch_tokens: int = 4096):
         """Score the passages of each question. Returns a list of tensors (N,).
 
-        All inputs are sorted by length and cut into batches of at most `batch_tokens` tokens with
-        their padding, so little is spent on padding. Dropout is off meanwhile.
+        Inputs of all questions share batches of similar lengths. Dropout is off meanwhile.
         """
-        flat = [passage for some in passages for passage in some]
-        titles, texts = (self.tokens([passage[i] for passage in flat]) for i in (0, 1))
+        pairs = [as_pair(passage) for some in passages for passage in some]
+        titles, texts = (self.tokens([pair[i] for pair in pairs]) for i in (0, 1))
         asked = [q for q, some in zip(self.tokens(questions), passages) for _ in some]
         inputs = list(map(self.layout, asked, titles, texts))
-        order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
-        groups, device = [], self.heads["rank"].weight.device
-        for i in order:
-            if not groups or (len(groups[-1]) + 1) * len(inputs[groups[-1][0]]) > batch_tokens:
-                groups.append([])
-            groups[-1].append(i)
-        scores, training = torch.empty(len(inputs)), self.training
+        scores, device = torch.empty(len(inputs)), self.heads["rank"].weight.device
+        training = self.training
         self.eval()
-        for group in progress(groups, "batches"):
-            ids, lengths = (t.to(device) for t in pad([inputs[i] for i in group]))
-            scores[group] = self(ids, lengths).float().cpu()
+        for rows in progress(length_batches(inputs, batch_tokens), "batches"):
+            ids, lengths = (t.to(device) for t in pad([inputs[row] for row in rows]))
+            scores[rows] = self(ids, lengths)[0].float().cpu()
         self.train(training)
         return list(scores.split([len(some) for some in passages]))
 
@@ -410,14 +418,11 @@ def reranker_loss(
     in it: the sum over its spans of P(start) * P(end), which are softmaxes over the tokens of the
     positive's row. A question without spans, and a classifier, have the first term only.
     """
-    has_span = spans[..., 0].ge(0).any(1) & ("span" in encoder.heads)
-    if has_span.any():
-        rank, logits = encoder(ids, lengths, spans=True)
-    else:
-        rank, logits = encoder(ids, lengths), None
+    has_span = spans[..., 0].ge(0).any(1)
+    rank, logits = encoder(ids, lengths, spans="span" in encoder.heads)
     rank = rank.float()[groups.clamp(min=0)].masked_fill(groups < 0, -torch.inf)  # (B, M)
     loss = -rank.log_softmax(1)[:, 0].sum()
-    if logits is None:
+    if logits is None or not has_span.any():
         return loss
     rows, spans = groups[has_span, 0], spans[has_span]
     padding = torch.arange(ids.shape[1], device=ids.device) >= lengths[rows, None]
