@@ -299,7 +299,10 @@ def test_cross_fitting_needs_two_questions_and_all_scores():
 
 def test_packing_goes_by_score_and_counts_what_is_dropped():
     lengths = {"a": 5, "b": 9, "c": 3, "d": 2}
-    pack_all = lambda budget, scores=(1, 4, 3, 3): pack("abcd", scores, budget, lengths.get)  # noqa: E731
+
+    def pack_all(budget, scores=(1, 4, 3, 3)):
+        return pack("abcd", scores, budget, lengths.get)
+
     assert pack_all(19) == (["b", "c", "d", "a"], 0)
     assert pack_all(18) == (["b", "c", "d"], 1)
     assert pack_all(8) == (["c", "d"], 2)  # the best is longer than the context
