@@ -264,9 +264,12 @@ class DualEncoder(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write each BERT in the published format: question/ and, if it is another, passage/."""
+        from checkpoints import atomic_write
+
         for name in ("question", "passage") if self.passage is not self.question else ["question"]:
             getattr(self, name).save(Path(folder) / name)
-            self.tokenizer.save(str(Path(folder) / name / "tokenizer.json"))
+            with atomic_write(Path(folder) / name / "tokenizer.json") as path:
+                self.tokenizer.save(str(path))
 
 
 def retriever_loss(questions: Tensor, passages: Tensor, targets: Tensor, known: Tensor) -> Tensor:
