@@ -482,8 +482,8 @@ def bert_from_hf(path: str | Path) -> dict:
     """Return the fields of rerank.BertConfig. ValueError if a key is not supported; it names it."""
     path = Path(path)
     raw = read_json(path)
-    if raw.get("model_type") != "bert":
-        raise ValueError(f"{path}: model_type is not bert")
+    if raw.get("model_type") not in ("bert", "dpr"):  # DPR's encoders and reader are BERTs
+        raise ValueError(f"{path}: model_type is neither bert nor dpr")
     fields, _ = read_keys(path, raw, BERT_KEYS | QUANTISED_KEYS)
     check_value(path, "hidden_act", fields.pop("activation"), ("gelu",))  # all that rerank.py has
     dim, heads = fields["dim"], fields["n_heads"]

@@ -1,23 +1,34 @@
-"""BERT (Devlin et al. 2019), the encoder of a re-ranker. A scoring head is not part of this file.
+"""The passages that a frozen reader sees: a cross-encoder sorts what was retrieved, `pack` cuts it.
 
-    bert = Bert.from_pretrained(folder)
-    h = bert(ids, lengths, token_type_ids)        (B, L) -> (B, L, C); h[:, 0] belongs to [CLS]
+The re-ranker of Levine et al. (2022, section 3): BERT (Devlin et al. 2019) reads question and
+passage together, with the heads and the loss of DPR's reader (Karpukhin et al. 2020).
 
-Needs torch. Loading and saving a published folder needs checkpoints.py and families.py beside this
-file. Dimensions as in model.py: B batch, L tokens of a text, C model width, H heads, D head width.
+    encoder = CrossEncoder.from_pretrained("cross-encoder/ms-marco-MiniLM-L6-v2")
+    scores = encoder.score(question, [(title, text), ...])          (N,), higher is better
+    packed, dropped = pack(passages, scores, budget=1024, count=tokens_of)
 
-    python rerank.py runs/bert/model        prints what a checkpoint holds
+Needs torch, numpy and tqdm. Loading and saving a published folder needs checkpoints.py and
+families.py beside this file. Dimensions as in model.py: B batch, N passages, L tokens of a text, C
+model width, H heads, D head width; M is the number of passages of a training question.
+
+    python rerank.py runs/bert/model        prints what a checkpoint holds and which input it reads
 """
 
 import argparse
+import re
 import sys
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+# --------------------------------------------------------------------------------------- BERT
 
 HF_NAMES = {  # our module: the published one, where it has another name
     "norm": "LayerNorm",
@@ -63,22 +74,26 @@ class BertLayer(nn.Module):
         self.attention_norm = nn.LayerNorm(c.dim, c.norm_eps)
         self.mlp_norm = nn.LayerNorm(c.dim, c.norm_eps)
 
-    def attention(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """x (B, L, C), attention_mask (B, 1, 1, L) True at real tokens -> (B, L, C)."""
-        q, k, v = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def attention(self, queries: Tensor, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """queries (B, Q, C), x (B, L, C), attention_mask (B, 1, 1, L) -> (B, Q, C).
+
+        attention_mask is True at real tokens.
+        """
+        q, k, v = self.q_proj(queries), self.k_proj(x), self.v_proj(x)
         q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, k, v))
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attention_mask, dropout)  # (B, H, L, D)
+        y = F.scaled_dot_product_attention(q, k, v, attention_mask, dropout)  # (B, H, Q, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def mlp(self, x: Tensor) -> Tensor:
         """x (B, L, C) -> (B, L, C)."""
         return self.down_proj(F.gelu(self.up_proj(x)))
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """x (B, L, C), attention_mask (B, 1, 1, L) or None -> (B, L, C)."""
-        y = F.dropout(self.attention(x, attention_mask), self.dropout, self.training)
-        x = self.attention_norm(x + y)
+    def forward(self, x: Tensor, attention_mask: Tensor | None, length: int | None = None):
+        """x (B, L, C), attention_mask (B, 1, 1, L) or None -> the first `length` states, or all."""
+        queries = x[:, :length]
+        y = F.dropout(self.attention(queries, x, attention_mask), self.dropout, self.training)
+        x = self.attention_norm(queries + y)
         return self.mlp_norm(x + F.dropout(self.mlp(x), self.dropout, self.training))
 
 
@@ -104,9 +119,9 @@ class Bert(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self, ids: Tensor, lengths: Tensor | None = None, token_type_ids: Tensor | None = None
+        self, ids: Tensor, lengths: Tensor | None = None, token_type_ids=None, only_first=False
     ) -> Tensor:
-        """ids (B, L) -> (B, L, C).
+        """ids (B, L) -> (B, L, C), or with `only_first` (B, 1, C): the state of [CLS] alone.
 
         lengths (B,): the real tokens of each right-padded row. token_type_ids (B, L), by default 0.
         ValueError if the texts are longer than the position embeddings.
@@ -126,7 +141,8 @@ class Bert(nn.Module):
         if lengths is not None:
             attention_mask = (position < lengths[:, None])[:, None, None]  # (B, 1, 1, L)
         for layer in self.layers:
-            x = layer(x, attention_mask)
+            last = layer is self.layers[-1]
+            x = layer(x, attention_mask, 1 if only_first and last else None)
         return x
 
     @classmethod
@@ -172,13 +188,16 @@ class Bert(nn.Module):
         return names
 
 
-def current_name(name: str) -> str:
-    """Return today's published name of a tensor.
+PLACES = r"^(bert|(question_encoder|ctx_encoder|span_predictor\.encoder)\.bert_model)\."
 
-    A file of BertFor... has `bert.` in front of the encoder's names. The first published files call
-    a LayerNorm's weight and bias gamma and beta.
+
+def current_name(name: str) -> str:
+    """Return today's published name of a tensor of BertModel.
+
+    A file of BertFor... has `bert.` in front of the encoder's names, and DPR's three models have
+    their own. The first published files call a LayerNorm's weight and bias gamma and beta.
     """
-    name = name.removeprefix("bert.")
+    name = re.sub(PLACES, "", name)
     for earlier, current in (("gamma", "weight"), ("beta", "bias")):
         if name.endswith(f"LayerNorm.{earlier}"):
             name = name.removesuffix(earlier) + current
@@ -194,12 +213,301 @@ def token_type_ids(ids: Tensor, separator: int) -> Tensor:
     return ((separators.cumsum(1) - separators) > 0).long()
 
 
+def progress(items: Sequence, unit: str):
+    """`items` behind a progress bar, which a terminal shows after two seconds."""
+    from tqdm import tqdm
+
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(items, unit=f" {unit}", delay=2, disable=not on_terminal)
+
+
+def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token lists -> ids (B, L), padded on the right, and lengths (B,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True), lengths
+
+
+def length_batches(rows: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
+    """Sort rows by length, longest first, and cut into batches of at most `batch_tokens` tokens
+    with padding. Returns the indices of each batch."""
+    batches, width = [], 0
+    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
+        if not batches or (len(batches[-1]) + 1) * width > batch_tokens:
+            batches.append([])
+            width = len(rows[i])
+        batches[-1].append(i)
+    return batches
+
+
+def as_pair(passage) -> tuple[str, str]:
+    """Return (title, text) of a pair, of a dict with these keys, or of a text without a title."""
+    if isinstance(passage, dict):
+        return passage.get("title") or "", passage["text"]
+    return ("", passage) if isinstance(passage, str) else passage[:2]
+
+
+# ------------------------------------------------------------------------------ cross-encoder
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a published cross-encoder names its tensors and lays out its input."""
+
+    architecture: str
+    model_type: str
+    place: str  # in front of the encoder's names
+    heads: dict[str, str]  # ours: published
+    last_separator: bool  # whether [SEP] ends the input
+    token_types: bool  # whether title and passage have the token type 1
+
+    def __str__(self):
+        end = " [SEP]" if self.last_separator else ""
+        return f"{self.architecture}: reads [CLS] question [SEP] title [SEP] passage{end}"
+
+
+POOLED = {"pooler": "bert.pooler.dense", "rank": "classifier"}
+SPANS = {"span": "qa_outputs", "rank": "qa_classifier"}  # as in DPR
+DPR_SPANS = {ours: f"span_predictor.{name}" for ours, name in SPANS.items()}
+DPR_PLACE = "span_predictor.encoder.bert_model."
+FORMATS = {  # transformers runs DPR's readers without token types; "reader" is trained here
+    "classifier": Format("BertForSequenceClassification", "bert", "bert.", POOLED, True, True),
+    "dpr_reader": Format("DPRReader", "dpr", DPR_PLACE, DPR_SPANS, False, False),
+    "reader": Format("BertForQuestionAnswering", "bert", "bert.", SPANS, False, True),
+}
+
+
+def find_format(names: Collection[str]) -> str | None:
+    """Return which of FORMATS has these tensor names, or None if they have no head of theirs."""
+    for key, form in FORMATS.items():
+        if {f"{head}.weight" for head in form.heads.values()} <= set(names):
+            return key
+
+
+class CrossEncoder(nn.Module):
+    """Scores passages for a question: BERT reads [CLS] question [SEP] title [SEP] passage.
+
+    format "classifier": a pooler (tanh) over [CLS], one label or two, and a [SEP] at the end. An
+    empty title is left out with its [SEP]. Formats "reader" and "dpr_reader": a rank head on the
+    [CLS] vector itself, start and end heads on every token, and no [SEP] at the end.
+
+    max_len: tokens of an input; the passage is cut there. By default, the positions of the BERT.
+    ValueError if `tokenizer` has no [CLS] or [SEP].
+    """
+
+    def __init__(self, bert: Bert, tokenizer, format="reader", max_len=None, labels: int = 1):
+        super().__init__()
+        C = bert.config.dim
+        self.bert, self.tokenizer, self.format = bert, tokenizer, FORMATS[format]
+        self.max_len = min(max_len or bert.config.max_len, bert.config.max_len)
+        self.cls, self.sep = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
+        if self.cls is None or self.sep is None:
+            raise ValueError("the tokenizer of a cross-encoder needs the tokens [CLS] and [SEP]")
+        published, sizes = self.format.heads, {"pooler": C, "span": 2, "rank": labels}
+        self.heads = nn.ModuleDict({name: nn.Linear(C, sizes[name]) for name in published})
+        ends = ("weight", "bias")
+        self.hf_heads = {f"{h}.{end}": f"{published[h]}.{end}" for h in published for end in ends}
+        for head in self.heads.values():
+            nn.init.normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+
+    def forward(self, ids: Tensor, lengths: Tensor, spans=False) -> tuple[Tensor, Tensor | None]:
+        """ids (B, L), lengths (B,) -> rank logits (B,), and start and end logits (B, L, 2).
+
+        Without `spans` the latter are None, and the last layer is computed for [CLS] alone. The
+        score of a classifier with two labels is the difference of their logits.
+        """
+        types = token_type_ids(ids, self.sep) if self.format.token_types else None
+        full = bool((lengths == ids.shape[1]).all())
+        h = self.bert(ids, None if full else lengths, types, only_first=not spans)
+        x = h[:, 0]
+        if "pooler" in self.heads:
+            pooled = self.heads["pooler"](x).tanh()
+            x = F.dropout(pooled, self.bert.config.dropout, self.training)
+        logits = self.heads["rank"](x)
+        rank = logits[:, -1] - logits[:, :-1].sum(-1)
+        return rank, self.heads["span"](h) if spans else None
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokenise texts without special tokens."""
+        encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [text.ids for text in encoded]
+
+    def layout(self, question: list[int], title: list[int], text: list[int]) -> list[int]:
+        """Return the tokens of an input, at most max_len."""
+        ids = [self.cls, *question, self.sep]
+        if not self.format.last_separator:
+            return [*ids, *title, self.sep, *text][: self.max_len]
+        ids += [*title, self.sep] if title else []
+        return [*ids, *text][: self.max_len - 1] + [self.sep]
+
+    def score(self, question: str, passages: Sequence[tuple[str, str]]) -> Tensor:
+        """Return a score for each passage, (N,) float32 on the CPU. Higher is better."""
+        return self.score_all([question], [passages])[0]
+
+    @torch.no_grad()
+    def score_all(self, questions: Sequence[str], passages: Sequence, batch_tokens: int = 4096):
+        """Score the passages of each question. Returns a list of tensors (N,).
+
+        Inputs of all questions share batches of similar lengths. Dropout is off meanwhile.
+        """
+        pairs = [as_pair(passage) for some in passages for passage in some]
+        titles, texts = (self.tokens([pair[i] for pair in pairs]) for i in (0, 1))
+        asked = [q for q, some in zip(self.tokens(questions), passages) for _ in some]
+        inputs = list(map(self.layout, asked, titles, texts))
+        scores, device = torch.empty(len(inputs)), self.heads["rank"].weight.device
+        training = self.training
+        self.eval()
+        for rows in progress(length_batches(inputs, batch_tokens), "batches"):
+            ids, lengths = (t.to(device) for t in pad([inputs[row] for row in rows]))
+            scores[rows] = self(ids, lengths)[0].float().cpu()
+        self.train(training)
+        return list(scores.split([len(some) for some in passages]))
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id, device: str = "cpu", max_len=None) -> "CrossEncoder":
+        """Load a published cross-encoder, DPR reader or what `save` wrote; trainable, in eval mode.
+
+        The names of the tensors decide on the format. A BERT without these heads gets new ones of
+        the format "reader". FileNotFoundError or ValueError as in Bert.from_pretrained.
+        """
+        from checkpoints import check_tensors, load_tokenizer, read_tensors, resolve
+
+        folder = resolve(path_or_hub_id)
+        bert = Bert.from_pretrained(folder, device)
+        tokenizer = load_tokenizer(folder, bert.config.vocab_size)
+        stored = read_tensors(folder / "model.safetensors")
+        format = find_format(stored)
+        if format is None:
+            return cls(bert, tokenizer, "reader", max_len).to(device).eval()
+        labels = len(stored[FORMATS[format].heads["rank"] + ".weight"])
+        if labels > 2:
+            raise ValueError(f"{folder}: a re-ranker has one label or two, not {labels}")
+        encoder = cls(bert, tokenizer, format, max_len, labels)
+        names, shapes = encoder.hf_heads, encoder.heads.state_dict()
+        found = {name: stored[name] for name in names.values() if name in stored}
+        check_tensors(found, {names[ours]: shapes[ours].shape for ours in names}, folder)
+        encoder.heads.load_state_dict({ours: found[name].float() for ours, name in names.items()})
+        return encoder.to(device).eval()
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write config.json, model.safetensors and tokenizer.json under the published names."""
+        from checkpoints import atomic_write, write_encoder
+        from families import bert_to_hf
+
+        form, ours = self.format, dict(self.bert.named_parameters())
+        tensors = {form.place + name: ours[n] for n, name in self.bert.hf_names().items()}
+        tensors |= {self.hf_heads[n]: head for n, head in self.heads.named_parameters()}
+        config = bert_to_hf(vars(self.bert.config)) | {"model_type": form.model_type}
+        labels = {str(i): f"LABEL_{i}" for i in range(self.heads["rank"].out_features)}
+        config |= {"architectures": [form.architecture], "id2label": labels}
+        write_encoder(folder, config, tensors, dtype)
+        with atomic_write(Path(folder) / "tokenizer.json") as path:
+            self.tokenizer.save(str(path))
+
+
+def reranker_loss(
+    encoder: CrossEncoder, ids: Tensor, lengths: Tensor, groups: Tensor, spans: Tensor
+) -> Tensor:
+    """The loss of Levine et al. (2022), equations 3 to 5, summed over B questions.
+
+    ids, lengths  (R, L), (R,)  the inputs of all questions
+    groups        (B, M)        the rows of each question's passages, the positive first; -1: none
+    spans         (B, S, 2)     first and last token of each answer in the positive's row; -1: none
+
+    Minus the log-likelihood of choosing the positive among the M passages, minus that of the answer
+    in it: the sum over its spans of P(start) * P(end), which are softmaxes over the tokens of the
+    positive's row. A question without spans, and a classifier, have the first term only.
+    """
+    has_span = spans[..., 0].ge(0).any(1)
+    rank, logits = encoder(ids, lengths, spans="span" in encoder.heads)
+    rank = rank.float()[groups.clamp(min=0)].masked_fill(groups < 0, -torch.inf)  # (B, M)
+    loss = -rank.log_softmax(1)[:, 0].sum()
+    if logits is None or not has_span.any():
+        return loss
+    rows, spans = groups[has_span, 0], spans[has_span]
+    padding = torch.arange(ids.shape[1], device=ids.device) >= lengths[rows, None]
+    logits = logits[rows].float().masked_fill(padding[..., None], -torch.inf)
+    logprobs = logits.log_softmax(1).gather(1, spans.clamp(min=0)).sum(-1)  # (B, S)
+    return loss - logprobs.masked_fill(spans[..., 0] < 0, -torch.inf).logsumexp(1).sum()
+
+
+# ----------------------------------------------------------------- cross-fitting and packing
+
+
+def cross_fit(
+    items: Sequence, train_fn: Callable, score_fn: Callable, seed: int, key: Callable = str
+) -> tuple[list, list[str], object]:
+    """Score training items with models that never saw them (Levine et al. 2022, section 3.2).
+
+    A model sorts the passages of its own training questions better than those of new ones, so data
+    made with such scores would not look like dev data. train_fn(items) -> model is called for half
+    A, half B and all, in this order. score_fn(model, items) returns one score per item: B's model
+    scores half A, and A's model half B. Items with the same `key` lie in the same half.
+
+    Returns (scores, halves, model) of: the score of each item, the half "A" or "B" it lies in, and
+    the model of all items, which is for dev and test. ValueError if there are fewer than two keys,
+    or if a score is missing.
+    """
+    keys = list(dict.fromkeys(map(key, items)))
+    if len(keys) < 2:
+        raise ValueError(f"cross-fitting needs at least two questions, got {len(keys)}")
+    order = np.random.default_rng(seed).permutation(len(keys))
+    half_of = {keys[i]: "AB"[rank % 2] for rank, i in enumerate(order)}
+    halves, scores = [half_of[key(item)] for item in items], [None] * len(items)
+    rows = {half: [i for i, h in enumerate(halves) if h == half] for half in "AB"}
+    models = {half: train_fn([items[i] for i in rows[half]]) for half in "AB"}
+    model = train_fn(list(items))
+    for half, other in ("AB", "BA"):
+        found = list(score_fn(models[other], [items[i] for i in rows[half]]))
+        if len(found) != len(rows[half]):
+            raise ValueError(f"{len(rows[half])} items of half {half} got {len(found)} scores")
+        for i, score in zip(rows[half], found):
+            scores[i] = score
+    return scores, halves, model
+
+
+def pack(
+    passages: Sequence, scores: Sequence[float], budget: int, count: Callable
+) -> tuple[list, int]:
+    """Fill an LM's context greedily, in descending score (Levine et al. 2022, section 3.1).
+
+    count(passage) is its number of tokens, and `budget` the number that prompt, question and answer
+    leave. A passage that does not fit is dropped; a shorter one behind it may still fit. Returns
+    (packed passages, best first; number of dropped ones). ValueError if the scores are not finite
+    or not as many as the passages.
+    """
+    values = np.array([float(score) for score in scores])
+    if len(values) != len(passages) or not np.isfinite(values).all():
+        raise ValueError(f"{len(passages)} passages need as many finite scores, got {values}")
+    packed = []
+    for row in np.argsort(-values, kind="stable"):
+        tokens = count(passages[row])
+        if tokens <= budget:
+            packed.append(passages[row])
+            budget -= tokens
+    return packed, len(passages) - len(packed)
+
+
+def __getattr__(name: str):
+    """`from rerank import BM25` works where retrieve.py is: it stands there, to keep this short."""
+    if name == "BM25":
+        from retrieve import BM25
+
+        return BM25
+    raise AttributeError(f"module 'rerank' has no attribute {name!r}")
+
+
 def main(argv: list[str] | None = None) -> BertConfig:
     parser = argparse.ArgumentParser(description="Print what a BERT checkpoint holds.")
     parser.add_argument("folder")
     parser.error = lambda message: parser.exit(2, f"rerank.py: {message}\n")
-    bert = Bert.from_pretrained(parser.parse_args(argv).folder)
+    folder = Path(parser.parse_args(argv).folder)
+    bert = Bert.from_pretrained(folder)
     print(f"{bert.config}, {sum(p.numel() for p in bert.parameters()):,} parameters")
+    from checkpoints import read_tensors
+
+    format = find_format(read_tensors(folder / "model.safetensors"))
+    print(FORMATS[format] if format else "an encoder alone: a re-ranker of it gets new heads")
     return bert.config
 
 

@@ -19,7 +19,8 @@ from model import LM, Config  # noqa: E402
 from recurse import COMPOSITIONS, CONNECTOR_METHODS, Stack, new_connector  # noqa: E402
 
 # In CI a missing reference library is a failure. Elsewhere the test is left out.
-if not os.environ.get("CI") and not all(map(importlib.util.find_spec, ("transformers", "peft"))):
+REFERENCES = ("transformers", "peft", "bm25s", "regex")
+if not os.environ.get("CI") and not all(map(importlib.util.find_spec, REFERENCES)):
     collect_ignore = ["test_parity.py"]
 
 torch.set_num_threads(1)  # for tensors this small, waking a second thread costs more than it saves

@@ -326,7 +326,7 @@ tied | "model_type": "mistral", "sliding_window": 0 | sliding_window is 0, not a
 windows | "layer_types": ["full_attention", "full_attention", "chunked"] | layer_types .* is not sup
 windows | "layer_types": ["full_attention"] | is not supported for 3 layers of qwen2
 windows | "use_sliding_window": false | layer_types names sliding_attention, but
-bert | "model_type": "t5" | model_type is not bert
+bert | "model_type": "t5" | model_type is neither bert nor dpr
 bert | "quantization_config": {"bits": 8} | quantization_config .* is not supported
 bert | "compression_config": {} | compression_config {} is not supported
 bert | "hidden_size": 0 | hidden_size is 0

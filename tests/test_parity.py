@@ -2,9 +2,13 @@
 
 import copy
 import json
+import unicodedata
 from itertools import product
 
+import bm25s
+import numpy as np
 import pytest
+import regex
 import torch
 import torch.nn.functional as F
 import transformers
@@ -20,7 +24,9 @@ from fit import Adafactor
 from generate import generate, pad
 from model import LM, Prefix
 from recurse import Stack
-from rerank import Bert, token_type_ids
+from rerank import Bert, CrossEncoder, token_type_ids
+from rerank import pad as pad_inputs
+from retrieve import BM25, DualEncoder, _answer_tokens, split_words
 from t5 import T5Encoder
 
 MAX_LEN = 64
@@ -402,6 +408,112 @@ def test_bert_equals_the_reference_and_goes_back(tmp_path, kind):
     bert.save(tmp_path / "ours")
     again = transformers.BertModel.from_pretrained(tmp_path / "ours", add_pooling_layer=False)
     close(states(again.eval(), input_ids=ids, token_type_ids=types), expected, 1e-5)
+
+
+# Retrieval and re-ranking
+
+QUESTION = "Who wrote Emma?"
+PAIRS = [
+    ("Emma", "Emma is a novel."),
+    ("", "Jane."),
+    ("A long title", "wrote " * 90),
+    ("Jane", "It"),
+]
+
+
+def published(folder, reference):
+    """Save the reference with the tokenizer of BERT's vocabulary. Returns transformers' own."""
+    randomise(reference).save_pretrained(folder)
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] emma jane wrote who is a novel . ? long title it ##e"
+    (folder / "vocab.txt").write_text("\n".join(words.split()) + "\n")
+    return transformers.BertTokenizer(str(folder / "vocab.txt"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("labels", [1, 2])
+def test_cross_encoder_scores_are_the_references(tmp_path, labels):
+    """Question and passage as transformers pairs them; a title goes before another [SEP]."""
+    config = transformers.BertConfig(**BERT_SIZES, num_labels=labels)
+    reference = transformers.BertForSequenceClassification(config).eval()
+    theirs = published(tmp_path, reference)
+    encoder = CrossEncoder.from_pretrained(tmp_path)
+    assert "passage [SEP]" in str(encoder.format) and encoder.max_len == 60
+    for passages in (PAIRS, [("", text) for _, text in PAIRS]):
+        texts = [f"{title}[SEP]{text}" if title else text for title, text in passages]
+        inputs = theirs([QUESTION] * len(texts), texts, truncation="only_second", max_length=60)
+        inputs = theirs.pad(inputs, return_tensors="pt")
+        logits = reference(**inputs).logits
+        expected = logits[:, 0] if labels == 1 else logits[:, 1] - logits[:, 0]
+        close(encoder.score(QUESTION, passages), expected, 1e-5)
+        assert expected.std() > 1e-3
+    encoder.save(tmp_path / "ours")
+    again = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "ours").eval()
+    assert torch.equal(again(**inputs).logits, logits)
+
+
+@torch.no_grad()
+def test_dpr_readers_logits_are_the_references(tmp_path):
+    reference = transformers.DPRReader(transformers.DPRConfig(**BERT_SIZES)).eval()
+    published(tmp_path, reference)
+    theirs = transformers.DPRReaderTokenizer(str(tmp_path / "vocab.txt"))
+    encoder = CrossEncoder.from_pretrained(tmp_path)
+    assert str(encoder.format).endswith("passage")
+    options = dict(padding=True, max_length=60, truncation=True, return_tensors="pt")
+    titles, texts = zip(*PAIRS)
+    inputs = theirs([QUESTION] * len(PAIRS), list(titles), list(texts), **options)
+    expected = reference(**inputs)
+    close(encoder.score(QUESTION, PAIRS), expected.relevance_logits, 1e-5)
+    parts = (encoder.tokens(some) for some in ([QUESTION] * len(PAIRS), titles, texts))
+    ids, lengths = pad_inputs(list(map(encoder.layout, *parts)))
+    assert torch.equal(ids, inputs["input_ids"])
+    rank, spans = encoder(ids, lengths, spans=True)
+    real = inputs["attention_mask"].bool()
+    close(rank, expected.relevance_logits, 1e-5)
+    close(spans[..., 0][real], expected.start_logits[real], 1e-5)
+    close(spans[..., 1][real], expected.end_logits[real], 1e-5)
+    encoder.save(tmp_path / "ours")
+    again = transformers.DPRReader.from_pretrained(tmp_path / "ours").eval()
+    assert torch.equal(again(**inputs).relevance_logits, expected.relevance_logits)
+
+
+@torch.no_grad()
+def test_dpr_encoders_vectors_are_the_references(tmp_path):
+    references, folders = [], [tmp_path / "question", tmp_path / "passage"]
+    for kind, folder in zip(("DPRQuestionEncoder", "DPRContextEncoder"), folders):
+        folder.mkdir()
+        references.append(getattr(transformers, kind)(transformers.DPRConfig(**BERT_SIZES)).eval())
+        theirs = published(folder, references[-1])
+    dual = DualEncoder.from_pretrained(*folders)
+    expected = references[0](**theirs([QUESTION], return_tensors="pt")).pooler_output
+    close(torch.tensor(dual.encode_questions([QUESTION])), expected, 1e-5)
+    title, text = PAIRS[0]
+    ids = theirs(title, text, return_tensors="pt")["input_ids"]  # DPR's own token types are all 0
+    close(torch.tensor(dual.encode_passages(PAIRS))[:1], references[1](ids).pooler_output, 1e-5)
+
+
+def test_bm25_finds_what_bm25s_finds():
+    rng, words = np.random.default_rng(0), np.array([f"w{i}" for i in range(400)])
+    weights = 1 / np.arange(1, 401)
+    draw = lambda n: " ".join(rng.choice(words, n, p=weights / weights.sum()))  # noqa: E731
+    book = [("", draw(rng.integers(5, 60))) for _ in range(1000)]
+    questions = [" ".join(dict.fromkeys(draw(8).split())) for _ in range(50)]
+    theirs = bm25s.BM25(method="lucene", k1=0.9, b=0.4, backend="numpy")
+    theirs.index([split_words(text) for _, text in book], show_progress=False)
+    ours = BM25(book)
+    for question in questions:
+        scores = theirs.get_scores(split_words(question))
+        found = ours.search(question, 100)
+        rows = [row for row, _ in found]
+        best = np.sort(scores)[::-1][:100]
+        np.testing.assert_allclose([score for _, score in found], best, atol=2e-5)
+        np.testing.assert_allclose(scores[rows], best, atol=2e-5)  # the same list, up to ties
+
+
+def test_the_classes_of_has_answer_are_those_of_unicode():
+    assigned = (chr(i) for i in range(0x110000) if unicodedata.category(chr(i)) not in ("Cn", "Cs"))
+    text = "".join(assigned)
+    expected = regex.findall(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]", text)
+    assert _answer_tokens().findall(text) == expected
 
 
 # Prompt tuning and Adafactor

@@ -15,8 +15,8 @@ TIERS = {  # imports at the top of a file go strictly down
     "families": 0,
     **dict.fromkeys(["checkpoints", "data", "eval", "world", "attention", "generate"], 1),
     **dict.fromkeys(["model", "adapters", "rerank", "t5", "genres"], 2),
-    **dict.fromkeys(["recurse", "suite"], 3),
-    "runs": 4,
+    **dict.fromkeys(["recurse", "suite", "retrieve"], 3),
+    **dict.fromkeys(["runs", "passages"], 4),
     **dict.fromkeys(["fit", "cli"], 5),
     "train": 6,
     **dict.fromkeys(["pretrain", "transfer"], 7),
@@ -138,9 +138,14 @@ loss = connector(prompt()[None]).square().sum() + prompt().square().sum()
 """,
     "rerank": """
 import torch
-from rerank import Bert, BertConfig
-module = Bert(BertConfig(50, 16, 2, 2, 24, 32))
-loss = module(torch.randint(50, (2, 6)), torch.tensor([6, 4])).square().sum()
+from rerank import Bert, BertConfig, CrossEncoder, cross_fit, pack, reranker_loss
+class Tokenizer:
+    token_to_id = {"[CLS]": 1, "[SEP]": 2}.get
+module = CrossEncoder(Bert(BertConfig(50, 16, 2, 2, 24, 32)), Tokenizer())
+ids, spans = torch.randint(3, 50, (2, 6)), torch.tensor([[[4, 5]]])
+assert pack("ab", [1, 2], 1, len) == (["b"], 1)
+assert cross_fit("ab", str, lambda model, items: items, 0)[0] == ["a", "b"]
+loss = reranker_loss(module, ids, torch.tensor([6, 4]), torch.tensor([[0, 1]]), spans)
 """,
     "t5": """
 import torch

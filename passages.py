@@ -1,0 +1,496 @@
+"""The files of open-book question answering, and the training examples made of them.
+
+    psgs_w100.tsv          id, text and title, with tabs between and a line of these names on top
+    passages.jsonl         {"id": "p1", "title": "Emma", "text": "Emma is a novel by ..."}
+    DPR's training files   [{"question": ..., "answers": [...], "positive_ctxs": [passage, ...],
+                             "hard_negative_ctxs": [...], "negative_ctxs": [...]}, ...]
+    DPR's results          [{"question": ..., "answers": [...], "ctxs": [passage with score, ...]}]
+    SQuAD                  {"data": [{"title": ..., "paragraphs": [...]}]}, in one line
+
+A file of questions may be a JSON array or have one record a line. "answer" is read for "answers",
+and "positives" may be a list of ids. A passage of a record may be an id alone: {"passage_id": "7"}.
+
+    passages = read_passages("psgs_w100.tsv")
+    questions = read_questions("nq-dev.json", passages)
+    samples, skipped = reranker_samples(questions, encoder)
+    batch = reranker_batch(samples, encoder, size=16, passages=24, seed=0, step=0)
+
+Needs rerank.py, data.py, checkpoints.py, torch, numpy and tokenizers.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from checkpoints import atomic_write
+from data import BOM, json_lines, question_text
+from rerank import CrossEncoder, pad
+from retrieve import has_answer
+
+# -------------------------------------------------------------------------------------- files
+
+
+class Passage(NamedTuple):
+    """A passage of the book that is searched."""
+
+    title: str
+    text: str
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its answers, and the passages that are known or were retrieved for it."""
+
+    question: str
+    answers: list[str]  # any of them is right; empty in SQuAD 2 if the passage has none
+    positives: list[Passage] = field(default_factory=list)  # known to hold the answer
+    hard_negatives: list[Passage] = field(default_factory=list)
+    negatives: list[Passage] = field(default_factory=list)
+    found: list[Passage] = field(default_factory=list)  # by a search, best first
+    scores: list[float] = field(default_factory=list)  # of `found`
+    source: str = ""  # file:line, for error messages
+
+
+def read_passages(path: str | Path) -> list[Passage]:
+    """Read psgs_w100.tsv, or JSON lines if the name ends so, in file order.
+
+    FileNotFoundError if there is no file. ValueError, which names file and line, if a line is
+    malformed, a text is empty or an id occurs twice.
+    """
+    reader = _json_passages if Path(path).suffix == ".jsonl" else _tsv_passages
+    passages, source_of = [], {}
+    for source, passage in reader(Path(path)):
+        if not passage.text.strip():
+            raise ValueError(f"{source}: the passage {passage.id!r} is empty")
+        first = source_of.setdefault(passage.id, source)
+        if first != source:
+            raise ValueError(f"{source}: the id {passage.id!r} is taken by {first}")
+        passages.append(passage)
+    if not passages:
+        raise ValueError(f"{path}: holds no passages")
+    return passages
+
+
+def _json_passages(path: Path) -> Iterator[tuple[str, Passage]]:
+    for source, record in json_lines(path):
+        values = [record.get(key, "") for key in ("title", "text", "id")]
+        if "id" not in record or not all(isinstance(v, str) for v in values[:2]):
+            raise ValueError(f"{source}: a passage needs an id and texts under title and text")
+        yield source, Passage(values[0], values[1], str(values[2]))
+
+
+def _tsv_passages(path: Path) -> Iterator[tuple[str, Passage]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    names = None
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            source = f"{path.name}:{number}"
+            try:
+                fields = line.decode("utf-8").removeprefix(BOM).rstrip("\r\n").split("\t")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{source}: not UTF-8 text ({error})") from None
+            if names is None:
+                names = fields
+                if not {"id", "text", "title"} <= set(names):
+                    raise ValueError(f"{source}: the first line must name id, text and title")
+            elif len(fields) != len(names):
+                raise ValueError(f"{source}: {len(fields)} columns, not {len(names)}")
+            else:
+                row = dict(zip(names, map(_unquote, fields)))
+                yield source, Passage(row["title"], row["text"], row["id"])
+
+
+def _unquote(value: str) -> str:
+    # A field in quotes, as psgs_w100.tsv has them. Other quotes belong to the text: a passage may
+    # begin with a quotation, which a CSV reader would take for a quoted field.
+    quoted = re.fullmatch(r'"((?:[^"]|"")*)"', value)
+    return quoted[1].replace('""', '"') if quoted else value
+
+
+def write_passages(path: str | Path, passages: Sequence[Passage]) -> None:
+    """Write a file like psgs_w100.tsv. Tabs and line ends in a text become spaces."""
+    with atomic_write(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
+        file.write("id\ttext\ttitle\n")
+        for title, text, id in passages:
+            values = (re.sub(r"[\t\r\n]+", " ", value) for value in (id, text, title))
+            quoted = ('"' + v.replace('"', '""') + '"' if '"' in v else v for v in values)
+            file.write("\t".join(quoted) + "\n")
+
+
+def json_records(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Yield ("file:line", record) of a JSON array or of JSON lines; the line is the record's first.
+
+    FileNotFoundError if there is no file. ValueError, with file and line, if it is neither.
+    """
+    path = Path(path)
+    if not (path.is_file() and _begins_with_bracket(path)):
+        yield from json_lines(path)
+        return
+    text, line, last = read_utf8(path), 1, 0
+    space, decoder = re.compile(r"[ \t\r\n]*"), json.JSONDecoder()
+    position = space.match(text, text.index("[") + 1).end()
+    while not text.startswith("]", position):
+        line, last = line + text.count("\n", last, position), position
+        try:
+            record, end = decoder.raw_decode(text, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path.name}:{line}: not a record of JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path.name}:{line}: a JSON object is expected")
+        yield f"{path.name}:{line}", record
+        position = space.match(text, end).end()
+        if text.startswith(",", position):
+            position = space.match(text, position + 1).end()
+        elif not text.startswith("]", position):
+            raise ValueError(f"{path.name}:{line}: no comma and no bracket behind this record")
+    if text[position + 1 :].strip():
+        raise ValueError(f"{path.name}: more text behind the array")
+
+
+def _begins_with_bracket(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(100).removeprefix(BOM.encode()).lstrip().startswith(b"[")
+
+
+def read_utf8(path: Path) -> str:
+    """Return the text of a file. ValueError if it is not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8").removeprefix(BOM)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+
+
+def read_questions(path: str | Path, passages: Sequence[Passage] = ()) -> list[Question]:
+    """Read questions in any of the forms above. `passages` are those that ids stand for.
+
+    FileNotFoundError if there is no file. ValueError, which names file and line, if a record is
+    malformed, a passage is empty or an id is not among `passages`.
+    """
+    by_id, questions = {passage.id: passage for passage in passages}, []
+    for source, record in json_records(path):
+        if "question" not in record and isinstance(record.get("data"), list):
+            questions += _squad(record["data"], source)
+        else:
+            questions.append(_parse_question(record, by_id, source))
+    if not questions:
+        raise ValueError(f"{path}: holds no questions")
+    return questions
+
+
+def _parse_question(record: dict, by_id: dict, source: str) -> Question:
+    text, answers = record.get("question"), record.get("answers", record.get("answer"))
+    answers = [answers] if isinstance(answers, str) else answers
+    if not _is_text(text):
+        raise ValueError(f"{source}: needs a text under the key question")
+    if not isinstance(answers, list) or not answers or not all(map(_is_text, answers)):
+        raise ValueError(f"{source}: needs a list of texts under the key answers or answer")
+    lists = []
+    for key in ("positive_ctxs", "hard_negative_ctxs", "negative_ctxs", "ctxs"):
+        listed = record.get(key) or []
+        if key == "positive_ctxs" and "positives" in record:
+            listed = [{"id": id} for id in record["positives"]]
+        if not isinstance(listed, list):
+            raise ValueError(f"{source}: {key} must be a list of passages")
+        lists.append([_parse_passage(passage, by_id, f"{source}: {key}") for passage in listed])
+    try:
+        scores = [float(passage.get("score", 0.0)) for passage in record.get("ctxs") or []]
+    except (TypeError, ValueError):  # DPR writes scores as texts
+        raise ValueError(f"{source}: ctxs: a score is no number") from None
+    return Question(text, answers, *lists, scores, source)
+
+
+def _parse_passage(passage, by_id: dict, source: str) -> Passage:
+    if not isinstance(passage, dict):
+        raise ValueError(f"{source}: a passage must be a JSON object")
+    names = [key for key in ("id", "passage_id", "psg_id") if passage.get(key) is not None]
+    id = str(passage[names[0]]) if names else ""
+    if "text" not in passage:
+        if id not in by_id:
+            raise ValueError(f"{source}: the passage {id!r} has no text and is not in the book")
+        return by_id[id]
+    if not _is_text(passage["text"]):
+        raise ValueError(f"{source}: the passage {id!r} is empty")
+    return Passage(str(passage.get("title") or ""), passage["text"], id)
+
+
+def _squad(articles: list, source: str) -> list[Question]:
+    questions = []
+    try:
+        for article in articles:
+            for number, paragraph in enumerate(article["paragraphs"]):
+                title, text = article.get("title", ""), paragraph["context"]
+                passage = Passage(title, text, f"{title}:{number}")
+                for qa in paragraph["qas"]:
+                    answers = list(dict.fromkeys(a["text"] for a in qa["answers"]))
+                    positives = [passage] if answers else []
+                    questions.append(Question(qa["question"], answers, positives, source=source))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source}: not a SQuAD file ({error!r})") from None
+    return questions
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
+def write_results(path: str | Path, questions: Sequence[Question]) -> None:
+    """Write DPR's result format: question, answers, and `found` with scores and has_answer."""
+    records = []
+    for q in questions:
+        ctxs = [
+            {"id": p.id, "title": p.title, "text": p.text, "score": score}
+            | {"has_answer": has_answer(q.answers, p.text)}
+            for p, score in zip(q.found, q.scores)
+        ]
+        records.append({"question": q.question, "answers": q.answers, "ctxs": ctxs})
+    _write_array(path, records)
+
+
+def write_training(path: str | Path, questions: Sequence[Question]) -> None:
+    """Write DPR's training format: question, answers, positives and negatives."""
+    records = []
+    for q in questions:
+        record = {"question": q.question, "answers": q.answers}
+        keys = ("positive_ctxs", "hard_negative_ctxs", "negative_ctxs")
+        for key, some in zip(keys, (q.positives, q.hard_negatives, q.negatives)):
+            record[key] = [{"title": p.title, "text": p.text, "passage_id": p.id} for p in some]
+        records.append(record)
+    _write_array(path, records)
+
+
+def _write_array(path: str | Path, records: list[dict]) -> None:
+    lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    with atomic_write(path) as unfinished:
+        unfinished.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+# --------------------------------------------------------------------------- what was found
+
+
+def answer_hits(question: Question) -> list[bool]:
+    """Whether each found passage holds an answer."""
+    return [has_answer(question.answers, passage.text) for passage in question.found]
+
+
+def with_found(question: Question, passages: Sequence[Passage], found: list) -> Question:
+    """Return the question with what a search found: [(row of the passage, score)]."""
+    rows, scores = [row for row, _ in found], [score for _, score in found]
+    return replace(question, found=[passages[row] for row in rows], scores=scores)
+
+
+def rerank(questions: Sequence[Question], encoder: CrossEncoder, top: int = 100) -> list[Question]:
+    """Return the questions with their first `top` found passages sorted by the re-ranker."""
+    cut, reranked = [question.found[:top] for question in questions], []
+    scores = encoder.score_all([question.question for question in questions], cut)
+    for question, found, values in zip(questions, cut, scores):
+        order = values.argsort(descending=True, stable=True).tolist()
+        sorted_rows = [(row, values[row].item()) for row in order]
+        reranked.append(with_found(question, found, sorted_rows))
+    return reranked
+
+
+def reader_text(question: str, passages: Sequence[Passage]) -> str:
+    """What the frozen reader reads: a line for each passage, and the question behind them."""
+    lines = [f"{title}: {text}" if title else text for title, text, *_ in passages]
+    return "\n".join([*lines, question_text(question)])
+
+
+# ------------------------------------------------------------------------- training examples
+
+
+@dataclass(frozen=True)
+class RerankerSample:
+    """A question as the re-ranker learns from it. spans: first and last token in the input."""
+
+    question: list[int]
+    positives: list[Passage]
+    spans: list[list[tuple[int, int]]]  # of each positive; some may be empty, not all
+    negatives: list[Passage]
+
+
+def choose_passages(question: Question) -> tuple[list[Passage], list[Passage]]:
+    """Return (positives, negatives) as DPR chooses them for its reader.
+
+    Positives: the found passages with an answer that have the title of a known positive; if there
+    are none, the first 20 with an answer among the first 200 found. Negatives: found passages
+    without an answer, at most min(max(10 * positives, 50), 150) of them. If nothing was searched,
+    the question's own lists are used.
+    """
+    if not question.found:
+        return question.positives, [*question.hard_negatives, *question.negatives]
+    hits, titles = answer_hits(question), {p.title.lower() for p in question.positives}
+    right = [p for p, hit in zip(question.found, hits) if hit]
+    positives = [p for p in right if p.title.lower() in titles]
+    if not positives:
+        positives = [p for p, hit in zip(question.found[:200], hits) if hit][:20]
+    wrong = [p for p, hit in zip(question.found, hits) if not hit]
+    return positives, wrong[: min(max(10 * len(positives), 50), 150)]
+
+
+def reranker_samples(
+    questions: Sequence[Question], encoder: CrossEncoder
+) -> tuple[list[RerankerSample], Counter]:
+    """Return the samples, and how many questions were skipped for which reason.
+
+    A question is skipped if it has no positive, no negative, or no positive in which an answer's
+    tokens stand before the input is cut.
+    """
+    samples, skipped = [], Counter()
+    for question in questions:
+        positives, negatives = choose_passages(question)
+        if not positives or not negatives:
+            skipped["no positive passage" if not positives else "no negative passage"] += 1
+            continue
+        (asked,) = encoder.tokens([question.question])
+        answers = encoder.tokens([f"{space}{a}" for a in question.answers for space in ("", " ")])
+        spans = [find_spans(encoder, asked, passage, answers) for passage in positives]
+        if not any(spans):
+            skipped["no answer tokens in a positive passage"] += 1
+            continue
+        samples.append(RerankerSample(asked, positives, spans, negatives))
+    return samples, skipped
+
+
+def find_spans(encoder: CrossEncoder, question: list[int], passage: Passage, answers, limit=10):
+    """Return (first, last) of each place in the input where the passage has an answer's tokens.
+
+    At most `limit` are returned. Answers that the cut at max_len leaves out are not found.
+    """
+    title, text = encoder.tokens([passage.title, passage.text])
+    start = len(encoder.layout(question, title, [])) - encoder.format.last_separator
+    text = text[: encoder.max_len - encoder.format.last_separator - start]
+    spans = {}
+    for answer in answers:
+        for i in range(len(text) - len(answer) + 1):
+            if answer and text[i : i + len(answer)] == answer:
+                spans[start + i, start + i + len(answer) - 1] = None
+    return list(spans)[:limit]
+
+
+@dataclass
+class RerankerBatch:
+    """The tensors of one step; `rerank.reranker_loss` describes them.
+
+    targets (B,) are zeros: the positive is the first of its group. rows: each question's sample.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    groups: Tensor
+    spans: Tensor
+    targets: Tensor
+    rows: list[int]
+
+    def to(self, device) -> "RerankerBatch":
+        """Return a copy with the tensors on `device`."""
+        return _to(self, device)
+
+
+@dataclass
+class RetrieverBatch:
+    """The tensors of one step of the dual encoder.
+
+    ids, lengths                  (B, L), (B,)  the questions
+    passage_ids, passage_lengths  (R, L), (R,)  a positive of each question, then hard negatives
+    targets, known                (B,), (B, R)  as `retrieve.retriever_loss` takes them
+    rows                                        the index of each question
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    passage_ids: Tensor
+    passage_lengths: Tensor
+    targets: Tensor
+    known: Tensor
+    rows: list[int]
+
+    def to(self, device) -> "RetrieverBatch":
+        """Return a copy with the tensors on `device`."""
+        return _to(self, device)
+
+
+def _to(batch, device):
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return replace(batch, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)})
+
+
+def _epoch_rows(count: int, size: int, seed: int, step: int) -> list[int]:
+    """The examples of a step. Each epoch has its own order, and its last batch may be smaller."""
+    epoch, index = divmod(step, -(-count // size))
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    return order[index * size : (index + 1) * size].tolist()
+
+
+def reranker_batch(
+    samples: Sequence[RerankerSample],
+    encoder: CrossEncoder,
+    size: int,
+    passages: int,
+    seed: int,
+    step: int,
+) -> RerankerBatch:
+    """Return the batch of a step, a pure function of the arguments.
+
+    Each question comes with one positive, drawn anew each time (the first with an answer, if the
+    drawn one has none), and up to `passages` - 1 of its negatives, drawn anew too. DPR: 24.
+    """
+    rows = _epoch_rows(len(samples), size, seed, step)
+    rng, inputs, groups, spans = np.random.default_rng([seed, step, 1]), [], [], []
+    for sample in (samples[row] for row in rows):
+        drawn = int(rng.integers(len(sample.positives)))
+        if not sample.spans[drawn]:
+            drawn = next(i for i, some in enumerate(sample.spans) if some)
+        count = min(passages - 1, len(sample.negatives))
+        wrong = [sample.negatives[i] for i in rng.choice(len(sample.negatives), count, False)]
+        chosen = [sample.positives[drawn], *wrong]
+        titles, texts = (encoder.tokens([p[i] for p in chosen]) for i in (0, 1))
+        groups.append(torch.arange(len(inputs), len(inputs) + len(chosen)))
+        spans.append(torch.tensor(sample.spans[drawn]))
+        inputs += [encoder.layout(sample.question, *pair) for pair in zip(titles, texts)]
+    groups, spans = (
+        torch.nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=-1)
+        for some in (groups, spans)
+    )
+    return RerankerBatch(*pad(inputs), groups, spans, torch.zeros(len(rows), dtype=int), rows)
+
+
+def retriever_questions(questions: Sequence[Question]) -> tuple[list[Question], int]:
+    """Return the questions that the dual encoder can learn from, and how many have no positive."""
+    kept = [question for question in questions if choose_passages(question)[0]]
+    return kept, len(questions) - len(kept)
+
+
+def retriever_batch(
+    questions: Sequence[Question], dual, size: int, hard_negatives: int, seed: int, step: int
+) -> RetrieverBatch:
+    """Return the batch of a step, a pure function of the arguments. `dual` is a DualEncoder.
+
+    Each question comes with one of its positives and with `hard_negatives` of its hard negatives
+    (negatives, if it has none), drawn anew each time. DPR: batches of 128 with one hard negative.
+    """
+    rows, rng = _epoch_rows(len(questions), size, seed, step), np.random.default_rng([seed, step])
+    positives, wrong = [], []
+    for question in (questions[row] for row in rows):
+        right = question.positives or choose_passages(question)[0]
+        hard = question.hard_negatives or choose_passages(question)[1]
+        positives.append(right[rng.integers(len(right))])
+        drawn = rng.choice(len(hard), min(hard_negatives, len(hard)), False) if hard else []
+        wrong += [hard[i] for i in drawn]
+    passages = [*positives, *wrong]
+    known = torch.zeros(len(rows), len(passages), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        right = {p[:2] for p in questions[row].positives} | {positives[i][:2]}
+        known[i] = torch.tensor([passage[:2] in right for passage in passages])
+    asked = pad(dual.question_inputs([questions[row].question for row in rows]))
+    targets = torch.arange(len(rows))
+    return RetrieverBatch(*asked, *pad(dual.passage_inputs(passages)), targets, known, rows)
