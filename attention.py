@@ -309,8 +309,8 @@ class FusedAttention(torch.autograd.Function):
             if len(k) < S.B:  # shared: divide the batch only as far as the GPU needs programs
                 parts, dtype = min(S.B, triton.cdiv(PROGRAMS, max(1, tiles))), torch.float32
             rows = triton.cdiv(S.B, parts)
-            shape = triton.cdiv(S.B, rows), *k.shape[1:]
-            dk, dv = (k.new_empty(shape, dtype=dtype) for _ in "kv")
+            shape = triton.cdiv(S.B, rows), source.N, S.K, k.shape[3]
+            dk, dv = (k.new_empty(shape, dtype=dtype).transpose(1, 2) for _ in "kv")
             tensors = strided(q), source, strided(do), lse, delta, strided(dk), strided(dv)
             backward_kv_kernel[(tiles * len(dk),)](*tensors, S, rows, **options)
             return (dk, dv) if len(k) == S.B else (x.sum(0, True).to(k.dtype) for x in (dk, dv))
