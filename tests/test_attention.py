@@ -168,23 +168,23 @@ def test_lm_behind_a_prefix(make_lm, kind):
 
 
 def trained_step(method, attend):
-    """The adapter's parameters after one step on a batch of questions, and the loss."""
+    """The loss on a batch of questions, its gradient, and the adapter's parameters after a step."""
     lm = randomise(model.LM(TINY["tied"], attend)).requires_grad_(False).eval()
     if method == "prompt_tuning":
         adapter = SoftPrompt(torch.randn(5, 32, generator=seeded()))
     else:
         adapter = build(method, lm)[0].parts[1]
-    examples = [TokenizedExample(ids, ids[::-1][:3]) for ids in QUESTIONS]
+    examples = [TokenizedExample(ids, ids[::-1][:3]) for ids in QUESTIONS[::2]]
     stack, prefix = COMPOSITIONS[method](lm, adapter)
-    loss = target_loss(stack, prefix, batches(examples, 4, 0, 0))
+    loss = target_loss(stack, prefix, batches(examples, 2, 0, 0))
     loss.backward()
     torch.optim.SGD(adapter.parameters(), lr=1e-2).step()
-    return [loss.detach(), *adapter.parameters()]
+    return [loss.detach(), *(p.grad for p in adapter.parameters()), *adapter.parameters()]
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "neural_recursion"])
 def test_a_training_step_equals_the_plain_one(method):
-    close(trained_step(method, attention.attend), trained_step(method, model.attend), 2e-5)
+    close(trained_step(method, attention.attend), trained_step(method, model.attend), 1e-4)
 
 
 # The benchmark
