@@ -315,7 +315,7 @@ def parse(argv: list[str], program: str = "pretrain.py") -> argparse.Namespace:
         "lm": [train.TOKENIZER, *shape, hidden, context, vocab],
         "encoder": [train.MODEL, train.TOKENIZER, *shape, hidden],
         "bert": [train.MODEL, train.TOKENIZER, *shape, context],
-        "connector": [train.MODEL, train.TOKENIZER, use, train.CONNECTOR],
+        "connector": [train.MODEL, train.TOKENIZER, use, train.CONNECTOR, train.ATTENTION],
     }
     data_flags = [
         ("--train", str, None, "text: .txt or JSONL; the embedded world's if not given"),

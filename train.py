@@ -29,6 +29,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -205,7 +206,8 @@ def load_lm(args) -> tuple[LM, Tokenizer]:
     """Load the LM, frozen, and its tokenizer. ValueError if --tokenizer does not belong to it."""
     folder = resolve(args.model or ASSETS / "lm")
     bf16 = args.dtype == "bfloat16" and args.method != "fine_tuning"
-    lm = LM.from_pretrained(folder, args.device, torch.bfloat16 if bf16 else torch.float32)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    lm = LM.from_pretrained(folder, args.device, dtype, choose_attention(args))
     tokenizer = load_tokenizer(args.tokenizer or folder, lm.config.vocab_size)
     if args.tokenizer and (folder / "tokenizer.json").is_file():
         given, own = tokenizer.get_vocab(), load_tokenizer(folder).get_vocab()
@@ -216,6 +218,17 @@ def load_lm(args) -> tuple[LM, Tokenizer]:
                 f"{given.get(token)} there and {own.get(token)} in the LM's own tokenizer"
             )
     return lm, tokenizer
+
+
+def choose_attention(args):
+    """The `attend` of LM.from_pretrained that --attention names; None is the LM's own."""
+    if args.attention == "plain":
+        return None
+    if args.device != "cuda" or find_spec("triton") is None:
+        raise ValueError("--attention fused needs --device cuda and triton (pip install triton)")
+    import attention
+
+    return attention.attend
 
 
 def load_split(args, split: str) -> list[data.Example]:
@@ -385,6 +398,12 @@ def add_flags(parser, title: str, *rows):
 COUNT = number_type(int, 1)
 MODEL = ("--model", str, None, "checkpoint folder or hub id; the embedded LM if not given")
 TOKENIZER = ("--tokenizer", str, None, "tokenizer.json or its folder, if not the model's own")
+ATTENTION = (
+    "--attention",
+    ["plain", "fused"],
+    None,
+    "fused: attention.py, for CUDA; its default if triton is there",
+)
 WORLD = ("--world-seed", int, 1, "which embedded world; the embedded LM knows world 1")
 CONNECTOR = ("--connector-layers", COUNT, 2, "layers of a Connector (paper: 1 and 2)")
 
@@ -430,6 +449,9 @@ def add_late_defaults(
     args.program, args.argv = program, argv
     args.out = args.out or f"runs/{args.method}"
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    if getattr(args, "attention", "none") is None:  # not every command has it
+        fused = args.device == "cuda" and find_spec("triton") is not None
+        args.attention = "fused" if fused else "plain"
     return args
 
 
@@ -442,7 +464,7 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     init += "(embeddings of sampled tokens, the default), labels (of training answers), text:WORDS"
     start = ("--init", str, None, init)
     length = ("--prompt-length", COUNT, 20, "P of a soft prompt (papers: 100 to 400)")
-    add_flags(parser, "model", MODEL, TOKENIZER, start, length, CONNECTOR)
+    add_flags(parser, "model", MODEL, TOKENIZER, start, length, CONNECTOR, ATTENTION)
     add_flags(
         parser,
         "data",
