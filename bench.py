@@ -18,6 +18,8 @@ python bench.py plan --method neural_recursion --model EleutherAI/pythia-1b
                                     the memory that this command of train.py would need, from
                                     config.json and the lengths of its questions, or from --seq-len
                                     tokens in each; --text: of pretrain.py connector
+python bench.py attention --device cuda
+                                    attention.py beside PyTorch's attention, shape by shape
 """
 
 import argparse
@@ -35,6 +37,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import bench_attention
 import cli
 import train
 from adapters import Connector, SoftPrompt
@@ -402,6 +405,22 @@ def activations(c: Config, trained: bool) -> int:
 
 # The command line
 
+
+def parse_attention(argv: list[str]) -> argparse.Namespace:
+    """Parse the flags of `bench.py attention`."""
+    parser = cli.Parser(
+        prog="bench.py attention", description=bench_attention.__doc__.split("\n")[0]
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="a GPU")
+    for flag, sizes, text in (
+        ("--batch", [8, 32, 256], "B, the rows"),
+        ("--prefix", [20, 100, 400, 4096], "P, the positions of the shared prefix"),
+        ("--text", [64, 512, 1648], "T, the positions of a row"),
+    ):
+        parser.add_argument(flag, type=cli.COUNT, nargs="+", default=sizes, help=text)
+    return parser.parse_args(argv)
+
+
 WORKLOADS = {"prompt": prompt_rows, "generation": generation_rows, "loading": loading_rows}
 
 
@@ -410,6 +429,9 @@ def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["plan"]:
         return estimate_memory(parse_plan(argv[1:]))
+    if argv[:1] == ["attention"]:
+        args = parse_attention(argv[1:])
+        return bench_attention.measure(args.device, args.batch, args.prefix, args.text)
     description = "Speed and memory beside the peers, in one run. `bench.py plan` with flags of "
     description += "train.py estimates the memory of a run instead."
     parser = cli.Parser(prog="bench.py", description=description)

@@ -75,6 +75,7 @@ def add_flags(parser, title: str, *rows):
 COUNT = number_type(int, 1)
 MODEL = ("--model", str, None, "checkpoint folder or hub id; the embedded LM if not given")
 TOKENIZER = ("--tokenizer", str, None, "tokenizer.json or its folder, if not the model's own")
+ATTENTION = ("--attention", ["plain", "fused"], "plain", "fused: attention.py, needs CUDA, triton")
 WORLD = ("--world-seed", int, 1, "which embedded world; the embedded LM knows world 1")
 CONNECTOR = ("--connector-layers", COUNT, 2, "layers of a Connector (paper: 1 and 2)")
 

@@ -315,7 +315,7 @@ def parse(argv: list[str], program: str = "pretrain.py") -> argparse.Namespace:
         "lm": [cli.TOKENIZER, *shape, hidden, context, vocab],
         "encoder": [cli.MODEL, cli.TOKENIZER, *shape, hidden],
         "bert": [cli.MODEL, cli.TOKENIZER, *shape, context],
-        "connector": [cli.MODEL, cli.TOKENIZER, use, cli.CONNECTOR],
+        "connector": [cli.MODEL, cli.TOKENIZER, use, cli.CONNECTOR, cli.ATTENTION],
     }
     data_flags = [
         ("--train", str, None, "text: .txt or JSONL; the embedded world's if not given"),

@@ -25,6 +25,7 @@ import hashlib
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -203,7 +204,8 @@ def load_lm(args) -> tuple[LM, Tokenizer]:
     """Load the LM, frozen, and its tokenizer. ValueError if --tokenizer does not belong to it."""
     folder = resolve(args.model or ASSETS / "lm")
     bf16 = args.dtype == "bfloat16" and args.method != "fine_tuning"
-    lm = LM.from_pretrained(folder, args.device, torch.bfloat16 if bf16 else torch.float32)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    lm = LM.from_pretrained(folder, args.device, dtype, choose_attention(args))
     tokenizer = load_tokenizer(args.tokenizer or folder, lm.config.vocab_size)
     if args.tokenizer and (folder / "tokenizer.json").is_file():
         given, own = tokenizer.get_vocab(), load_tokenizer(folder).get_vocab()
@@ -214,6 +216,17 @@ def load_lm(args) -> tuple[LM, Tokenizer]:
                 f"{given.get(token)} there and {own.get(token)} in the LM's own tokenizer"
             )
     return lm, tokenizer
+
+
+def choose_attention(args):
+    """The `attend` of LM.from_pretrained that --attention names; None is the LM's own."""
+    if args.attention == "plain":
+        return None
+    if args.device != "cuda" or find_spec("triton") is None:
+        raise ValueError("--attention fused needs --device cuda and triton (pip install triton)")
+    import attention
+
+    return attention.attend
 
 
 def load_split(args, split: str) -> list[data.Example]:
@@ -339,7 +352,9 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     init += "(embeddings of sampled tokens, the default), labels (of training answers), text:WORDS"
     start = ("--init", str, None, init)
     length = ("--prompt-length", cli.COUNT, 20, "P of a soft prompt (papers: 100 to 400)")
-    cli.add_flags(parser, "model", cli.MODEL, cli.TOKENIZER, start, length, cli.CONNECTOR)
+    cli.add_flags(
+        parser, "model", cli.MODEL, cli.TOKENIZER, start, length, cli.CONNECTOR, cli.ATTENTION
+    )
     cli.add_flags(
         parser,
         "data",

@@ -3,10 +3,10 @@
 The reference is one forward pass over the whole text: no prefix, no padding, no cache.
 """
 
-import importlib.util
 import os
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,9 +19,12 @@ from model import LM, Config  # noqa: E402
 from recurse import COMPOSITIONS, CONNECTOR_METHODS, Stack, new_connector  # noqa: E402
 
 # In CI a missing reference library is a failure. Elsewhere the test is left out.
-REFERENCES = ("transformers", "peft", "bm25s", "regex")
-if not os.environ.get("CI") and not all(map(importlib.util.find_spec, REFERENCES)):
-    collect_ignore = ["test_parity.py"]
+PEERS = {
+    "test_parity.py": ("transformers", "peft", "bm25s", "regex"),
+    "test_attention.py": ("triton",),
+}
+if not os.environ.get("CI"):
+    collect_ignore = [f for f, needed in PEERS.items() if not all(map(find_spec, needed))]
 
 torch.set_num_threads(1)  # for tensors this small, waking a second thread costs more than it saves
 

@@ -19,13 +19,14 @@ TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["runs", "passages"], 4),
     **dict.fromkeys(["fit", "cli"], 5),
     "train": 6,
-    **dict.fromkeys(["pretrain", "transfer"], 7),
+    **dict.fromkeys(["pretrain", "transfer", "bench_attention"], 7),
     "bench": 8,
     "reproduce": 9,
 }
 FILES = sorted(ROOT.glob("*.py"))
 TREES = {path.stem: ast.parse(path.read_text()) for path in FILES}
 CORE = {"torch", "numpy", "tokenizers", "safetensors"}
+DEVELOPMENT = {"bench": {"peft", "transformers"}, "attention": {"triton"}}  # not required
 README = (ROOT / "README.md").read_text()
 each_file = pytest.mark.parametrize("name", TREES)
 
@@ -46,14 +47,16 @@ def functions(tree):
 
 @each_file
 def test_imports_go_down_and_optional_ones_stand_inside_functions(name):
-    """Inside a function a file may reach up, but no further than runs."""
+    """Inside a function a file may reach up, but no further than runs. attention.py is made of
+    Triton's kernels, so it is itself imported inside functions only."""
     inside = {n for function in functions(TREES[name]) for n, _ in imports(function)}
     for node, imported in imports(TREES[name]):
         where = f"{name}.py:{node.lineno} imports {imported}"
         if imported in TIERS:
             late = node in inside and TIERS[imported] <= TIERS["runs"]
             assert TIERS[imported] < TIERS[name] or late, where
-        elif node not in inside:
+            assert imported != "attention" or node in inside, where
+        elif node not in inside and (name, imported) != ("attention", "triton"):
             assert imported in CORE or imported in sys.stdlib_module_names, where
 
 
@@ -62,7 +65,7 @@ def test_what_is_imported_is_required():
     known = required | TIERS.keys() | set(sys.stdlib_module_names)
     for name, tree in TREES.items():
         missing = {imported for _, imported in imports(tree)} - known
-        assert missing <= ({"peft", "transformers"} if name == "bench" else set()), name
+        assert missing <= DEVELOPMENT.get(name, set()), name
 
 
 @each_file

@@ -41,6 +41,7 @@ RECUR --steps 0                                         | --steps
 RECUR --lr -1                                           | --lr
 RECUR --lr nan                                          | --lr
 RECUR --device cuda                                     | --device cuda
+RECUR --attention fused                                 | --attention fused needs --device cuda
 RECUR --model nowhere/at/all                            | nowhere
 RECUR --train none.jsonl                                | none.jsonl | no such file
 RECUR --train .                                         | is a folder

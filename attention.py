@@ -1,0 +1,348 @@
+"""Fused attention over a shared prefix, forward and backward, in Triton. This is flash attention
+(Dao et al. 2022; Dao 2023) for many short texts behind one prompt.
+
+Plain attention writes the score of every query and key to the memory of the GPU and reads it again.
+Moving the scores takes longer than computing them. These kernels keep them in registers:
+
+tiling          A program holds BLOCK_M queries and visits the keys in tiles of BLOCK_N. No more
+                than BLOCK_M * BLOCK_N scores exist at a time: see `forward_kernel`.
+online softmax  A softmax needs the largest score and the sum of all terms. The program keeps both
+                for the keys so far, and rescales when a larger score comes: see `absorb`.
+recomputation   The backward pass computes the softmax weights again, from the queries, the keys and
+                one number per query: see `weights`.
+
+A shared prefix is not copied for the rows of the batch: its batch stride is 0. The programs of one
+head run one after another, so its prefix stays in the cache of the GPU. The gradient of a shared
+prefix is summed over the batch inside `backward_kv_kernel`.
+
+    lm = LM.from_pretrained("assets/lm", "cuda", torch.bfloat16, attend=attention.attend)
+
+Dimensions are model.py's, and G = H / K, the query heads of one key head. The G queries of one
+position read the same keys, so they are rows of the same tile: row m of a key head is its query
+head m % G at position m // G. Keys are numbered from the start of the prefix: text position t is
+key P + t. Needs torch and triton. TRITON_INTERPRET=1 runs the kernels on a CPU, slowly, for tests.
+"""
+
+import math
+from collections import namedtuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LN2 = tl.constexpr(math.log(2))
+HIDDEN = tl.constexpr(-1e30)  # the score of a key that a query must not see
+PROGRAMS = 512  # to keep a large GPU busy; an H100 has 132 processors
+# BLOCK_M and BLOCK_N by (float32, backward). Larger tiles do not fit into registers.
+TILES = {(0, 0): (128, 64), (0, 1): (64, 64), (1, 0): (32, 32), (1, 1): (32, 32)}
+ON_CPU = bool(triton.knobs.runtime.interpret)  # Triton's interpreter takes tensors on the CPU
+
+# A tensor (B, heads, positions, D) as kernels get it: its data and strides. That of D is 1.
+Strided = namedtuple("Strided", "data batch head position")
+# The N keys and values of the prefix or of the text. The first of them is key `first`.
+Source = namedtuple("Source", "k v first N")
+# BLOCK_M queries: of row b, key head `head` and query heads q_head, at positions t, with `index`
+# into lse. Row b sees no key before `start`.
+Queries = namedtuple("Queries", "b head q_head t index start")
+# What the kernels share. They use powers of 2, for which a GPU has an instruction, instead of e:
+# scale is log2(e) / sqrt(D). lengths is (B,) or None. BLOCK_D is the power of two from D on.
+Sizes = namedtuple("Sizes", "B K T P scale window lengths G D BLOCK_D BLOCK_M BLOCK_N")
+
+# Parts of kernels. Triton compiles them into the kernels that call them.
+
+
+@triton.jit
+def dot(a, b):
+    """a @ b, summed in float32. Without "ieee", float32 factors would be rounded to 10 bits."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def load(x, b, head, position, end, S):
+    """x at positions (R,) -> (R, BLOCK_D). Tiles have powers of two as sizes: zeros stand at
+    positions from `end` on and in channels from D on. `head` is a number or (R,)."""
+    d = tl.arange(0, S.BLOCK_D)
+    row = x.data + b.to(tl.int64) * x.batch + head * x.head + position * x.position
+    mask = (position < end)[:, None] & (d < S.D)[None, :]
+    return tl.load(row[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store(x, b, head, position, end, tile, S):
+    """Write what `load` would read."""
+    d = tl.arange(0, S.BLOCK_D)
+    row = x.data + b.to(tl.int64) * x.batch + head * x.head + position * x.position
+    mask = (position < end)[:, None] & (d < S.D)[None, :]
+    tl.store(row[:, None] + d[None, :], tile.to(x.data.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def pick(b, head, m, S):
+    """Rows m of a key head, as Queries. A ragged prefix is aligned to the right."""
+    start = 0
+    if S.lengths is not None:
+        start = S.P - tl.load(S.lengths + b)
+    index = (b * S.K + head) * S.T * S.G + m
+    return Queries(b, head, head * S.G + m % S.G, m // S.G, index, start)
+
+
+@triton.jit
+def program_queries(S):
+    """The Queries of this program: tile by tile, then row by row, then head by head."""
+    tiles = tl.cdiv(S.T * S.G, S.BLOCK_M)
+    tile, row = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    return pick(row % S.B, row // S.B, tile * S.BLOCK_M + tl.arange(0, S.BLOCK_M), S)
+
+
+@triton.jit
+def visible(source, n, t, start, S):
+    """Whether the query at position t sees the n-th key of a source."""
+    key = source.first + n
+    seen = (n < source.N) & (key <= S.P + t) & (key >= start)
+    if S.window is not None:
+        seen = seen & (key > S.P + t - S.window)
+    return seen
+
+
+@triton.jit
+def key_range(source, queries, S):
+    """The keys of a source that a tile of queries visits, (low, full, high). Tiles of keys from low
+    to full need no mask, because every query sees all their keys."""
+    oldest, t = queries.start, tl.min(queries.t)
+    if S.window is not None:
+        oldest = tl.maximum(oldest, S.P + t + 1 - S.window)
+    low = tl.maximum(oldest - source.first, 0) // S.BLOCK_N * S.BLOCK_N
+    full = low
+    if S.window is None:
+        seen = tl.minimum(source.N, S.P + t + 1 - source.first) // S.BLOCK_N * S.BLOCK_N
+        full = tl.where(source.first + low >= oldest, seen, low)
+    return low, full, tl.minimum(source.N, S.P + tl.max(queries.t) + 1 - source.first)
+
+
+@triton.jit
+def absorb(state, q, queries, source, low, high, S, MASKED: tl.constexpr):
+    """Take keys low to high into the softmax average of a tile of queries: the online softmax.
+
+    After any number of keys with scores s, the state is
+        acc = sum 2^(s - largest) v,    total = sum 2^(s - largest),    largest = max s
+    and acc / total is the attention to these keys. When a larger score comes, every earlier term is
+    too large by the same factor, so acc and total are multiplied by 2^(old - new largest).
+    """
+    acc, total, largest = state
+    for low_n in range(low, high, S.BLOCK_N):
+        n = low_n + tl.arange(0, S.BLOCK_N)
+        keys = load(source.k, queries.b, queries.head, n, source.N, S)
+        s = dot(q, tl.trans(keys)) * S.scale
+        if MASKED:
+            seen = visible(source, n[None, :], queries.t[:, None], queries.start, S)
+            s = tl.where(seen, s, HIDDEN)
+        # Before a query's first visible key its terms are 2^0, and that key rescales them to 0,
+        # because HIDDEN is finite. With minus infinity they would be 2^(inf - inf).
+        larger = tl.maximum(largest, tl.max(s, 1))
+        rescale = tl.exp2(largest - larger)
+        p = tl.exp2(s - larger[:, None])
+        values = load(source.v, queries.b, queries.head, n, source.N, S)
+        acc = acc * rescale[:, None] + dot(p.to(values.dtype), values)
+        total = total * rescale + tl.sum(p, 1)
+        largest = larger
+    return acc, total, largest
+
+
+@triton.jit(do_not_specialize=["S"])
+def forward_kernel(q, prefix, text, o, lse, S):
+    """Attention of one tile of queries: o, and lse (B, K, T * G), the log2 of the sum of 2^score.
+    lse is the one number per query that the backward pass needs."""
+    queries = program_queries(S)
+    q_tile = load(q, queries.b, queries.q_head, queries.t, S.T, S)
+    total = tl.zeros((S.BLOCK_M,), tl.float32)
+    state = tl.zeros((S.BLOCK_M, S.BLOCK_D), tl.float32), total, total + HIDDEN
+    low, full, high = key_range(prefix, queries, S)
+    state = absorb(state, q_tile, queries, prefix, low, full, S, False)
+    state = absorb(state, q_tile, queries, prefix, full, high, S, True)
+    low, full, high = key_range(text, queries, S)
+    state = absorb(state, q_tile, queries, text, low, full, S, False)
+    acc, total, largest = absorb(state, q_tile, queries, text, full, high, S, True)
+    store(o, queries.b, queries.q_head, queries.t, S.T, acc / total[:, None], S)
+    tl.store(lse + queries.index, largest + tl.log2(total), mask=queries.t < S.T)
+
+
+# The backward pass. With weights p = softmax(s) and o = p v:
+#     dv = p^T do,    dp = do v^T,    ds = p * (dp - delta),    dq = ds k,    dk = ds^T q
+# where delta, the sum of p * dp over the keys, equals the sum of o * do over the channels.
+
+
+@triton.jit
+def weights(a, b, lse, seen, S):
+    """Softmax weights, in the layout of a @ b^T. lse holds the forward pass's largest score and its
+    sum at once: 2^(s - largest) / total = 2^(s - lse)."""
+    return tl.where(seen, tl.exp2(dot(a, tl.trans(b)) * S.scale - lse), 0.0)
+
+
+@triton.jit
+def add_dq(dq, q, do, lse, delta, queries, source, S):
+    """dq, and to it the part of a source's keys."""
+    low, _, high = key_range(source, queries, S)
+    for low_n in range(low, high, S.BLOCK_N):
+        n = low_n + tl.arange(0, S.BLOCK_N)
+        keys = load(source.k, queries.b, queries.head, n, source.N, S)
+        values = load(source.v, queries.b, queries.head, n, source.N, S)
+        seen = visible(source, n[None, :], queries.t[:, None], queries.start, S)
+        p = weights(q, keys, lse[:, None], seen, S)
+        ds = p * (dot(do, tl.trans(values)) - delta[:, None])
+        dq += dot(ds.to(keys.dtype), keys)
+    return dq
+
+
+@triton.jit(do_not_specialize=["S"])
+def backward_q_kernel(q, prefix, text, o, do, lse, delta, dq, S):
+    """dq of one tile of queries, and its delta, which `backward_kv_kernel` reads."""
+    queries = program_queries(S)
+    q_tile = load(q, queries.b, queries.q_head, queries.t, S.T, S)
+    o_tile = load(o, queries.b, queries.q_head, queries.t, S.T, S)
+    do_tile = load(do, queries.b, queries.q_head, queries.t, S.T, S)
+    d = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+    tl.store(delta + queries.index, d, mask=queries.t < S.T)
+    e = tl.load(lse + queries.index, mask=queries.t < S.T, other=0.0)
+    acc = tl.zeros((S.BLOCK_M, S.BLOCK_D), tl.float32)
+    acc = add_dq(acc, q_tile, do_tile, e, d, queries, prefix, S)
+    acc = add_dq(acc, q_tile, do_tile, e, d, queries, text, S)
+    # A score counts in units of log2(e), hence scale * ln(2), which is 1 / sqrt(D).
+    store(dq, queries.b, queries.q_head, queries.t, S.T, acc * (S.scale * LN2), S)
+
+
+@triton.jit(do_not_specialize=["S", "rows"])
+def backward_kv_kernel(q, source, do, lse, delta, dk, dv, S, rows):
+    """dk and dv of one tile of keys, summed over `rows` rows of the batch: 1, or more if the source
+    is a shared prefix. The tile stays, and all queries of these rows that see it pass by."""
+    tiles, program = tl.cdiv(source.N, S.BLOCK_N), tl.program_id(0)
+    tile, head, part = program % tiles, program // tiles % S.K, program // tiles // S.K
+    n, key = tile * S.BLOCK_N + tl.arange(0, S.BLOCK_N), source.first + tile * S.BLOCK_N
+    first_row = part * rows
+    keys = load(source.k, first_row, head, n, source.N, S)
+    values = load(source.v, first_row, head, n, source.N, S)
+    low, high = tl.maximum(key - S.P, 0) * S.G, S.T * S.G
+    if S.window is not None:
+        high = tl.minimum(high, (key + S.BLOCK_N - 1 - S.P + S.window) * S.G)
+    blocks = tl.cdiv(tl.maximum(high - low, 0), S.BLOCK_M)
+    if S.lengths is not None:  # no query sees the padding of its row
+        hidden = (rows == 1) & (key + S.BLOCK_N <= S.P - tl.load(S.lengths + first_row))
+        blocks = tl.where(hidden, 0, blocks)
+    dk_acc = tl.zeros((S.BLOCK_N, S.BLOCK_D), tl.float32)
+    dv_acc = tl.zeros((S.BLOCK_N, S.BLOCK_D), tl.float32)
+    for i in range(0, blocks * (tl.minimum(first_row + rows, S.B) - first_row)):
+        m = low + i % blocks * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
+        queries = pick(first_row + i // blocks, head, m, S)
+        q_tile = load(q, queries.b, queries.q_head, queries.t, S.T, S)
+        do_tile = load(do, queries.b, queries.q_head, queries.t, S.T, S)
+        e = tl.load(lse + queries.index, mask=queries.t < S.T, other=0.0)
+        d = tl.load(delta + queries.index, mask=queries.t < S.T, other=0.0)
+        seen = visible(source, n[:, None], queries.t[None, :], queries.start, S)
+        p = weights(keys, q_tile, e[None, :], seen, S)  # (BLOCK_N, BLOCK_M), transposed
+        dv_acc += dot(p.to(do_tile.dtype), do_tile)
+        ds = p * (dot(values, tl.trans(do_tile)) - d[None, :])
+        dk_acc += dot(ds.to(q_tile.dtype), q_tile)
+    store(dk, part, head, n, source.N, dk_acc * (S.scale * LN2), S)
+    store(dv, part, head, n, source.N, dv_acc, S)
+
+
+# Around the kernels
+
+
+def strided(x: Tensor) -> Strided:
+    """x (B, heads, positions, D) with its strides."""
+    return Strided(x, *x.stride()[:3])
+
+
+def kernel_inputs(q, k, v, prefix_k, prefix_v, lengths, window, backward: bool):
+    """The prefix and the text as Sources, Sizes, the number of programs for queries, and options of
+    Triton. A prefix of batch 1 becomes one of B with stride 0."""
+    (B, H, T, D), K, P = q.shape, k.shape[1], 0
+    text = prefix = Source(strided(k), strided(v), 0, 0)
+    if prefix_k is not None:
+        P = prefix_k.shape[2]
+        prefix = Source(*(strided(x.expand(B, -1, -1, -1)) for x in (prefix_k, prefix_v)), 0, P)
+    M, N = TILES[q.dtype == torch.float32, backward]
+    if D > 128:
+        M, N = M // 2, N // 2
+    M = min(M, max(16, triton.next_power_of_2(T * H // K)))
+    compiled = map(tl.constexpr, (H // K, D, max(16, triton.next_power_of_2(D)), M, N))
+    S = Sizes(B, K, T, P, math.log2(math.e) / math.sqrt(D), window, lengths, *compiled)
+    grid = (triton.cdiv(T * H // K, M) * B * K,)
+    options = {"num_warps": 8 if D > 64 else 4, "num_stages": 2}  # 256 or 128 threads a program
+    return prefix, text._replace(first=P, N=T), S, grid, options
+
+
+class FusedAttention(torch.autograd.Function):
+    """The kernels and their gradients. `attend` prepares the arguments."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, prefix_k, prefix_v, lengths, window):
+        """q (B, H, T, D), k and v (B, K, T, D), prefix (1 | B, K, P, D), lengths (B,) or None."""
+        given = q, k, v, prefix_k, prefix_v, lengths
+        prefix, text, S, grid, options = kernel_inputs(*given, window, backward=False)
+        B, H, T, D = q.shape
+        o = q.new_empty(B, T, H, D).transpose(1, 2)  # the layout that o_proj reads
+        lse = q.new_empty(B, S.K, T * H // S.K, dtype=torch.float32)
+        forward_kernel[grid](strided(q), prefix, text, strided(o), lse, S, **options)
+        ctx.save_for_backward(*given, o, lse)
+        ctx.window = window
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        """do (B, H, T, D) -> the gradients of q, k, v and the prefix."""
+        *given, o, lse = ctx.saved_tensors
+        q, k, v, prefix_k, prefix_v, _ = given
+        prefix, text, S, grid, options = kernel_inputs(*given, ctx.window, backward=True)
+        do = do if do.stride(3) == 1 else do.contiguous()
+        dq, delta = torch.empty_like(q), torch.empty_like(lse)
+        tensors = strided(q), prefix, text, strided(o), strided(do), lse, delta, strided(dq)
+        backward_q_kernel[grid](*tensors, S, **options)
+
+        def kv_gradients(source: Source, k: Tensor, v: Tensor, needed):
+            if not any(needed):
+                return None, None
+            tiles, parts, dtype = triton.cdiv(source.N, S.BLOCK_N.value) * S.K, S.B, k.dtype
+            if len(k) < S.B:  # shared: divide the batch only as far as the GPU needs programs
+                parts, dtype = min(S.B, triton.cdiv(PROGRAMS, max(1, tiles))), torch.float32
+            rows = triton.cdiv(S.B, parts)
+            shape = triton.cdiv(S.B, rows), source.N, S.K, k.shape[3]
+            dk, dv = (k.new_empty(shape, dtype=dtype).transpose(1, 2) for _ in "kv")
+            tensors = strided(q), source, strided(do), lse, delta, strided(dk), strided(dv)
+            backward_kv_kernel[(tiles * len(dk),)](*tensors, S, rows, **options)
+            return (dk, dv) if len(k) == S.B else (x.sum(0, True).to(k.dtype) for x in (dk, dv))
+
+        dk, dv = kv_gradients(text, k, v, ctx.needs_input_grad[1:3])
+        prefix_grads = kv_gradients(prefix, prefix_k, prefix_v, ctx.needs_input_grad[3:5])
+        return dq, dk, dv, *prefix_grads, None, None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, past=None, lengths=None, window=None) -> Tensor:
+    """Causal attention of a text to itself and to a prefix. model.attend explains the arguments.
+
+    q (B, H, T, D), k and v (B, K, T, D), past None or a pair (1 | B, K, P, D); without past, k and
+    v may be (B, K, P + T, D). lengths (1 | B,). Returns (B, H, T, D). The kernels take tensors of
+    one type (float32, bfloat16, float16) on a GPU, with D up to 256, or 128 if a gradient is
+    needed. model.attend does the rest.
+    """
+    given = [q, k, v, *(past or ())]
+    if torch.is_autocast_enabled(q.device.type):
+        given = [x.to(torch.get_autocast_dtype(q.device.type)) for x in given]
+    widest = 128 if torch.is_grad_enabled() and any(x.requires_grad for x in given) else 256
+    known = given[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
+    known = known and all(x.dtype == given[0].dtype for x in given)
+    if not known or q.shape[3] > widest or q.numel() == 0 or not (q.is_cuda or ON_CPU):
+        from model import attend as plain
+
+        return plain(q, k, v, past, lengths, window)
+    q, k, v, *past = (x if x.stride(3) == 1 else x.contiguous() for x in given)
+    P = k.shape[2] - q.shape[2]
+    if P > 0:
+        past, k, v = (k[:, :, :P], v[:, :, :P]), k[:, :, P:], v[:, :, P:]
+    if lengths is not None:
+        lengths = lengths.expand(len(q)).to(torch.int32).contiguous()
+    with torch.cuda.device_of(q):
+        return FusedAttention.apply(q, k, v, *(past or (None, None)), lengths, window)
