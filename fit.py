@@ -158,6 +158,8 @@ def fit(
     loss_of: Callable[[Batch], Tensor],
     evaluate: Callable[[], float | None],
     save: Callable[[], None],
+    gradient: Callable[..., float] | None = None,
+    after_step: Callable[[int], None] | None = None,
 ) -> dict:
     """Train the parameters of `trained`, and leave the best ones in it.
 
@@ -167,6 +169,9 @@ def fit(
     evaluate  () -> dev score, higher is better. It runs without gradients every `eval_every` steps
               and after the last one. If it returns None, the latest parameters are the best.
     save      () -> None writes what is trained. It runs after each best score, and at the end.
+    gradient  (recipe, loss_of, batches) -> loss, for a step along another gradient than the mean
+              loss's. It adds to the gradients of the parameters, like `mean_gradient`.
+    after_step  number of finished steps -> None. A resumed run repeats it for repeated steps.
 
     Returns step and score of the best parameters, seconds, and tokens_per_second without scoring.
     ValueError if a loss, gradient, parameter or score is not finite, OSError if the disk is full;
@@ -182,7 +187,10 @@ def fit(
             began = time.perf_counter()
             numbers = range(step * recipe.grad_accum, (step + 1) * recipe.grad_accum)
             batches = [batch_at(number).to(recipe.device) for number in numbers]
-            loss = take_step(run, recipe, trained, optimizer, batches, loss_of, step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, recipe)
+            loss = (gradient or mean_gradient)(recipe, loss_of, batches)
+            take_step(run, recipe, trained, optimizer, loss, step)
             state.tokens += sum(int(batch.lengths.sum()) for batch in batches)
             state.step = step + 1
             state.step_seconds += time.perf_counter() - began
@@ -191,6 +199,8 @@ def fit(
                 with torch.no_grad(), autocast(recipe):
                     record["score"] = evaluate()
             with checkpoint(run, state):
+                if after_step is not None:
+                    after_step(state.step)
                 if "score" in record:
                     keep_best(run, trained, state, record["score"], save)
                 if "score" in record or state.step % recipe.log_every == 0:
@@ -235,13 +245,8 @@ def checkpoint(run: Run, state: State):
         ) from None
 
 
-def take_step(run, recipe, trained, optimizer, batches, loss_of, step: int) -> float:
-    """Take one optimiser step. Returns the mean loss over all targets of its batches.
-
-    ValueError if the loss or the gradient is not finite.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, recipe)
+def mean_gradient(recipe: Recipe, loss_of, batches: list[Batch]) -> float:
+    """Add the gradient of the mean loss over all targets of the batches, and return that loss."""
     count = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
     loss = 0.0
     for batch in batches:
@@ -249,6 +254,11 @@ def take_step(run, recipe, trained, optimizer, batches, loss_of, step: int) -> f
             part = loss_of(batch) / count
         part.backward()
         loss += part.item()
+    return loss
+
+
+def take_step(run, recipe: Recipe, trained: nn.Module, optimizer, loss: float, step: int) -> None:
+    """Clip the gradient and take one step. ValueError if loss or gradient is not finite."""
     norm = nn.utils.clip_grad_norm_(trained.parameters(), recipe.clip).item()
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise ValueError(
@@ -257,7 +267,6 @@ def take_step(run, recipe, trained, optimizer, batches, loss_of, step: int) -> f
         )
     optimizer.step()
     optimizer.zero_grad()
-    return loss
 
 
 def keep_best(run, trained: nn.Module, state: State, score: float | None, save) -> None:
