@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -178,22 +179,14 @@ def fit(
     the last saved state stays.
     KeyboardInterrupt after SIGINT or SIGTERM, once the step is finished and saved.
     """
+    add_gradient = partial(gradient or mean_gradient, recipe, loss_of)
     optimizer = make_optimizer(trained, recipe)
     state = run.load_state(trained, optimizer)
     log = run.rewind_log(state.step)
     earlier_seconds, start = state.seconds, time.perf_counter()
     with progress(recipe.steps, state.step) as (show_step, stopped):
         for step in range(state.step, recipe.steps):
-            began = time.perf_counter()
-            numbers = range(step * recipe.grad_accum, (step + 1) * recipe.grad_accum)
-            batches = [batch_at(number).to(recipe.device) for number in numbers]
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, recipe)
-            loss = (gradient or mean_gradient)(recipe, loss_of, batches)
-            take_step(run, recipe, trained, optimizer, loss, step)
-            state.tokens += sum(int(batch.lengths.sum()) for batch in batches)
-            state.step = step + 1
-            state.step_seconds += time.perf_counter() - began
+            loss = take_step(run, recipe, trained, optimizer, state, batch_at, add_gradient)
             record = {"step": state.step, "loss": loss, "lr": learning_rate(step, recipe)}
             if state.step % recipe.eval_every == 0 or state.step == recipe.steps:
                 with torch.no_grad(), autocast(recipe):
@@ -257,8 +250,18 @@ def mean_gradient(recipe: Recipe, loss_of, batches: list[Batch]) -> float:
     return loss
 
 
-def take_step(run, recipe: Recipe, trained: nn.Module, optimizer, loss: float, step: int) -> None:
-    """Clip the gradient and take one step. ValueError if loss or gradient is not finite."""
+def take_step(run, recipe, trained, optimizer, state: State, batch_at, add_gradient) -> float:
+    """Take one optimiser step, and count it in `state`. Returns the loss of its batches.
+
+    `add_gradient` is `mean_gradient` with its first arguments. ValueError if the loss or the
+    gradient is not finite.
+    """
+    began, step = time.perf_counter(), state.step
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, recipe)
+    numbers = range(step * recipe.grad_accum, (step + 1) * recipe.grad_accum)
+    batches = [batch_at(number).to(recipe.device) for number in numbers]
+    loss = add_gradient(batches)
     norm = nn.utils.clip_grad_norm_(trained.parameters(), recipe.clip).item()
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise ValueError(
@@ -267,6 +270,10 @@ def take_step(run, recipe: Recipe, trained: nn.Module, optimizer, loss: float, s
         )
     optimizer.step()
     optimizer.zero_grad()
+    state.tokens += sum(int(batch.lengths.sum()) for batch in batches)
+    state.step += 1
+    state.step_seconds += time.perf_counter() - began
+    return loss
 
 
 def keep_best(run, trained: nn.Module, state: State, score: float | None, save) -> None:

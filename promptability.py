@@ -122,10 +122,9 @@ class Learner(nn.Module):
             return
         self.inner = Adafactor(self.everything, inner_lr)
         for p in self.everything if variant is not mtl else ():
-            state = {"step": torch.zeros((), device=p.device), "square": torch.zeros_like(p)}
-            state = {k: nn.Parameter(v, requires_grad=False) for k, v in state.items()}
-            self.inner.state[p] = state
-            self.moments.extend(state.values())
+            step, square = p.new_zeros(()).float(), torch.zeros_like(p).float()
+            self.moments.extend(nn.Parameter(m, requires_grad=False) for m in (step, square))
+            self.inner.state[p] = {"step": self.moments[-2], "square": self.moments[-1]}
 
     def vector(self) -> Tensor:
         """A copy of all parameters, (N,)."""
@@ -291,12 +290,12 @@ def read_tasks(args: Namespace) -> list[list[data.Example]]:
     groups = []
     for path in args.train:
         for template, examples in by_template(path, args.hold_out).items():
-            if len(examples) < args.batch_size:
+            kept = data.sample(len(examples), args.limit, args.seed)
+            if len(kept) < args.batch_size:
                 raise ValueError(
-                    f"{path}: {len(examples)} examples of the template {template!r}, fewer than "
+                    f"{path}: {len(kept)} examples of the template {template!r}, fewer than "
                     f"--batch-size {args.batch_size}"
                 )
-            kept = data.sample(len(examples), args.limit, args.seed)
             groups.append([examples[row] for row in kept])
     if not groups:
         raise ValueError("--hold-out leaves no task in the files of --train")
@@ -331,13 +330,14 @@ def few_shot(args: Namespace) -> dict:
         run = Namespace(**vars(args) | {"out": str(folder)})
         cli.check_and_seed(run)
         splits = {"train": examples, "dev": [], "test": tests}
-        plans.append((name, template, load_task(run, lm, tokenizer, splits)))
+        task = load_task(run, lm, tokenizer, splits)
+        plans.append((name, template, task, train.start_prompt(task)))
         shots[folder.name] = [example.id for example in examples]
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "shots.json", shots)
-    for name, template, task in plans:
+    for name, template, task, prompt in plans:
         torch.manual_seed(args.seed)
-        record = train.train_adapter(task, train.start_prompt(task))
+        record = train.train_adapter(task, prompt)
         rows += read_predictions(task.args.out)
         chance = float(np.mean([1 / len(e.options) for e in task.examples["test"]]))
         result = {"accuracy": record["results"]["test"]["em"], "chance": chance}

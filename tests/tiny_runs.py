@@ -75,9 +75,8 @@ def make_suite(place):
     (place / "suite").mkdir()
     for name, cluster in (("car", "a"), ("hat", "b"), ("end", "sentence completion")):
         for split, count in (("train", 24), ("dev", 6), ("test", 6)):
-            write_lines(
-                place / "suite" / f"{name}-{split}.jsonl", rows(name, count, split, cluster)
-            )
+            rows = suite_rows(name, count, split, cluster)
+            write_lines(place / "suite" / f"{name}-{split}.jsonl", rows)
     (place / "text.txt").write_text("\n\n".join(f"The {c} door is {c}. " * 6 for c in COLOURS))
     return place
 
