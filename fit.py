@@ -170,8 +170,7 @@ def fit(
     evaluate  () -> dev score, higher is better. It runs without gradients every `eval_every` steps
               and after the last one. If it returns None, the latest parameters are the best.
     save      () -> None writes what is trained. It runs after each best score, and at the end.
-    gradient  (recipe, loss_of, batches) -> loss, for a step along another gradient than the mean
-              loss's. It adds to the gradients of the parameters, like `mean_gradient`.
+    gradient  (recipe, loss_of, batches) -> loss. It takes the place of `mean_gradient`.
     after_step  number of finished steps -> None. A resumed run repeats it for repeated steps.
 
     Returns step and score of the best parameters, seconds, and tokens_per_second without scoring.

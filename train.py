@@ -136,9 +136,7 @@ def train_adapter(task: Task, trained: nn.Module, batch_at=None, after_step=None
         inputs = [example.input for example in task.examples["train"]]
         record["question_format"] = all(map(data.is_question, inputs))
         batch_at = batch_at or shuffled
-        record |= fit(
-            run, recipe, trained, batch_at, loss_of, evaluate, save, after_step=after_step
-        )
+        record |= fit(run, recipe, trained, batch_at, loss_of, evaluate, save, None, after_step)
         with autocast(recipe):
             splits = [split for split in ("dev", "test") if tokens[split]]
             predictions = {split: predict_split(task, adapter, split) for split in splits}
