@@ -176,12 +176,15 @@ def test_carried_moments_count_every_inner_step_and_reset_ones_those_of_a_task()
 
 def test_a_batch_is_of_one_task_and_an_epoch_holds_all_full_batches():
     tasks = [[data.TokenizedExample([t, i], [1]) for i in range(n)] for t, n in ((1, 9), (2, 22))]
+    found = []
     for epoch in range(2):
         batches = [pt.task_batch(tasks, 4, 0, 7 * epoch + i).ids.tolist() for i in range(7)]
         assert all(len({row[0] for row in batch}) == 1 for batch in batches)
         assert sorted(batch[0][0] for batch in batches) == [1, 1, 2, 2, 2, 2, 2]
         rows = [tuple(row) for batch in batches for row in batch]
         assert len(set(rows)) == len(rows) == 28
+        found.append({frozenset(map(tuple, batch)) for batch in batches})
+    assert found[0] != found[1], "the same batches in every epoch"
     order = [pt.task_batch(tasks, 4, 0, i).ids[0, 0].item() for i in range(14)]
     assert order[:7] != order[7:]
 
