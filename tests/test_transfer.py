@@ -142,6 +142,7 @@ def test_search_table_on_figures_worked_out_by_hand():
     assert second["error_reduction"] == pytest.approx((0.3 / 0.5 + 0.1 / 0.5) / 2)
     assert second["eliminated"] == pytest.approx(0.5)
     assert second["gain_kept"] == pytest.approx(0.2 / 0.35)
+    assert transfer.relative_error_reduction(0.7, 0.6) == pytest.approx(1 / 4)
     assert last["gain_kept"] == 1 and last["eliminated"] == 0
 
 
