@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -160,6 +161,8 @@ def fit(
     loss_of: Callable[[Batch], Tensor],
     evaluate: Callable[[], float | None],
     save: Callable[[], None],
+    gradient: Callable[..., float] | None = None,
+    after_step: Callable[[int], None] | None = None,
 ) -> dict:
     """Train the parameters of `trained`, and leave the best ones in it.
 
@@ -169,30 +172,29 @@ def fit(
     evaluate  () -> dev score, higher is better. It runs without gradients every `eval_every` steps
               and after the last one. If it returns None, the latest parameters are the best.
     save      () -> None writes what is trained. It runs after each best score, and at the end.
+    gradient  (recipe, loss_of, batches) -> loss. It takes the place of `mean_gradient`.
+    after_step  number of finished steps -> None. A resumed run repeats it for repeated steps.
 
     Returns step and score of the best parameters, seconds, and tokens_per_second without scoring.
     ValueError if a loss, gradient, parameter or score is not finite, OSError if the disk is full;
     the last saved state stays.
     KeyboardInterrupt after SIGINT or SIGTERM, once the step is finished and saved.
     """
+    add_gradient = partial(gradient or mean_gradient, recipe, loss_of)
     optimizer = make_optimizer(trained, recipe)
     state = run.load_state(trained, optimizer)
     log = run.rewind_log(state.step)
     earlier_seconds, start = state.seconds, time.perf_counter()
     with progress(recipe.steps, state.step) as (show_step, stopped):
         for step in range(state.step, recipe.steps):
-            began = time.perf_counter()
-            numbers = range(step * recipe.grad_accum, (step + 1) * recipe.grad_accum)
-            batches = [batch_at(number).to(recipe.device) for number in numbers]
-            loss = take_step(run, recipe, trained, optimizer, batches, loss_of, step)
-            state.tokens += sum(int(batch.lengths.sum()) for batch in batches)
-            state.step = step + 1
-            state.step_seconds += time.perf_counter() - began
+            loss = take_step(run, recipe, trained, optimizer, state, batch_at, add_gradient)
             record = {"step": state.step, "loss": loss, "lr": learning_rate(step, recipe)}
             if state.step % recipe.eval_every == 0 or state.step == recipe.steps:
                 with torch.no_grad(), autocast(recipe):
                     record["score"] = evaluate()
             with checkpoint(run, state):
+                if after_step is not None:
+                    after_step(state.step)
                 if "score" in record:
                     keep_best(run, trained, state, record["score"], save)
                 if "score" in record or state.step % recipe.log_every == 0:
@@ -237,13 +239,8 @@ def checkpoint(run: Run, state: State):
         ) from None
 
 
-def take_step(run, recipe, trained, optimizer, batches, loss_of, step: int) -> float:
-    """Take one optimiser step. Returns the mean loss over all targets of its batches.
-
-    ValueError if the loss or the gradient is not finite.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, recipe)
+def mean_gradient(recipe: Recipe, loss_of, batches: list[Batch]) -> float:
+    """Add the gradient of the mean loss over all targets of the batches, and return that loss."""
     count = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
     loss = 0.0
     for batch in batches:
@@ -251,6 +248,21 @@ def take_step(run, recipe, trained, optimizer, batches, loss_of, step: int) -> f
             part = loss_of(batch) / count
         part.backward()
         loss += part.item()
+    return loss
+
+
+def take_step(run, recipe, trained, optimizer, state: State, batch_at, add_gradient) -> float:
+    """Take one optimiser step, and count it in `state`. Returns the loss of its batches.
+
+    `add_gradient` is `mean_gradient` with its first arguments. ValueError if the loss or the
+    gradient is not finite.
+    """
+    began, step = time.perf_counter(), state.step
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, recipe)
+    numbers = range(step * recipe.grad_accum, (step + 1) * recipe.grad_accum)
+    batches = [batch_at(number).to(recipe.device) for number in numbers]
+    loss = add_gradient(batches)
     norm = nn.utils.clip_grad_norm_(trained.parameters(), recipe.clip).item()
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise ValueError(
@@ -259,6 +271,9 @@ def take_step(run, recipe, trained, optimizer, batches, loss_of, step: int) -> f
         )
     optimizer.step()
     optimizer.zero_grad()
+    state.tokens += sum(int(batch.lengths.sum()) for batch in batches)
+    state.step += 1
+    state.step_seconds += time.perf_counter() - began
     return loss
 
 

@@ -261,13 +261,14 @@ def predict(
     stops: list[str] | None = None,
     max_tokens: int = 8192,
     batch_size: int = 128,
+    mean: bool = False,
 ) -> list[str | int]:
     """Answers B questions in batches of similar lengths. prefix: None or one for all.
 
     Without options the answer is a text: the greedy continuation up to an eos of the LM, or to
     stops[b] ("" for none), without either. options[b] is a list of choices, each a list of token
     ids. If it is not empty, the answer is the index of the choice with the highest sum of
-    log-probabilities (as T0 ranks answers).
+    log-probabilities (as T0 ranks answers), or with `mean` the highest mean over its tokens.
 
     A batch has at most batch_size rows and max_tokens positions: rows times (prefix + longest
     question + its new tokens). Every option is a row.
@@ -296,7 +297,7 @@ def predict(
         prompts, choices = [ids[b] for b in batch], [options[b] for b in batch]
         longest = max(widths[b] for b in batch)  # one question's options may exceed the budget
         max_rows = max(1, min(batch_size, max_tokens // longest))
-        scores = option_scores(lm, prompts, choices, prefix, max_rows=max_rows)
+        scores = option_scores(lm, prompts, choices, prefix, mean, max_rows)
         for b, row in zip(batch, scores):
             answers[b] = row.argmax().item()
     return answers

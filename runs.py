@@ -1,7 +1,7 @@
 """Run folders: what a training run leaves on disk, and how it is resumed and loaded again.
 
     adapter_config.json, adapter_model.safetensors   the trained adapter, best on dev
-    model/                                           instead of it, if the model itself was trained
+    model/                                           the model, if it was trained itself
     predictions.jsonl                                each test question (dev, if there is no test),
                                                      its prediction and scores
     run.json                                         arguments, versions, hardware, hashes, results
@@ -124,7 +124,9 @@ def arguments(args) -> dict:
     """
     kept = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "program", "argv")}
     for key, value in kept.items():
-        if names_file(key, value) and os.path.exists(value):
+        if names_file(key, value) and isinstance(value, list):
+            kept[key] = [os.path.abspath(path) for path in value]
+        elif names_file(key, value) and os.path.exists(value):
             kept[key] = os.path.abspath(value)
     return kept
 
@@ -206,9 +208,11 @@ class Run:
                 flag = f"--{key.replace('_', '-')}"
                 raise ValueError(f"{self.folder} was started with {flag} {before}, not {value}")
 
-    def find(self, path: str) -> str:
-        """Return where a path of the command line is now: at the same place relative to the run's
-        folder, if it is not where it was when the run began."""
+    def find(self, path: str | list[str]) -> str | list[str]:
+        """Return where a path of the command line, or each of a list, is now: at the same place
+        relative to the run's folder, if it is not where it was when the run began."""
+        if isinstance(path, list):
+            return [self.find(one) for one in path]
         record = self.record() if self.resume else None
         found = [p for p in places(path, self.folder, record or {}) if os.path.exists(p)]
         return [*found, path][0]
@@ -433,8 +437,10 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     if trained_lm.is_dir():
         if model is not None:
             raise ValueError(f"{folder}: {method} trained an LM of its own; --model says another")
-        lm = LM.from_pretrained(trained_lm, device)
-        return lm, None, load_tokenizer(trained_lm, lm.config.vocab_size), record
+        lm, prefix = LM.from_pretrained(trained_lm, device), None
+        if (folder / "adapter_config.json").is_file():  # trained together with the LM
+            lm, prefix = COMPOSITIONS[method](lm, load_adapter(folder, lm).requires_grad_(False))
+        return lm, prefix, load_tokenizer(trained_lm, lm.config.vocab_size), record
     if method not in COMPOSITIONS:
         raise ValueError(f"{folder}/run.json: {args['method']} trains nothing that answers")
     lm = _load_base(folder, record, device, model)

@@ -96,17 +96,18 @@ METHODS = {  # method: (function, defaults of its flags)
 }
 
 
-def train_adapter(task: Task, trained: nn.Module) -> dict:
+def train_adapter(task: Task, trained: nn.Module, batch_at=None, after_step=None) -> dict:
     """Train an adapter, or the LM itself, to answer the training questions.
 
-    Dev chooses the best parameters. Returns the record, which run.json holds too.
+    Dev chooses the best parameters. `batch_at` and `after_step` as in `fit`. Returns the record,
+    which run.json holds too.
     """
     args, lm, tokens = task.args, task.lm, task.tokens
     recipe, run = Recipe.from_args(args), Run.from_args(args)
     adapter = None if trained is lm else trained
     frozen = None if trained is lm else lm
 
-    def batch_at(number: int) -> data.Batch:
+    def shuffled(number: int) -> data.Batch:
         return data.batches(tokens["train"], args.batch_size, args.seed, number)
 
     def loss_of(batch: data.Batch) -> Tensor:
@@ -131,7 +132,8 @@ def train_adapter(task: Task, trained: nn.Module) -> dict:
         # Whether `eval.py ask` must put its questions into the format of data.question_text.
         inputs = [example.input for example in task.examples["train"]]
         record["question_format"] = all(map(metrics.is_question, inputs))
-        record |= fit(run, recipe, trained, batch_at, loss_of, evaluate, save)
+        batch_at = batch_at or shuffled
+        record |= fit(run, recipe, trained, batch_at, loss_of, evaluate, save, None, after_step)
         with autocast(recipe):
             splits = [split for split in ("dev", "test") if tokens[split]]
             predictions = {split: predict_split(task, adapter, split) for split in splits}
@@ -155,7 +157,8 @@ def predict_split(task: Task, adapter, split: str, limit: int | None = None) -> 
     tokens = [task.tokens[split][row] for row in rows]
     ids, options = [t.input for t in tokens], [t.options for t in tokens]
     new, stops = args.max_new_tokens, metrics.stops(examples, args.stop)
-    answers = predict(model, task.tokenizer, ids, prefix, new, options, stops, args.eval_tokens)
+    mean, limits = getattr(args, "rank_by", "sum") == "mean", (args.eval_tokens, 128)
+    answers = predict(model, task.tokenizer, ids, prefix, new, options, stops, *limits, mean)
     return metrics.score(examples, answers)
 
 
@@ -176,15 +179,17 @@ def hashes(task: Task) -> dict[str, str | None]:
 # What training starts from
 
 
-def load_task(args, lm: LM, tokenizer: Tokenizer) -> Task:
-    """Load and tokenise the questions. One that does not fit the context is a ValueError."""
+def load_task(args, lm: LM, tokenizer: Tokenizer, examples: dict | None = None) -> Task:
+    """Tokenise the questions of each split: `examples`, or those of the files that the flags name.
+    One that does not fit the context is a ValueError."""
     P = args.prompt_length if args.method == "prompt_tuning" else 0
     context = lm.config.max_len
     left = context - P  # for a question and its answer
     if left < 2:
         raise ValueError(f"--prompt-length {P} leaves {left} of the LM's context of {context}")
     eos = lm.config.eos[0] if lm.config.eos else None
-    examples = {split: load_split(args, split) for split in ("train", "dev", "test")}
+    if examples is None:
+        examples = {split: load_split(args, split) for split in ("train", "dev", "test")}
     for part in examples.values():
         check_targets(tokenizer, part)
     V = lm.config.vocab_size

@@ -19,8 +19,8 @@ TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["runs", "passages"], 4),
     **dict.fromkeys(["fit", "cli"], 5),
     "train": 6,
-    **dict.fromkeys(["pretrain", "transfer", "bench_attention"], 7),
-    "bench": 8,
+    **dict.fromkeys(["pretrain", "promptability", "bench_attention"], 7),
+    **dict.fromkeys(["bench", "transfer"], 8),
     "reproduce": 9,
 }
 FILES = sorted(ROOT.glob("*.py"))
@@ -191,7 +191,7 @@ def test_a_copied_file_builds_and_trains_alone_in_an_empty_folder(tmp_path, name
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("name", ["train", "pretrain", "bench", "world"])
+@pytest.mark.parametrize("name", ["train", "pretrain", "transfer", "bench", "world"])
 def test_a_program_runs_from_another_folder_and_leaves_nothing_there(tmp_path, name):
     command = [sys.executable, "-E", ROOT / f"{name}.py", "--help"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -227,12 +227,14 @@ def documented_commands():
 def test_documented_commands_parse():
     import pretrain
     import train
+    import transfer
 
     commands = documented_commands()
     assert len(commands) > 10
     for command in commands:
         _, name, *arguments = shlex.split(command)
         assert (ROOT / name).is_file(), command
-        parse = {"train.py": train.parse, "pretrain.py": pretrain.parse}.get(name)
+        programs = {"train.py": train, "pretrain.py": pretrain, "transfer.py": transfer}
+        parse = programs[name].parse if name in programs else None
         if parse and "..." not in command:
             parse(arguments)

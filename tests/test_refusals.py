@@ -105,6 +105,20 @@ bench.py plan --method neural_recursion --seq-len 0     | --seq-len
 bench.py plan --method fine_tuning --model nowhere      | nowhere
 bench.py plan --method fine_tuning --train long.jsonl --model lm/model | long.jsonl:2 | context
 
+transfer.py                                             | command
+transfer.py search --task run                           | --library
+transfer.py search --library nowhere --task prompt      | nowhere: no such folder
+transfer.py search --library thesis --task prompt       | thesis: holds no folder of a prompt
+transfer.py search --library . --task connector         | connector: not a prompt
+transfer.py source --train none.jsonl --out new         | none.jsonl: no such file
+transfer.py source --train blank.txt --out new          | blank.txt: holds no text
+transfer.py source --train train.jsonl --out new --steps 9 | --keep-at 100 exceeds --steps 9
+transfer.py source --train train.jsonl --out run        | run exists | --resume
+transfer.py continue --train train.jsonl --variant maml | maml | fomaml
+transfer.py continue --train train.jsonl --out new      | train.jsonl: 8 examples | --batch-size 32
+transfer.py continue --train thesis --out new           | thesis: is a folder
+transfer.py few-shot --train train.jsonl --out new      | --test
+
 data.py                                                 | path
 data.py broken.jsonl --unknown                          | --unknown
 data.py broken.jsonl                                    | broken.jsonl:2: | not a line of JSON

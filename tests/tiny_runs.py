@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import pretrain
 import train
+import transfer
 from runs import Run
 
 ROOT = Path(train.__file__).parent
@@ -53,6 +54,33 @@ def make_place(folder: Path) -> Path:
     return folder
 
 
+COLOURS = ["red", "blue", "green"]
+
+
+def suite_rows(task, count, split, cluster):
+    """Examples of two templates, with options."""
+    out = []
+    for i in range(count):
+        template, answer = ("is", "paint")[i % 2], COLOURS[i % len(COLOURS)]
+        text = f"{task} {i} {template} the {answer} one"
+        row = {"task": task, "template": template, "cluster": cluster, "id": f"{split}-{i}"}
+        row |= {"input": text, "target": answer, "options": COLOURS}
+        out.append(row)
+    return out
+
+
+def make_suite(place):
+    """A place with a tiny LM, and three tasks of which one is of a held-out cluster."""
+    make_place(place)
+    (place / "suite").mkdir()
+    for name, cluster in (("car", "a"), ("hat", "b"), ("end", "sentence completion")):
+        for split, count in (("train", 24), ("dev", 6), ("test", 6)):
+            rows = suite_rows(name, count, split, cluster)
+            write_lines(place / "suite" / f"{name}-{split}.jsonl", rows)
+    (place / "text.txt").write_text("\n\n".join(f"The {c} door is {c}. " * 6 for c in COLOURS))
+    return place
+
+
 def command(place: Path, method: str, out: Path, flags: str = "") -> list[str]:
     """The program and arguments of a short run. `flags` come last, so they override the others."""
     start, files = f"train.py --method {method}", (place / "train.jsonl", place / "dev.jsonl")
@@ -69,7 +97,7 @@ def command(place: Path, method: str, out: Path, flags: str = "") -> list[str]:
 
 def run(arguments: list[str]) -> dict:
     """Run a command in this process. Returns what its main returns."""
-    program = {"train.py": train, "pretrain.py": pretrain}[arguments[0]]
+    program = {"train.py": train, "pretrain.py": pretrain, "transfer.py": transfer}[arguments[0]]
     return program.main(arguments[1:])
 
 

@@ -1,0 +1,458 @@
+"""Soft prompt transfer, and continued pretraining that makes an LM easier to prompt.
+
+SPoT (Vu et al. 2022, "SPoT: Better Frozen Model Adaptation through Soft Prompt Transfer"): a prompt
+trained on source tasks is where the prompt of a target task starts. If sources are many, the task
+embedding, which is a prompt after a few steps, finds the ones to try.
+
+    python transfer.py source --each --train world/suite --dev world/suite --out runs/library
+    python transfer.py source --train news-train.jsonl --out runs/news          the target's own
+    python transfer.py search --library runs/library --task runs/news
+    python train.py --method prompt_tuning --init runs/library/subject_type --train news-train.jsonl
+
+The first command trains a prompt for each task of a folder. Without --each it trains one prompt on
+a mixture of its files. A file of running text, among others or alone, is learned as prefix LM: a
+window is cut at random, and the second part is the target of the first. --average of `search`
+writes the average of the best prompts, weighted by similarity. Their top-k mixture is `source` on
+their files and the target's.
+
+`continue` and `few-shot` are in promptability.py. A run leaves the folder that runs.py describes.
+"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import adapters
+import cli  # the flags that programs share
+import data
+import promptability
+import train
+from checkpoints import read_tensors, resolve, write_json, write_tensors
+from model import LM
+from promptability import load_task, pieces, read_dev_and_test
+from runs import ASSETS, show
+
+# ---------------------------------------------------------------------------- search for a source
+
+KINDS = ("per_token", "average_tokens", "neurons")
+
+
+def similarity(a, b, kind: str = "per_token", lm=None) -> float:
+    """How similar two tasks are, from -1 to 1. a, b: their prompts (P, C), or a Prefix for neurons.
+
+    per_token       mean cosine over all pairs of prompt tokens        (Vu et al. 2022, section 3.2)
+    average_tokens  cosine of the two mean tokens                      (the same)
+    neurons         overlap of the MLP neurons that the prompts activate in `lm` (Su et al. 2022,
+                    "On Transferability of Prompt Tuning for Natural Language Processing")
+
+    ValueError if the prompts have different shapes.
+    """
+    if kind not in KINDS or (kind == "neurons" and lm is None):
+        raise ValueError(f"similarity {kind!r} is not one of {', '.join(KINDS)}, or needs an LM")
+    if kind == "neurons":
+        a, b = (activated_neurons(lm, prompt)[None] for prompt in (a, b))
+    elif a.shape != b.shape:
+        raise ValueError(f"the prompts are {tuple(a.shape)} and {tuple(b.shape)}")
+    elif kind == "average_tokens":
+        a, b = a.mean(0, keepdim=True), b.mean(0, keepdim=True)
+    a, b = (F.normalize(t.detach().double(), dim=-1) for t in (a, b))
+    return (a @ b.T).mean().item()
+
+
+@torch.no_grad()
+def activated_neurons(lm, prompt) -> Tensor:
+    """1 for each MLP neuron that the token after a prompt activates, else 0: (layers * hidden,).
+
+    A neuron is active if what enters its activation function is positive. The token is BOS, or EOS
+    if the LM has none. The cosine of two such vectors is the overlap relative to their sizes.
+    """
+    found, config = [], lm.config
+    gates = [block.mlp.gate_proj or block.mlp.up_proj for block in lm.layers]
+    hooks = [g.register_forward_hook(lambda _, __, out: found.append(out[0, -1])) for g in gates]
+    try:
+        prefix = lm.read(prompt) if isinstance(prompt, Tensor) else prompt
+        found.clear()  # what the prompt's own tokens activate
+        token = next(id for id in (config.bos, *config.eos, 0) if id is not None)
+        lm(lm.embed(torch.tensor([[token]], device=lm.embed_tokens.weight.device)), prefix)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return (torch.cat(found) > 0).float()
+
+
+def search(task, library, kind: str = "per_token", lm=None) -> list[tuple[str, float]]:
+    """Rank source tasks by their similarity to a task. Returns [(name, similarity)], best first.
+
+    task     its embedding (P, C), or the folder of a run
+    library  {name: embedding}, or a folder of such folders (see `read_embedding`)
+
+    ValueError if the library is empty, or if folders have other LMs or embeddings of other steps.
+    """
+    if not isinstance(library, dict):
+        library = load_library(library, None if isinstance(task, Tensor) else task, lm)
+    if isinstance(task, (str, Path)):
+        task, _ = read_embedding(task, lm)
+    if not library:
+        raise ValueError("the library holds no source prompts")
+    found = [(name, similarity(task, prompt, kind, lm)) for name, prompt in library.items()]
+    return sorted(found, key=lambda pair: -pair[1])
+
+
+def read_embedding(folder: str | Path, lm=None) -> tuple:
+    """(task embedding, facts that embeddings must share) of a run's folder, or of an adapter's.
+
+    The embedding is in embedding/, or it is the folder's own prompt if there is none. It is a
+    tensor (P, C), and of deep prompts (P, 2 * layers * K * D). With `lm` it is what the adapter
+    returns: (P, C) or a Prefix.
+    """
+    folder = Path(folder)
+    kept = folder / "embedding"
+    kept = kept if kept.is_dir() else folder
+    config = adapters.read_adapter_config(kept)
+    facts = {"its base LM": config.get("fingerprint"), "its step": config.get("step")}
+    if lm is not None:
+        return adapters.load_adapter(kept, lm)(), facts
+    return read_prompt(kept), facts
+
+
+def read_prompt(folder: str | Path) -> Tensor:
+    """The vectors of a stored prompt. ValueError if the folder holds another adapter."""
+    tensors = read_tensors(Path(folder) / "adapter_model.safetensors")
+    if set(tensors) != {"prompt_embeddings"}:
+        raise ValueError(f"{folder}: not a prompt (its tensors: {', '.join(sorted(tensors)[:3])})")
+    return tensors["prompt_embeddings"].float()
+
+
+def load_library(folder: str | Path, task=None, lm=None) -> dict[str, Tensor]:
+    """{name: embedding} of every sub-folder that holds an adapter, but not of the task itself.
+
+    ValueError if there is none, or if one does not fit the first, or the folder `task`.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    found = sorted(path.parent for path in Path(folder).glob("*/adapter_config.json"))
+    found = [path for path in found if task is None or path.resolve() != Path(task).resolve()]
+    if not found:
+        raise ValueError(f"{folder}: holds no folder of a prompt; `transfer.py source` makes them")
+    first, library = task or found[0], {}
+    embedding, facts = read_embedding(first, lm)
+    for path in found:
+        library[path.name], other = read_embedding(path, lm)
+        for what, value in facts.items():
+            if other[what] != value:
+                raise ValueError(f"{path}: {what} is {other[what]}, that of {first} is {value}")
+        if isinstance(embedding, Tensor) and library[path.name].shape != embedding.shape:
+            a, b = tuple(library[path.name].shape), tuple(embedding.shape)
+            raise ValueError(f"{path}: the prompt is {a}, that of {first} is {b}")
+    return library
+
+
+def weighted_average(prompts: list[Tensor], similarities: list[float]) -> Tensor:
+    """The average of prompts (P, C), each weighted by its similarity to the target.
+
+    Vu et al. 2022, section 3.3: weight r is sim_r / sum(sim). `similarities` are those of the task
+    embeddings; `prompts` are the best source prompts. A negative similarity, of which the paper
+    does not speak, weighs nothing. ValueError if shapes differ or no similarity is positive.
+    """
+    if len({prompt.shape for prompt in prompts}) != 1 or len(prompts) != len(similarities):
+        shapes = ", ".join(str(tuple(prompt.shape)) for prompt in prompts)
+        raise ValueError(f"prompts of shapes {shapes} for {len(similarities)} similarities")
+    weights = torch.tensor(similarities, dtype=torch.float64).clamp(min=0)
+    if weights.sum() <= 0:
+        raise ValueError("no source prompt has a positive similarity to the task")
+    weights = (weights / weights.sum()).to(prompts[0].dtype)
+    return torch.einsum("n,npc->pc", weights, torch.stack(prompts))
+
+
+def search_table(scores: dict, baselines: dict, rankings: dict, ks: list[int]) -> list[dict]:
+    """What trying only the k sources of highest similarity costs and keeps (Vu et al., table 3).
+
+    scores     {target: {source: score of the target if its prompt starts from the source's}}
+    baselines  {target: score without transfer};  rankings {target: what `search` returned}
+
+    A row holds the mean over targets of the best-of-top-k score and of its relative error
+    reduction, and the fractions of the search eliminated and of the oracle's gain kept.
+    """
+
+    def best(target: str, k: int) -> float:
+        return max(scores[target][name] for name, _ in rankings[target][:k])
+
+    n = min(len(ranking) for ranking in rankings.values())
+    base = np.mean([baselines[t] for t in scores])
+    oracle, rows = np.mean([best(t, n) for t in scores]), []
+    for k in ks:
+        score = np.mean([best(t, k) for t in scores])
+        errors = [relative_error_reduction(best(t, k), baselines[t]) for t in scores]
+        row = {"k": k, "score": float(score), "error_reduction": float(np.mean(errors))}
+        kept = float((score - base) / (oracle - base)) if oracle != base else float("nan")
+        rows.append(row | {"eliminated": 1 - k / n, "gain_kept": kept})
+    return rows
+
+
+def relative_error_reduction(score: float, baseline: float) -> float:
+    """The fraction of the baseline's errors that are gone. Scores from 0 to 1."""
+    return (score - baseline) / (1 - baseline)
+
+
+def permutation_test(statistic: Callable, values, iters=10_000, seed=0) -> tuple[float, float]:
+    """(statistic(values), p): p is the chance of a statistic at least as large if the values stood
+    in random order, (count + 1) / (iters + 1)."""
+    rng, values = np.random.default_rng(seed), np.asarray(values)
+    observed = statistic(values)
+    as_large = sum(statistic(rng.permutation(values)) >= observed - 1e-12 for _ in range(iters))
+    return float(observed), float((as_large + 1) / (iters + 1))
+
+
+def silhouette(similarities, labels) -> float:
+    """Mean silhouette (Rousseeuw 1987) of tasks in the groups `labels`; distance 1 - similarity.
+
+    `similarities` is (n, n). 1: groups far apart; 0: no groups. A task alone in its group counts 0.
+    `permutation_test(partial(silhouette, similarities), labels)` says whether chance explains it.
+    """
+    names, group = np.unique(labels, return_inverse=True)
+    member = np.eye(len(names))[group]  # (n, groups)
+    sums, sizes = (1 - np.asarray(similarities)) @ member, member.sum(0)
+    own = np.arange(len(group)), group
+    a = (sums[own] - (1 - np.diag(similarities))) / np.maximum(sizes[group] - 1, 1)
+    b = np.where(member == 1, np.inf, sums / sizes).min(1)
+    return float(np.where(sizes[group] > 1, (b - a) / np.maximum(a, b), 0.0).mean())
+
+
+def pearson(x, y, iters: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """Pearson's r, and a two-sided p from permutations: no normal distribution is assumed."""
+    _, p = permutation_test(lambda y: abs(np.corrcoef(x, y)[0, 1]), y, iters, seed)
+    return float(np.corrcoef(x, y)[0, 1]), p
+
+
+# -------------------------------------------------------------------------------- source prompts
+
+
+def mixture_batch(tasks: list[list], limit: int | None, size: int, seed: int, step: int):
+    """The batch of a step over several tasks, a pure function of the arguments.
+
+    Examples-proportional mixing (Raffel et al. 2020, section 3.5.2): an epoch holds min(n, limit)
+    examples of a task with n, sampled anew in every epoch.
+    """
+    counts = [min(len(task), limit or len(task)) for task in tasks]
+    epoch, pool = step // -(-sum(counts) // size), []
+    for number, (task, count) in enumerate(zip(tasks, counts)):
+        pool += [task[row] for row in data.sample(len(task), count, [seed, epoch, number])]
+    return data.batches(pool, size, seed, step)
+
+
+def text_windows(path: str, task: train.Task) -> list[data.TokenizedExample]:
+    """Windows of running text, each cut at a random token: prefix LM (Raffel et al. 2020)."""
+    args, config = task.args, task.lm.config
+    T = args.seq_len
+    if T > config.max_len - args.prompt_length:
+        raise ValueError(f"--seq-len {T} exceeds what --prompt-length leaves of {config.max_len}")
+    tokens = data.encode_texts(data.read_texts(path), task.tokenizer, config.vocab_size).tokens
+    rows = tokens[: len(tokens) // T * T].reshape(-1, T).tolist()
+    if not rows:
+        raise ValueError(f"{path}: {len(tokens)} tokens, too few for one window of {T}")
+    cuts = np.random.default_rng(args.seed).integers(1, T, len(rows))
+    return [data.TokenizedExample(row[:cut], row[cut:]) for row, cut in zip(rows, cuts)]
+
+
+def is_text(path: str) -> bool:
+    """Whether a file holds running text instead of examples."""
+    return Path(path).suffix == ".txt" or all("text" in r for _, r in data.json_lines(path))
+
+
+def source(args: Namespace) -> dict:
+    """Train one prompt on a mixture of files, or with --each one per file. Returns the records."""
+    runs = one_run_per_file(args) if args.each else {"": args}
+    for run in runs.values():  # a folder that cannot be written is refused before any training
+        cli.check_and_seed(run)
+    lm, tokenizer = train.load_lm(args)
+    records = {name: source_prompt(run, lm, tokenizer) for name, run in runs.items()}
+    return records if args.each else records[""]
+
+
+def one_run_per_file(args: Namespace) -> dict[str, Namespace]:
+    """{name: arguments} of a run for each file TASK-train.jsonl, in the folder OUT/TASK."""
+    runs = {}
+    for split in ("dev", "test"):
+        if getattr(args, split) and len(getattr(args, split)) != len(args.train):
+            raise ValueError(f"--each needs as many files with --{split} as with --train")
+    for number, path in enumerate(args.train):
+        name = Path(path).stem.removesuffix("-train")
+        if name in runs:
+            raise ValueError(f"{path}: another file has the name {name}, and so the same folder")
+        files = {s: getattr(args, s)[number : number + 1] for s in ("train", "dev", "test")}
+        runs[name] = Namespace(**vars(args) | files | {"out": str(Path(args.out) / name)})
+    return runs
+
+
+def source_prompt(args: Namespace, lm: LM, tokenizer) -> dict:
+    """Train a prompt on the files of --train, and keep the one after step --keep-at apart."""
+    if args.keep_at > args.steps:
+        raise ValueError(f"--keep-at {args.keep_at} exceeds --steps {args.steps}; 0 keeps none")
+    torch.manual_seed(args.seed)
+    texts = [path for path in args.train if is_text(path)]
+    parts = [data.read(path) for path in args.train if path not in texts]
+    task = load_task(args, lm, tokenizer, {"train": sum(parts, [])} | read_dev_and_test(args))
+    tasks = pieces(task.tokens["train"], parts) + [text_windows(path, task) for path in texts]
+    task.tokens["train"] = sum(tasks, [])  # all of them identify the run
+    prompt = train.start_prompt(task)
+
+    def batch_at(number: int) -> data.Batch:
+        return mixture_batch(tasks, args.limit, args.batch_size, args.seed, number)
+
+    def after_step(step: int) -> None:
+        if step == args.keep_at:
+            info = {"step": step, "method": args.method}
+            adapters.save_adapter(Path(args.out) / "embedding", prompt, lm, **info)
+
+    return train.train_adapter(task, prompt, batch_at, after_step)
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def search_command(args: Namespace) -> list[tuple[str, float]]:
+    """Print and return the ranking of a library's prompts, and write their average if asked to."""
+    average = args.average and Path(args.average)
+    if average and average.exists():
+        raise FileExistsError(f"{average} exists; choose another --average")
+    lm = (
+        LM.from_pretrained(resolve(args.model or ASSETS / "lm")) if args.kind == "neurons" else None
+    )
+    ranking = search(args.task, args.library, args.kind, lm)
+    for name, value in ranking:
+        show(f"{value:+.4f}  {name}")
+    if average:
+        best = ranking[: args.top_k]
+        folders = [Path(args.library) / name for name, _ in best]
+        prompt = weighted_average([read_prompt(f) for f in folders], [value for _, value in best])
+        config = adapters.read_adapter_config(folders[0]) | {"averaged": dict(best)}
+        average.mkdir(parents=True)
+        write_tensors(average / "adapter_model.safetensors", {"prompt_embeddings": prompt})
+        write_json(average / "adapter_config.json", config)
+    return ranking
+
+
+COMMANDS = {  # command: (function, defaults of its flags)
+    "search": (search_command, {}),
+    "source": (source, train.METHODS["prompt_tuning"][1]),
+    "continue": (
+        promptability.continued_pretraining,
+        {"steps": 200, "lr": 1e-3, "schedule": "constant", "optimizer": "adafactor"}
+        | {"weight_decay": 0.0, "grad_accum": 16},
+    ),
+    "few-shot": (
+        promptability.few_shot,
+        {"steps": 100, "lr": 0.1, "schedule": "constant", "optimizer": "adafactor"}
+        | {"weight_decay": 0.0, "batch_size": 16},
+    ),
+}
+
+
+def add_own_flags(command, name: str) -> None:
+    """The flags of one command alone."""
+    count, positive = cli.COUNT, cli.number_type(float, 0)
+    limit = ("--limit", count, None, "examples of a task that are used: the size limit K")
+    if name == "search":
+        command.add_argument("--library", required=True, help="folder of the source prompts' runs")
+        command.add_argument("--task", required=True, help="run of the target's own prompt")
+        command.add_argument("--average", help="new folder for the average of the best prompts")
+        k = ("--top-k", count, 3, "how many prompts are averaged")
+        kind = ("--kind", list(KINDS), KINDS[0], "of similarity; neurons reads the LM")
+        cli.add_flags(command, "search", k, kind, cli.MODEL)
+    if name == "source":
+        command.add_argument("--each", action="store_true", help="a prompt per file, in OUT/TASK")
+        step = ("--keep-at", cli.number_type(int, 0), 100, "step of the task embedding; 0: none")
+        length = ("--seq-len", count, 64, "tokens in a window of running text")
+        cli.add_flags(command, "source", limit, step, length)
+    if name == "continue":
+        command.add_argument(
+            "--hold-out", nargs="*", default=promptability.HELD_OUT, help="clusters left out"
+        )
+        cli.add_flags(
+            command,
+            "variants",
+            ("--variant", list(promptability.VARIANTS), "mtl", "what is trained, and its gradient"),
+            ("--inner-steps", cli.number_type(int, 0), 7, "of the prompt, per task (paper: 7)"),
+            ("--inner-lr", positive, 1e-3, "of the inner steps (paper: 0.001)"),
+            ("--inner-optimizer", ["adafactor", "sgd"], "adafactor", "of the inner steps"),
+            ("--inner-state", ["carried", "reset"], "carried", "its moments, from task to task"),
+            ("--support", ["different", "same"], "different", "examples of the inner steps"),
+            limit,
+        )
+    if name == "few-shot":
+        shots = ("--shots", count, 16, "training examples of each template (paper: 16)")
+        seed = ("--shots-seed", cli.number_type(int, 0), 100, "of their choice (paper: 100)")
+        cli.add_flags(command, "few-shot", shots, seed)
+
+
+def add_shared_flags(command) -> None:
+    """The flags of the commands that train."""
+    init = "folder of a trained prompt to start from, or vocab, random, labels, text:WORDS"
+    start = ("--init", str, None, f"{init}; vocab if not given")
+    length = ("--prompt-length", cli.COUNT, 20, "P of a soft prompt (papers: 100; 20)")
+    cli.add_flags(command, "model", cli.MODEL, cli.TOKENIZER, start, length)
+    files = "files, or folders with files TASK-{}.jsonl"
+    for split, needed in (("train", True), ("dev", False), ("test", False)):
+        help = files.format(split)
+        command.add_argument(f"--{split}", nargs="+", default=[], required=needed, help=help)
+    cli.add_flags(
+        command,
+        "data",
+        ("--max-new-tokens", cli.COUNT, 16, "longest answer"),
+        ("--stop", str, None, "ends an answer; a newline for questions if not given, '' for none"),
+        ("--eval-limit", cli.COUNT, 240, "dev questions scored along training"),
+        ("--eval-tokens", cli.COUNT, 8192, "tokens in a batch of evaluation, options included"),
+        ("--rank-by", ["sum", "mean"], "sum", "of an answer choice's log-probabilities"),
+    )
+    command.add_argument("--input-eos", action="store_true", help="end inputs with EOS")
+    cli.add_training_flags(command)
+    cli.add_run_flags(command)
+    command.set_defaults(connector_layers=0, variant=None)
+
+
+def parse(argv: list[str], program: str = "transfer.py") -> Namespace:
+    """Parse the command and its flags. A bad flag exits with status 2."""
+    parser = cli.Parser(prog=program, description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (function, defaults) in COMMANDS.items():
+        summary = function.__doc__.split("\n")[0]
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name != "search":
+            add_shared_flags(command)
+        add_own_flags(command, name)
+        command.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    if args.command != "search":
+        args.method = "fine_tuning" if args.variant == "t0" else "prompt_tuning"
+        args.out = args.out or f"runs/{args.variant or args.command}"
+        cli.add_late_defaults(args, program, argv)
+    return args
+
+
+def expand(paths: list[str], split: str) -> list[str]:
+    """The files of a flag: a folder stands for its files TASK-SPLIT.jsonl."""
+    files = []
+    for path in paths:
+        found = sorted(map(str, Path(path).glob(f"*-{split}.jsonl"))) or [path]
+        files += found if Path(path).is_dir() else [path]
+    return files
+
+
+def main(argv: list[str] | None = None):
+    """Run a command and return its result: the run's record, or the ranking."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    command, _ = COMMANDS[vars(args).pop("command")]
+    for split in ("train", "dev", "test"):
+        if hasattr(args, split):
+            setattr(args, split, expand(getattr(args, split), split))
+    return command(args)
+
+
+if __name__ == "__main__":
+    cli.run_program("transfer.py", main)
