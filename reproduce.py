@@ -6,7 +6,6 @@
 `headroom` trains on every task, in runs/headroom; if it is stopped, the same command goes on.
 """
 
-import argparse
 import json
 import random
 import sys
@@ -153,6 +152,7 @@ def trained(args, method: str, flags: list[str], files: dict, out: Path) -> floa
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:
+    """Write rows as JSON lines."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -176,7 +176,9 @@ def main(argv: list[str] | None = None) -> dict:
     commands = parser.add_subparsers(dest="experiment", required=True)
     flags = [cli.MODEL, cli.WORLD, ("--out", str, "runs", "folder for the runs that it needs")]
     own = {
-        "lm": [("--count", cli.COUNT, 300, "reading questions of each kind; 10 documents for each")],
+        "lm": [
+            ("--count", cli.COUNT, 300, "reading questions of each kind; 10 documents for each")
+        ],
         "headroom": [
             ("--count", cli.COUNT, 300, "examples of each file"),
             ("--steps", cli.COUNT, 200, "steps of each training run"),
