@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,7 +43,7 @@ import cli
 import train
 from adapters import Connector, SoftPrompt
 from checkpoints import HUB_FILES, load_tokenizer, read_config, resolve, skip_init
-from fit import Recipe, make_optimizer
+from fit import Recipe, linear_weights, make_optimizer
 from generate import generate
 from model import LM, Config
 from runs import ASSETS, show
@@ -318,14 +319,14 @@ def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
     config = Config(**read_config(resolve(folder, ["config.json"])))
     with torch.device("meta"), skip_init():
         lm = LM(config)
-        connector = Connector(lm.new_layers(args.connector_layers))
+        module = Connector(lm.new_layers(args.connector_layers))
+        if args.method == "prompt_tuning":
+            module = SoftPrompt(torch.empty(args.prompt_length, config.dim))
+        elif args.method == "fine_tuning":
+            module = lm
     lengths = read_lengths(args, lm, folder)
-    weights, trained = (sum(p.numel() for p in m.parameters()) for m in (lm, connector))
-    frozen = weights
-    if args.method == "prompt_tuning":
-        trained = args.prompt_length * config.dim
-    elif args.method == "fine_tuning":
-        trained, frozen = weights, 0
+    trained = count(module.parameters())
+    frozen = 0 if module is lm else count(lm.parameters())
     size = 2 if args.dtype == "bfloat16" else 4  # what is trained is in float32 all the same
     step = {"its gradients": 4 * trained} | step_memory(args, config, lengths, size)
     evaluation = evaluation_memory(args, config, lengths, size)
@@ -333,7 +334,7 @@ def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
         "frozen weights": size * frozen,
         "trained": 4 * trained,
         "the best so far": 4 * trained,
-        f"optimiser ({args.optimizer})": (8 if args.optimizer == "adamw" else 4) * trained,
+        f"optimiser ({args.optimizer})": optimizer_memory(args.optimizer, module),
         **step,
         "evaluation beyond this": max(0, evaluation - sum(step.values())),
     }
@@ -349,6 +350,18 @@ def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
     if args.device == "cuda":
         print("not counted: the CUDA context, and freed memory that torch's allocator keeps")
     return table
+
+
+def count(parameters: Iterable[torch.Tensor]) -> int:
+    """The number of entries of all parameters."""
+    return sum(p.numel() for p in parameters)
+
+
+def optimizer_memory(optimizer: str, trained: torch.nn.Module) -> int:
+    """Bytes of the moments: two of each entry with AdamW, one with Adafactor or Muon."""
+    entries, linear = count(trained.parameters()), count(linear_weights(trained))
+    moments = {"adamw": 2 * entries, "adafactor": entries, "muon": 2 * entries - linear}
+    return 4 * moments[optimizer]
 
 
 def step_memory(args, c: Config, lengths: Lengths, size: int) -> dict[str, int]:

@@ -76,12 +76,14 @@ COUNT = number_type(int, 1)
 MODEL = ("--model", str, None, "checkpoint folder or hub id; the embedded LM if not given")
 TOKENIZER = ("--tokenizer", str, None, "tokenizer.json or its folder, if not the model's own")
 ATTENTION = ("--attention", ["plain", "fused"], "plain", "fused: attention.py, needs CUDA, triton")
-WORLD = ("--world-seed", int, 1, "which embedded world; the embedded LM knows world 1")
+WORLD = ("--world-seed", int, 1, "another seed, another world; the embedded LM knows world 1")
 CONNECTOR = ("--connector-layers", COUNT, 2, "layers of a Connector (paper: 1 and 2)")
 
 
 def add_training_flags(parser) -> None:
     """The fields of a Recipe except device and dtype, --batch-size and --seed."""
+    optimizers = ["adamw", "adafactor", "muon"]
+    about = "muon: on linear layers, adamw on the rest; papers: adafactor for prompts"
     add_flags(
         parser,
         "training",
@@ -91,7 +93,7 @@ def add_training_flags(parser) -> None:
         ("--lr", number_type(float, 0), None, "peak (papers: 1e-5 to 4e-4; prompts: 0.03 to 0.5)"),
         ("--schedule", ["linear", "constant"], "linear", "after warm-up: down to zero, or level"),
         ("--warmup", number_type(float, 0, 1), 0.005, "fraction of the steps (paper: 0.005)"),
-        ("--optimizer", ["adamw", "adafactor"], "adamw", "papers: adafactor for prompts"),
+        ("--optimizer", optimizers, "adamw", about),
         ("--weight-decay", number_type(float, 0), 0.1, "of matrices; norms and biases have none"),
         ("--clip", number_type(float, 1e-12), 1.0, "largest gradient norm"),
         ("--eval-every", COUNT, 200, "steps between dev scores; each writes a checkpoint"),

@@ -112,19 +112,93 @@ class Adafactor(torch.optim.Optimizer):
         p.sub_(update.to(p.dtype), alpha=float(group["lr"] * scale))
 
 
-def make_optimizer(trained: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW with the betas and epsilon of Levine et al. (2022), or Adafactor.
+class Muon:
+    """Muon (Jordan et al. 2024) for `matrices` and AdamW for `others`, as one optimiser.
 
-    Only matrices are decayed, not norm gains and biases.
+    Muon orthogonalises the momentum and scales it to the size of AdamW's updates (Liu et al. 2025),
+    so one learning rate serves both. `matrices` and `others` are lists of parameter groups, and
+    one of them may be empty.
+    """
+
+    def __init__(self, matrices: list[dict], others: list[dict], lr: float):
+        self.parts = []
+        if matrices:
+            muon = torch.optim.Muon(matrices, lr=lr, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+            self.parts.append(muon)
+        if others:
+            self.parts.append(adamw(others, lr))
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """The groups of both. `load_state_dict` replaces them, so they are not kept here."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad()
+
+    def state_dict(self) -> dict:
+        """The state by number of the parameter, Muon's matrices first."""
+        state, first = {}, 0
+        for part in self.parts:
+            own = part.state_dict()
+            state |= {first + i: moments for i, moments in own["state"].items()}
+            first += sum(len(group["params"]) for group in own["param_groups"])
+        return {"state": state, "param_groups": []}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Restore the state of `state_dict`. The parameter groups stay as they are."""
+        state, first = saved["state"], 0
+        for part in self.parts:
+            groups = part.state_dict()["param_groups"]
+            count = sum(len(group["params"]) for group in groups)
+            own = {i: state[first + i] for i in range(count) if first + i in state}
+            part.load_state_dict({"state": own, "param_groups": groups})
+            first += count
+
+
+def adamw(groups: list[dict], lr: float) -> torch.optim.AdamW:
+    """AdamW with the betas and epsilon of Levine et al. (2022)."""
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-6)
+
+
+def linear_weights(trained: nn.Module) -> set[nn.Parameter]:
+    """The weights that Muon trains: those of linear layers, except an LM's output layer.
+
+    The output layer is a table of tokens, like the embedding.
+    """
+    return {
+        module.weight
+        for name, module in trained.named_modules()
+        if isinstance(module, nn.Linear) and name.split(".")[-1] != "lm_head"
+    }
+
+
+def make_optimizer(trained: nn.Module, recipe: Recipe) -> torch.optim.Optimizer | Muon:
+    """AdamW, Adafactor, or Muon for `linear_weights` and AdamW for the rest.
+
+    Matrices are decayed. Norm gains and biases are not.
     """
     parameters = [p for p in trained.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.dim() > 1]
     vectors = [p for p in parameters if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}] if matrices else []
-    groups += [{"params": vectors, "weight_decay": 0.0}] if vectors else []
+
+    def groups(decayed: list, level: list) -> list[dict]:
+        both = ((decayed, recipe.weight_decay), (level, 0.0))
+        return [{"params": chosen, "weight_decay": decay} for chosen, decay in both if chosen]
+
+    if recipe.optimizer == "muon":
+        linear = linear_weights(trained)
+        others = [p for p in matrices if p not in linear]
+        layers = [p for p in matrices if p in linear]
+        return Muon(groups(layers, []), groups(others, vectors), recipe.lr)
     if recipe.optimizer == "adafactor":
-        return Adafactor(groups, lr=recipe.lr)
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), eps=1e-6)
+        return Adafactor(groups(matrices, vectors), lr=recipe.lr)
+    return adamw(groups(matrices, vectors), recipe.lr)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:

@@ -16,11 +16,10 @@ Each genre is one function from a `Cast` to a document with the keys genre and t
 
 No document joins the two facts of a two-hop question. Dev and test people are told of, and no
 question or dialogue is about them. The strangers live in other worlds, a new world every six
-documents. No stranger's name comes back, so the LM cannot know these answers by
-heart and has to read.
+documents. No stranger's name comes back, so the LM cannot know these answers by heart and has to
+read.
 
-    python world.py --out world --documents 20000      writes articles and qa documents alone
-    python world.py --final --out world                writes the full mix, the open book, the suite
+    python world.py --out world        writes world/corpus.jsonl, world/passages.jsonl and the rest
 """
 
 import itertools
@@ -57,8 +56,7 @@ TOPICS = {  # of news, and what each is about
 }
 REVIEWED = {"goods": "company", "food": "city", "work": "company"}
 STORY_ENDS = TEXTS["story.end"] + TEXTS["story.last"]
-SHORT = {1: 1, 2: 3, 3: 5, 4: 5}  # facts in an article: weight
-LONG = {3: 1, 4: 2, 5: 2, 6: 1}
+FACTS_TOLD = {3: 1, 4: 2, 5: 2, 6: 1}  # facts in an article: weight
 SENSES = [section.split(".")[1:] for section in TEXTS if section.startswith("sense.")]
 
 # ------------------------------------------------------------------------------------------------
@@ -193,26 +191,21 @@ def question_line(question: str, answer: str = "") -> str:
 # Genres
 
 
-def article(cast: Cast, subject: str = "", counts: dict[int, int] = SHORT) -> dict:
-    """A few facts about one subject; `counts` gives each number of facts its weight."""
-    subject = subject or cast.subject()
-    (count,) = cast.rng.choices(list(counts), list(counts.values()))
+def article(cast: Cast) -> dict:
+    """3 to 6 facts about one person, or 3 or all 4 about one place."""
+    subject = cast.subject()
+    (count,) = cast.rng.choices(list(FACTS_TOLD), list(FACTS_TOLD.values()))
     count = min(count, len(cast.world.facts[subject]))
     text = cast.tell(subject, cast.next_relations(subject, count))
-    return {"genre": "article", "title": subject, "text": text}
+    return {"genre": "article", "text": text, "subject": subject}
 
 
-def long_article(cast: Cast) -> dict:
-    """Most facts about one person, or all about one place."""
-    return article(cast, counts=LONG)
-
-
-def qa_document(cast: Cast, subject: str = "") -> dict:
+def qa(cast: Cast) -> dict:
     """A one-hop question with its answer. No dev or test person is asked about."""
-    subject = subject or next(cast.train_people if cast.rng.random() < 0.75 else cast.train_places)
+    subject = next(cast.train_people if cast.rng.random() < 0.75 else cast.train_places)
     relation = cast.rng.choice(list(cast.world.facts[subject]))
-    question, answer = cast.ask(subject, relation), cast.world.facts[subject][relation]
-    return {"genre": "qa", "question": question, "answer": [answer]}
+    answer = cast.world.facts[subject][relation]
+    return {"genre": "qa", "text": question_line(cast.ask(subject, relation), answer)}
 
 
 def record(cast: Cast) -> dict:
@@ -231,9 +224,9 @@ def record_table(subject: str, facts: dict[str, str], relations: Iterable[str]) 
     return "\n".join([f"name: {subject}", *rows])
 
 
-def news(cast: Cast, topic: str = "") -> dict:
+def news(cast: Cast) -> dict:
     """An opening that states facts, and two sentences that fit the topic."""
-    topic = topic or cast.rng.choice(list(TOPICS))
+    topic = cast.rng.choice(list(TOPICS))
     opening = cast.fill(f"news.{topic}", cast.of_kind(TOPICS[topic]))
     body = " ".join([opening, *cast.rng.sample(TEXTS[f"news.{topic}.more"], 2)])
     return {"genre": "news", "text": f"News, {topic}. {body}", "body": body, "topic": topic}
@@ -411,7 +404,7 @@ def wording(cast: Cast) -> dict:
     return {"genre": "wording", "text": text.format(**pair)}
 
 
-def library(world: World, people: int = 400) -> tuple[list[dict], dict[str, list[dict]]]:
+def library(world: World) -> tuple[list[dict], dict[str, list[dict]]]:
     """The open book: (passages, questions of each split), about people of whom no document tells.
 
     Of the 13 passages about a person, three state the seven facts. Three more are near-duplicates
@@ -419,7 +412,7 @@ def library(world: World, people: int = 400) -> tuple[list[dict], dict[str, list
     that are no answer. `positives` of a question are the passages that state its answer.
     """
     rng = random.Random(f"{world.seed} library")
-    cast = Cast(make(f"{world.seed} library", people), rng)
+    cast = Cast(make(f"{world.seed} library", people=400), rng)
     facts, passages, positives = cast.world.facts, [], {}
 
     def add(subject: str, relations: list[str], asides: int) -> None:
@@ -459,50 +452,28 @@ def library_questions(cast: Cast, positives: dict, split: str) -> list[dict]:
 # The stream of documents
 
 GENRES = {  # genre: (its function, its share of the documents)
-    "article": (long_article, 0.24),
-    "qa": (qa_document, 0.12),
-    "reading": (reading, 0.36),
+    "article": (article, 0.36),
+    "qa": (qa, 0.15),
+    "reading": (reading, 0.14),
     "claims": (claims, 0.04),
-    "wording": (wording, 0.02),
-    "record": (record, 0.07),
+    "wording": (wording, 0.04),
+    "record": (record, 0.09),
     "news": (news, 0.05),
     "review": (review, 0.02),
     "dialogue": (dialogue, 0.04),
-    "story": (story, 0.03),
-    "sense": (sense, 0.01),
+    "story": (story, 0.05),
+    "sense": (sense, 0.02),
 }
 ABOUT_STRANGERS = ("reading", "claims", "wording")
 
 
-def documents(
-    world: World, count: int, seed: int = 1, qa: float = 0.4, people: float = 0.75
-) -> Iterator[dict]:
-    """Yield `count` documents. A larger count continues a smaller one.
-
-    The final world is told in all genres. The other one is told in articles and qa documents;
-    `qa` is the share of qa documents and `people` the share of documents about people.
-    """
-    if world.final:
-        yield from mixed_documents(world, count, seed)
-        return
-    cast = Cast(world, random.Random(f"{world.seed} documents {seed}"))
-    for _ in range(count):
-        about_person = cast.rng.random() < people
-        if cast.rng.random() < qa:
-            yield qa_document(cast, next(cast.train_people if about_person else cast.train_places))
-        else:
-            yield article(cast, cast.of_kind("person" if about_person else "place"))
-
-
-def mixed_documents(world: World, count: int, seed: int = 1) -> Iterator[dict]:
-    """Yield `count` documents of all genres as {genre, text}."""
-    rng = random.Random(f"{world.seed} mixed documents {seed}")
+def documents(world: World, count: int, seed: int = 1) -> Iterator[dict]:
+    """Yield `count` documents of all genres as {genre, text}. A larger count only adds to them."""
+    rng = random.Random(f"{world.seed} documents {seed}")
     own, others = Cast(world, rng), strangers(world, f"documents {seed}", rng)
     names, shares = list(GENRES), [share for _, share in GENRES.values()]
     for _ in range(count):
         (genre,) = rng.choices(names, shares)
         tell, _ = GENRES[genre]
         document = tell(next(others) if genre in ABOUT_STRANGERS else own)
-        if genre == "qa":
-            document["text"] = question_line(document["question"], document["answer"][0])
         yield {"genre": genre, "text": document["text"]}

@@ -204,12 +204,7 @@ def load_texts(args) -> list[str]:
     if args.train:
         return data.read_texts(args.train)
     documents = genres.documents(world.make(args.world_seed), args.documents, args.seed)
-    return [d["text"] if "text" in d else question_and_answer(d) for d in documents]
-
-
-def question_and_answer(document: dict) -> str:
-    """A question document as text, in the format in which every method asks."""
-    return f"{data.question_text(document['question'])} {document['answer'][0]}"
+    return [document["text"] for document in documents]
 
 
 @dataclass

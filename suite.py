@@ -11,7 +11,7 @@ come equally often, so no answer can be read off a template.
 Large tasks have 4,000 training examples and serve as sources; low-resource tasks have 200 and serve
 as targets. A training example is asked in one template, a dev or test example in every one.
 
-    python world.py --final --out world        writes world/suite/TASK-{train,dev,test}.jsonl
+    python world.py --out world        writes world/suite/TASK-{train,dev,test}.jsonl
 """
 
 import random
@@ -462,13 +462,13 @@ def rows(world: World, name: str, split: str) -> list[dict]:
 
 
 def contents(world: World) -> list:
-    """What the hash of the final world covers beside its facts, questions and documents."""
+    """What the hash of the world covers beside its facts, questions and documents."""
     dev = [rows(world, name, "dev") for name in TASKS]
     return [TEXTS, TEMPLATES, genres.library(world), dev]
 
 
 def files(world: World, seed: int) -> dict[str, list[dict]]:
-    """The files of the final world beside its facts, questions and documents: {name: rows}."""
+    """The files of the world beside its facts, questions and documents: {name: rows}."""
     passages, book = genres.library(world)
     out = {"passages.jsonl": passages}
     out["held-out.jsonl"] = list(genres.documents(world, 2000, seed + 1))

@@ -2,8 +2,8 @@
 
 A fact is a triple (subject, relation, object). Each relation has one object per subject. People,
 cities and companies have invented names, so an answer can only come from what was read here.
-genres.py tells the facts as documents, on which the embedded LM is pretrained; the methods are
-compared on `World.questions`.
+genres.py tells the facts as documents, on which the embedded LM is pretrained. The methods are
+compared on `World.questions`, on the passages of genres.py and on the tasks of suite.py.
 
 People are split 60/15/25 into train, dev and test. One-hop questions ask for one fact. Two-hop
 questions join two facts ("In which country was she born?"), and no document joins these two.
@@ -11,18 +11,14 @@ questions join two facts ("In which country was she born?"), and no document joi
 The wordings and the words that names are made of stand in assets/world/*.txt. Everything is a pure
 function of its seeds.
 
-    python world.py --out world --documents 20000
+    python world.py --out world
 
-prints 300 people, 30 cities, 25 companies, 16 countries, 2320 facts, hash 05b23a7ceba4baf0  (2 s)
+prints 640 people, 80 cities, 64 companies, 16 countries, 5056 facts, hash 928da88449a03e27  (14 s)
 
-    python world.py --final --out world --documents 400000
-
-writes the larger world of the final LM: 640 people, 80 cities, 64 companies, 5056 facts, with an
-open book of passages and the prompted tasks of suite.py beside its documents  (2 minutes)
+and writes facts, questions, 20,000 documents, passages and the prompted tasks to world/.
 """
 
 import argparse
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -125,6 +121,17 @@ def render(
     return wording.format(**subject, **object_, **others)
 
 
+def task(path: str) -> str:
+    """The name under which scores on questions about a path of relations are reported.
+
+    People share their first names, so a bridge that is a person is hard to hand over by its first
+    token. This path is reported apart.
+    """
+    if path == "teacher.profession":
+        return "two-hop-person"
+    return "two-hop" if "." in path else "one-hop"
+
+
 # ------------------------------------------------------------------------------------------------
 # The world
 
@@ -142,23 +149,12 @@ class World:
     kind: dict[str, str]  # subject -> "person" | "city" | "company"
     split: dict[str, str]  # person -> "train" | "dev" | "test"
     facts: dict[str, dict[str, str]]  # subject -> relation -> object
-    final: bool = False  # told in all genres, with an open book and a suite: see `make_final`
 
     def answer(self, subject: str, path: str) -> str:
         """Follow a path of relations: answer("Anna Teller", "born_in.country")."""
         for relation in path.split("."):
             subject = self.facts[subject][relation]
         return subject
-
-    def task(self, path: str) -> str:
-        """The name under which the figures of a path are given.
-
-        People share their first names, so a bridge that is a person is hard to hand over by its
-        first token. The final world counts this path apart.
-        """
-        if self.final and path == "teacher.profession":
-            return "two-hop-person"
-        return "two-hop" if "." in path else "one-hop"
 
     def questions(self, split: str) -> list[dict]:
         """All questions about the people of one split. Half have one hop, half have two."""
@@ -175,7 +171,7 @@ class World:
                 for wording in rng.sample(wordings, TRAIN_WORDINGS if split == "train" else 1):
                     row = {"id": f"{split}-{len(rows):06d}", "question": render(wording, person)}
                     row |= {"answer": [self.answer(person, path)], "hops": hops}
-                    row |= {"task": self.task(path), "relation": path, "subject": person}
+                    row |= {"task": task(path), "relation": path, "subject": person}
                     rows.append(row)
         return rows
 
@@ -188,11 +184,12 @@ class World:
         ]
 
     def hash(self) -> str:
-        """SHA-256 of the facts, splits, questions, wordings and the first 1,000 documents.
+        """SHA-256 of the facts, splits, questions, wordings, passages and tasks of the world.
 
-        The documents make a change of genres.py visible too.
+        1,000 documents and the dev examples make a change of genres.py or suite.py visible too.
         """
         import genres
+        import suite
 
         everything = [
             self.triples(),
@@ -200,16 +197,14 @@ class World:
             RELATIONS,
             TWO_HOP,
             list(genres.documents(self, 1000)),
+            *suite.contents(self),
         ]
-        if self.final:
-            import suite
-
-            everything += suite.contents(self)
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
     def write(self, out: str | Path, documents: int = 20000, seed: int = 1) -> None:
         """Write the world to the new or empty folder `out`. It appears complete or not at all."""
         import genres
+        import suite
 
         out = Path(out)
         if documents < 1:
@@ -232,10 +227,7 @@ class World:
         files = {f"questions-{split}.jsonl": rows for split, rows in questions.items()}
         files |= {"world.json": [info], "facts.jsonl": self.triples()}
         files["corpus.jsonl"] = genres.documents(self, documents, seed)
-        if self.final:
-            import suite
-
-            files |= suite.files(self, seed)
+        files |= suite.files(self, seed)
         write_folder(out.absolute(), files)
 
 
@@ -321,14 +313,14 @@ class Names:
 
 def make(
     seed: int = 1,
-    people: int = 300,
+    people: int = 640,
     cities: int | None = None,
     companies: int | None = None,
     countries: int = 16,
 ) -> World:
-    """The world of this seed. By default there is one city per 10 people, one company per 12."""
-    cities = max(8, people // 10) if cities is None else cities
-    companies = max(8, people // 12) if companies is None else companies
+    """The world of this seed. By default there is one city per 8 people, one company per 10."""
+    cities = max(8, people // 8) if cities is None else cities
+    companies = max(8, people // 10) if companies is None else companies
     limits = {
         "people": (people, 20, 20000),
         "cities": (cities, 4, 2000),
@@ -368,18 +360,6 @@ def make(
     kind |= {name: "city" for name in city} | {name: "company" for name in company}
     pronoun = {name: names.pronoun.get(name, "it") for name in kind}
     return World(seed, person, city, company, country, pronoun, kind, split, facts)
-
-
-FINAL = {"people": 640, "cities": 80, "companies": 64}
-
-
-def make_final(seed: int = 1) -> World:
-    """The world of the final LM. It is larger, and everything in genres.py and suite.py is of it.
-
-    The embedded LM has read the world of `make`. Once an LM is pretrained on this one, `make` takes
-    these sizes and the field `final` goes.
-    """
-    return dataclasses.replace(make(seed, **FINAL), final=True)
 
 
 def pairs(first: str, second: str) -> list[str]:
@@ -422,16 +402,12 @@ def main(argv=None) -> World:
     option = parser.add_argument
     option("--out", help="new folder for the world's files; without it only samples are printed")
     option("--seed", type=int, default=1, help="another seed, another world (default 1)")
-    option("--people", type=int, help="with a city per 10 and a company per 12 (default 300)")
+    option("--people", type=int, default=640, help="with a city per 8, a company per 10 (640)")
     option("--documents", type=int, default=20000, help="documents in corpus.jsonl (20000)")
-    option("--final", action="store_true", help="640 people, all genres, open book and suite")
     parser.error = lambda message: parser.exit(2, f"world.py: {message}\n")
     args = parser.parse_args(argv)
     try:
-        if args.final and args.people is not None:
-            raise ValueError("--people: the final world has its own sizes")
-        people = 300 if args.people is None else args.people
-        world = make_final(args.seed) if args.final else make(args.seed, people)
+        world = make(args.seed, args.people)
         if args.out:
             world.write(args.out, args.documents)
     except (ValueError, OSError) as error:
@@ -455,8 +431,7 @@ def print_samples(world: World) -> None:
         two_hop = sum(row["hops"] == 2 for row in rows)
         print(f"{split}: {len(rows)} questions, {two_hop} of them with two hops")
     for row in genres.documents(world, 8):
-        text = row.get("text") or f"{row['question']} -> {row['answer'][0]}"
-        print(f"  {row['genre']:8}", text.replace("\n", "\n           "))
+        print(f"  {row['genre']:8}", row["text"].replace("\n", "\n           "))
     for row in random.Random(world.seed).sample(world.questions("test"), 6):
         print(f"  {row['hops']}-hop    {row['question']} -> {row['answer'][0]}")
 

@@ -15,6 +15,7 @@ import bench
 import recurse
 import train
 from data import train_tokenizer
+from fit import Recipe, make_optimizer
 from model import LM, Config
 
 
@@ -33,6 +34,15 @@ def kept_for_backward(compute, *modules):
     return sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in known)
 
 
+def new_adapter(method, lm):
+    """What the method trains around the LM; None if it trains the LM itself."""
+    if method == "fine_tuning":
+        return None
+    if method == "prompt_tuning":
+        return adapters.SoftPrompt(torch.randn(7, lm.config.dim))
+    return recurse.new_connector(lm, method, 2)
+
+
 NEOX = {"family": "gpt_neox", "layer_norm": True, "gated": False, "activation": "gelu"}
 NEOX |= {"mlp_bias": True, "qkv_bias": True, "o_bias": True, "parallel": True, "tied": False}
 
@@ -48,12 +58,8 @@ def test_the_plan_counts_what_a_step_holds(tmp_path, capsys, method, family):
     table = bench.main(flags.split())
     assert not (tmp_path / "out").exists()
     lm = LM.from_pretrained(tmp_path / "lm")
-    if method == "fine_tuning":
-        adapter, trained = None, lm.requires_grad_(True)
-    elif method == "prompt_tuning":
-        adapter = trained = adapters.SoftPrompt(torch.randn(7, 48))
-    else:
-        adapter = trained = recurse.new_connector(lm, method, 2)
+    adapter = new_adapter(method, lm)
+    trained = adapter or lm.requires_grad_(True)
 
     def step():
         model, prefix = recurse.COMPOSITIONS[method](lm, adapter)
@@ -68,6 +74,23 @@ def test_the_plan_counts_what_a_step_holds(tmp_path, capsys, method, family):
     out, total = capsys.readouterr().out, sum(table.values()) / 1e9
     assert f"{count:,} parameters trained, {frozen:,} frozen" in out
     assert f"in all                 {total:8.2f} GB" in out
+
+
+@pytest.mark.parametrize("method", ["neural_recursion", "prompt_tuning", "fine_tuning"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+def test_the_plan_counts_what_an_optimiser_holds(tmp_path, method, optimizer):
+    LM(Config(60, 48, 3, 4, 2, 12, 96, 64, tied=False)).save(tmp_path / "lm")
+    flags = f"plan --method {method} --model {tmp_path}/lm --optimizer {optimizer} --seq-len 20"
+    table = bench.main([*flags.split(), "--prompt-length", "7"])
+    lm = LM.from_pretrained(tmp_path / "lm")
+    trained = new_adapter(method, lm) or lm.requires_grad_(True)
+    update = make_optimizer(trained, Recipe(steps=1, lr=0.1, optimizer=optimizer))
+    for p in trained.parameters():
+        p.grad = torch.ones_like(p)
+    update.step()
+    states = update.state_dict()["state"].values()
+    held = sum(v.nbytes for state in states for key, v in state.items() if key != "step")
+    assert table[f"optimiser ({optimizer})"] == held
 
 
 def test_the_plan_of_a_pretraining_counts_every_token_as_a_target(tmp_path):

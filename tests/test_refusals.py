@@ -179,7 +179,8 @@ t5.py nowhere                                           | nowhere
 t5.py lm/model                                          | config.json: model_type
 world.py --people three                                 | --people
 world.py --people 3                                     | people: 3 is not between 20 and
-world.py --out thesis                                   | thesis
+world.py --out thesis                                   | thesis | exists and is not empty
+world.py --out new --documents 0                        | documents: 0 is not at least 1
 """
 ROWS = [line.split("|") for line in TABLE.splitlines() if line.strip()]
 ROWS += [  # the byte ff, as Python reads it from a command line

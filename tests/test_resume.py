@@ -27,6 +27,7 @@ from tiny_runs import (
 
 import data
 import fit as loop
+from adapters import SoftPrompt
 from fit import Recipe, learning_rate
 from runs import Run
 
@@ -37,12 +38,15 @@ class Toy(nn.Module):
     def __init__(self, dropout=0.0):
         super().__init__()
         self.table = nn.Parameter(torch.randn(20, 20, generator=seeded(1)))
+        self.linear = nn.utils.skip_init(nn.Linear, 20, 20, bias=False)  # draws no random numbers
+        self.linear.weight.data.normal_(generator=seeded(2))
         self.gain = nn.Parameter(torch.ones(20))
         self.dropout = dropout
 
     def loss(self, batch):
         mask = batch.targets != data.IGNORE_INDEX
-        logits = F.dropout(self.table[batch.ids[mask]], self.dropout) * self.gain
+        h = F.dropout(self.table[batch.ids[mask]], self.dropout)
+        logits = self.linear(h) * self.gain
         return F.cross_entropy(logits, batch.targets[mask], reduction="sum")
 
 
@@ -154,10 +158,74 @@ def test_adamw_has_the_papers_betas_and_epsilon():
         assert (group["betas"], group["eps"], group["lr"]) == ((0.9, 0.95), 1e-6, 0.1)
 
 
+# Muon
+
+
+def muon(trained):
+    """The parts of a Muon: which optimiser trains which parameters, by name."""
+    names = {p: name for name, p in trained.named_parameters()}
+    parts = loop.make_optimizer(trained, Recipe(steps=1, lr=0.1, optimizer="muon")).parts
+    return {
+        type(part): {names[p]: g["weight_decay"] for g in part.param_groups for p in g["params"]}
+        for part in parts
+    }
+
+
+@pytest.mark.parametrize("kind", ["untied", "learned"])
+def test_muon_trains_the_weights_of_linear_layers_and_adamw_the_rest(make_lm, kind):
+    """An untied lm_head and the tables of tokens and positions are among the rest."""
+    lm = make_lm(kind).requires_grad_(True)
+    parameters = dict(lm.named_parameters())
+    linear = {name for name in parameters if name.endswith("_proj.weight")}
+    assert len(linear) == len(lm.layers) * (7 if lm.config.gated else 6)
+    rest = {name: 0.1 if parameters[name].dim() > 1 else 0.0 for name in parameters.keys() - linear}
+    assert rest["embed_tokens.weight"] == 0.1 and rest["norm.weight"] == 0.0
+    assert rest.get("lm_head.weight" if kind == "untied" else "embed_positions.weight") == 0.1
+    parts = {torch.optim.Muon: dict.fromkeys(linear, 0.1), torch.optim.AdamW: rest}
+    assert muon(lm) == parts
+
+
+def test_a_part_of_muon_without_parameters_is_left_out(fit, tmp_path):
+    """A soft prompt is then trained as with AdamW."""
+    assert muon(nn.Linear(3, 4, bias=False)) == {torch.optim.Muon: {"weight": 0.1}}
+    assert muon(SoftPrompt(torch.zeros(3, 4))) == {torch.optim.AdamW: {"vectors": 0.1}}
+
+    def trained_with(optimizer):
+        prompt, out = SoftPrompt(torch.ones(3, 4)), tmp_path / optimizer
+        fit(out, prompt, lambda b: prompt().square().sum() * targets(b), optimizer=optimizer)
+        return prompt.vectors
+
+    vectors = trained_with("muon")
+    assert torch.equal(vectors, trained_with("adamw")) and (vectors < 0.9).all()
+
+
+def test_muons_steps_are_those_of_torch_and_of_the_size_of_adamws():
+    """The second step has the momentum of the first."""
+    ours = nn.Linear(30, 20)
+    theirs = nn.Parameter(ours.weight.detach().clone())
+    optimizer = loop.make_optimizer(ours, Recipe(steps=2, lr=0.1, optimizer="muon"))
+    settings = {"weight_decay": 0.1, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+    peer = torch.optim.Muon([theirs], lr=0.1, **settings)
+    for seed in range(2):
+        before = theirs.detach().clone()
+        theirs.grad = torch.randn(20, 30, generator=seeded(seed))
+        ours.weight.grad, ours.bias.grad = theirs.grad.clone(), torch.ones(20)
+        optimizer.step()
+        peer.step()
+        assert torch.equal(ours.weight, theirs)
+        update = theirs - before * (1 - 0.1 * 0.1)
+        assert update.square().mean().sqrt().item() == pytest.approx(0.1 * 0.2, rel=0.2)
+    optimizer.zero_grad()
+    assert ours.weight.grad is None and ours.bias.grad is None
+
+
 # What a run keeps
 
+ADAMW = {"step", "exp_avg", "exp_avg_sq"}
+MOMENTS = {"adamw": ADAMW, "adafactor": {"step", "square"}, "muon": ADAMW | {"momentum_buffer"}}
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+
+@pytest.mark.parametrize("optimizer", MOMENTS)
 @pytest.mark.parametrize("dies_at", [3, 4, 14, 23])
 def test_a_resumed_run_is_the_uninterrupted_one(fit, tmp_path, optimizer, dies_at):
     """Moments, dropout, schedule, batches, the best so far: a run that dies before the first
@@ -182,8 +250,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(fit, tmp_path, optimizer, dies_a
     again, numbers = fit(tmp_path / "killed", resumed, scores=left, resume=True, **flags)
     assert numbers == list(range(2 * done, 24)) and again["step"] == 8 and again["score"] == 0.9
     assert torch.equal(resumed.table, whole.table) and torch.equal(resumed.gain, whole.gain)
+    assert torch.equal(resumed.linear.weight, whole.linear.weight)
     state = same_runs(tmp_path / "whole", tmp_path / "killed")
-    assert any(k.startswith("optimizer.") and v.numel() == 400 for k, v in state.items())
+    held = [key.split(".") for key in state if key.startswith("optimizer.")]
+    assert {number for _, number, _ in held} == {"0", "1", "2"}  # three parameters
+    assert {moment for _, _, moment in held} == MOMENTS[optimizer]
 
 
 def test_the_best_is_the_first_of_equals_or_the_latest_without_scores(fit, tmp_path):
@@ -287,7 +358,8 @@ STOPS += [("SIGTERM", "prompt_tuning"), ("SIGINT", "prompt_tuning")]
 def test_a_process_stopped_by_a_signal_resumes_to_the_same_bits(place, tmp_path, name, method):
     """A killed process does nothing more. The others finish their step and print one line."""
     number, out, flags = getattr(signal, name), tmp_path / "stopped", "--steps 80 --eval-every 4"
-    flags += " --optimizer adafactor" if method == "prompt_tuning" else ""
+    optimizers = {"prompt_tuning": "adafactor", "neural_recursion": "muon"}
+    flags += f" --optimizer {optimizers.get(method, 'adamw')}"
     run(command(place, method, tmp_path / "whole", flags))
     # Another number of threads would sum in another order.
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}

@@ -10,7 +10,7 @@ import pytest
 import data
 import suite
 from suite import LARGE, LOW, TASKS, TEMPLATES
-from world import RELATIONS, SPLITS, capital, make_final
+from world import RELATIONS, SPLITS, capital, make
 
 LABELLED = [name for name in TASKS if TEMPLATES[name][0][1]]
 SPLIT_SIZES = {"dev": 60, "test": 150}
@@ -19,7 +19,7 @@ SHOWN = SPLIT_SIZES | {"train": 400}
 
 @pytest.fixture(scope="module")
 def world():
-    return make_final()
+    return make()
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +75,9 @@ def test_train_examples_take_turns_through_the_templates_and_others_have_all(wor
 
 
 def test_examples_depend_on_the_seed_alone(world):
-    again = suite.rows(make_final(), "passage_choice", "dev")
+    again = suite.rows(make(), "passage_choice", "dev")
     assert again == suite.rows(world, "passage_choice", "dev")
-    assert again != suite.rows(make_final(seed=2), "passage_choice", "dev")
+    assert again != suite.rows(make(seed=2), "passage_choice", "dev")
 
 
 def test_splits_have_their_sizes_and_share_no_text(examples):

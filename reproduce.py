@@ -1,0 +1,200 @@
+"""The experiments behind RESULTS.md. Each prints its tables and writes results/NAME.json.
+
+    python reproduce.py lm            what an LM knows of the world, and how well it reads
+    python reproduce.py headroom      what each task of the suite leaves to be learnt
+
+`headroom` trains on every task, in runs/headroom; if it is stopped, the same command goes on.
+"""
+
+import json
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+import cli
+import data
+import eval as metrics
+import genres
+import suite
+import train
+import world
+from checkpoints import load_tokenizer, write_json
+from fit import target_loss
+from generate import predict, prepare
+from model import LM
+from runs import ASSETS, read_record, show
+
+# What an LM knows
+
+POPULARITY = {"the best known tenth": (0.0, 0.1), "the middle": (0.1, 0.5), "the rest": (0.5, 1.0)}
+PASSAGES = (1, 3, 5)
+
+
+def lm_checks(args) -> dict:
+    """Closed-book questions, cloze by popularity, reading, and perplexity by genre."""
+    lm = LM.from_pretrained(args.model or ASSETS / "lm")
+    tokenizer = load_tokenizer(lm.folder, lm.config.vocab_size)
+    place = world.make(args.world_seed)
+    questions = [data.parse_record(row, "test") for row in place.questions("test")]
+    results = {"closed book": exact_matches(lm, tokenizer, questions)}
+    results["cloze"] = exact_matches(lm, tokenizer, cloze(place), stop=".")
+    results["reading"] = exact_matches(lm, tokenizer, reading(place, args.count))
+    results["perplexity"] = perplexities(lm, tokenizer, place, args.count)
+    for title, table in results.items():
+        unit = "nats a token" if title == "perplexity" else "EM"
+        show_table(f"{title}, {unit}", ["", unit, "n"], [[k, *row] for k, row in table.items()])
+    return results
+
+
+def exact_matches(lm: LM, tokenizer, examples: list, stop: str | None = None) -> dict:
+    """EM in percent and the number of examples of each task. The LM answers greedily."""
+    ids, options, _ = prepare(lm, tokenizer, examples)
+    answers = predict(lm, tokenizer, ids, None, 16, options, metrics.stops(examples, stop))
+    tasks = metrics.summary(metrics.score(examples, answers))["tasks"]
+    return {task: [round(100 * row["em"], 1), row["n"]] for task, row in tasks.items()}
+
+
+def cloze(place: world.World) -> list[data.Example]:
+    """Every fact about a person in its plainest wording, cut off before the object."""
+    out, count = [], len(place.people)
+    for label, (low, high) in POPULARITY.items():
+        for person in place.people[int(low * count) : int(high * count)]:
+            for relation, object in place.facts[person].items():
+                wordings = world.RELATIONS["person"][relation][0]
+                wording = next(w for w in wordings if w.endswith(" {o}."))
+                text = world.render(wording.removesuffix(" {o}."), person)
+                out.append(data.Example(text, object, (object,), task=label))
+    return out
+
+
+def reading(place: world.World, count: int) -> list[data.Example]:
+    """Questions about strangers behind 1, 3 or 5 passages, one of which has the answer."""
+    rng, out = random.Random("reading"), []
+    casts = genres.strangers(place, "reproduce reading", rng)
+    for passages in PASSAGES:
+        for _ in range(count):
+            cast = next(casts)
+            texts, facts = genres.some_passages(cast, passages)
+            subject, relation = rng.choice(facts)
+            question = data.question_text(cast.ask(subject, relation))
+            text = "\n".join([*map(genres.passage_text, texts), question])
+            answer, task = cast.world.facts[subject][relation], f"{passages} passages"
+            out.append(data.Example(text, answer, (answer,), task=task))
+    return out
+
+
+@torch.no_grad()
+def perplexities(lm: LM, tokenizer, place: world.World, count: int) -> dict:
+    """The mean loss of a token by genre, over documents that the LM has not read."""
+    losses, tokens = Counter(), Counter()
+    for document in genres.documents(place, 10 * count, seed=2):
+        corpus = data.encode_texts([document["text"]], tokenizer)
+        length = min(len(corpus.tokens) - 1, lm.config.max_len)
+        batch = data.windows(corpus, 1, length, 0, 0)
+        losses[document["genre"]] += target_loss(lm, None, batch).item()
+        tokens[document["genre"]] += length
+    return {genre: [round(losses[genre] / tokens[genre], 3), tokens[genre]] for genre in losses}
+
+
+# What the tasks leave to be learnt
+
+HEADROOM = {  # method: flags; the same number of steps and batch size
+    "prompt_tuning": ["--lr", "0.03", "--prompt-length", "10"],
+    "fine_tuning": ["--lr", "1e-3"],
+}
+
+
+def headroom(args) -> dict:
+    """Of every task of the suite: chance, zero-shot, prompt tuning and fine-tuning, as EM."""
+    lm = LM.from_pretrained(args.model or ASSETS / "lm")
+    tokenizer, place = load_tokenizer(lm.folder, lm.config.vocab_size), world.make(args.world_seed)
+    folder, results = Path(args.out) / "headroom", {}
+    for name, task in suite.TASKS.items():
+        files = {split: folder / f"{name}-{split}.jsonl" for split in ("train", "test")}
+        for split, file in files.items():
+            write_rows(file, suite.rows(place, name, split)[: args.count])
+        test = data.read(files["test"])
+        row = {"cluster": task.cluster, "chance": chance(data.read(files["train"]), test)}
+        row["zero-shot"] = next(iter(exact_matches(lm, tokenizer, test).values()))[0]
+        for method, flags in HEADROOM.items():
+            row[method] = trained(args, method, flags, files, folder / f"{name}-{method}")
+        results[name] = row
+        show(f"{name}: {json.dumps(row)}")
+    rows = [[name, *row.values()] for name, row in results.items()]
+    columns = ["task", "cluster", "chance", "zero-shot", "prompt tuning", "fine-tuning"]
+    show_table(f"headroom, EM after {args.steps} steps", columns, rows)
+    above = sum(row["fine_tuning"] >= row["chance"] + 20 for row in results.values())
+    show(f"fine-tuning is at least 20 points above chance on {above} of {len(results)} tasks")
+    return results
+
+
+def chance(training: list, test: list) -> float:
+    """EM in percent of the most frequent training answer, or of a random option if higher."""
+    (majority, _), *_ = Counter(e.target for e in training).most_common(1)
+    most = sum(majority in e.answers for e in test) / len(test)
+    random_option = sum(1 / len(e.options) if e.options else 0 for e in test) / len(test)
+    return round(100 * max(most, random_option), 1)
+
+
+def trained(args, method: str, flags: list[str], files: dict, out: Path) -> float:
+    """EM in percent on the test file after a small training run, made if it is missing."""
+    record = read_record(out) if (out / "run.json").is_file() else {}
+    if "results" not in record:
+        line = ["--method", method, "--train", files["train"], "--test", files["test"], *flags]
+        line += ["--steps", args.steps, "--batch-size", 16, "--out", out, "--resume"]
+        line += ["--model", args.model] if args.model else []
+        record = train.main([str(word) for word in line])
+    return round(100 * record["results"]["test"]["em"], 1)
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
+    """Write rows as JSON lines."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+# Tables and the command line
+
+
+def show_table(title: str, columns: list[str], rows: list[list]) -> None:
+    """Print a Markdown table."""
+    show(f"\n{title}\n")
+    for row in [columns, ["---"] * len(columns), *rows]:
+        show(f"| {' | '.join(map(str, row))} |")
+
+
+EXPERIMENTS = {"lm": lm_checks, "headroom": headroom}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run one experiment. Returns what results/NAME.json holds."""
+    parser = cli.Parser(prog="reproduce.py", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="experiment", required=True)
+    flags = [cli.MODEL, cli.WORLD, ("--out", str, "runs", "folder for the runs that it needs")]
+    own = {
+        "lm": [
+            ("--count", cli.COUNT, 300, "reading questions of each kind; 10 documents for each")
+        ],
+        "headroom": [
+            ("--count", cli.COUNT, 300, "examples of each file"),
+            ("--steps", cli.COUNT, 200, "steps of each training run"),
+        ],
+    }
+    for name, experiment in EXPERIMENTS.items():
+        summary = experiment.__doc__.split("\n")[0]
+        cli.add_flags(commands.add_parser(name, help=summary), name, *flags, *own[name])
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    start = time.perf_counter()
+    results = EXPERIMENTS[args.experiment](args)
+    record = {"arguments": vars(args), "seconds": round(time.perf_counter() - start)}
+    Path("results").mkdir(exist_ok=True)
+    write_json(Path("results") / f"{args.experiment}.json", record | {"results": results})
+    return results
+
+
+if __name__ == "__main__":
+    cli.run_program("reproduce.py", main)
