@@ -250,7 +250,7 @@ def test_the_reader_reads_the_passages_and_then_the_question():
 
 
 def test_the_open_book_of_the_world_is_searched(tmp_path):
-    records, book = genres.library(world.make(0), people=40)
+    records, book = genres.library(world.make(0))
     path = write(tmp_path / "passages.jsonl", "\n".join(map(json.dumps, records)))
     passages = read_passages(path)
     lines = "\n".join(map(json.dumps, book["test"]))
@@ -259,4 +259,4 @@ def test_the_open_book_of_the_world_is_searched(tmp_path):
     questions = [with_found(q, passages, bm25.search(q.question, 20)) for q in questions]
     assert all(answer_hits(Question("", q.answers, found=q.positives)) for q in questions)
     recall = [recall_at([answer_hits(q) for q in questions], k) for k in (1, 20)]
-    assert recall[0] < recall[1] > 0.9
+    assert recall[0] < 0.6 < 0.8 < recall[1]
