@@ -139,7 +139,11 @@ def pretrain_connector(args) -> dict:
 
 
 OBJECTIVES = {  # objective: (function, defaults of its flags)
-    "lm": (pretrain_lm, {"steps": 4500, "lr": 3e-3, "batch_size": 16, "eval_every": 500}),
+    "lm": (
+        pretrain_lm,
+        {"steps": 4600, "lr": 5e-3, "warmup": 0.03, "optimizer": "muon", "eval_every": 300}
+        | {"batch_size": 8, "seq_len": 512, "documents": 360_000},
+    ),
     "encoder": (
         pretrain_encoder,
         {"steps": 3000, "lr": 2e-3, "warmup": 0.02, "eval_every": 250}
@@ -150,7 +154,11 @@ OBJECTIVES = {  # objective: (function, defaults of its flags)
         {"steps": 4000, "lr": 1e-3, "warmup": 0.05, "eval_every": 250}
         | {"dim": 160, "layers": 3, "heads": 5},
     ),
-    "connector": (pretrain_connector, {"steps": 800, "lr": 1e-3, "batch_size": 16}),
+    "connector": (
+        pretrain_connector,
+        {"steps": 500, "lr": 1e-3, "batch_size": 8, "seq_len": 256, "eval_every": 250}
+        | {"documents": 60_000},
+    ),
 }
 
 
@@ -303,7 +311,7 @@ def parse(argv: list[str], program: str = "pretrain.py") -> argparse.Namespace:
     ]
     hidden = ("--hidden", cli.COUNT, None, "width of the MLP; 8/3 of --dim if not given")
     context = ("--context", cli.number_type(int, 8), 512, "positions that the model is made for")
-    vocab = ("--vocab-size", cli.number_type(int, 257, 10**6), 2048, "of the new tokenizer")
+    vocab = ("--vocab-size", cli.number_type(int, 257, 10**6), 3072, "of the new tokenizer")
     uses = list(recurse.CONNECTOR_METHODS)
     use = ("--composition", uses, "neural_recursion", "what the Connector is pretrained for")
     model_flags = {

@@ -42,7 +42,7 @@ def lm_checks(args) -> dict:
     questions = [data.parse_record(row, "test") for row in place.questions("test")]
     results = {"closed book": exact_matches(lm, tokenizer, questions)}
     results["cloze"] = exact_matches(lm, tokenizer, cloze(place), stop=".")
-    results["reading"] = exact_matches(lm, tokenizer, reading(place, args.count))
+    results["reading"] = exact_matches(lm, tokenizer, reading(place, args.count), stop="\n")
     results["perplexity"] = perplexities(lm, tokenizer, place, args.count)
     for title, table in results.items():
         unit = "nats a token" if title == "perplexity" else "EM"
@@ -65,8 +65,8 @@ def cloze(place: world.World) -> list[data.Example]:
         for person in place.people[int(low * count) : int(high * count)]:
             for relation, object in place.facts[person].items():
                 wordings = world.RELATIONS["person"][relation][0]
-                wording = next(w for w in wordings if w.endswith(" {o}."))
-                text = world.render(wording.removesuffix(" {o}."), person)
+                wording = next(w for w in wordings if w.endswith((" {o}.", " {an_o}.")))
+                text = world.render(wording[: wording.rindex(" {")], person)
                 out.append(data.Example(text, object, (object,), task=label))
     return out
 
@@ -82,7 +82,8 @@ def reading(place: world.World, count: int) -> list[data.Example]:
             subject, relation = rng.choice(facts)
             question = data.question_text(cast.ask(subject, relation))
             text = "\n".join([*map(genres.passage_text, texts), question])
-            answer, task = cast.world.facts[subject][relation], f"{passages} passages"
+            answer = cast.world.facts[subject][relation]
+            task = f"{passages} passage{'s' * (passages > 1)}"
             out.append(data.Example(text, answer, (answer,), task=task))
     return out
 
