@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import cli
 import train
 from adapters import Connector, SoftPrompt
 from checkpoints import HUB_FILES, load_tokenizer, read_config, resolve, skip_init
@@ -273,8 +274,8 @@ class Lengths:
 
 def parse_plan(argv: list[str]) -> argparse.Namespace:
     """Parse the flags of train.py, and with them --seq-len and --text."""
-    first = train.Parser(prog="bench.py plan", add_help=False)
-    first.add_argument("--seq-len", type=train.COUNT)  # of a question and its answer
+    first = cli.Parser(prog="bench.py plan", add_help=False)
+    first.add_argument("--seq-len", type=cli.COUNT)  # of a question and its answer
     first.add_argument("--text", action="store_true")  # every token is a target, as in pretraining
     more, rest = first.parse_known_args(argv)
     args = train.parse(rest, "bench.py plan")
@@ -409,10 +410,10 @@ def main(argv: list[str] | None = None):
         return estimate_memory(parse_plan(argv[1:]))
     description = "Speed and memory beside the peers, in one run. `bench.py plan` with flags of "
     description += "train.py estimates the memory of a run instead."
-    parser = train.Parser(prog="bench.py", description=description)
+    parser = cli.Parser(prog="bench.py", description=description)
     text = "the rows of this workload; may be given several times; all if not given"
     parser.add_argument("--only", choices=WORKLOADS, action="append", help=text)
-    parser.add_argument("--runs", type=train.COUNT, default=5, help="timed pairs per workload")
+    parser.add_argument("--runs", type=cli.COUNT, default=5, help="timed pairs per workload")
     text = "tiny shapes, which show that every row runs and measure nothing"
     parser.add_argument("--tiny", action="store_true", help=text)
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import adapters
+import cli
 import data
 import genres
 import recurse
@@ -300,41 +301,40 @@ def train_on_text(
 
 def parse(argv: list[str], program: str = "pretrain.py") -> argparse.Namespace:
     """Parse the objective and its flags. A bad flag exits with status 2."""
-    count = train.COUNT
     shape = [
-        ("--dim", count, 192, "C, the model's width"),
-        ("--layers", count, 6, "number of layers"),
-        ("--heads", count, 6, "attention heads"),
+        ("--dim", cli.COUNT, 192, "C, the model's width"),
+        ("--layers", cli.COUNT, 6, "number of layers"),
+        ("--heads", cli.COUNT, 6, "attention heads"),
     ]
-    hidden = ("--hidden", count, None, "width of the MLP; 8/3 of --dim if not given")
-    context = ("--context", train.number_type(int, 8), 512, "positions that the model is made for")
-    vocab = ("--vocab-size", train.number_type(int, 257, 10**6), 2048, "of the new tokenizer")
+    hidden = ("--hidden", cli.COUNT, None, "width of the MLP; 8/3 of --dim if not given")
+    context = ("--context", cli.number_type(int, 8), 512, "positions that the model is made for")
+    vocab = ("--vocab-size", cli.number_type(int, 257, 10**6), 2048, "of the new tokenizer")
     uses = list(recurse.CONNECTOR_METHODS)
     use = ("--composition", uses, "neural_recursion", "what the Connector is pretrained for")
     model_flags = {
-        "lm": [train.TOKENIZER, *shape, hidden, context, vocab],
-        "encoder": [train.MODEL, train.TOKENIZER, *shape, hidden],
-        "bert": [train.MODEL, train.TOKENIZER, *shape, context],
-        "connector": [train.MODEL, train.TOKENIZER, use, train.CONNECTOR],
+        "lm": [cli.TOKENIZER, *shape, hidden, context, vocab],
+        "encoder": [cli.MODEL, cli.TOKENIZER, *shape, hidden],
+        "bert": [cli.MODEL, cli.TOKENIZER, *shape, context],
+        "connector": [cli.MODEL, cli.TOKENIZER, use, cli.CONNECTOR],
     }
     data_flags = [
         ("--train", str, None, "text: .txt or JSONL; the embedded world's if not given"),
         ("--dev", str, None, "held-out text; the last 2 %% of the documents if not given"),
-        train.WORLD,
-        ("--documents", count, 120_000, "documents of the embedded world"),
-        ("--seq-len", count, 128, "tokens in a window of text"),
+        cli.WORLD,
+        ("--documents", cli.COUNT, 120_000, "documents of the embedded world"),
+        ("--seq-len", cli.COUNT, 128, "tokens in a window of text"),
     ]
-    parser = train.Parser(prog=program, description=__doc__.split("\n")[0])
+    parser = cli.Parser(prog=program, description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="objective", required=True)
     for name, (objective, defaults) in OBJECTIVES.items():
         summary = objective.__doc__.split("\n")[0]
         command = commands.add_parser(name, help=summary, description=summary)
-        train.add_flags(command, "model", *model_flags[name])
-        train.add_flags(command, "data", *data_flags)
-        train.add_training_flags(command)
-        train.add_run_flags(command)
+        cli.add_flags(command, "model", *model_flags[name])
+        cli.add_flags(command, "data", *data_flags)
+        cli.add_training_flags(command)
+        cli.add_run_flags(command)
         command.set_defaults(method=f"pretrain_{name}", **defaults)
-    args = train.add_late_defaults(parser.parse_args(argv), program, argv)
+    args = cli.add_late_defaults(parser.parse_args(argv), program, argv)
     del args.objective  # the method says it
     return args
 
@@ -348,10 +348,10 @@ def main(argv: list[str] | None = None) -> dict:
             raise ValueError(f"--dim {dim} is not a multiple of --heads {heads}")
         if dim // heads % 2:
             raise ValueError(f"--dim {dim} / --heads {heads} is odd; heads need an even width")
-    train.check_and_seed(args)
+    cli.check_and_seed(args)
     objective, _ = OBJECTIVES[args.method.removeprefix("pretrain_")]
     return objective(args)
 
 
 if __name__ == "__main__":
-    train.run_program("pretrain.py", main)
+    cli.run_program("pretrain.py", main)

@@ -22,22 +22,18 @@ to recurse.COMPOSITIONS, and a function and a line of METHODS here.
 
 import argparse
 import hashlib
-import math
-import os
 import sys
-import warnings
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 
 import adapters
+import cli
 import data
 import eval as metrics
 import recurse
@@ -332,149 +328,36 @@ def show_passes(task: Task, row: dict) -> None:
 # The command line
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose help shows the defaults and whose errors are one line."""
-
-    def __init__(self, **options):
-        super().__init__(
-            **options,
-            allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-
-    def parse_known_args(self, args: list[str], namespace=None):
-        """Parse the flags. An argument that is not UTF-8 is an error."""
-        for text in args:
-            if any(
-                "\ud800" <= letter <= "\udfff" for letter in text
-            ):  # how Python reads such bytes
-                self.error(f"the argument {text!a} is not UTF-8 text")
-        return super().parse_known_args(args, namespace)
-
-    def error(self, message: str):
-        """Print the message after the program's name, and exit with status 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def number_type(kind: type, low: float, high: float = math.inf):
-    """An argparse type: a finite number from `low` to `high`, both included."""
-
-    def convert(text: str):
-        value = kind(text)
-        if low <= value <= high and math.isfinite(value):
-            return value
-        if high < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        raise argparse.ArgumentTypeError(f"{text} is not a number from {low} up")
-
-    convert.__name__ = kind.__name__  # argparse puts it into its messages
-    return convert
-
-
-def add_flags(parser, title: str, *rows):
-    """Add and return a group of flags. A row is (flag, type or choices, default, help)."""
-    group = parser.add_argument_group(title)
-    for flag, kind, default, text in rows:
-        if isinstance(kind, list):
-            group.add_argument(flag, choices=kind, default=default, help=text)
-        else:
-            group.add_argument(flag, type=kind, default=default, help=text)
-    return group
-
-
-COUNT = number_type(int, 1)
-MODEL = ("--model", str, None, "checkpoint folder or hub id; the embedded LM if not given")
-TOKENIZER = ("--tokenizer", str, None, "tokenizer.json or its folder, if not the model's own")
-WORLD = ("--world-seed", int, 1, "which embedded world; the embedded LM knows world 1")
-CONNECTOR = ("--connector-layers", COUNT, 2, "layers of a Connector (paper: 1 and 2)")
-
-
-def add_training_flags(parser) -> None:
-    """The fields of a Recipe except device and dtype, --batch-size and --seed."""
-    add_flags(
-        parser,
-        "training",
-        ("--steps", COUNT, None, "optimiser steps (paper: up to 100,000)"),
-        ("--batch-size", COUNT, 32, "questions, or windows of text, in a batch (paper: 32)"),
-        ("--grad-accum", COUNT, 1, "batches in a step"),
-        ("--lr", number_type(float, 0), None, "peak (papers: 1e-5 to 4e-4; prompts: 0.03 to 0.5)"),
-        ("--schedule", ["linear", "constant"], "linear", "after warm-up: down to zero, or level"),
-        ("--warmup", number_type(float, 0, 1), 0.005, "fraction of the steps (paper: 0.005)"),
-        ("--optimizer", ["adamw", "adafactor"], "adamw", "papers: adafactor for prompts"),
-        ("--weight-decay", number_type(float, 0), 0.1, "of matrices; norms and biases have none"),
-        ("--clip", number_type(float, 1e-12), 1.0, "largest gradient norm"),
-        ("--eval-every", COUNT, 200, "steps between dev scores; each writes a checkpoint"),
-        ("--log-every", COUNT, 10, "steps between lines of metrics.jsonl"),
-        ("--seed", number_type(int, 0, 2**63 - 1), 0, "of initialisation and batch order"),
-    )
-
-
-def add_run_flags(parser) -> None:
-    """Where a run lies, how it continues, and on what it computes."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    group = add_flags(
-        parser,
-        "run",
-        ("--out", str, None, "the run's folder; runs/METHOD if not given"),
-        ("--device", ["cpu", "cuda"], device, "where to compute"),
-        ("--dtype", ["float32", "bfloat16"], None, "arithmetic, frozen weights; CUDA: bfloat16"),
-    )
-    text = "continue from the last checkpoint in --out, bit for bit on a CPU"
-    group.add_argument("--resume", action="store_true", help=text)
-
-
-def add_late_defaults(
-    args: argparse.Namespace, program: str, argv: list[str]
-) -> argparse.Namespace:
-    """Fill in the defaults that depend on other flags, and remember the command line."""
-    args.program, args.argv = program, argv
-    args.out = args.out or f"runs/{args.method}"
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    return args
-
-
 def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     """Parse the flags, with the method's own defaults. A bad flag exits with status 2."""
-    parser = Parser(prog=program, description=__doc__.split("\n")[0])
+    parser = cli.Parser(prog=program, description=__doc__.split("\n")[0])
     parser.add_argument("--method", required=True, choices=METHODS, help="what is trained")
     init = "folder of a trained adapter to start from, or random; if neither this nor --model is "
     init += "given, the Connector of this method and size in assets/, if any; prompts: also vocab "
     init += "(embeddings of sampled tokens, the default), labels (of training answers), text:WORDS"
     start = ("--init", str, None, init)
-    length = ("--prompt-length", COUNT, 20, "P of a soft prompt (papers: 100 to 400)")
-    add_flags(parser, "model", MODEL, TOKENIZER, start, length, CONNECTOR)
-    add_flags(
+    length = ("--prompt-length", cli.COUNT, 20, "P of a soft prompt (papers: 100 to 400)")
+    cli.add_flags(parser, "model", cli.MODEL, cli.TOKENIZER, start, length, cli.CONNECTOR)
+    cli.add_flags(
         parser,
         "data",
         ("--train", str, None, "JSONL of questions; those of the embedded world if not given"),
         ("--dev", str, None, "questions that choose the best parameters"),
         ("--test", str, None, "questions that are scored once, at the end"),
-        WORLD,
-        ("--max-new-tokens", COUNT, 16, "longest answer"),
+        cli.WORLD,
+        ("--max-new-tokens", cli.COUNT, 16, "longest answer"),
         ("--stop", str, None, "ends an answer; a newline for questions if not given, '' for none"),
-        ("--eval-limit", COUNT, 240, "dev questions scored along training; the end scores all"),
-        ("--eval-tokens", COUNT, 8192, "tokens in a batch of evaluation, options included"),
+        ("--eval-limit", cli.COUNT, 240, "dev questions scored along training; the end scores all"),
+        ("--eval-tokens", cli.COUNT, 8192, "tokens in a batch of evaluation, options included"),
     )
-    add_training_flags(parser)
-    add_run_flags(parser)
-    first = Parser(prog=program, add_help=False)  # reads the method, which sets other defaults
+    cli.add_training_flags(parser)
+    cli.add_run_flags(parser)
+    first = cli.Parser(prog=program, add_help=False)  # reads the method, which sets other defaults
     first.add_argument("--method")
     method = first.parse_known_args(argv)[0].method
     if method in METHODS:
         parser.set_defaults(**METHODS[method][1])
-    return add_late_defaults(parser.parse_args(argv), program, argv)
-
-
-def check_and_seed(args: argparse.Namespace) -> None:
-    """Refuse a device or a folder that cannot be used, and seed the random numbers."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device here")
-    run = Run.from_args(args)
-    run.check()
-    for key, value in list(vars(args).items()):
-        if names_file(key, value):
-            setattr(args, key, run.find(value))
-    torch.manual_seed(args.seed)
+    return cli.add_late_defaults(parser.parse_args(argv), program, argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -482,31 +365,10 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(sys.argv[1:] if argv is None else argv)
     if args.init and args.method == "fine_tuning":
         raise ValueError("--init: fine_tuning does not start from an adapter")
-    check_and_seed(args)
+    cli.check_and_seed(args)
     method, _ = METHODS[args.method]
     return method(load_task(args, *load_lm(args)))
 
 
-def run_program(program: str, main: Callable[[], object]) -> None:
-    """Run `main`. Bad input prints one line and exits with 2; SIGINT or SIGTERM, with 130."""
-
-    def show_warning(message, *_, **__):
-        show(f"{program}: {message}", "stderr")
-
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed, and no file of the run may get its number
-            setattr(sys, name, open(os.devnull, "w"))
-    warnings.showwarning = show_warning  # without the file and line that raised it
-    try:
-        main()
-    except KeyboardInterrupt:
-        text = "stopped; the same command with --resume goes on from the last checkpoint"
-        show(f"{program}: {text}", "stderr")
-        sys.exit(130)
-    except (ValueError, OSError, SafetensorError) as error:
-        show(f"{program}: {' '.join(str(error).splitlines())}", "stderr")
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    run_program("train.py", main)
+    cli.run_program("train.py", main)

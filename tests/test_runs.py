@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import ROOT, command, die_at_5, make_place, read_lines, run, same_runs, write_lines
 
 import eval as metrics
-import train
 from checkpoints import load_tokenizer
+from cli import run_program
 from model import LM
 from runs import load_run
 
@@ -169,7 +169,7 @@ def test_a_full_disk_is_one_line_and_costs_the_steps_since_the_last_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(writer, full)
         with pytest.raises(SystemExit) as stop:
-            train.run_program("train.py", lambda: run(line))
+            run_program("train.py", lambda: run(line))
     shown = capsys.readouterr().err
     assert stop.value.code == 2 and len(shown.splitlines()) == 1
     assert all(word in shown for word in ("No space left", str(tmp_path / "run"), "--resume"))
