@@ -322,6 +322,10 @@ def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
         trained = args.prompt_length * config.dim
     elif args.method == "fine_tuning":
         trained, frozen = weights, 0
+    elif args.method == "training_free":
+        trained = 0
+    elif args.connectors == "each":
+        trained *= args.passes - 1
     size = 2 if args.dtype == "bfloat16" else 4  # what is trained is in float32 all the same
     step = {"its gradients": 4 * trained} | step_memory(args, config, lengths, size)
     evaluation = evaluation_memory(args, config, lengths, size)
@@ -357,6 +361,11 @@ def step_memory(args, c: Config, lengths: Lengths, size: int) -> dict[str, int]:
         trained_layers, frozen_layers = c.n_layers, 0
     elif args.method == "lm_connector":  # the gradient ends in the Connector
         frozen_layers = 0
+    elif args.method == "training_free":  # no step
+        return {}
+    elif args.method == "neural_recursion":  # the first pass keeps nothing
+        trained_layers *= args.passes - 1
+        frozen_layers *= args.passes - 1
     kept = trained_layers * activations(c, trained=True)
     kept += frozen_layers * activations(c, trained=False)
     targets = args.batch_size * lengths.targets
@@ -373,7 +382,9 @@ def evaluation_memory(args, c: Config, lengths: Lengths, size: int) -> int:
     P = args.prompt_length if args.method == "prompt_tuning" else 0
     length = P + lengths.question + lengths.new
     rows = min(128, max(1, args.eval_tokens // length))  # as in generate.predict
-    passes = {"neural_recursion": 2 * c.n_layers + args.connector_layers}
+    gaps = args.passes - 1
+    passes = {"neural_recursion": (gaps + 1) * c.n_layers + gaps * args.connector_layers}
+    passes["training_free"] = 2 * c.n_layers
     passes |= dict.fromkeys(("prompt_tuning", "fine_tuning"), c.n_layers)
     layers = passes.get(args.method, c.n_layers + args.connector_layers)
     cache = 2 * c.n_kv_heads * c.head_dim * layers * size

@@ -419,9 +419,7 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     """
     folder, record = Path(folder), read_record(folder)
     args, trained_lm = record["arguments"], folder / "model"
-    method = args["method"]
-    if method == "pretrain_connector":
-        method = args.get("composition")
+    method = args.get("composition", args["method"])  # pretraining says what it is for
     if trained_lm.is_dir():
         if model is not None:
             raise ValueError(f"{folder}: {method} trained an LM of its own; --model says another")
@@ -430,7 +428,9 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     if method not in COMPOSITIONS:
         raise ValueError(f"{folder}/run.json: {args['method']} trains nothing that answers")
     lm = _load_base(folder, record, device, model)
-    adapter = load_adapter(folder, lm).requires_grad_(False)
+    adapter = None
+    if method != "training_free":
+        adapter = load_adapter(folder, lm).requires_grad_(False)
     given = args.get("tokenizer")
     found = [p for p in places(given, folder, record) if os.path.exists(p)] if given else []
     tokenizer = load_tokenizer([*found, lm.folder][0], lm.config.vocab_size)

@@ -13,11 +13,15 @@ folder that a run leaves.
     lm_connector       connector(lm(lm.embed(ids)))                   the Connector
     connector_lm       lm(connector(lm.embed(ids)))                   the Connector
     fine_tuning        lm(lm.embed(ids))                              the LM itself
+    training_free      lm(rescale(lm(lm.embed(ids))))                 nothing; it is only scored
 
 The second column is recurse.COMPOSITIONS. By default neural_recursion starts from the Connector in
 assets/neural_recursion_2, which was pretrained on text. The other two Connectors start from random
-weights, unless --init names a folder. The training loop is in fit.py. To add a method, add a line
-to recurse.COMPOSITIONS, and a function and a line of METHODS here.
+weights, unless --init names a folder. With --passes 3 the LM is run three times, with one Connector
+between the passes or one in each gap. A Connector-LM whose Connector has as many layers as the
+recursion has after its first pass (--connector-layers 8 on the embedded LM) spends the same compute
+without a second pass. The training loop is in fit.py. To add a method, add a line to
+recurse.COMPOSITIONS, and a function and a line of METHODS here.
 """
 
 import argparse
@@ -83,6 +87,16 @@ def fine_tuning(task: Task) -> dict:
     return train_adapter(task, trained=task.lm.requires_grad_(True))
 
 
+def training_free(task: Task) -> dict:
+    """Train nothing: score a second pass over the first one's output at the embeddings' scale."""
+    run = Run.from_args(task.args)
+    with run:
+        record = start_record(run, nn.Module(), task.lm, hashes(task))
+        record |= {"question_format": asks_questions(task)}
+        record |= {"step": 0, "score": None, "seconds": 0.0}
+        return finish(task, run, record, None)
+
+
 METHODS = {  # method: (function, defaults of its flags)
     "prompt_tuning": (
         prompt_tuning,
@@ -92,6 +106,7 @@ METHODS = {  # method: (function, defaults of its flags)
     "lm_connector": (lm_connector, {"steps": 1200, "lr": 3e-3}),
     "connector_lm": (connector_lm, {"steps": 1200, "lr": 3e-3}),
     "fine_tuning": (fine_tuning, {"steps": 1200, "lr": 3e-4}),
+    "training_free": (training_free, {"steps": 0, "lr": 0.0}),
 }
 
 
@@ -110,7 +125,10 @@ def train_adapter(task: Task, trained: nn.Module) -> dict:
 
     def loss_of(batch: data.Batch) -> Tensor:
         model, prefix = recurse.COMPOSITIONS[args.method](lm, adapter)  # reads the new prompt
-        return target_loss(model, prefix, batch)
+        if cache is None:
+            return target_loss(model, prefix, batch)
+        x = cache(batch.rows, batch.ids.shape[1])
+        return target_loss(model.after_first(), prefix, batch, x)
 
     def evaluate() -> float | None:
         if not tokens["dev"]:
@@ -127,21 +145,53 @@ def train_adapter(task: Task, trained: nn.Module) -> dict:
 
     with run:
         record = start_record(run, trained, frozen, hashes(task))
-        # Whether `eval.py ask` must put its questions into the format of data.question_text.
-        inputs = [example.input for example in task.examples["train"]]
-        record["question_format"] = all(map(data.is_question, inputs))
+        record["question_format"] = asks_questions(task)
+        cache = first_pass(task)
         record |= fit(run, recipe, trained, batch_at, loss_of, evaluate, save)
-        with autocast(recipe):
-            splits = [split for split in ("dev", "test") if tokens[split]]
-            predictions = {split: predict_split(task, adapter, split) for split in splits}
-        rows = predictions.get("test") or predictions.get("dev") or []
-        run.write_lines("predictions.jsonl", rows)
-        with only_shows("examples"):
-            show_examples(rows)
-            if args.method == "neural_recursion" and rows:  # the last correct answer, or the last
-                show_passes(task, next((row for row in rows[::-1] if row["em"]), rows[-1]))
-        results = {split: metrics.summary(part) for split, part in predictions.items()}
-        return finish_record(run, record, frozen, results)
+        return finish(task, run, record, adapter)
+
+
+def asks_questions(task: Task) -> bool:
+    """Whether `eval.py ask` must put its questions into the format of data.question_text."""
+    return all(data.is_question(example.input) for example in task.examples["train"])
+
+
+def finish(task: Task, run: Run, record: dict, adapter) -> dict:
+    """Answer and score dev and test, show examples, and complete the record, which is returned."""
+    args = task.args
+    with autocast(Recipe.from_args(args)):
+        splits = [split for split in ("dev", "test") if task.tokens[split]]
+        predictions = {split: predict_split(task, adapter, split) for split in splits}
+    rows = predictions.get("test") or predictions.get("dev") or []
+    run.write_lines("predictions.jsonl", rows)
+    with only_shows("examples"):
+        show_examples(rows)
+        if args.method == "neural_recursion" and rows:  # the last correct answer, or the last
+            show_passes(task, next((row for row in rows[::-1] if row["em"]), rows[-1]))
+    results = {split: metrics.summary(part) for split, part in predictions.items()}
+    frozen = None if args.method == "fine_tuning" else task.lm
+    return finish_record(run, record, frozen, results)
+
+
+def first_pass(task: Task) -> recurse.FirstPass | None:
+    """The cache of the first pass over the training questions. Prints its size.
+
+    None if the method begins with something that is trained, if no question is read twice, or if
+    the states exceed --cache-first-pass.
+    """
+    args = task.args
+    texts = [(e.input + e.target)[:-1] for e in task.tokens["train"]]
+    read = args.steps * args.grad_accum * args.batch_size  # texts in the whole training
+    if args.method not in ("neural_recursion", "lm_connector") or read <= len(texts):
+        return None
+    cache = recurse.FirstPass(task.lm, texts)
+    size = cache.positions * task.lm.config.dim * (2 if args.dtype == "bfloat16" else 4) / 1e9
+    line = f"first pass: {cache.positions:,} positions of {len(texts):,} texts, {size:.3f} GB"
+    if size > args.cache_first_pass:
+        show(f"{line}, more than --cache-first-pass {args.cache_first_pass}: computed in each step")
+        return None
+    show(f"{line}: computed once and kept")
+    return cache
 
 
 @torch.no_grad()
@@ -234,15 +284,26 @@ def init_folder(args) -> Path | None:
     return stored if embedded else None
 
 
-def start_connector(task: Task) -> adapters.Connector:
-    """The Connector that training starts from: --init, or the one in assets/, or a random one."""
+def start_connector(task: Task) -> adapters.Connector | adapters.Connectors:
+    """What training starts from: --init, or the Connector in assets/, or a random one.
+
+    If there are more than two passes, the one that is loaded is copied into every gap.
+    """
     args, lm = task.args, task.lm
     folder = init_folder(args)
-    if folder:
-        return load_init(folder, args, lm, adapters.Connector)
-    if args.init in (None, "random"):
+    if args.init not in (None, "random") and not folder:
+        raise ValueError(
+            f"--init {args.init} starts a prompt, and {args.method} trains a Connector"
+        )
+    if folder and folder.is_dir() and "passes" in adapters.read_adapter_config(folder):
+        return load_init(folder, args, lm, adapters.Connectors)
+
+    def start() -> adapters.Connector:
+        if folder:
+            return load_init(folder, args, lm, adapters.Connector)
         return recurse.new_connector(lm, args.method, args.connector_layers)
-    raise ValueError(f"--init {args.init} starts a prompt, and {args.method} trains a Connector")
+
+    return recurse.between_passes(args.passes, args.connectors == "shared", start)
 
 
 def start_prompt(task: Task) -> adapters.SoftPrompt:
@@ -278,7 +339,7 @@ def load_init(init: Path, args, lm: LM, kind: type) -> nn.Module:
     if not isinstance(adapter, kind):
         raise ValueError(f"--init {init} holds a {name}, which {method} does not train")
     made_for = adapters.read_adapter_config(init).get("method", method)
-    if kind is adapters.Connector and made_for != method:
+    if kind is not adapters.SoftPrompt and made_for != method:
         raise ValueError(
             f"--init {init} was trained for {made_for}, where the Connector stands "
             f"elsewhere than in {method}"
@@ -286,7 +347,15 @@ def load_init(init: Path, args, lm: LM, kind: type) -> nn.Module:
     if kind is adapters.SoftPrompt:
         size, wanted, flag = len(adapter.vectors), args.prompt_length, "--prompt-length"
     else:
-        size, wanted, flag = len(adapter.layers), args.connector_layers, "--connector-layers"
+        one = adapter[0] if kind is adapters.Connectors else adapter
+        size, wanted, flag = len(one.layers), args.connector_layers, "--connector-layers"
+    if kind is adapters.Connectors:
+        between = "shared" if len(adapter) == 1 else "each"
+        if (adapter.passes, between) != (args.passes, args.connectors):
+            raise ValueError(
+                f"--init {init} was trained for other passes; say so with --passes "
+                f"{adapter.passes} --connectors {between}"
+            )
     if size != wanted:
         raise ValueError(f"--init {init} holds a {name} of {size}; say so with {flag} {size}")
     return adapter
@@ -305,22 +374,22 @@ def show_examples(rows: list[dict]) -> None:
 def show_passes(task: Task, row: dict) -> None:
     """Print how the recursion answers one question.
 
-    Second pass: the prediction, token by token. First pass: the LM's own likeliest token at each of
+    Last pass: the prediction, token by token. First pass: the LM's own likeliest token at each of
     these positions, after the same tokens.
     """
     lm, tokenizer = task.lm, task.tokenizer
     texts = [row["input"], f"{row['input']} {row['prediction']}"]
     question, whole = data.encode_prompts(tokenizer, texts)
-    second = whole[len(question) :]
+    last = whole[len(question) :]
     with torch.no_grad():
-        ids = torch.tensor([question + second], device=lm.embed_tokens.weight.device)
+        ids = torch.tensor([question + last], device=lm.embed_tokens.weight.device)
         h = lm(lm.embed(ids))[0, len(question) - 1 : -1]  # position t predicts token t + 1
         first = lm.logits(h).argmax(-1).tolist()
         alone = predict(lm, tokenizer, [question], stops=["\n"])[0]
     show(f"\n{row['input']}\n  the frozen LM alone answers  {alone}")
-    lines = [[repr(tokenizer.decode([token])) for token in tokens] for tokens in (second, first)]
+    lines = [[repr(tokenizer.decode([token])) for token in tokens] for tokens in (last, first)]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    for name, line in zip(("second pass", "first pass"), lines):
+    for name, line in zip(("last pass", "first pass"), lines):
         show(" ".join([f"  {name:12}", *map(str.ljust, line, widths)]))
     show(f"  accepted     {', '.join(row['answers'])}\n")
 
@@ -336,8 +405,8 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     init += "given, the Connector of this method and size in assets/, if any; prompts: also vocab "
     init += "(embeddings of sampled tokens, the default), labels (of training answers), text:WORDS"
     start = ("--init", str, None, init)
-    length = ("--prompt-length", cli.COUNT, 20, "P of a soft prompt (papers: 100 to 400)")
-    cli.add_flags(parser, "model", cli.MODEL, cli.TOKENIZER, start, length, cli.CONNECTOR)
+    connector = (cli.CONNECTOR, cli.PASSES, cli.CONNECTORS)
+    cli.add_flags(parser, "model", cli.MODEL, cli.TOKENIZER, start, cli.PROMPT, *connector)
     cli.add_flags(
         parser,
         "data",
@@ -351,6 +420,8 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
         ("--eval-tokens", cli.COUNT, 8192, "tokens in a batch of evaluation, options included"),
     )
     cli.add_training_flags(parser)
+    keep = "GB of memory for the first pass's states, which are the same in every epoch; 0 for none"
+    cli.add_flags(parser, "recursion", ("--cache-first-pass", cli.number_type(float, 0), 1.0, keep))
     cli.add_run_flags(parser)
     first = cli.Parser(prog=program, add_help=False)  # reads the method, which sets other defaults
     first.add_argument("--method")
@@ -363,8 +434,10 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     """Run one method. Returns the record, which run.json holds too."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    if args.init and args.method == "fine_tuning":
-        raise ValueError("--init: fine_tuning does not start from an adapter")
+    if args.init and args.method in ("fine_tuning", "training_free"):
+        raise ValueError(f"--init: {args.method} does not start from an adapter")
+    if args.passes > 2 and args.method != "neural_recursion":
+        raise ValueError(f"--passes {args.passes}: only neural_recursion has more than two passes")
     cli.check_and_seed(args)
     method, _ = METHODS[args.method]
     return method(load_task(args, *load_lm(args)))
