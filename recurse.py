@@ -11,6 +11,8 @@ in place of the embeddings.
     training-free      lm(rescale(lm(lm.embed(ids))))    no Connector; the second pass reads the
                                                          first one's output at the embeddings' scale
 
+Every composition can end its questions with a Pause: Paused(model, pause).
+
 A Stack generates like an LM: every new token runs through all its parts, and every part has its own
 KV cache. Needs adapters.py and generate.py; the caller passes the LM.
 
@@ -18,14 +20,14 @@ KV cache. Needs adapters.py and generate.py; the caller passes the LM.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapters import Connector, Connectors, rms
+from adapters import Connector, Connectors, Pause, rms
 from generate import pad
 
 
@@ -126,6 +128,41 @@ class Stack(nn.Module):
         return extended.drop_padding(x.shape[1] - lengths.to(x.device))
 
 
+class Paused(nn.Module):
+    """A model, with the LM's interface, whose questions end with a Pause.
+
+    generate.prepare appends `pause_text` to a question and `pause_ids` to its tokens. These ids lie
+    beyond the vocabulary: they are read as the pause's trained vectors, and never predicted.
+    """
+
+    def __init__(self, model, pause: Pause):
+        super().__init__()
+        self.model, self.pause, self.pause_text = model, pause, pause.text
+        V, k = model.config.vocab_size, 0 if pause.vectors is None else len(pause.vectors)
+        self.pause_ids = list(range(V, V + k))
+        self.config = replace(model.config, vocab_size=V + k)  # of what can be read
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> (B, T, C)."""
+        V, vectors = self.model.config.vocab_size, self.pause.vectors
+        if vectors is None:
+            return self.model.embed(ids)
+        x = self.model.embed(ids.clamp(max=V - 1))
+        return torch.where((ids >= V)[..., None], vectors[(ids - V).clamp(min=0)].to(x.dtype), x)
+
+    def forward(self, x: Tensor, prefix=None, keep: bool = False):
+        """As the model's."""
+        return self.model(x, prefix, keep)
+
+    def read(self, x: Tensor, prefix=None, lengths: Tensor | None = None):
+        """As the model's."""
+        return self.model.read(x, prefix, lengths)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """As the model's: (..., C) -> (..., V), without the pause's ids."""
+        return self.model.logits(h)
+
+
 class Reread(nn.Module):
     """A pass over hidden states at the embeddings' root mean square: the loop without training."""
 
@@ -188,6 +225,12 @@ COMPOSITIONS = {
     "training_free": lambda lm, _: (Stack(lm, parts=[lm, Reread(lm)]), None),
 }
 CONNECTOR_METHODS = ("neural_recursion", "lm_connector", "connector_lm")
+
+
+def compose(method: str, lm, adapter, pause: Pause | None = None):
+    """(model, prefix) of COMPOSITIONS, whose questions end with the pause, if there is one."""
+    model, prefix = COMPOSITIONS[method](lm, adapter)
+    return (model if pause is None else Paused(model, pause)), prefix
 
 
 def gaps(connector: Connector | Connectors) -> list[Connector]:

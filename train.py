@@ -28,7 +28,7 @@ import argparse
 import hashlib
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -60,6 +60,7 @@ class Task:
     tokenizer: Tokenizer
     examples: dict[str, list[data.Example]]
     tokens: dict[str, list[data.TokenizedExample]]
+    pause: adapters.Pause | None = None  # what follows every question
 
 
 def prompt_tuning(task: Task) -> dict:
@@ -90,6 +91,7 @@ def fine_tuning(task: Task) -> dict:
 def training_free(task: Task) -> dict:
     """Train nothing: score a second pass over the first one's output at the embeddings' scale."""
     run = Run.from_args(task.args)
+    task.pause = start_pause(task)
     with run:
         record = start_record(run, nn.Module(), task.lm, hashes(task))
         record |= {"question_format": asks_questions(task)}
@@ -119,16 +121,20 @@ def train_adapter(task: Task, trained: nn.Module) -> dict:
     recipe, run = Recipe.from_args(args), Run.from_args(args)
     adapter = None if trained is lm else trained
     frozen = None if trained is lm else lm
+    pause = task.pause = start_pause(task)
+    if pause is not None and pause.vectors is not None:
+        trained = nn.ModuleDict({"adapter": trained, "pause": pause})
 
     def batch_at(number: int) -> data.Batch:
         return data.batches(tokens["train"], args.batch_size, args.seed, number)
 
     def loss_of(batch: data.Batch) -> Tensor:
-        model, prefix = recurse.COMPOSITIONS[args.method](lm, adapter)  # reads the new prompt
         if cache is None:
+            model, prefix = recurse.compose(args.method, lm, adapter, pause)  # reads the new prompt
             return target_loss(model, prefix, batch)
+        stack, prefix = recurse.COMPOSITIONS[args.method](lm, adapter)
         x = cache(batch.rows, batch.ids.shape[1])
-        return target_loss(model.after_first(), prefix, batch, x)
+        return target_loss(stack.after_first(), prefix, batch, x)
 
     def evaluate() -> float | None:
         if not tokens["dev"]:
@@ -141,7 +147,10 @@ def train_adapter(task: Task, trained: nn.Module) -> dict:
         else:
             base = run.arguments["model"]
             info = {"method": args.method, "base_model_name_or_path": base}
+            if pause is not None:
+                info |= {"pause": args.pause, "pause_text": args.pause_text}
             adapters.save_adapter(run.folder, adapter, lm, **info)
+        adapters.save_pause(run.folder, pause)
 
     with run:
         record = start_record(run, trained, frozen, hashes(task))
@@ -176,13 +185,15 @@ def finish(task: Task, run: Run, record: dict, adapter) -> dict:
 def first_pass(task: Task) -> recurse.FirstPass | None:
     """The cache of the first pass over the training questions. Prints its size.
 
-    None if the method begins with something that is trained, if no question is read twice, or if
+    None if something trained comes before it or in its text, if no question is read twice, or if
     the states exceed --cache-first-pass.
     """
     args = task.args
+    _, trained_vectors = adapters.pause_parts(args.pause, args.pause_text)
     texts = [(e.input + e.target)[:-1] for e in task.tokens["train"]]
     read = args.steps * args.grad_accum * args.batch_size  # texts in the whole training
-    if args.method not in ("neural_recursion", "lm_connector") or read <= len(texts):
+    frozen = args.method in ("neural_recursion", "lm_connector") and not trained_vectors
+    if not frozen or read <= len(texts):
         return None
     cache = recurse.FirstPass(task.lm, texts)
     size = cache.positions * task.lm.config.dim * (2 if args.dtype == "bfloat16" else 4) / 1e9
@@ -198,7 +209,7 @@ def first_pass(task: Task) -> recurse.FirstPass | None:
 def predict_split(task: Task, adapter, split: str, limit: int | None = None) -> list[dict]:
     """Answer a split's questions, or a sample of `limit` of them, and score the answers."""
     args = task.args
-    model, prefix = recurse.COMPOSITIONS[args.method](task.lm, adapter)
+    model, prefix = recurse.compose(args.method, task.lm, adapter, task.pause)
     rows = data.sample(len(task.tokens[split]), limit, args.seed)
     examples = [task.examples[split][row] for row in rows]
     tokens = [task.tokens[split][row] for row in rows]
@@ -229,16 +240,22 @@ def load_task(args, lm: LM, tokenizer: Tokenizer) -> Task:
     """Load and tokenise the questions. One that does not fit the context is a ValueError."""
     P = args.prompt_length if args.method == "prompt_tuning" else 0
     context = lm.config.max_len
-    left = context - P  # for a question and its answer
+    after, k = adapters.pause_parts(args.pause, args.pause_text)  # what follows every question
+    left = context - P - k  # for a question and its answer
     if left < 2:
-        raise ValueError(f"--prompt-length {P} leaves {left} of the LM's context of {context}")
+        flags = f"--prompt-length {P}" + (f" and --pause {k}" if k else "")
+        raise ValueError(f"{flags} leaves {left} of the LM's context of {context}")
     eos = lm.config.eos[0] if lm.config.eos else None
     examples = {split: load_split(args, split) for split in ("train", "dev", "test")}
     V = lm.config.vocab_size
-    tokens = {k: data.tokenize(part, tokenizer, eos, left, V) for k, part in examples.items()}
+    tokens, pause_ids = {}, list(range(V, V + k))  # those of recurse.Paused
+    for split, part in examples.items():
+        paused = [replace(example, input=example.input + after) for example in part]
+        rows = data.tokenize(paused, tokenizer, eos, left, V)
+        tokens[split] = [replace(row, input=row.input + pause_ids) for row in rows]
     for split in ("dev", "test"):  # refuse before training what `predict` would refuse after it
         for example, question in zip(examples[split], tokens[split]):
-            T, new = len(question.input), args.max_new_tokens
+            T, new = len(question.input) - k, args.max_new_tokens
             if not example.options and T + new - 1 > left:  # the last new token is never read
                 raise ValueError(
                     f"{example.source}: {T} tokens and {new} new ones exceed the {left} that the "
@@ -327,6 +344,25 @@ def start_prompt(task: Task) -> adapters.SoftPrompt:
     return adapters.SoftPrompt(vectors).to(args.device)
 
 
+def start_pause(task: Task) -> adapters.Pause | None:
+    """The filler after every question. Trained vectors start as the tokens of "\\nA:", repeated, or
+    as those of the adapter that training starts from, if it has any."""
+    args, lm, folder = task.args, task.lm, init_folder(task.args)
+    text, k = adapters.pause_parts(args.pause, args.pause_text)
+    if folder and (folder / "pause.safetensors").is_file():
+        stored = adapters.read_adapter_config(folder)["pause"]
+        if stored != k:
+            raise ValueError(
+                f"--init {folder} ends questions with {stored} trained vectors; say so with "
+                f"--pause {stored} --pause-text trained"
+            )
+        return adapters.load_pause(folder, k, "trained", lm)
+    if k == 0:
+        return adapters.Pause(text) if text else None
+    filler = adapters.from_text(k, lm.embed_tokens.weight, task.tokenizer, "\nA:" * k)
+    return adapters.Pause(vectors=filler).to(args.device)
+
+
 def load_init(init: Path, args, lm: LM, kind: type) -> nn.Module:
     """Load the stored adapter that --init names. ValueError if the method does not train it."""
     method = args.method
@@ -377,15 +413,18 @@ def show_passes(task: Task, row: dict) -> None:
     Last pass: the prediction, token by token. First pass: the LM's own likeliest token at each of
     these positions, after the same tokens.
     """
-    lm, tokenizer = task.lm, task.tokenizer
-    texts = [row["input"], f"{row['input']} {row['prediction']}"]
-    question, whole = data.encode_prompts(tokenizer, texts)
+    lm, tokenizer, pause = task.lm, task.tokenizer, task.pause
+    reader = lm if pause is None else recurse.Paused(lm, pause)
+    asked = row["input"] + getattr(reader, "pause_text", "")
+    texts = [row["input"], asked, f"{asked} {row['prediction']}"]
+    bare, question, whole = data.encode_prompts(tokenizer, texts)
     last = whole[len(question) :]
+    question = question + getattr(reader, "pause_ids", [])
     with torch.no_grad():
         ids = torch.tensor([question + last], device=lm.embed_tokens.weight.device)
-        h = lm(lm.embed(ids))[0, len(question) - 1 : -1]  # position t predicts token t + 1
+        h = lm(reader.embed(ids))[0, len(question) - 1 : -1]  # position t predicts token t + 1
         first = lm.logits(h).argmax(-1).tolist()
-        alone = predict(lm, tokenizer, [question], stops=["\n"])[0]
+        alone = predict(lm, tokenizer, [bare], stops=["\n"])[0]
     show(f"\n{row['input']}\n  the frozen LM alone answers  {alone}")
     lines = [[repr(tokenizer.decode([token])) for token in tokens] for tokens in (last, first)]
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -414,6 +453,8 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
         ("--dev", str, None, "questions that choose the best parameters"),
         ("--test", str, None, "questions that are scored once, at the end"),
         cli.WORLD,
+        cli.PAUSE,
+        cli.PAUSE_TEXT,
         ("--max-new-tokens", cli.COUNT, 16, "longest answer"),
         ("--stop", str, None, "ends an answer; a newline for questions if not given, '' for none"),
         ("--eval-limit", cli.COUNT, 240, "dev questions scored along training; the end scores all"),
@@ -436,6 +477,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(sys.argv[1:] if argv is None else argv)
     if args.init and args.method in ("fine_tuning", "training_free"):
         raise ValueError(f"--init: {args.method} does not start from an adapter")
+    if args.pause and not args.pause_text:
+        raise ValueError(f"--pause {args.pause}: --pause-text is empty")
     if args.passes > 2 and args.method != "neural_recursion":
         raise ValueError(f"--passes {args.passes}: only neural_recursion has more than two passes")
     cli.check_and_seed(args)

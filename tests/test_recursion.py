@@ -1,19 +1,33 @@
-"""Several passes: more than two, without training, and a first pass that is computed only once."""
+"""Several passes: more than two, without training, a first pass that is computed only
+once, and filler after the question."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import QUESTIONS, build, close
 from safetensors.torch import load_file
-from tiny_runs import command, make_place, read_lines, run
+from tiny_runs import (
+    TRAINED,
+    command,
+    die_at_5,
+    make_place,
+    read_lines,
+    run,
+    same_runs,
+    write_lines,
+)
 
 import adapters
+import data
+import eval as metrics
 import recurse
+import train
 from checkpoints import skip_init
 from data import TokenizedExample, collate
 from fit import target_loss
-from generate import predict
+from generate import generate, predict, prepare
 from model import LM, Config
 from runs import load_run, read_predictions
 
@@ -170,3 +184,103 @@ def test_a_run_reads_its_texts_once_and_learns_the_same(place, tmp_path, monkeyp
     flags = "--cache-first-pass 1 --steps 2"  # fewer questions than an epoch has
     run(command(place, "neural_recursion", tmp_path / "short", flags))
     assert len(computed) == 1
+
+
+# Filler after the question
+
+
+def prepared(folder, examples):
+    """(ids, prefix, model, tokenizer) with which `eval.py ask --run` asks."""
+    model, prefix, tokenizer, _ = load_run(folder)
+    ids, _, prefix = prepare(model, tokenizer, examples, prefix, 4)
+    return ids, prefix, model, tokenizer
+
+
+def test_without_filler_nothing_changes(place, tmp_path):
+    run(command(place, "neural_recursion", tmp_path / "a"))
+    run(command(place, "neural_recursion", tmp_path / "b", "--pause 0 --pause-text trained"))
+    same_runs(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_text_as_filler_equals_questions_that_end_with_it(place, tmp_path):
+    """Token for token, in training and when the run is asked, and bit for bit in what is learnt."""
+    flags = ["--pause", "2", "--pause-text", r"\nso:"]
+    examples = data.read(place / "train.jsonl")
+    longer = [replace(e, input=e.input + "\nso:\nso:") for e in examples]
+    rows = [{"id": e.id, "input": e.input, "target": e.target, "task": e.task} for e in longer]
+    file = write_lines(tmp_path / "longer.jsonl", rows)
+    files = ["--train", str(file), "--dev", str(file), "--stop", ""]
+    own = ["--dev", str(place / "train.jsonl"), "--stop", ""]
+    run([*command(place, "neural_recursion", tmp_path / "filled"), *own, *flags])
+    run([*command(place, "neural_recursion", tmp_path / "longer"), *files])
+    a, b = stored(tmp_path / "filled"), stored(tmp_path / "longer")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    tokens = []
+    for more in ([*own, *flags], files):
+        args = train.parse([*command(place, "neural_recursion", tmp_path / "new"), *more][1:])
+        tokens.append(train.load_task(args, *train.load_lm(args)).tokens)
+    assert tokens[0] == tokens[1]
+    ids, *_ = prepared(tmp_path / "filled", examples)
+    assert ids == [e.input for e in tokens[0]["train"]]
+    predictions = [read_predictions(tmp_path / name) for name in ("filled", "longer")]
+    assert len({tuple(row["prediction"] for row in rows) for rows in predictions}) == 1
+    assert [row["input"] for row in predictions[0]] == [e.input for e in examples]
+    config = adapters.read_adapter_config(tmp_path / "filled")
+    assert (config["pause"], config["pause_text"]) == (2, r"\nso:")
+
+
+@pytest.mark.parametrize("kind", ["tied", "learned"])
+def test_vectors_that_are_real_tokens_embeddings_are_read_as_these_tokens(make_lm, kind):
+    lm = make_lm(kind)
+    stack, _ = build("neural_recursion", lm)
+    filler = [9, 4, 21]
+    pause = adapters.Pause(vectors=lm.embed_tokens.weight[filler])
+    model = recurse.Paused(stack, pause)
+    ids = [row + model.pause_ids for row in QUESTIONS]
+    expected = generate(stack, [row + filler for row in QUESTIONS], max_new_tokens=5, n=2)
+    assert generate(model, ids, max_new_tokens=5, n=2) == expected
+    with pytest.raises(ValueError, match="outside the vocabulary of 70"):
+        generate(model, [[70]])
+
+
+TRAINED_FILLER = "--pause 2 --pause-text trained"
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_trained_filler_learns_and_is_loaded_again(place, tmp_path, method):
+    record = run(command(place, method, tmp_path / "run", TRAINED_FILLER))
+    one = run(command(place, method, tmp_path / "start", f"{TRAINED_FILLER} --lr 0 --steps 1"))
+    assert record["trained_parameters"] == one["trained_parameters"]
+    before, after = (load_file(tmp_path / k / "pause.safetensors") for k in ("start", "run"))
+    assert before["vectors"].shape == (2, 32)
+    assert (before["vectors"] != after["vectors"]).any(1).all()  # each of the two
+    rows = read_predictions(tmp_path / "run")
+    examples = data.read(place / "dev.jsonl")
+    ids, prefix, model, tokenizer = prepared(tmp_path / "run", examples)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert [row[-2:] for row in ids] == [[model.config.vocab_size - n for n in (2, 1)]] * 5
+    found = predict(model, tokenizer, ids, prefix, 4, stops=metrics.stops(examples))
+    assert found == [row["prediction"] for row in rows]
+    ask = ["ask", "--run", str(tmp_path / "run"), "--max-new-tokens", "4", "where was Anna born"]
+    assert metrics.main(ask) == [rows[0]["prediction"]]
+
+
+def test_trained_filler_starts_as_the_default_text_and_goes_on_with_its_adapter(place, tmp_path):
+    run(command(place, "connector_lm", tmp_path / "run", f"{TRAINED_FILLER} --lr 0.05"))
+    flags = f"{TRAINED_FILLER} --lr 0 --steps 1"
+    run(command(place, "connector_lm", tmp_path / "again", f"{flags} --init {tmp_path}/run"))
+    run(command(place, "connector_lm", tmp_path / "start", flags))
+    vectors = [load_file(tmp_path / k / "pause.safetensors") for k in ("run", "again", "start")]
+    trained, again, start = (file["vectors"] for file in vectors)
+    assert torch.equal(trained, again)
+    lm, tokenizer = train.load_lm(train.parse(command(place, "connector_lm", tmp_path)[1:]))
+    ids = tokenizer.encode("\nA:\nA:", add_special_tokens=False).ids[:2]
+    assert torch.equal(start, lm.embed_tokens.weight[ids])
+
+
+def test_trained_filler_is_resumed_bit_for_bit(place, tmp_path, monkeypatch):
+    line = command(place, "neural_recursion", tmp_path / "cut", TRAINED_FILLER)
+    die_at_5(monkeypatch, line)
+    run([*line, "--resume"])
+    run(command(place, "neural_recursion", tmp_path / "whole", TRAINED_FILLER))
+    same_runs(tmp_path / "whole", tmp_path / "cut")

@@ -57,6 +57,12 @@ RECUR --init three --connector-layers 1                 | --passes 3 --connector
 RECUR --init three --passes 3 --connectors shared       | --passes 3 --connectors each
 RECUR --passes 1                                        | --passes
 RECUR --cache-first-pass -1                             | --cache-first-pass
+RECUR --pause -1                                        | --pause
+RECUR --pause 2 --pause-text ''                         | --pause 2 | --pause-text
+RECUR --pause 95 --pause-text trained                   | --pause 95 | context of 96
+RECUR --pause 60                                        | :1: | context
+RECUR --init paused --pause 3 --pause-text trained      | --pause 2 --pause-text trained
+RECUR --init paused                                     | --pause 2 --pause-text trained
 PROMPT --passes 3                                       | --passes 3 | neural_recursion
 TRAIN training_free --init connector                    | --init | training_free
 RECUR --init vocab                                      | --init vocab | neural_recursion
@@ -231,6 +237,7 @@ def make_runs(place):
     for out in ("run", "torn", "spoilt"):
         short(f"RECUR --out {out}")
     run(command(place, "neural_recursion", place / "connector"))
+    short("RECUR --out paused --pause 2 --pause-text trained")
     state = place / "torn" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:1000])
     (place / "spoilt" / "run.json").write_text("{}")
