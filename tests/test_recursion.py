@@ -145,7 +145,7 @@ def test_a_prompt_is_pretrained_on_text_and_starts_prompt_tuning(place, tmp_path
 
 # The first pass, kept
 
-TEXTS = [TokenizedExample(ids, [ids[0] + i, 3]) for i, ids in enumerate(QUESTIONS)]
+TEXTS = [TokenizedExample(ids, [ids[0] + i, 3]) for i, ids in enumerate(QUESTIONS[::-1])]
 
 
 @pytest.mark.parametrize("method", ["neural_recursion", "lm_connector", "three_passes"])
