@@ -5,6 +5,9 @@
     Connector    a few causal layers before, after or between passes through the LM (Levine et al.
                  2022, "Standing on the Shoulders of Giant Frozen Language Models", section 4.2):
                  lm(connector(lm(lm.embed(ids)))) is one of the compositions in recurse.py
+    Connectors   what stands between more than two passes: one for all the gaps, or one for each
+    Pause        filler after every question, a text or trained vectors: positions at which the
+                 layers can work before the answer begins
 
 An adapter is stored as a folder of two files, adapter_config.json and adapter_model.safetensors. A
 soft prompt is stored in PEFT's format. The config holds the fingerprint of the LM that the adapter
@@ -146,6 +149,37 @@ class Connector(nn.Module):
         return (self.norm(out[0]), out[1]) if keep else self.norm(out)
 
 
+class Connectors(nn.ModuleList):
+    """The Connectors between more than two passes: a shared one, or one for each gap."""
+
+    def __init__(self, connectors: list[Connector], passes: int):
+        super().__init__(connectors)
+        self.passes = passes
+
+    def gaps(self) -> list[Connector]:
+        """The Connector of each gap, in order."""
+        return [self[i % len(self)] for i in range(self.passes - 1)]
+
+
+class Pause(nn.Module):
+    """k positions of filler after every question: a text, or k trained vectors (k, C).
+
+    recurse.Paused lets a model read them. With more than one pass, what the first pass knows only
+    at the question's end can then be used by the second at positions of its own.
+    """
+
+    def __init__(self, text: str = "", vectors: Tensor | None = None):
+        super().__init__()
+        self.text = text  # appended to the question before it is tokenised
+        self.vectors = None if vectors is None else nn.Parameter(vectors.detach().clone().float())
+
+
+def pause_parts(count: int, text: str) -> tuple[str, int]:
+    """What --pause and --pause-text mean: (the text, the number of trained vectors) that follow
+    every question. The two letters \\n in `text` stand for a newline."""
+    return ("", count) if text == "trained" else (text.replace("\\n", "\n") * count, 0)
+
+
 def rms(vectors: Tensor) -> float:
     """Root mean square over all entries."""
     return vectors.detach().float().square().mean().sqrt().item()
@@ -174,12 +208,36 @@ def save_adapter(folder: str | Path, adapter: nn.Module, lm, **info) -> None:
         }
     elif isinstance(adapter, Connector):
         config |= {"peft_type": "CONNECTOR", "connector_layers": len(adapter.layers)}
+    elif isinstance(adapter, Connectors):
+        config |= {"peft_type": "CONNECTOR", "connector_layers": len(adapter[0].layers)}
+        config |= {"passes": adapter.passes, "connectors": len(adapter)}
     else:
         raise TypeError(f"a {type(adapter).__name__} is not an adapter of this file")
     config |= {"token_dim": lm.config.dim}
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", config)
+
+
+def save_pause(folder: str | Path, pause: Pause | None) -> None:
+    """Writes trained vectors to pause.safetensors. A text is in the arguments of the run."""
+    from checkpoints import write_tensors
+
+    if pause is not None and pause.vectors is not None:
+        vectors = pause.vectors.detach().cpu().contiguous()
+        write_tensors(Path(folder) / "pause.safetensors", {"vectors": vectors})
+
+
+def load_pause(folder: str | Path, count: int, text: str, lm) -> Pause | None:
+    """The Pause of the flags --pause and --pause-text, its vectors from `folder`; None without."""
+    from checkpoints import check_tensors, read_tensors
+
+    text, k = pause_parts(count, text)
+    if k == 0:
+        return Pause(text) if text else None
+    tensors = read_tensors(Path(folder) / "pause.safetensors")
+    check_tensors(tensors, {"vectors": (k, lm.config.dim)}, folder)
+    return Pause(vectors=tensors["vectors"]).to(lm.embed_tokens.weight.device)
 
 
 def read_adapter_config(folder: str | Path) -> dict:
@@ -249,14 +307,19 @@ def load_soft_prompt(folder: str | Path, config: dict, lm) -> SoftPrompt:
     return SoftPrompt(from_file(length, lm.embed_tokens.weight, folder))
 
 
-def load_connector(folder: str | Path, config: dict, lm) -> Connector:
-    """The Connector that `save_adapter` wrote. ValueError unless its tensors fit this LM."""
+def load_connector(folder: str | Path, config: dict, lm) -> Connector | Connectors:
+    """What `save_adapter` wrote. ValueError unless its tensors fit this LM."""
     from checkpoints import check_tensors, read_tensors
 
-    n = config.get("connector_layers")
+    n, passes, count = (config.get(k) for k in ("connector_layers", "passes", "connectors"))
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"{folder}: connector_layers is {n!r}, not a number of layers")
-    connector = Connector(lm.new_layers(n))
+    if passes is None:
+        connector = Connector(lm.new_layers(n))
+    else:
+        if not isinstance(passes, int) or passes < 3 or count not in (1, passes - 1):
+            raise ValueError(f"{folder}: passes is {passes!r} and connectors is {count!r}")
+        connector = Connectors([Connector(lm.new_layers(n)) for _ in range(count)], passes)
     found = read_tensors(Path(folder) / "adapter_model.safetensors")
     expected = {name: p.shape for name, p in connector.named_parameters()}
     check_tensors(found, expected, folder)

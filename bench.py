@@ -270,6 +270,7 @@ class Lengths:
     question: int
     new: int  # after a question: new tokens, or those of its longest option
     options: int
+    kept: int  # positions of the first pass that are computed once and kept
 
 
 def parse_plan(argv: list[str]) -> argparse.Namespace:
@@ -289,10 +290,11 @@ def read_lengths(args: argparse.Namespace, lm: LM, folder: str | Path) -> Length
     """The lengths that --seq-len assumes, or else those of the questions of the run."""
     if args.seq_len:
         T, new = args.seq_len, args.max_new_tokens
-        return Lengths(T, T if args.text else min(T, new), T, new, 0)
+        return Lengths(T, T if args.text else min(T, new), T, new, 0, 0)
     files = [name for name in HUB_FILES if "safetensors" not in name]
     tokenizer = load_tokenizer(args.tokenizer or resolve(folder, files), lm.config.vocab_size)
-    tokens = train.load_task(args, lm, tokenizer).tokens
+    task = train.load_task(args, lm, tokenizer)
+    tokens, first_pass = task.tokens, train.first_pass(task)
     asked = [e for split in ("dev", "test") for e in tokens[split]]
     ends = [max(map(len, e.options), default=args.max_new_tokens) for e in asked]
     return Lengths(
@@ -301,6 +303,7 @@ def read_lengths(args: argparse.Namespace, lm: LM, folder: str | Path) -> Length
         question=max((len(e.input) for e in asked), default=0),
         new=max(ends, default=0),
         options=min((len(e.options) for e in asked), default=0),
+        kept=0 if first_pass is None else first_pass.positions,
     )
 
 
@@ -322,6 +325,12 @@ def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
         trained = args.prompt_length * config.dim
     elif args.method == "fine_tuning":
         trained, frozen = weights, 0
+    elif args.method == "training_free":
+        trained = 0
+    elif args.connectors == "each":
+        trained *= args.passes - 1
+    if args.pause_text == "trained":
+        trained += args.pause * config.dim
     size = 2 if args.dtype == "bfloat16" else 4  # what is trained is in float32 all the same
     step = {"its gradients": 4 * trained} | step_memory(args, config, lengths, size)
     evaluation = evaluation_memory(args, config, lengths, size)
@@ -333,6 +342,8 @@ def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
         **step,
         "evaluation beyond this": max(0, evaluation - sum(step.values())),
     }
+    if lengths.kept:
+        table["first pass, kept"] = size * config.dim * lengths.kept
     if args.device == "cpu":
         table["Python and libraries"] = memory("VmRSS")  # this process has loaded the same ones
         # malloc keeps freed blocks: 0.2 to 0.65 of the others, in runs that were measured.
@@ -357,6 +368,11 @@ def step_memory(args, c: Config, lengths: Lengths, size: int) -> dict[str, int]:
         trained_layers, frozen_layers = c.n_layers, 0
     elif args.method == "lm_connector":  # the gradient ends in the Connector
         frozen_layers = 0
+    elif args.method == "training_free":  # no step
+        return {}
+    elif args.method == "neural_recursion":  # the first pass keeps nothing
+        trained_layers *= args.passes - 1
+        frozen_layers *= args.passes - 1
     kept = trained_layers * activations(c, trained=True)
     kept += frozen_layers * activations(c, trained=False)
     targets = args.batch_size * lengths.targets
@@ -373,7 +389,9 @@ def evaluation_memory(args, c: Config, lengths: Lengths, size: int) -> int:
     P = args.prompt_length if args.method == "prompt_tuning" else 0
     length = P + lengths.question + lengths.new
     rows = min(128, max(1, args.eval_tokens // length))  # as in generate.predict
-    passes = {"neural_recursion": 2 * c.n_layers + args.connector_layers}
+    gaps = args.passes - 1
+    passes = {"neural_recursion": (gaps + 1) * c.n_layers + gaps * args.connector_layers}
+    passes["training_free"] = 2 * c.n_layers
     passes |= dict.fromkeys(("prompt_tuning", "fine_tuning"), c.n_layers)
     layers = passes.get(args.method, c.n_layers + args.connector_layers)
     cache = 2 * c.n_kv_heads * c.head_dim * layers * size

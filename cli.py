@@ -76,6 +76,12 @@ COUNT = number_type(int, 1)
 MODEL = ("--model", str, None, "checkpoint folder or hub id; the embedded LM if not given")
 TOKENIZER = ("--tokenizer", str, None, "tokenizer.json or its folder, if not the model's own")
 WORLD = ("--world-seed", int, 1, "which embedded world; the embedded LM knows world 1")
+PROMPT = ("--prompt-length", COUNT, 20, "P of a soft prompt (papers: 100 to 400)")
+PASSES = ("--passes", number_type(int, 2), 2, "passes of a neural recursion (paper: 2)")
+CONNECTORS = ("--connectors", ["shared", "each"], "shared", "one for all gaps, or one in each gap")
+PAUSE = ("--pause", number_type(int, 0), 0, "k, filler positions after every question")
+filler = "text repeated k times (\\n: a newline), or `trained` for k trained vectors"
+PAUSE_TEXT = ("--pause-text", str, r"\nA:", filler)
 CONNECTOR = ("--connector-layers", COUNT, 2, "layers of a Connector (paper: 1 and 2)")
 
 

@@ -346,19 +346,22 @@ def prepare(lm, tokenizer, examples, prefix=None, max_new_tokens: int = 16, shot
     `shots` are examples that stand, with their answers, before every question. They are read here,
     once, and the prefix is extended by them. ValueError, which names the example, if one of its
     options or max_new_tokens exceed the context. An open question's own answer needs no tokens.
+    What a recurse.Paused puts behind a question follows each of them, but not the shots.
     """
     import data
 
-    config = lm.config
-    left = config.max_len - (0 if prefix is None else prefix.size)
+    config, pause_ids = lm.config, getattr(lm, "pause_ids", [])
+    left = config.max_len - (0 if prefix is None else prefix.size) - len(pause_ids)
     before = "".join(f"{shot.input} {shot.target}{SHOT_END}" for shot in shots)
-    examples = [replace(e, input=before + e.input) for e in examples]
+    after = getattr(lm, "pause_text", "")
+    examples = [replace(e, input=before + e.input + after) for e in examples]
     eos = config.eos[0] if config.eos else None
     choices = [e for e in examples if e.options]
-    tokenized = iter(data.tokenize(choices, tokenizer, eos, left, config.vocab_size))
+    V = config.vocab_size - len(pause_ids)
+    tokenized = iter(data.tokenize(choices, tokenizer, eos, left, V))
     ids, options = [], []
     for e, row in zip(examples, data.encode_prompts(tokenizer, [e.input for e in examples])):
-        ids.append(row)
+        ids.append(row + pause_ids)
         options.append(next(tokenized).options if e.options else [])
         if not e.options and len(row) + max_new_tokens - 1 > left:  # the last is never read
             raise ValueError(

@@ -8,19 +8,27 @@ in place of the embeddings.
     neural recursion   lm(connector(lm(lm.embed(ids))))
     LM-Connector       connector(lm(lm.embed(ids)))      one pass; the Connector comes after it
     Connector-LM       lm(connector(lm.embed(ids)))      one pass; the Connector comes before it
+    training-free      lm(rescale(lm(lm.embed(ids))))    no Connector; the second pass reads the
+                                                         first one's output at the embeddings' scale
+
+Every composition can end its questions with a Pause: Paused(model, pause).
 
 A Stack generates like an LM: every new token runs through all its parts, and every part has its own
-KV cache. Needs adapters.py; the caller passes the LM.
+KV cache. Needs adapters.py and generate.py; the caller passes the LM.
 
     python train.py --method neural_recursion      trains one on the embedded world
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
-from adapters import Connector, rms
+from adapters import Connector, Connectors, Pause, rms
+from generate import pad
 
 
 @dataclass
@@ -86,6 +94,10 @@ class Stack(nn.Module):
                 parts += [connector, lm]
         self.parts = nn.ModuleList(parts)
 
+    def after_first(self) -> "Stack":
+        """The parts after the first, which read its output instead of embeddings."""
+        return Stack(self.lm, parts=list(self.parts)[1:])
+
     def embed(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> (B, T, C), what the first part reads."""
         return self.lm.embed(ids)
@@ -116,15 +128,127 @@ class Stack(nn.Module):
         return extended.drop_padding(x.shape[1] - lengths.to(x.device))
 
 
+class Paused(nn.Module):
+    """A model, with the LM's interface, whose questions end with a Pause.
+
+    generate.prepare appends `pause_text` to a question and `pause_ids` to its tokens. These ids lie
+    beyond the vocabulary: they are read as the pause's trained vectors, and never predicted.
+    """
+
+    def __init__(self, model, pause: Pause):
+        super().__init__()
+        self.model, self.pause, self.pause_text = model, pause, pause.text
+        V, k = model.config.vocab_size, 0 if pause.vectors is None else len(pause.vectors)
+        self.pause_ids = list(range(V, V + k))
+        self.config = replace(model.config, vocab_size=V + k)  # of what can be read
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> (B, T, C)."""
+        V, vectors = self.model.config.vocab_size, self.pause.vectors
+        if vectors is None:
+            return self.model.embed(ids)
+        x = self.model.embed(ids.clamp(max=V - 1))
+        return torch.where((ids >= V)[..., None], vectors[(ids - V).clamp(min=0)].to(x.dtype), x)
+
+    def forward(self, x: Tensor, prefix=None, keep: bool = False):
+        """As the model's."""
+        return self.model(x, prefix, keep)
+
+    def read(self, x: Tensor, prefix=None, lengths: Tensor | None = None):
+        """As the model's."""
+        return self.model.read(x, prefix, lengths)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """As the model's: (..., C) -> (..., V), without the pause's ids."""
+        return self.model.logits(h)
+
+
+class Reread(nn.Module):
+    """A pass over hidden states at the embeddings' root mean square: the loop without training."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm, self.scale = lm, rms(lm.embed_tokens.weight)
+
+    def forward(self, h: Tensor, prefix=None, keep: bool = False):
+        """h (B, T, C) -> (B, T, C), and with keep the extended Prefix, as in LM.forward."""
+        return self.lm(self.scale * F.rms_norm(h, h.shape[-1:]), prefix, keep)
+
+
+class FirstPass:
+    """The frozen LM's last hidden states of the training texts, computed once and kept.
+
+    A first pass reads the same tokens in every epoch and nothing trained comes before it. The texts
+    are read in batches that depend on the texts alone, so a resumed run gets the same bits. Other
+    batches would pad and round differently: the states are those of a first pass inside the step
+    to float32 rounding.
+    """
+
+    def __init__(self, lm, texts: list[list[int]], batch_size: int = 32):
+        self.lm, self.texts, self.batch_size = lm, texts, batch_size
+        lengths = torch.tensor([len(text) for text in texts])
+        self.starts = lengths.cumsum(0) - lengths  # of each text in `states`
+        self.positions = int(lengths.sum())
+        self.states = None  # (positions, C)
+
+    @torch.no_grad()
+    def compute(self) -> None:
+        """Read every text, the shortest first."""
+        device = self.lm.embed_tokens.weight.device
+        order = sorted(range(len(self.texts)), key=lambda row: len(self.texts[row]))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            ids, lengths = pad([self.texts[row] for row in rows], device)
+            h = self.lm(self.lm.embed(ids))
+            if self.states is None:
+                self.states = h.new_empty(self.positions, h.shape[-1])
+            for row, states, length in zip(rows, h, lengths.tolist()):
+                first = self.starts[row]
+                self.states[first : first + length] = states[:length]
+        self.starts = self.starts.to(device)
+
+    def __call__(self, rows: list[int], T: int) -> Tensor:
+        """The states of the texts `rows` as (B, T, C). Beyond a text's end they are of others."""
+        if self.states is None:
+            self.compute()
+        index = self.starts[rows][:, None] + torch.arange(T, device=self.starts.device)
+        return self.states[index.clamp(max=self.positions - 1)]
+
+
 # method: a function (lm, adapter) -> (model with the LM's interface, prefix of every text or None)
 COMPOSITIONS = {
     "fine_tuning": lambda lm, _: (lm, None),
     "prompt_tuning": lambda lm, prompt: (lm, lm.read(prompt())),
-    "neural_recursion": lambda lm, connector: (Stack(lm, [connector]), None),
+    "neural_recursion": lambda lm, connector: (Stack(lm, gaps(connector)), None),
     "lm_connector": lambda lm, connector: (Stack(lm, parts=[lm, connector]), None),
     "connector_lm": lambda lm, connector: (Stack(lm, parts=[connector, lm]), None),
+    "training_free": lambda lm, _: (Stack(lm, parts=[lm, Reread(lm)]), None),
 }
 CONNECTOR_METHODS = ("neural_recursion", "lm_connector", "connector_lm")
+
+
+def compose(method: str, lm, adapter, pause: Pause | None = None):
+    """(model, prefix) of COMPOSITIONS, whose questions end with the pause, if there is one."""
+    model, prefix = COMPOSITIONS[method](lm, adapter)
+    return (model if pause is None else Paused(model, pause)), prefix
+
+
+def gaps(connector: Connector | Connectors) -> list[Connector]:
+    """The Connector of each gap between the passes of a neural recursion."""
+    return connector.gaps() if isinstance(connector, Connectors) else [connector]
+
+
+def between_passes(
+    passes: int, shared: bool, start: Callable[[], Connector]
+) -> Connector | Connectors:
+    """What stands between `passes` passes: a shared Connector, or one for each gap.
+
+    start() returns a new Connector. Two passes have one gap, and get a plain Connector.
+    """
+    if passes == 2:
+        return start()
+    count = 1 if shared else passes - 1
+    return Connectors([start() for _ in range(count)], passes)
 
 
 def new_connector(lm, method: str, layers: int) -> Connector:

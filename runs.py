@@ -2,6 +2,7 @@
 
     adapter_config.json, adapter_model.safetensors   the trained adapter, best on dev
     model/                                           instead of it, if the model itself was trained
+    pause.safetensors                                trained filler after every question, if any
     predictions.jsonl                                each test question (dev, if there is no test),
                                                      its prediction and scores
     run.json                                         arguments, versions, hardware, hashes, results
@@ -37,10 +38,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adapters import load_adapter
+from adapters import load_adapter, load_pause
 from checkpoints import atomic_write, hash_tensors, load_tokenizer, write_json
 from model import LM
-from recurse import COMPOSITIONS
+from recurse import COMPOSITIONS, compose
 
 ASSETS = Path(__file__).parent / "assets"  # the embedded LM and the Connectors pretrained on it
 
@@ -409,7 +410,8 @@ def read_record(folder: str | Path) -> dict:
 def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None = None):
     """Load what a run trained. Returns (model, prefix, tokenizer, record).
 
-    model      the LM, or a Stack with the LM's interface; float32, whatever the run used
+    model      the LM, or a Stack or Paused with the LM's interface; float32, whatever the run used.
+               generate.prepare makes its questions end with the run's --pause
     prefix     the trained prompt as a Prefix, or None
     tokenizer  the one that the run used
     record     run.json
@@ -419,23 +421,24 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     """
     folder, record = Path(folder), read_record(folder)
     args, trained_lm = record["arguments"], folder / "model"
-    method = args["method"]
-    if method == "pretrain_connector":
-        method = args.get("composition")
+    method = args.get("composition", args["method"])  # pretraining says what it is for
     if trained_lm.is_dir():
         if model is not None:
             raise ValueError(f"{folder}: {method} trained an LM of its own; --model says another")
-        lm = LM.from_pretrained(trained_lm, device)
-        return lm, None, load_tokenizer(trained_lm, lm.config.vocab_size), record
-    if method not in COMPOSITIONS:
+        lm, method, adapter = LM.from_pretrained(trained_lm, device), "fine_tuning", None
+        tokenizer = load_tokenizer(trained_lm, lm.config.vocab_size)
+    elif method not in COMPOSITIONS:
         raise ValueError(f"{folder}/run.json: {args['method']} trains nothing that answers")
-    lm = _load_base(folder, record, device, model)
-    adapter = load_adapter(folder, lm).requires_grad_(False)
-    given = args.get("tokenizer")
-    found = [p for p in places(given, folder, record) if os.path.exists(p)] if given else []
-    tokenizer = load_tokenizer([*found, lm.folder][0], lm.config.vocab_size)
-    model, prefix = COMPOSITIONS[method](lm, adapter)
-    return model, prefix, tokenizer, record
+    else:
+        lm, adapter = _load_base(folder, record, device, model), None
+        if method != "training_free":
+            adapter = load_adapter(folder, lm).requires_grad_(False)
+        given = args.get("tokenizer")
+        found = [p for p in places(given, folder, record) if os.path.exists(p)] if given else []
+        tokenizer = load_tokenizer([*found, lm.folder][0], lm.config.vocab_size)
+    pause = load_pause(folder, args.get("pause", 0), args.get("pause_text", ""), lm)
+    model, prefix = compose(method, lm, adapter, pause)
+    return model.requires_grad_(False), prefix, tokenizer, record
 
 
 def _load_base(folder: Path, record: dict, device: str, model: str | Path | None) -> LM:

@@ -13,18 +13,22 @@ folder that a run leaves.
     lm_connector       connector(lm(lm.embed(ids)))                   the Connector
     connector_lm       lm(connector(lm.embed(ids)))                   the Connector
     fine_tuning        lm(lm.embed(ids))                              the LM itself
+    training_free      lm(rescale(lm(lm.embed(ids))))                 nothing; it is only scored
 
 The second column is recurse.COMPOSITIONS. By default neural_recursion starts from the Connector in
 assets/neural_recursion_2, which was pretrained on text. The other two Connectors start from random
-weights, unless --init names a folder. The training loop is in fit.py. To add a method, add a line
-to recurse.COMPOSITIONS, and a function and a line of METHODS here.
+weights, unless --init names a folder. With --passes 3 the LM is run three times, with one Connector
+between the passes or one in each gap. A Connector-LM whose Connector has as many layers as the
+recursion has after its first pass (--connector-layers 8 on the embedded LM) spends the same compute
+without a second pass. The training loop is in fit.py. To add a method, add a line to
+recurse.COMPOSITIONS, and a function and a line of METHODS here.
 """
 
 import argparse
 import hashlib
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,6 +60,7 @@ class Task:
     tokenizer: Tokenizer
     examples: dict[str, list[data.Example]]
     tokens: dict[str, list[data.TokenizedExample]]
+    pause: adapters.Pause | None = None  # what follows every question
 
 
 def prompt_tuning(task: Task) -> dict:
@@ -83,6 +88,17 @@ def fine_tuning(task: Task) -> dict:
     return train_adapter(task, trained=task.lm.requires_grad_(True))
 
 
+def training_free(task: Task) -> dict:
+    """Train nothing: score a second pass over the first one's output at the embeddings' scale."""
+    run = Run.from_args(task.args)
+    task.pause = start_pause(task)
+    with run:
+        record = start_record(run, nn.Module(), task.lm, hashes(task))
+        record |= {"question_format": asks_questions(task)}
+        record |= {"step": 0, "score": None, "seconds": 0.0}
+        return finish(task, run, record, None)
+
+
 METHODS = {  # method: (function, defaults of its flags)
     "prompt_tuning": (
         prompt_tuning,
@@ -92,6 +108,7 @@ METHODS = {  # method: (function, defaults of its flags)
     "lm_connector": (lm_connector, {"steps": 1200, "lr": 3e-3}),
     "connector_lm": (connector_lm, {"steps": 1200, "lr": 3e-3}),
     "fine_tuning": (fine_tuning, {"steps": 1200, "lr": 3e-4}),
+    "training_free": (training_free, {"steps": 0, "lr": 0.0}),
 }
 
 
@@ -104,13 +121,20 @@ def train_adapter(task: Task, trained: nn.Module) -> dict:
     recipe, run = Recipe.from_args(args), Run.from_args(args)
     adapter = None if trained is lm else trained
     frozen = None if trained is lm else lm
+    pause = task.pause = start_pause(task)
+    if pause is not None and pause.vectors is not None:
+        trained = nn.ModuleDict({"adapter": trained, "pause": pause})
 
     def batch_at(number: int) -> data.Batch:
         return data.batches(tokens["train"], args.batch_size, args.seed, number)
 
     def loss_of(batch: data.Batch) -> Tensor:
-        model, prefix = recurse.COMPOSITIONS[args.method](lm, adapter)  # reads the new prompt
-        return target_loss(model, prefix, batch)
+        if cache is None:
+            model, prefix = recurse.compose(args.method, lm, adapter, pause)  # reads the new prompt
+            return target_loss(model, prefix, batch)
+        stack, prefix = recurse.COMPOSITIONS[args.method](lm, adapter)
+        x = cache(batch.rows, batch.ids.shape[1])
+        return target_loss(stack.after_first(), prefix, batch, x)
 
     def evaluate() -> float | None:
         if not tokens["dev"]:
@@ -123,32 +147,69 @@ def train_adapter(task: Task, trained: nn.Module) -> dict:
         else:
             base = run.arguments["model"]
             info = {"method": args.method, "base_model_name_or_path": base}
+            if pause is not None:
+                info |= {"pause": args.pause, "pause_text": args.pause_text}
             adapters.save_adapter(run.folder, adapter, lm, **info)
+        adapters.save_pause(run.folder, pause)
 
     with run:
         record = start_record(run, trained, frozen, hashes(task))
-        # Whether `eval.py ask` must put its questions into the format of data.question_text.
-        inputs = [example.input for example in task.examples["train"]]
-        record["question_format"] = all(map(data.is_question, inputs))
+        record["question_format"] = asks_questions(task)
+        cache = first_pass(task)
         record |= fit(run, recipe, trained, batch_at, loss_of, evaluate, save)
-        with autocast(recipe):
-            splits = [split for split in ("dev", "test") if tokens[split]]
-            predictions = {split: predict_split(task, adapter, split) for split in splits}
-        rows = predictions.get("test") or predictions.get("dev") or []
-        run.write_lines("predictions.jsonl", rows)
-        with only_shows("examples"):
-            show_examples(rows)
-            if args.method == "neural_recursion" and rows:  # the last correct answer, or the last
-                show_passes(task, next((row for row in rows[::-1] if row["em"]), rows[-1]))
-        results = {split: metrics.summary(part) for split, part in predictions.items()}
-        return finish_record(run, record, frozen, results)
+        return finish(task, run, record, adapter)
+
+
+def asks_questions(task: Task) -> bool:
+    """Whether `eval.py ask` must put its questions into the format of data.question_text."""
+    return all(data.is_question(example.input) for example in task.examples["train"])
+
+
+def finish(task: Task, run: Run, record: dict, adapter) -> dict:
+    """Answer and score dev and test, show examples, and complete the record, which is returned."""
+    args = task.args
+    with autocast(Recipe.from_args(args)):
+        splits = [split for split in ("dev", "test") if task.tokens[split]]
+        predictions = {split: predict_split(task, adapter, split) for split in splits}
+    rows = predictions.get("test") or predictions.get("dev") or []
+    run.write_lines("predictions.jsonl", rows)
+    with only_shows("examples"):
+        show_examples(rows)
+        if args.method == "neural_recursion" and rows:  # the last correct answer, or the last
+            show_passes(task, next((row for row in rows[::-1] if row["em"]), rows[-1]))
+    results = {split: metrics.summary(part) for split, part in predictions.items()}
+    frozen = None if args.method == "fine_tuning" else task.lm
+    return finish_record(run, record, frozen, results)
+
+
+def first_pass(task: Task) -> recurse.FirstPass | None:
+    """The cache of the first pass over the training questions. Prints its size.
+
+    None if something trained comes before it or in its text, if no question is read twice, or if
+    the states exceed --cache-first-pass.
+    """
+    args = task.args
+    _, trained_vectors = adapters.pause_parts(args.pause, args.pause_text)
+    texts = [(e.input + e.target)[:-1] for e in task.tokens["train"]]
+    read = args.steps * args.grad_accum * args.batch_size  # texts in the whole training
+    frozen = args.method in ("neural_recursion", "lm_connector") and not trained_vectors
+    if not frozen or read <= len(texts):
+        return None
+    cache = recurse.FirstPass(task.lm, texts)
+    size = cache.positions * task.lm.config.dim * (2 if args.dtype == "bfloat16" else 4) / 1e9
+    line = f"first pass: {cache.positions:,} positions of {len(texts):,} texts, {size:.3f} GB"
+    if size > args.cache_first_pass:
+        show(f"{line}, more than --cache-first-pass {args.cache_first_pass}: computed in each step")
+        return None
+    show(f"{line}: computed once and kept")
+    return cache
 
 
 @torch.no_grad()
 def predict_split(task: Task, adapter, split: str, limit: int | None = None) -> list[dict]:
     """Answer a split's questions, or a sample of `limit` of them, and score the answers."""
     args = task.args
-    model, prefix = recurse.COMPOSITIONS[args.method](task.lm, adapter)
+    model, prefix = recurse.compose(args.method, task.lm, adapter, task.pause)
     rows = data.sample(len(task.tokens[split]), limit, args.seed)
     examples = [task.examples[split][row] for row in rows]
     tokens = [task.tokens[split][row] for row in rows]
@@ -179,16 +240,22 @@ def load_task(args, lm: LM, tokenizer: Tokenizer) -> Task:
     """Load and tokenise the questions. One that does not fit the context is a ValueError."""
     P = args.prompt_length if args.method == "prompt_tuning" else 0
     context = lm.config.max_len
-    left = context - P  # for a question and its answer
+    after, k = adapters.pause_parts(args.pause, args.pause_text)  # what follows every question
+    left = context - P - k  # for a question and its answer
     if left < 2:
-        raise ValueError(f"--prompt-length {P} leaves {left} of the LM's context of {context}")
+        flags = f"--prompt-length {P}" + (f" and --pause {k}" if k else "")
+        raise ValueError(f"{flags} leaves {left} of the LM's context of {context}")
     eos = lm.config.eos[0] if lm.config.eos else None
     examples = {split: load_split(args, split) for split in ("train", "dev", "test")}
     V = lm.config.vocab_size
-    tokens = {k: data.tokenize(part, tokenizer, eos, left, V) for k, part in examples.items()}
+    tokens, pause_ids = {}, list(range(V, V + k))  # those of recurse.Paused
+    for split, part in examples.items():
+        paused = [replace(example, input=example.input + after) for example in part]
+        rows = data.tokenize(paused, tokenizer, eos, left, V)
+        tokens[split] = [replace(row, input=row.input + pause_ids) for row in rows]
     for split in ("dev", "test"):  # refuse before training what `predict` would refuse after it
         for example, question in zip(examples[split], tokens[split]):
-            T, new = len(question.input), args.max_new_tokens
+            T, new = len(question.input) - k, args.max_new_tokens
             if not example.options and T + new - 1 > left:  # the last new token is never read
                 raise ValueError(
                     f"{example.source}: {T} tokens and {new} new ones exceed the {left} that the "
@@ -234,15 +301,26 @@ def init_folder(args) -> Path | None:
     return stored if embedded else None
 
 
-def start_connector(task: Task) -> adapters.Connector:
-    """The Connector that training starts from: --init, or the one in assets/, or a random one."""
+def start_connector(task: Task) -> adapters.Connector | adapters.Connectors:
+    """What training starts from: --init, or the Connector in assets/, or a random one.
+
+    If there are more than two passes, the one that is loaded is copied into every gap.
+    """
     args, lm = task.args, task.lm
     folder = init_folder(args)
-    if folder:
-        return load_init(folder, args, lm, adapters.Connector)
-    if args.init in (None, "random"):
+    if args.init not in (None, "random") and not folder:
+        raise ValueError(
+            f"--init {args.init} starts a prompt, and {args.method} trains a Connector"
+        )
+    if folder and folder.is_dir() and "passes" in adapters.read_adapter_config(folder):
+        return load_init(folder, args, lm, adapters.Connectors)
+
+    def start() -> adapters.Connector:
+        if folder:
+            return load_init(folder, args, lm, adapters.Connector)
         return recurse.new_connector(lm, args.method, args.connector_layers)
-    raise ValueError(f"--init {args.init} starts a prompt, and {args.method} trains a Connector")
+
+    return recurse.between_passes(args.passes, args.connectors == "shared", start)
 
 
 def start_prompt(task: Task) -> adapters.SoftPrompt:
@@ -266,6 +344,25 @@ def start_prompt(task: Task) -> adapters.SoftPrompt:
     return adapters.SoftPrompt(vectors).to(args.device)
 
 
+def start_pause(task: Task) -> adapters.Pause | None:
+    """The filler after every question. Trained vectors start as the tokens of "\\nA:", repeated, or
+    as those of the adapter that training starts from, if it has any."""
+    args, lm, folder = task.args, task.lm, init_folder(task.args)
+    text, k = adapters.pause_parts(args.pause, args.pause_text)
+    if folder and (folder / "pause.safetensors").is_file():
+        stored = adapters.read_adapter_config(folder)["pause"]
+        if stored != k:
+            raise ValueError(
+                f"--init {folder} ends questions with {stored} trained vectors; say so with "
+                f"--pause {stored} --pause-text trained"
+            )
+        return adapters.load_pause(folder, k, "trained", lm)
+    if k == 0:
+        return adapters.Pause(text) if text else None
+    filler = adapters.from_text(k, lm.embed_tokens.weight, task.tokenizer, "\nA:" * k)
+    return adapters.Pause(vectors=filler).to(args.device)
+
+
 def load_init(init: Path, args, lm: LM, kind: type) -> nn.Module:
     """Load the stored adapter that --init names. ValueError if the method does not train it."""
     method = args.method
@@ -278,7 +375,7 @@ def load_init(init: Path, args, lm: LM, kind: type) -> nn.Module:
     if not isinstance(adapter, kind):
         raise ValueError(f"--init {init} holds a {name}, which {method} does not train")
     made_for = adapters.read_adapter_config(init).get("method", method)
-    if kind is adapters.Connector and made_for != method:
+    if kind is not adapters.SoftPrompt and made_for != method:
         raise ValueError(
             f"--init {init} was trained for {made_for}, where the Connector stands "
             f"elsewhere than in {method}"
@@ -286,7 +383,15 @@ def load_init(init: Path, args, lm: LM, kind: type) -> nn.Module:
     if kind is adapters.SoftPrompt:
         size, wanted, flag = len(adapter.vectors), args.prompt_length, "--prompt-length"
     else:
-        size, wanted, flag = len(adapter.layers), args.connector_layers, "--connector-layers"
+        one = adapter[0] if kind is adapters.Connectors else adapter
+        size, wanted, flag = len(one.layers), args.connector_layers, "--connector-layers"
+    if kind is adapters.Connectors:
+        between = "shared" if len(adapter) == 1 else "each"
+        if (adapter.passes, between) != (args.passes, args.connectors):
+            raise ValueError(
+                f"--init {init} was trained for other passes; say so with --passes "
+                f"{adapter.passes} --connectors {between}"
+            )
     if size != wanted:
         raise ValueError(f"--init {init} holds a {name} of {size}; say so with {flag} {size}")
     return adapter
@@ -305,22 +410,25 @@ def show_examples(rows: list[dict]) -> None:
 def show_passes(task: Task, row: dict) -> None:
     """Print how the recursion answers one question.
 
-    Second pass: the prediction, token by token. First pass: the LM's own likeliest token at each of
+    Last pass: the prediction, token by token. First pass: the LM's own likeliest token at each of
     these positions, after the same tokens.
     """
-    lm, tokenizer = task.lm, task.tokenizer
-    texts = [row["input"], f"{row['input']} {row['prediction']}"]
-    question, whole = data.encode_prompts(tokenizer, texts)
-    second = whole[len(question) :]
+    lm, tokenizer, pause = task.lm, task.tokenizer, task.pause
+    reader = lm if pause is None else recurse.Paused(lm, pause)
+    asked = row["input"] + getattr(reader, "pause_text", "")
+    texts = [row["input"], asked, f"{asked} {row['prediction']}"]
+    bare, question, whole = data.encode_prompts(tokenizer, texts)
+    last = whole[len(question) :]
+    question = question + getattr(reader, "pause_ids", [])
     with torch.no_grad():
-        ids = torch.tensor([question + second], device=lm.embed_tokens.weight.device)
-        h = lm(lm.embed(ids))[0, len(question) - 1 : -1]  # position t predicts token t + 1
+        ids = torch.tensor([question + last], device=lm.embed_tokens.weight.device)
+        h = lm(reader.embed(ids))[0, len(question) - 1 : -1]  # position t predicts token t + 1
         first = lm.logits(h).argmax(-1).tolist()
-        alone = predict(lm, tokenizer, [question], stops=["\n"])[0]
+        alone = predict(lm, tokenizer, [bare], stops=["\n"])[0]
     show(f"\n{row['input']}\n  the frozen LM alone answers  {alone}")
-    lines = [[repr(tokenizer.decode([token])) for token in tokens] for tokens in (second, first)]
+    lines = [[repr(tokenizer.decode([token])) for token in tokens] for tokens in (last, first)]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    for name, line in zip(("second pass", "first pass"), lines):
+    for name, line in zip(("last pass", "first pass"), lines):
         show(" ".join([f"  {name:12}", *map(str.ljust, line, widths)]))
     show(f"  accepted     {', '.join(row['answers'])}\n")
 
@@ -336,8 +444,8 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     init += "given, the Connector of this method and size in assets/, if any; prompts: also vocab "
     init += "(embeddings of sampled tokens, the default), labels (of training answers), text:WORDS"
     start = ("--init", str, None, init)
-    length = ("--prompt-length", cli.COUNT, 20, "P of a soft prompt (papers: 100 to 400)")
-    cli.add_flags(parser, "model", cli.MODEL, cli.TOKENIZER, start, length, cli.CONNECTOR)
+    connector = (cli.CONNECTOR, cli.PASSES, cli.CONNECTORS)
+    cli.add_flags(parser, "model", cli.MODEL, cli.TOKENIZER, start, cli.PROMPT, *connector)
     cli.add_flags(
         parser,
         "data",
@@ -345,12 +453,16 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
         ("--dev", str, None, "questions that choose the best parameters"),
         ("--test", str, None, "questions that are scored once, at the end"),
         cli.WORLD,
+        cli.PAUSE,
+        cli.PAUSE_TEXT,
         ("--max-new-tokens", cli.COUNT, 16, "longest answer"),
         ("--stop", str, None, "ends an answer; a newline for questions if not given, '' for none"),
         ("--eval-limit", cli.COUNT, 240, "dev questions scored along training; the end scores all"),
         ("--eval-tokens", cli.COUNT, 8192, "tokens in a batch of evaluation, options included"),
     )
     cli.add_training_flags(parser)
+    keep = "GB of memory for the first pass's states, which are the same in every epoch; 0 for none"
+    cli.add_flags(parser, "recursion", ("--cache-first-pass", cli.number_type(float, 0), 1.0, keep))
     cli.add_run_flags(parser)
     first = cli.Parser(prog=program, add_help=False)  # reads the method, which sets other defaults
     first.add_argument("--method")
@@ -363,8 +475,12 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     """Run one method. Returns the record, which run.json holds too."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    if args.init and args.method == "fine_tuning":
-        raise ValueError("--init: fine_tuning does not start from an adapter")
+    if args.init and args.method in ("fine_tuning", "training_free"):
+        raise ValueError(f"--init: {args.method} does not start from an adapter")
+    if args.pause and not args.pause_text:
+        raise ValueError(f"--pause {args.pause}: --pause-text is empty")
+    if args.passes > 2 and args.method != "neural_recursion":
+        raise ValueError(f"--passes {args.passes}: only neural_recursion has more than two passes")
     cli.check_and_seed(args)
     method, _ = METHODS[args.method]
     return method(load_task(args, *load_lm(args)))

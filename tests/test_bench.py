@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from tiny_runs import PEOPLE, ROOT, make_place, write_lines
+from tiny_runs import PEOPLE, ROOT, TRAINED, make_place, write_lines
 
 import adapters
 import bench
@@ -37,7 +37,7 @@ NEOX = {"family": "gpt_neox", "layer_norm": True, "gated": False, "activation": 
 NEOX |= {"mlp_bias": True, "qkv_bias": True, "o_bias": True, "parallel": True, "tied": False}
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 @pytest.mark.parametrize("family", [{}, NEOX])
 def test_the_plan_counts_what_a_step_holds(tmp_path, capsys, method, family):
     LM(Config(60, 48, 3, 4, 4 if family else 2, 12, 96, 64, **family)).save(tmp_path / "lm")
@@ -105,7 +105,7 @@ def test_the_plan_reads_the_lengths_of_the_questions(place, tmp_path, capsys, me
     assert f"at most {T} tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_the_plan_counts_evaluation(place, method):
     """It grows with the budget of tokens, with the prompt, and not without questions to answer."""
     rest = f"--dev {place}/dev.jsonl --batch-size 1 --eval-tokens"

@@ -61,7 +61,7 @@ def unmoved(module, earlier):
     return [n for n, p in module.named_parameters() if torch.equal(p, earlier[n])]
 
 
-@pytest.mark.parametrize("method", COMPOSITIONS)
+@pytest.mark.parametrize("method", [name for name in COMPOSITIONS if name != "training_free"])
 def test_frozen_means_frozen_and_trained_means_trained(lm, method):
     trained, loss = setting(method, lm)
     with torch.no_grad():  # must leave nothing behind that later replaces a trained tensor

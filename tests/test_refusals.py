@@ -53,6 +53,18 @@ RECUR --tokenizer large                                 | large/tokenizer.json |
 RECUR --tokenizer small                                 | --tokenizer | belongs to another LM
 RECUR --init foreign                                    | another base
 RECUR --init connector --connector-layers 2             | --connector-layers 1
+RECUR --init three --connector-layers 1                 | --passes 3 --connectors each
+RECUR --init three --passes 3 --connectors shared       | --passes 3 --connectors each
+RECUR --passes 1                                        | --passes
+RECUR --cache-first-pass -1                             | --cache-first-pass
+RECUR --pause -1                                        | --pause
+RECUR --pause 2 --pause-text ''                         | --pause 2 | --pause-text
+RECUR --pause 95 --pause-text trained                   | --pause 95 | context of 96
+RECUR --pause 60                                        | :1: | context
+RECUR --init paused --pause 3 --pause-text trained      | --pause 2 --pause-text trained
+RECUR --init paused                                     | --pause 2 --pause-text trained
+PROMPT --passes 3                                       | --passes 3 | neural_recursion
+TRAIN training_free --init connector                    | --init | training_free
 RECUR --init vocab                                      | --init vocab | neural_recursion
 RECUR --init text:words                                 | --init text:words | neural_recursion
 RECUR --init nothing                                    | --init nothing
@@ -96,6 +108,8 @@ LM --train blank.txt                                    | blank.txt: holds no te
 BERT --seq-len 31                                       | --seq-len 31 | context
 CONNECTOR --seq-len 97                                  | --seq-len 97 | context
 CONNECTOR --composition magic                           | magic
+CONNECTOR --composition lm_connector --passes 3         | --passes 3 | neural_recursion
+pretrain.py prompt --model lm/model --prompt-length 95  | --prompt-length 95 | context of 96
 
 bench.py --only everything                              | everything
 bench.py --runs 0                                       | --runs
@@ -223,6 +237,7 @@ def make_runs(place):
     for out in ("run", "torn", "spoilt"):
         short(f"RECUR --out {out}")
     run(command(place, "neural_recursion", place / "connector"))
+    short("RECUR --out paused --pause 2 --pause-text trained")
     state = place / "torn" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:1000])
     (place / "spoilt" / "run.json").write_text("{}")
@@ -238,6 +253,8 @@ def make_runs(place):
     other = LM(lm.config)
     other.save("replaced", tokenizer=tokenizer, replace=True)
     adapters.save_adapter("foreign", recurse.new_connector(other, "neural_recursion", 1), other)
+    three = [recurse.new_connector(lm, "neural_recursion", 1) for _ in "ab"]
+    adapters.save_adapter("three", adapters.Connectors(three, 3), lm)
     adapters.save_adapter("prompt", adapters.SoftPrompt(torch.zeros(90, 32)), lm)
     adapters.save_adapter("cut", adapters.SoftPrompt(torch.zeros(90, 32)), lm)
     weights = place / "cut" / "adapter_model.safetensors"

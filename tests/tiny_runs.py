@@ -18,13 +18,15 @@ PEOPLE = ["Anna", "Boris", "Clara", "Dmitri", "Elena", "Fedor", "Galina", "Hugo"
 TOWNS = ["Velmor", "Kranstad", "Pornwick", "Delmau"]
 HOMES = [(name, TOWNS[i % 4]) for i, name in enumerate(PEOPLE)]
 OBJECTIVES = [f"pretrain_{name}" for name in pretrain.OBJECTIVES]
-METHODS = [*train.METHODS, *OBJECTIVES]
+TRAINED = [name for name in train.METHODS if name != "training_free"]
+METHODS = [*TRAINED, *OBJECTIVES]
 SHAPE = "--dim 16 --layers 1 --heads 2 --seq-len 16"
 OWN_FLAGS = {
     "pretrain_lm": f"{SHAPE} --context 96 --vocab-size 300",
     "pretrain_encoder": SHAPE,
     "pretrain_bert": f"{SHAPE} --context 32",
     "pretrain_connector": "--connector-layers 1 --seq-len 16",
+    "pretrain_prompt": "--prompt-length 4 --seq-len 16",
 }
 
 
