@@ -346,10 +346,13 @@ def prepare(lm, tokenizer, examples, prefix=None, max_new_tokens: int = 16, shot
     `shots` are examples that stand, with their answers, before every question. They are read here,
     once, and the prefix is extended by them. ValueError, which names the example, if one of its
     options or max_new_tokens exceed the context. An open question's own answer needs no tokens.
+    A recurse.TextualRecursion puts its candidates into the examples first.
     """
     import data
 
     config = lm.config
+    if hasattr(lm, "read_back"):
+        examples = lm.read_back(examples)
     left = config.max_len - (0 if prefix is None else prefix.size)
     before = "".join(f"{shot.input} {shot.target}{SHOT_END}" for shot in shots)
     examples = [replace(e, input=before + e.input) for e in examples]

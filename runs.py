@@ -40,7 +40,7 @@ from torch import Tensor
 from adapters import load_adapter
 from checkpoints import atomic_write, hash_tensors, load_tokenizer, write_json
 from model import LM
-from recurse import COMPOSITIONS
+from recurse import COMPOSITIONS, TextualRecursion
 
 ASSETS = Path(__file__).parent / "assets"  # the embedded LM and the Connectors pretrained on it
 
@@ -409,7 +409,8 @@ def read_record(folder: str | Path) -> dict:
 def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None = None):
     """Load what a run trained. Returns (model, prefix, tokenizer, record).
 
-    model      the LM, or a Stack with the LM's interface; float32, whatever the run used
+    model      the LM, or a Stack or a TextualRecursion with the LM's interface; float32, whatever
+               the run used. generate.prepare makes what it reads of a question
     prefix     the trained prompt as a Prefix, or None
     tokenizer  the one that the run used
     record     run.json
@@ -435,6 +436,8 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     found = [p for p in places(given, folder, record) if os.path.exists(p)] if given else []
     tokenizer = load_tokenizer([*found, lm.folder][0], lm.config.vocab_size)
     model, prefix = COMPOSITIONS[method](lm, adapter)
+    if method == "textual_recursion":
+        model = TextualRecursion.load(folder, model, tokenizer, args)
     return model, prefix, tokenizer, record
 
 

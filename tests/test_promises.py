@@ -17,7 +17,7 @@ TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["model", "adapters", "rerank", "t5", "genres"], 2),
     **dict.fromkeys(["recurse", "suite"], 3),
     "runs": 4,
-    **dict.fromkeys(["fit", "cli"], 5),
+    **dict.fromkeys(["fit", "cli", "textual"], 5),
     "train": 6,
     **dict.fromkeys(["pretrain", "transfer"], 7),
     "bench": 8,

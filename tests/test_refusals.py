@@ -78,6 +78,9 @@ PROMPT --out twice.jsonl/new                            | twice.jsonl
 PROMPT --out mine --train mine.jsonl --resume           | other data
 PROMPT --out other --model replaced --resume            | another LM
 TRAIN connector_lm --dev full.jsonl --max-new-tokens 70 | full.jsonl:1
+TRAIN textual_recursion --candidates 0                  | --candidates
+TRAIN textual_recursion --rounds 0                      | --rounds
+TRAIN textual_recursion --train long.jsonl              | long.jsonl:2 | context
 TRAIN lm_connector --init connector                     | for neural_recursion | lm_connector
 TRAIN fine_tuning --init connector                      | --init | fine_tuning
 
