@@ -32,7 +32,7 @@ from torch import Tensor
 import eval as metrics
 from adapters import Connector, load_adapter, rms
 from data import encode_prompts
-from generate import Sample, drop_eos, generate
+from generate import Sample, drop_eos, generate, predict
 
 
 @dataclass
@@ -149,6 +149,60 @@ def new_connector(lm, method: str, layers: int) -> Connector:
     """
     reference = lm.norm.weight if method == "lm_connector" else lm.embed_tokens.weight
     return Connector(lm.new_layers(layers), rms(reference))
+
+
+# Passes by difficulty
+
+
+def route(
+    threshold: float | None,
+    stack,
+    tokenizer,
+    ids: list[list[int]],
+    prefix=None,
+    max_new_tokens: int = 16,
+    options=None,
+    stops: list[str] | None = None,
+    max_tokens: int = 8192,
+) -> tuple[list[str | int], list[bool]]:
+    """Answers each question with the first pass alone, or with all passes. Arguments of predict.
+
+    The first pass is the frozen LM. Its answer stands if the log-probability of that answer is at
+    least `threshold`; otherwise the whole stack answers. Returns (answers, whether the whole stack
+    gave it). If threshold is None, it always does, and `stack` may be any model.
+    """
+    if threshold is None:
+        rest = (max_new_tokens, options, stops, max_tokens)
+        answers = predict(stack, tokenizer, ids, prefix, *rest)
+        return answers, [True] * len(ids)
+    check_stack(stack)
+    if threshold != threshold:
+        raise ValueError("--threshold: nan is no number")
+    options, stops = options or [[] for _ in ids], stops or [""] * len(ids)
+    pairs = first_pass(stack, tokenizer, ids, prefix, max_new_tokens, options, stops, max_tokens)
+    answers, unsure = [a for a, _ in pairs], [logprob < threshold for _, logprob in pairs]
+    rows = [b for b, more in enumerate(unsure) if more]
+    if rows:
+        asked = [[part[b] for b in rows] for part in (ids, options, stops)]
+        again = predict(
+            stack, tokenizer, asked[0], prefix, max_new_tokens, *asked[1:], max_tokens=max_tokens
+        )
+        for b, answer in zip(rows, again):
+            answers[b] = answer
+    return answers, unsure
+
+
+def check_stack(model) -> None:
+    """ValueError unless the model is a Stack of passes through one LM, with Connectors between."""
+    passes = isinstance(model, Stack) and model.parts[0] is model.parts[-1] is model.lm
+    if not passes or len(model.parts) < 3:
+        raise ValueError("only a run of neural_recursion has a first pass that can answer")
+
+
+def first_pass(stack: Stack, tokenizer, ids, prefix=None, *rest) -> list[tuple[str | int, float]]:
+    """The frozen LM's own answers and their log-probabilities. Arguments of predict."""
+    prefix = None if prefix is None else prefix.parts[0]
+    return predict(stack.lm, tokenizer, ids, prefix, *rest, logprobs=True)
 
 
 # Textual recursion

@@ -18,7 +18,7 @@ TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["recurse", "suite"], 3),
     "runs": 4,
     **dict.fromkeys(["fit", "cli", "textual"], 5),
-    "train": 6,
+    **dict.fromkeys(["train", "audit"], 6),
     **dict.fromkeys(["pretrain", "transfer"], 7),
     "bench": 8,
     "reproduce": 9,

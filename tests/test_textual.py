@@ -124,9 +124,9 @@ def test_candidates_that_do_not_fit_are_left_out_from_the_end(tokenizer):
             (longer,), out = with_candidates(tokenizer, [e], [texts], left, 8)
             assert (longer.input, out) == (text_with(e.input, texts[:k]), 10 - k)
     many = data.Example("w4\nw6", "w7", ("w7",), options=("w7", " ".join(["w8"] * 30)))
-    (longer,), out = with_candidates(tokenizer, [many], [texts], length(10) + 9, 8)
+    (longer,), out = with_candidates(tokenizer, [many], [texts], length(10) + 15, 8)
     assert 0 < out < 10
-    (tokens,) = data.tokenize([longer], tokenizer, 2, length(10) + 9)
+    (tokens,) = data.tokenize([longer], tokenizer, 2, length(10) + 15)
     assert len(tokens.options[1]) == 31
 
 
