@@ -171,23 +171,20 @@ def route(
     least `threshold`; otherwise the whole stack answers. Returns (answers, whether the whole stack
     gave it). If threshold is None, it always does, and `stack` may be any model.
     """
+    rest = (max_new_tokens, options, stops, max_tokens)
     if threshold is None:
-        rest = (max_new_tokens, options, stops, max_tokens)
-        answers = predict(stack, tokenizer, ids, prefix, *rest)
-        return answers, [True] * len(ids)
+        return predict(stack, tokenizer, ids, prefix, *rest), [True] * len(ids)
     check_stack(stack)
     if threshold != threshold:
         raise ValueError("--threshold: nan is no number")
-    options, stops = options or [[] for _ in ids], stops or [""] * len(ids)
-    pairs = first_pass(stack, tokenizer, ids, prefix, max_new_tokens, options, stops, max_tokens)
-    answers, unsure = [a for a, _ in pairs], [logprob < threshold for _, logprob in pairs]
+    first = first_pass(stack, tokenizer, ids, prefix, *rest)
+    unsure = [logprob < threshold for _, logprob in first]
     rows = [b for b, more in enumerate(unsure) if more]
+    answers = [answer for answer, _ in first]
     if rows:
-        asked = [[part[b] for b in rows] for part in (ids, options, stops)]
-        again = predict(
-            stack, tokenizer, asked[0], prefix, max_new_tokens, *asked[1:], max_tokens=max_tokens
-        )
-        for b, answer in zip(rows, again):
+        ids, options, stops = (part and [part[b] for b in rows] for part in (ids, options, stops))
+        rest = (max_new_tokens, options, stops, max_tokens)
+        for b, answer in zip(rows, predict(stack, tokenizer, ids, prefix, *rest)):
             answers[b] = answer
     return answers, unsure
 
