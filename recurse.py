@@ -277,19 +277,17 @@ def rank(samples: list[Sample], eos, tokenizer=None, stop: str = "") -> list[Can
 
 
 def text_with(question: str, candidates: Sequence[str | Candidate]) -> str:
-    """Puts candidates into a text, as a line before its last line, which the answer continues.
+    """Puts candidates before a question or any other text, in a line of their own.
 
-        Q: Where was Anna Teller born?
         Candidates: Velmor; Kranstad
+        Q: Where was Anna Teller born?
         A:
 
-    Without candidates the text stays as it is.
+    The question and the place of its answer stay as p1 saw them, so a prompt that starts from p1
+    answers as well as p1 from the first step. Without candidates the text stays as it is.
     """
     texts = [c.text if isinstance(c, Candidate) else c for c in candidates]
-    if not texts:
-        return question
-    before, newline, last = question.rpartition("\n")
-    return f"{before}{newline}Candidates: {'; '.join(texts)}\n{last}"
+    return f"Candidates: {'; '.join(texts)}\n{question}" if texts else question
 
 
 def with_candidates(tokenizer, examples, ranked, left: int, max_new_tokens: int):
