@@ -279,12 +279,12 @@ def test_rates_of_an_audit():
     ]
     answers = [
         {"own": "Velmor", "other": "Delmau", "mean": "Velmor", "donor": 1},  # it follows
-        {"own": "Delmau", "other": "Delmau", "mean": "x", "donor": 0},  # it stays
+        {"own": "Delmau", "other": "Delmau", "mean": "x", "donor": 2},  # it stays
         {"own": "wrong", "other": None, "mean": "x", "donor": None},
     ]
     rates = audit.bridge_rates(read, ["Anna", "x", "the clara"], answers)
     values = [(round(row["rate"] * row["n"]), row["n"]) for row in rates]
-    assert values == [(2, 3), (1, 3), (2, 3), (2, 3), (1, 2), (1, 2), (1, 2), (1, 2), (1, 2)]
+    assert values == [(2, 3), (1, 3), (2, 3), (2, 3), (1, 2), (1, 2), (1, 1), (0, 1), (1, 2)]
 
 
 def test_the_bridge_of_a_question_is_the_answer_to_its_first_hop(place, tmp_path, capsys):

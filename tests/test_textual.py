@@ -63,6 +63,11 @@ def test_candidates_of_a_question_depend_on_it_and_the_seed_alone(make_lm):
     assert candidates(lm, QUESTIONS, 5, seed=1) == ranked
     assert candidates(lm, QUESTIONS[2:3], 5, seed=1) == ranked[2:3]
     assert candidates(lm, QUESTIONS, 5, seed=2) != ranked
+    blank = make_lm()  # every token is as likely after any text
+    for p in blank.parameters():
+        p.zero_()
+    a, b = candidates(blank, [[5], [6]], 5)
+    assert {c.text for c in a} != {c.text for c in b}  # questions do not share random numbers
     many = candidates(lm, QUESTIONS, 40, seed=1)
     shares = [c.first < 5 for row in many for c in row]
     assert any(shares) and not all(shares)
@@ -133,13 +138,13 @@ def test_scores_of_candidates():
     """By the samples that were drawn first, by the rank and by the count."""
     es = [data.Example(data.question_text(str(i)), "a1", ("a1",), "ab"[i % 2]) for i in range(4)]
     ranked = [
-        [Candidate("A1", -1, 1, 9), Candidate("b", -2, 9, 0)],  # likeliest right, sampled late
-        [Candidate("b", -1, 4, 1), Candidate("a1", -2, 6, 0)],  # most frequent right
+        [Candidate("A1", -1, 1, 8), Candidate("b", -2, 9, 0)],  # likeliest right, sampled late
+        [Candidate("b", -1, 4, 0), Candidate("a1", -2, 6, 1)],  # most frequent right
         [Candidate("b", -1, 5, 0), Candidate("a1", -2, 5, 5)],  # a tie is the likeliest's
         [],
     ]
     scores = recurse.score_candidates(es, ranked, 10)
-    assert scores["recall"] == {"1": 0.25, "8": 0.5, "10": 0.75}
+    assert scores["recall"] == {"1": 0.0, "8": 0.5, "10": 0.75}
     assert (scores["n"], scores["best"], scores["majority"]) == (4, 0.25, 0.25)
     assert scores["distinct"] == 1.5
     assert scores["tasks"]["a"]["recall"]["10"] == 1.0 and scores["tasks"]["b"]["best"] == 0.0
