@@ -41,6 +41,7 @@ from adapters import Connector, SoftPrompt
 from checkpoints import HUB_FILES, load_tokenizer, read_config, resolve, skip_init
 from generate import generate
 from model import LM, Config
+from recurse import PROMPT_METHODS
 from runs import ASSETS
 
 
@@ -321,7 +322,7 @@ def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
     lengths = read_lengths(args, lm, folder)
     weights, trained = (sum(p.numel() for p in m.parameters()) for m in (lm, connector))
     frozen = weights
-    if args.method == "prompt_tuning":
+    if args.method in PROMPT_METHODS:
         trained = args.prompt_length * config.dim
     elif args.method == "fine_tuning":
         trained, frozen = weights, 0
@@ -361,7 +362,7 @@ def step_memory(args, c: Config, lengths: Lengths, size: int) -> dict[str, int]:
     """What a training step holds beside the gradients."""
     trained_layers, frozen_layers = args.connector_layers, c.n_layers
     tokens = args.batch_size * lengths.text
-    if args.method == "prompt_tuning":
+    if args.method in PROMPT_METHODS:
         trained_layers = 0
         tokens += args.prompt_length  # read once per batch
     elif args.method == "fine_tuning":
@@ -386,13 +387,13 @@ def evaluation_memory(args, c: Config, lengths: Lengths, size: int) -> int:
     """What a batch of questions holds: in all its rows at most --eval-tokens positions."""
     if args.text or not lengths.question:  # a loss without gradients, or nothing: less than a step
         return 0
-    P = args.prompt_length if args.method == "prompt_tuning" else 0
+    P = args.prompt_length if args.method in PROMPT_METHODS else 0
     length = P + lengths.question + lengths.new
     rows = min(128, max(1, args.eval_tokens // length))  # as in generate.predict
     gaps = args.passes - 1
     passes = {"neural_recursion": (gaps + 1) * c.n_layers + gaps * args.connector_layers}
     passes["training_free"] = 2 * c.n_layers
-    passes |= dict.fromkeys(("prompt_tuning", "fine_tuning"), c.n_layers)
+    passes |= dict.fromkeys((*PROMPT_METHODS, "fine_tuning"), c.n_layers)
     layers = passes.get(args.method, c.n_layers + args.connector_layers)
     cache = 2 * c.n_kv_heads * c.head_dim * layers * size
     cached = 2 * rows * length  # positions, before and after a row ends

@@ -412,7 +412,8 @@ def _load(args: argparse.Namespace):
 
 def _answer(args: argparse.Namespace, model, prefix, tokenizer, examples: list) -> list[str | int]:
     """Answer examples as the flags say. The result is what `score` takes."""
-    from generate import SHOT_END, predict, prepare, read_shots
+    from generate import SHOT_END, prepare, read_shots
+    from recurse import route
 
     if (args.shots is None) != (args.shots_from is None):
         raise ValueError("--shots and --shots-from need each other")
@@ -424,7 +425,8 @@ def _answer(args: argparse.Namespace, model, prefix, tokenizer, examples: list) 
     ids, options, prefix = prepare(model, tokenizer, examples, prefix, new, shots)
     if getattr(args, "out", None):  # before the work: the folder may be one that cannot be made
         Path(args.out).mkdir(parents=True, exist_ok=True)
-    return predict(model, tokenizer, ids, prefix, new, options, ends, args.eval_tokens)
+    asked = (model, tokenizer, ids, prefix, new, options, ends, args.eval_tokens)
+    return route(args.threshold, *asked)[0]
 
 
 def compare_command(args: argparse.Namespace) -> list[dict]:
@@ -493,6 +495,8 @@ def _add_answer_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-new-tokens", type=_count, default=16, help="tokens (default 16)")
     budget = "tokens in a batch, options included (default 8192)"
     command.add_argument("--eval-tokens", type=_count, default=8192, help=budget)
+    one = "neural_recursion: one pass answers if its log-probability is at least this"
+    command.add_argument("--threshold", type=float, help=one)
 
 
 def main(argv: list[str] | None = None):

@@ -261,13 +261,16 @@ def predict(
     stops: list[str] | None = None,
     max_tokens: int = 8192,
     batch_size: int = 128,
-) -> list[str | int]:
+    logprobs: bool = False,
+) -> list:
     """Answers B questions in batches of similar lengths. prefix: None or one for all.
 
     Without options the answer is a text: the greedy continuation up to an eos of the LM, or to
     stops[b] ("" for none), without either. options[b] is a list of choices, each a list of token
     ids. If it is not empty, the answer is the index of the choice with the highest sum of
     log-probabilities (as T0 ranks answers).
+
+    With `logprobs` it returns pairs (answer, its log-probability, with the tokens that end a text).
 
     A batch has at most batch_size rows and max_tokens positions: rows times (prefix + longest
     question + its new tokens). Every option is a row.
@@ -283,7 +286,7 @@ def predict(
     widths = [P + len(row) + new for row, new in zip(ids, max_new)]
     rows = [max(1, len(choices)) for choices in options]
     by_length = sorted(range(len(ids)), key=lambda b: widths[b])
-    answers: list = [""] * len(ids)
+    answers: list = [("", 0.0)] * len(ids)
     for stop in dict.fromkeys(stops):
         group = [b for b in by_length if not options[b] and stops[b] == stop]
         for batch in batches(group, rows, widths, batch_size, max_tokens):
@@ -298,12 +301,15 @@ def predict(
         max_rows = max(1, min(batch_size, max_tokens // longest))
         scores = option_scores(lm, prompts, choices, prefix, max_rows=max_rows)
         for b, row in zip(batch, scores):
-            answers[b] = row.argmax().item()
-    return answers
+            answers[b] = row.argmax().item(), row.max().item()
+    return answers if logprobs else [answer for answer, _ in answers]
 
 
-def continue_texts(lm, tokenizer, ids, prefix, max_new_tokens: int, stop: str) -> list[str]:
-    """The greedy continuations as texts, each up to `stop` ("" for none) or an eos of the LM."""
+def continue_texts(lm, tokenizer, ids, prefix, max_new_tokens: int, stop: str) -> list:
+    """The greedy continuations as pairs (text, log-probability of its tokens).
+
+    A text ends before `stop` ("" for none) or an eos of the LM.
+    """
 
     def ended(tokens: list[int]) -> bool:
         return stop in tokenizer.decode(tokens)
@@ -312,7 +318,7 @@ def continue_texts(lm, tokenizer, ids, prefix, max_new_tokens: int, stop: str) -
     test = ended if stop else None
     for (sample,) in generate(lm, ids, prefix, max_new_tokens, eos=eos, ended=test):
         text = tokenizer.decode(drop_eos(sample.ids, eos))  # decode drops special tokens
-        texts.append((text.split(stop)[0] if stop else text).strip())
+        texts.append(((text.split(stop)[0] if stop else text).strip(), sample.logprob))
     return texts
 
 
@@ -346,11 +352,14 @@ def prepare(lm, tokenizer, examples, prefix=None, max_new_tokens: int = 16, shot
     `shots` are examples that stand, with their answers, before every question. They are read here,
     once, and the prefix is extended by them. ValueError, which names the example, if one of its
     options or max_new_tokens exceed the context. An open question's own answer needs no tokens.
-    What a recurse.Paused puts behind a question follows each of them, but not the shots.
+    A recurse.TextualRecursion puts its candidates into the examples first. What a recurse.Paused
+    puts behind a question follows each of them, but not the shots.
     """
     import data
 
     config, pause_ids = lm.config, getattr(lm, "pause_ids", [])
+    if hasattr(lm, "read_back"):
+        examples = lm.read_back(examples)
     left = config.max_len - (0 if prefix is None else prefix.size) - len(pause_ids)
     before = "".join(f"{shot.input} {shot.target}{SHOT_END}" for shot in shots)
     after = getattr(lm, "pause_text", "")

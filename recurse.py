@@ -14,21 +14,30 @@ in place of the embeddings.
 Every composition can end its questions with a Pause: Paused(model, pause).
 
 A Stack generates like an LM: every new token runs through all its parts, and every part has its own
-KV cache. Needs adapters.py and generate.py; the caller passes the LM.
+KV cache.
+
+Textual recursion (section 4 of the same paper) composes two passes as text. With a prompt p1 the LM
+samples n answers, and with a prompt p2 it reads the question and these candidates.
+
+Needs adapters.py, generate.py, data.py and eval.py; the caller passes the LM.
 
     python train.py --method neural_recursion      trains one on the embedded world
 """
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapters import Connector, Connectors, Pause, rms
-from generate import pad
+import eval as metrics
+from adapters import Connector, Connectors, Pause, load_adapter, rms
+from data import encode_prompts
+from generate import Sample, drop_eos, generate, pad, predict
 
 
 @dataclass
@@ -219,11 +228,13 @@ class FirstPass:
 COMPOSITIONS = {
     "fine_tuning": lambda lm, _: (lm, None),
     "prompt_tuning": lambda lm, prompt: (lm, lm.read(prompt())),
+    "textual_recursion": lambda lm, prompt: (lm, lm.read(prompt())),  # the last prompt
     "neural_recursion": lambda lm, connector: (Stack(lm, gaps(connector)), None),
     "lm_connector": lambda lm, connector: (Stack(lm, parts=[lm, connector]), None),
     "connector_lm": lambda lm, connector: (Stack(lm, parts=[connector, lm]), None),
     "training_free": lambda lm, _: (Stack(lm, parts=[lm, Reread(lm)]), None),
 }
+PROMPT_METHODS = ("prompt_tuning", "textual_recursion")
 CONNECTOR_METHODS = ("neural_recursion", "lm_connector", "connector_lm")
 
 
@@ -259,3 +270,234 @@ def new_connector(lm, method: str, layers: int) -> Connector:
     """
     reference = lm.norm.weight if method == "lm_connector" else lm.embed_tokens.weight
     return Connector(lm.new_layers(layers), rms(reference))
+
+
+# Passes by difficulty
+
+
+def route(
+    threshold: float | None,
+    stack,
+    tokenizer,
+    ids: list[list[int]],
+    prefix=None,
+    max_new_tokens: int = 16,
+    options=None,
+    stops: list[str] | None = None,
+    max_tokens: int = 8192,
+) -> tuple[list[str | int], list[bool]]:
+    """Answers each question with the first pass alone, or with all passes. Arguments of predict.
+
+    The first pass is the frozen LM. Its answer stands if the log-probability of that answer is at
+    least `threshold`; otherwise the whole stack answers. Returns (answers, whether the whole stack
+    gave it). If threshold is None, it always does, and `stack` may be any model.
+    """
+    rest = (max_new_tokens, options, stops, max_tokens)
+    if threshold is None:
+        return predict(stack, tokenizer, ids, prefix, *rest), [True] * len(ids)
+    check_stack(stack)
+    if threshold != threshold:
+        raise ValueError("--threshold: nan is no number")
+    first = first_pass(stack, tokenizer, ids, prefix, *rest)
+    unsure = [logprob < threshold for _, logprob in first]
+    rows = [b for b, more in enumerate(unsure) if more]
+    answers = [answer for answer, _ in first]
+    if rows:
+        ids, options, stops = (part and [part[b] for b in rows] for part in (ids, options, stops))
+        rest = (max_new_tokens, options, stops, max_tokens)
+        for b, answer in zip(rows, predict(stack, tokenizer, ids, prefix, *rest)):
+            answers[b] = answer
+    return answers, unsure
+
+
+def check_stack(model) -> None:
+    """ValueError unless the model is a Stack of passes through one LM, with Connectors between."""
+    passes = isinstance(model, Stack) and model.parts[0] is model.parts[-1] is model.lm
+    if not passes or len(model.parts) < 3:
+        raise ValueError("only a run of neural_recursion has a first pass that can answer")
+
+
+def first_pass(stack: Stack, tokenizer, ids, prefix=None, *rest) -> list[tuple[str | int, float]]:
+    """The frozen LM's own answers and their log-probabilities. Arguments of predict."""
+    prefix = None if prefix is None else prefix.parts[0]
+    return predict(stack.lm, tokenizer, ids, prefix, *rest, logprobs=True)
+
+
+# Textual recursion
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An answer that the LM sampled."""
+
+    text: str  # in one line
+    logprob: float  # of the likeliest sequence of tokens that gave it, its end included; in nats
+    count: int  # samples that gave it
+    first: int  # the number of the first of them, from 0
+
+
+def candidates(
+    lm,
+    ids: list[list[int]],
+    n: int,
+    prefix=None,
+    tokenizer=None,
+    max_new_tokens: int = 16,
+    stops: list[str] | None = None,
+    seed: int = 0,
+) -> list[list[Candidate]]:
+    """Samples n answers to each of B questions, from one reading of each. Returns B ranked lists.
+
+    The temperature is 1, over the whole vocabulary. prefix: None or one for all. `rank` states how
+    the samples are merged and ordered. An answer ends with an eos of the LM or at stops[b] ("" for
+    none). Without a tokenizer a text is the list of its token ids.
+
+    Questions are sampled one by one, each with random numbers of its own. So the candidates of a
+    question depend on `seed` and its tokens, and not on the questions beside it.
+    """
+    ranked, device = [], next(lm.parameters()).device
+    for row, stop in zip(ids, stops or [""] * len(ids), strict=True):
+        digest = hashlib.sha256(repr((seed, row)).encode()).digest()
+        rng = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+        def ended(tokens: list[int], stop=stop) -> bool:
+            return stop in tokenizer.decode(tokens)
+
+        (samples,) = generate(
+            lm,
+            [row],
+            prefix,
+            max_new_tokens,
+            temperature=1.0,
+            n=n,
+            eos=lm.config.eos,
+            generator=rng,
+            ended=ended if stop else None,
+        )
+        ranked.append(rank(samples, lm.config.eos, tokenizer, stop))
+    return ranked
+
+
+def rank(samples: list[Sample], eos, tokenizer=None, stop: str = "") -> list[Candidate]:
+    """Merges the samples of one question by their text, the likeliest text first.
+
+    A text is cut at `stop`, and its white space becomes single spaces. Samples with the same text
+    are one candidate. Its log-probability is that of the likeliest sequence of tokens among them,
+    summed over all its tokens and not divided by their number. Empty texts are dropped.
+    """
+    merged = {}
+    for number, sample in enumerate(samples):
+        ids = drop_eos(sample.ids, eos)
+        text = str(ids) if tokenizer is None else tokenizer.decode(ids)
+        text = " ".join((text.split(stop)[0] if stop else text).split())
+        same = merged.get(text, Candidate(text, sample.logprob, 0, number))
+        best = max(same.logprob, sample.logprob)
+        merged[text] = Candidate(text, best, same.count + 1, same.first)
+    merged.pop("", None)
+    return sorted(merged.values(), key=lambda candidate: -candidate.logprob)  # ties: first sampled
+
+
+def text_with(question: str, candidates: Sequence[str | Candidate]) -> str:
+    """Puts candidates before a question or any other text, in a line of their own.
+
+        Candidates: Velmor; Kranstad
+        Q: Where was Anna Teller born?
+        A:
+
+    The question and the place of its answer stay as p1 saw them, so a prompt that starts from p1
+    answers as well as p1 from the first step. Without candidates the text stays as it is.
+    """
+    texts = [c.text if isinstance(c, Candidate) else c for c in candidates]
+    return f"Candidates: {'; '.join(texts)}\n{question}" if texts else question
+
+
+def with_candidates(tokenizer, examples, ranked, left: int, max_new_tokens: int):
+    """Puts its candidates into each example of data.py. Returns (examples, number left out).
+
+    left  positions of the context that the prompt leaves
+    Candidates that do not fit beside the answer are left out, the last ones first.
+    """
+    longer, left_out = [], 0
+    for e, kept in zip(examples, ranked, strict=True):
+        answers = encode_prompts(tokenizer, [f" {text}" for text in (e.target, *e.options)])
+        # An answer may need a token more after the input, and it has an end. The last is never read
+        limit = left - max(max_new_tokens - 1, *(len(ids) + 1 for ids in answers))
+        kept = list(kept)
+        while kept and len(encode_prompts(tokenizer, [text_with(e.input, kept)])[0]) > limit:
+            kept.pop()
+            left_out += 1
+        longer.append(replace(e, input=text_with(e.input, kept)))
+    return longer, left_out
+
+
+class TextualRecursion(nn.Module):
+    """An LM, with the LM's interface, whose questions are first answered by earlier prompts.
+
+    `generate.prepare` calls `read_back` on its examples. The prefix of the last prompt belongs to
+    the texts that come out.
+    """
+
+    def __init__(self, lm, tokenizer, prefixes: list, n: int, max_new_tokens=16, stop=None, seed=0):
+        super().__init__()
+        self.config, self.lm, self.tokenizer = lm.config, lm, tokenizer
+        self.prefixes = prefixes  # of p1, and with more rounds of the prompts after it
+        self.n, self.max_new_tokens, self.stop, self.seed = n, max_new_tokens, stop, seed
+        self.embed, self.read, self.logits = lm.embed, lm.read, lm.logits
+
+    @classmethod
+    def load(cls, folder: Path, lm, tokenizer, args: dict) -> "TextualRecursion":
+        """What a run of train.py left in `folder`. `args` are the arguments of its record."""
+        prompts = [load_adapter(folder / f"p{i + 1}", lm) for i in range(args["rounds"])]
+        with torch.no_grad():
+            prefixes = [lm.read(prompt()) for prompt in prompts]
+        rest = [args[key] for key in ("candidates", "max_new_tokens", "stop", "seed")]
+        return cls(lm, tokenizer, prefixes, *rest)
+
+    def forward(self, x: Tensor, prefix=None, keep: bool = False):
+        """The LM's own."""
+        return self.lm(x, prefix, keep)
+
+    def read_back(self, examples: list) -> list:
+        """Puts the candidates of every prompt but the last into examples of data.py, in turn."""
+        asked = examples
+        for prefix in self.prefixes:
+            ids = encode_prompts(self.tokenizer, [e.input for e in asked])
+            ranked = self.sample(examples, ids, prefix)
+            left = self.config.max_len - prefix.size
+            new = self.max_new_tokens
+            asked, _ = with_candidates(self.tokenizer, examples, ranked, left, new)
+        return asked
+
+    def sample(self, examples: list, ids: list[list[int]], prefix) -> list[list[Candidate]]:
+        """The candidates of examples. `ids` are what the prompt's LM reads of them."""
+        stops = metrics.stops(examples, self.stop)  # of the questions without candidates
+        new = self.max_new_tokens
+        return candidates(self.lm, ids, self.n, prefix, self.tokenizer, new, stops, self.seed)
+
+
+def score_candidates(examples, ranked: list[list[Candidate]], n: int) -> dict:
+    """How good the candidates are, over all examples and for each task.
+
+    {"n": examples, "recall": {"1": ..., n: ...}, "best": ..., "majority": ..., "distinct": ...,
+    "tasks": {task: the same}}. recall[k] is the share of examples with a right answer among the
+    first k samples. best and majority are the exact match of the candidate that is ranked first and
+    of the one sampled most often (ties: ranked first). distinct is the mean number of candidates.
+    """
+    sizes = sorted({k for k in (1, 8, 16, 64) if k < n} | {n})
+    tasks, everything = {}, []
+    for e, row in zip(examples, ranked, strict=True):
+        texts = [candidate.text for candidate in row]
+        right = [score["em"] for score in metrics.score([e] * len(texts), texts)]
+        most = max(range(len(row)), key=lambda i: row[i].count, default=None)
+        firsts = [c.first for c, em in zip(row, right) if em]
+        values = [float(any(first < k for first in firsts)) for k in sizes]
+        values += [right[0] if row else 0.0, 0.0 if most is None else right[most], len(row)]
+        everything.append(values)
+        tasks.setdefault(e.task, []).append(values)
+
+    def means(rows: list) -> dict:
+        *recall, best, majority, distinct = (sum(column) / len(rows) for column in zip(*rows))
+        result = {"n": len(rows), "recall": {str(k): r for k, r in zip(sizes, recall)}}
+        return result | {"best": best, "majority": majority, "distinct": distinct}
+
+    return means(everything) | {"tasks": {task: means(rows) for task, rows in tasks.items()}}

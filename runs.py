@@ -41,7 +41,7 @@ from torch import Tensor
 from adapters import load_adapter, load_pause
 from checkpoints import atomic_write, hash_tensors, load_tokenizer, write_json
 from model import LM
-from recurse import COMPOSITIONS, compose
+from recurse import COMPOSITIONS, TextualRecursion, compose
 
 ASSETS = Path(__file__).parent / "assets"  # the embedded LM and the Connectors pretrained on it
 
@@ -410,8 +410,8 @@ def read_record(folder: str | Path) -> dict:
 def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None = None):
     """Load what a run trained. Returns (model, prefix, tokenizer, record).
 
-    model      the LM, or a Stack or Paused with the LM's interface; float32, whatever the run used.
-               generate.prepare makes its questions end with the run's --pause
+    model      the LM, or a Stack, a TextualRecursion or a Paused with the LM's interface; float32,
+               whatever the run used. generate.prepare makes what it reads of a question
     prefix     the trained prompt as a Prefix, or None
     tokenizer  the one that the run used
     record     run.json
@@ -438,6 +438,8 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
         tokenizer = load_tokenizer([*found, lm.folder][0], lm.config.vocab_size)
     pause = load_pause(folder, args.get("pause", 0), args.get("pause_text", ""), lm)
     model, prefix = compose(method, lm, adapter, pause)
+    if method == "textual_recursion":
+        model = TextualRecursion.load(folder, model, tokenizer, args)
     return model.requires_grad_(False), prefix, tokenizer, record
 
 

@@ -9,6 +9,7 @@ folder that a run leaves.
 
     method             what answers a question                        what is trained
     prompt_tuning      lm(lm.embed(ids), prefix=lm.read(prompt()))    the prompt, P vectors
+    textual_recursion  the same, reading candidates of a prompt p1    both prompts
     neural_recursion   lm(connector(lm(lm.embed(ids))))               the Connector
     lm_connector       connector(lm(lm.embed(ids)))                   the Connector
     connector_lm       lm(connector(lm.embed(ids)))                   the Connector
@@ -41,12 +42,22 @@ import cli
 import data
 import eval as metrics
 import recurse
+import textual
 import world
-from checkpoints import hash_tensors, load_tokenizer, read_tensors, resolve
+from checkpoints import hash_tensors, load_tokenizer, read_tensors, resolve, write_json
 from fit import Recipe, autocast, fit, target_loss
 from generate import predict
 from model import LM
-from runs import ASSETS, Run, finish_record, names_file, only_shows, show, start_record
+from runs import (
+    ASSETS,
+    Run,
+    finish_record,
+    names_file,
+    only_shows,
+    read_record,
+    show,
+    start_record,
+)
 
 # The methods
 
@@ -66,6 +77,21 @@ class Task:
 def prompt_tuning(task: Task) -> dict:
     """Train P vectors that stand before every question (Lester et al. 2021)."""
     return train_adapter(task, trained=start_prompt(task))
+
+
+def textual_recursion(task: Task) -> dict:
+    """Train a prompt that reads what earlier prompts sampled (Levine et al. 2022, section 4).
+
+    textual.py describes the stages. Whatever one of them has finished, --resume does not do again.
+    """
+    run = Run.from_args(task.args)
+    if not task.args.no_cross_fit:  # refuse before anything is written
+        textual.halves(task.examples["train"], task.args.seed)
+    with run:
+        record = start_record(run, start_prompt(task), task.lm, hashes(task))
+        asked, prompt, rounds = textual.sample_rounds(task, train_stage)
+        write_json(run.folder / "run.json", record | {"candidates": rounds})
+    return train_adapter(asked, trained=next_prompt(task, prompt), loaded=task)
 
 
 def neural_recursion(task: Task) -> dict:
@@ -104,6 +130,10 @@ METHODS = {  # method: (function, defaults of its flags)
         prompt_tuning,
         {"steps": 400, "lr": 0.1, "schedule": "constant", "weight_decay": 0.0},
     ),
+    "textual_recursion": (
+        textual_recursion,
+        {"steps": 400, "lr": 0.1, "schedule": "constant", "weight_decay": 0.0},
+    ),
     "neural_recursion": (neural_recursion, {"steps": 1200, "lr": 3e-3}),
     "lm_connector": (lm_connector, {"steps": 1200, "lr": 3e-3}),
     "connector_lm": (connector_lm, {"steps": 1200, "lr": 3e-3}),
@@ -112,10 +142,11 @@ METHODS = {  # method: (function, defaults of its flags)
 }
 
 
-def train_adapter(task: Task, trained: nn.Module) -> dict:
+def train_adapter(task: Task, trained: nn.Module, loaded: Task | None = None) -> dict:
     """Train an adapter, or the LM itself, to answer the training questions.
 
-    Dev chooses the best parameters. Returns the record, which run.json holds too.
+    Dev chooses the best parameters. Returns the record, which run.json holds too. `loaded` is the
+    task whose hashes identify the run, if its questions have since got other tokens.
     """
     args, lm, tokens = task.args, task.lm, task.tokens
     recipe, run = Recipe.from_args(args), Run.from_args(args)
@@ -153,7 +184,7 @@ def train_adapter(task: Task, trained: nn.Module) -> dict:
         adapters.save_pause(run.folder, pause)
 
     with run:
-        record = start_record(run, trained, frozen, hashes(task))
+        record = start_record(run, trained, frozen, hashes(loaded or task))
         record["question_format"] = asks_questions(task)
         cache = first_pass(task)
         record |= fit(run, recipe, trained, batch_at, loss_of, evaluate, save)
@@ -238,7 +269,7 @@ def hashes(task: Task) -> dict[str, str | None]:
 
 def load_task(args, lm: LM, tokenizer: Tokenizer) -> Task:
     """Load and tokenise the questions. One that does not fit the context is a ValueError."""
-    P = args.prompt_length if args.method == "prompt_tuning" else 0
+    P = args.prompt_length if args.method in recurse.PROMPT_METHODS else 0
     context = lm.config.max_len
     after, k = adapters.pause_parts(args.pause, args.pause_text)  # what follows every question
     left = context - P - k  # for a question and its answer
@@ -363,6 +394,24 @@ def start_pause(task: Task) -> adapters.Pause | None:
     return adapters.Pause(vectors=filler).to(args.device)
 
 
+def next_prompt(task: Task, before: adapters.SoftPrompt | None) -> adapters.SoftPrompt:
+    """The prompt that a stage starts from: the one before it, if there is one and no --init."""
+    if before is None or task.args.init:
+        return start_prompt(task)
+    return adapters.SoftPrompt(before.vectors).to(task.args.device)
+
+
+def train_stage(task: Task, name: str, before: adapters.SoftPrompt | None) -> adapters.SoftPrompt:
+    """Train a prompt in the folder `name` below --out, or load it if it is trained already."""
+    folder = Path(task.args.out) / name
+    flags = vars(task.args) | {"method": "prompt_tuning", "out": str(folder)}
+    if not (folder / "run.json").is_file() or "results" not in read_record(folder):
+        show(f"{folder}: {len(task.tokens['train'])} training questions")
+        stage = replace(task, args=argparse.Namespace(**flags))
+        train_adapter(stage, trained=next_prompt(stage, before))
+    return adapters.load_adapter(folder, task.lm)
+
+
 def load_init(init: Path, args, lm: LM, kind: type) -> nn.Module:
     """Load the stored adapter that --init names. ValueError if the method does not train it."""
     method = args.method
@@ -460,6 +509,14 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
         ("--eval-limit", cli.COUNT, 240, "dev questions scored along training; the end scores all"),
         ("--eval-tokens", cli.COUNT, 8192, "tokens in a batch of evaluation, options included"),
     )
+    group = cli.add_flags(
+        parser,
+        "textual recursion",
+        ("--candidates", cli.COUNT, 16, "answers sampled for each question (paper: 1 to 64)"),
+        ("--rounds", cli.COUNT, 1, "how often candidates are sampled, each time after reading"),
+    )
+    whole = "sample for training questions with a prompt that has seen them (the paper's way)"
+    group.add_argument("--no-cross-fit", action="store_true", help=whole)
     cli.add_training_flags(parser)
     keep = "GB of memory for the first pass's states, which are the same in every epoch; 0 for none"
     cli.add_flags(parser, "recursion", ("--cache-first-pass", cli.number_type(float, 0), 1.0, keep))

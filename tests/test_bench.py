@@ -50,7 +50,7 @@ def test_the_plan_counts_what_a_step_holds(tmp_path, capsys, method, family):
     lm = LM.from_pretrained(tmp_path / "lm")
     if method == "fine_tuning":
         adapter, trained = None, lm.requires_grad_(True)
-    elif method == "prompt_tuning":
+    elif method in recurse.PROMPT_METHODS:
         adapter = trained = adapters.SoftPrompt(torch.randn(7, 48))
     else:
         adapter = trained = recurse.new_connector(lm, method, 2)
@@ -112,7 +112,7 @@ def test_the_plan_counts_evaluation(place, method):
     cases = ("", f"{rest} 500", f"{rest} 1000", f"{rest} 1000 --prompt-length 40")
     beyond = [plan(place, flags, method)["evaluation beyond this"] for flags in cases]
     assert 0 == beyond[0] < beyond[1] < beyond[2]
-    assert (method == "prompt_tuning") == (beyond[3] != beyond[2])
+    assert (method in recurse.PROMPT_METHODS) == (beyond[3] != beyond[2])
 
 
 def test_the_plan_counts_the_options_of_a_question(place, tmp_path):

@@ -31,7 +31,7 @@ import recurse
 import train
 from checkpoints import load_tokenizer
 from fit import target_loss
-from generate import option_scores, predict
+from generate import option_scores, predict, prepare
 from model import LM, Config
 from rerank import Bert
 from runs import ASSETS, load_run, read_predictions
@@ -84,6 +84,8 @@ def test_a_run_leaves_a_complete_folder_and_the_frozen_lm_as_it_was(place, tmp_p
     adapter = {"adapter_config.json", "adapter_model.safetensors"}
     whole = {"run.json", "metrics.jsonl", "state.safetensors", "curve.png", "lock"}
     whole |= {"model"} if alone else adapter
+    if method == "textual_recursion":
+        whole |= {"p1", "p1-a", "p1-b", "candidates"}
     assert names == whole | ({"predictions.jsonl"} if method in train.METHODS else set())
     assert json.loads((out / "run.json").read_text())["results"] == record["results"]
     assert record["arguments"]["method"] == method
@@ -92,7 +94,7 @@ def test_a_run_leaves_a_complete_folder_and_the_frozen_lm_as_it_was(place, tmp_p
         assert metrics.summary(rows) == record["results"]["dev"]
         assert [row["id"] for row in rows] == [f"q{i}" for i in range(5)]
         model, prefix, tokenizer, _ = load_run(out)
-        ids = [tokenizer.encode(row["input"]).ids for row in rows]
+        ids, _, prefix = prepare(model, tokenizer, data.read(place / "dev.jsonl"), prefix, 4)
         assert predict(model, tokenizer, ids, prefix, 4) == [row["prediction"] for row in rows]
 
 

@@ -17,8 +17,8 @@ TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["model", "adapters", "rerank", "t5", "genres"], 2),
     **dict.fromkeys(["recurse", "suite"], 3),
     "runs": 4,
-    **dict.fromkeys(["fit", "cli"], 5),
-    "train": 6,
+    **dict.fromkeys(["fit", "cli", "textual"], 5),
+    **dict.fromkeys(["train", "audit"], 6),
     **dict.fromkeys(["pretrain", "transfer"], 7),
     "bench": 8,
     "reproduce": 9,
@@ -183,7 +183,7 @@ def test_a_copied_file_builds_and_trains_alone_in_an_empty_folder(tmp_path, name
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("name", ["train", "pretrain", "bench", "world"])
+@pytest.mark.parametrize("name", ["train", "pretrain", "bench", "audit", "world"])
 def test_a_program_runs_from_another_folder_and_leaves_nothing_there(tmp_path, name):
     command = [sys.executable, "-E", ROOT / f"{name}.py", "--help"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -90,6 +90,9 @@ PROMPT --out twice.jsonl/new                            | twice.jsonl
 PROMPT --out mine --train mine.jsonl --resume           | other data
 PROMPT --out other --model replaced --resume            | another LM
 TRAIN connector_lm --dev full.jsonl --max-new-tokens 70 | full.jsonl:1
+TRAIN textual_recursion --candidates 0                  | --candidates
+TRAIN textual_recursion --rounds 0                      | --rounds
+TRAIN textual_recursion --train long.jsonl              | long.jsonl:2 | context
 TRAIN lm_connector --init connector                     | for neural_recursion | lm_connector
 TRAIN fine_tuning --init connector                      | --init | fine_tuning
 
@@ -157,6 +160,20 @@ eval.py score dev.jsonl --max-new-tokens 0              | --max-new-tokens
 eval.py score dev.jsonl --shots 2                       | --shots and --shots-from need each other
 eval.py score dev.jsonl --shots 9 --shots-from dev.jsonl | 0 examples that are not asked, fewer
 eval.py score dev.jsonl --out run                       | run/predictions.jsonl exists | --out
+eval.py score dev.jsonl --model lm/model --threshold 0  | neural_recursion
+eval.py ask --run run --threshold nan who               | --threshold
+
+audit.py                                                | command
+audit.py hard run                                       | --out
+audit.py hard run --out thesis                          | thesis exists
+audit.py hard mine --out new --samples 0                | --samples
+audit.py hard run --out new --runs fewer nowhere        | nowhere/predictions.jsonl: no such file
+audit.py passes nowhere --out new                       | nowhere: no run.json
+audit.py passes run --out thesis                        | thesis exists
+audit.py passes mine --out new                          | neural_recursion
+audit.py passes run --out new --runs fewer              | fewer: was not tested on id 'q4'
+audit.py bridge run --out new                           | predictions.jsonl:1: is no question of
+audit.py bridge run --out new --limit 0                 | --limit
 
 generate.py lm/model                                    | text
 generate.py nowhere text                                | nowhere

@@ -27,6 +27,7 @@ OWN_FLAGS = {
     "pretrain_bert": f"{SHAPE} --context 32",
     "pretrain_connector": "--connector-layers 1 --seq-len 16",
     "pretrain_prompt": "--prompt-length 4 --seq-len 16",
+    "textual_recursion": "--max-new-tokens 4 --prompt-length 4 --candidates 3",
 }
 
 
