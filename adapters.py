@@ -1,14 +1,19 @@
-"""Soft prompts and Connectors: what is trained around a frozen LM, its initial values, its files.
+"""Prompts and Connectors: what is trained around a frozen LM, its initial values, its files.
 
-    SoftPrompt   P trained vectors in front of the text (Lester et al. 2021, "The Power of Scale for
-                 Parameter-Efficient Prompt Tuning"):  lm(lm.embed(ids), prefix=lm.read(prompt()))
-    Connector    a few causal layers before, after or between passes through the LM (Levine et al.
-                 2022, "Standing on the Shoulders of Giant Frozen Language Models", section 4.2):
-                 lm(connector(lm(lm.embed(ids)))) is one of the compositions in recurse.py
+    SoftPrompt       P trained vectors in front of the text (Lester et al. 2021, "The Power of Scale
+                     for Parameter-Efficient Prompt Tuning"):
+                     lm(lm.embed(ids), prefix=lm.read(prompt()))
+    DeepPrompt       P trained positions of the KV cache (Li & Liang 2021, "Prefix-Tuning"):
+                     lm(lm.embed(ids), prefix=deep())
+    PromptGenerator  computes a soft prompt from the text itself, "input-dependent prompt tuning",
+                     ID-PT (Levine et al. 2022, "Standing on the Shoulders of Giant Frozen Language
+                     Models", section 2):  lm(lm.embed(ids), prefix=lm.read(generator(ids)))
+    Connector        a few causal layers before, after or between passes through the LM (section 4.2
+                     there):  lm(connector(lm(lm.embed(ids)))) is one composition of recurse.py
 
-An adapter is stored as a folder of two files, adapter_config.json and adapter_model.safetensors. A
-soft prompt is stored in PEFT's format. The config holds the fingerprint of the LM that the adapter
-was trained on; loading checks it.
+An adapter is stored as a folder of two files, adapter_config.json and adapter_model.safetensors.
+Soft and deep prompts are stored in PEFT's format. The config holds the fingerprint of the LM that
+the adapter was trained on; loading checks it.
 
 Needs torch and tokenizers. The caller passes the LM and its layers. Saving and loading need
 checkpoints.py and families.py beside this file. Dimensions as in model.py.
@@ -38,6 +43,55 @@ class SoftPrompt(nn.Module):
 
     def forward(self) -> Tensor:
         return self.vectors
+
+
+class DeepPrompt(nn.Module):
+    """Trained keys and values of P positions, for every layer (Li & Liang 2021).
+
+    deep() is a Prefix. It starts as `start`, a shared prefix: what the LM reads of a text, of a
+    soft prompt or of sampled vocabulary, lm.read(vectors), or noise (`random_like`).
+
+    The trained keys are those that attention reads, after norm and rope. The LM neither norms nor
+    rotates them again, and the text begins at position P. PEFT treats its past_key_values in the
+    same way, so both have the same numbers.
+
+    `hidden` is the width of an MLP that computes the keys and values from P trained vectors during
+    training (paper: 512, which trained more stably). Its output layer is solved for `start`. Only
+    what the MLP computes is stored: a prompt that is loaded again has none.
+    """
+
+    def __init__(self, start, hidden: int | None = None):
+        super().__init__()
+        if start.rows != 1 or start.lengths is not None:
+            raise ValueError("a deep prompt starts as a prefix of one row that is not ragged")
+        self.new_prefix, self.dtype = type(start), start.layers[0][0].dtype
+        kv = torch.stack([torch.cat(pair) for pair in start.layers]).detach().float()
+        n, _, K, P, D = kv.shape  # layers, keys and values, heads, positions, width
+        self.shape = (n, 2, K, D)
+        kv = kv.permute(3, 0, 1, 2, 4).flatten(1)  # (P, n 2 K D), PEFT's layout
+        self.mlp = None
+        if hidden is None:
+            self.keys_values = nn.Parameter(kv.clone())
+            return
+        if hidden < P:
+            raise ValueError(f"an MLP of width {hidden} cannot make {P} positions; at least {P}")
+        self.embedding = nn.Parameter(torch.randn(P, K * D))
+        self.mlp = nn.Sequential(
+            nn.Linear(K * D, hidden), nn.Tanh(), nn.Linear(hidden, kv.shape[1])
+        )
+        with torch.no_grad():
+            features = self.mlp[:2](self.embedding)  # (P, hidden), of rank P
+            self.mlp[2].weight.copy_((torch.linalg.pinv(features) @ kv.cpu()).T)
+            self.mlp[2].bias.zero_()
+        self.to(kv.device)
+
+    def table(self) -> Tensor:
+        """Keys and values as PEFT stores them, (P, layers * 2 * K * D)."""
+        return self.keys_values if self.mlp is None else self.mlp(self.embedding)
+
+    def forward(self):
+        kv = self.table().to(self.dtype).unflatten(1, self.shape).permute(1, 2, 3, 0, 4)
+        return self.new_prefix([(k[None], v[None]) for k, v in kv])  # each (1, K, P, D)
 
 
 # Initialisers: plain functions that return (P, C). `table` is the LM's embedding table (V, C).
@@ -111,6 +165,17 @@ def from_file(length: int, table: Tensor, path: str | Path) -> Tensor:
     return vectors.float()
 
 
+def random_like(prefix, scale: float = 1.0, generator=None):
+    """A start of a deep prompt: keys and values from normal(0, scale), in the shape of `prefix`.
+
+    PEFT and P-tuning v2 start with scale 1.
+    """
+    layers = []
+    for pair in prefix.layers:
+        layers.append(tuple(torch.randn(t.shape, generator=generator).to(t) * scale for t in pair))
+    return type(prefix)(layers)
+
+
 def token_ids(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]:
     """The text's tokens without BOS or EOS. ValueError if there are none or they do not fit."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
@@ -161,25 +226,38 @@ def save_adapter(folder: str | Path, adapter: nn.Module, lm, **info) -> None:
     folder = Path(folder)
     tensors = {name: p.detach().cpu().contiguous() for name, p in adapter.named_parameters()}
     config = {"base_model_name_or_path": None, "fingerprint": lm.fingerprint()} | info
+    token_dim = lm.config.dim
+    prompt = {"task_type": "CAUSAL_LM", "num_layers": lm.config.n_layers}
+    prompt |= {"num_transformer_submodules": 1, "placement": "before_bos"}
     if isinstance(adapter, SoftPrompt):
         tensors = {"prompt_embeddings": tensors["vectors"]}
-        config |= {
+        config |= prompt | {
             "peft_type": "PROMPT_TUNING",
-            "task_type": "CAUSAL_LM",
             "num_virtual_tokens": len(adapter.vectors),
-            "placement": "before_bos",
-            "num_transformer_submodules": 1,
             "num_attention_heads": lm.config.n_heads,
-            "num_layers": lm.config.n_layers,
+        }
+    elif isinstance(adapter, DeepPrompt):
+        tensors = {"prompt_embeddings": adapter.table().detach().cpu().contiguous()}
+        heads, token_dim = lm.config.n_kv_heads, kv_width(lm)
+        config |= prompt | {
+            "peft_type": "PREFIX_TUNING",
+            "num_virtual_tokens": len(tensors["prompt_embeddings"]),
+            "num_attention_heads": heads,
+            "prefix_projection": False,
         }
     elif isinstance(adapter, Connector):
         config |= {"peft_type": "CONNECTOR", "connector_layers": len(adapter.layers)}
     else:
         raise TypeError(f"a {type(adapter).__name__} is not an adapter of this file")
-    config |= {"token_dim": lm.config.dim}
+    config |= {"token_dim": token_dim}
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", config)
+
+
+def kv_width(lm) -> int:
+    """K * D, which PEFT calls the token_dim of a deep prompt."""
+    return lm.config.n_kv_heads * lm.config.head_dim
 
 
 def read_adapter_config(folder: str | Path) -> dict:
@@ -204,13 +282,15 @@ def load_adapter(folder: str | Path, lm) -> nn.Module:
     fingerprint (PEFT's own) loads with a warning.
     """
     config = read_adapter_config(folder)
-    # The kind comes first: the widths of another kind, such as prefix tuning, mean something else.
-    check_kind(folder, config, ("PROMPT_TUNING", "CONNECTOR"))
+    # The kind comes first: the width of another kind may mean something else.
+    loaders = {
+        "PROMPT_TUNING": load_soft_prompt,
+        "PREFIX_TUNING": load_deep_prompt,
+        "CONNECTOR": load_connector,
+    }
+    check_kind(folder, config, tuple(loaders))
     check_base(folder, config, lm)
-    if config["peft_type"] == "CONNECTOR":
-        adapter = load_connector(folder, config, lm)
-    else:
-        adapter = load_soft_prompt(folder, config, lm)
+    adapter = loaders[config["peft_type"]](folder, config, lm)
     return adapter.to(lm.embed_tokens.weight.device)
 
 
@@ -225,7 +305,8 @@ def check_kind(folder: str | Path, config: dict, supported: tuple[str, ...]) -> 
 
 def check_base(folder: str | Path, config: dict, lm) -> None:
     """ValueError if fingerprint or width differ from the LM's; no fingerprint is a warning."""
-    stored, dim = config.get("fingerprint"), config.get("token_dim", lm.config.dim)
+    width = kv_width(lm) if config["peft_type"] == "PREFIX_TUNING" else lm.config.dim
+    stored, dim = config.get("fingerprint"), config.get("token_dim", width)
     if stored is None:
         warnings.warn(
             f"{folder}: carries no fingerprint, so whether it belongs to this LM is not checked",
@@ -236,8 +317,8 @@ def check_base(folder: str | Path, config: dict, lm) -> None:
             f"{folder}: was trained on another base "
             f"(fingerprint {str(stored)[:12]}..., this LM's is {lm.fingerprint()[:12]}...)"
         )
-    if dim != lm.config.dim:
-        raise ValueError(f"{folder}: made for an LM of width {dim}, this one's is {lm.config.dim}")
+    if dim != width:
+        raise ValueError(f"{folder}: made for an LM of width {dim}, this one's is {width}")
 
 
 def load_soft_prompt(folder: str | Path, config: dict, lm) -> SoftPrompt:
@@ -247,6 +328,20 @@ def load_soft_prompt(folder: str | Path, config: dict, lm) -> SoftPrompt:
         raise ValueError(f"{folder}: placement {placement!r} is not supported (only 'before_bos')")
     length = config.get("num_virtual_tokens", 0)
     return SoftPrompt(from_file(length, lm.embed_tokens.weight, folder))
+
+
+def load_deep_prompt(folder: str | Path, config: dict, lm) -> DeepPrompt:
+    """The deep prompt that `save_adapter` or PEFT wrote."""
+    from checkpoints import check_tensors, read_tensors
+
+    P, n = config.get("num_virtual_tokens", 0), lm.config.n_layers
+    found = read_tensors(Path(folder) / "adapter_model.safetensors")
+    check_tensors(found, {"prompt_embeddings": (P, 2 * n * kv_width(lm))}, folder)
+    with torch.no_grad():  # only the shape of this prefix stays
+        tokens = torch.zeros(1, P, dtype=torch.long, device=lm.embed_tokens.weight.device)
+        deep = DeepPrompt(lm.read(lm.embed(tokens)))
+        deep.keys_values.copy_(found["prompt_embeddings"])
+    return deep
 
 
 def load_connector(folder: str | Path, config: dict, lm) -> Connector:

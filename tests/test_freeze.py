@@ -224,10 +224,14 @@ def test_adapter_without_fingerprint_loads_with_a_warning(make_lm, tmp_path):
 @pytest.mark.parametrize(
     "kind, changes, named",
     [
-        ("prompt", {"peft_type": "LORA"}, "'LORA' is not supported; .*: PROMPT_TUNING, CONNECTOR"),
+        ("prompt", {"peft_type": "LORA"}, "'LORA' is not supported; .*: PROMPT_TUNING, PREFIX"),
+        ("prompt", {"peft_type": "PREFIX_TUNING"}, "made for an LM of width 32, this one's is 24"),
+        (
+            "prompt",
+            {"peft_type": "PREFIX_TUNING", "token_dim": 24},
+            r"is \(5, 32\), not \(5, 144\)",
+        ),
         # Another kind is refused by its name, before its width or its base.
-        ("prompt", {"peft_type": "PREFIX_TUNING", "token_dim": 24}, "'PREFIX_TUNING' is not supp"),
-        ("prompt", {"peft_type": "PREFIX_TUNING", "fingerprint": None}, "'PREFIX_TUNING' is not"),
         ("prompt", {"peft_type": "P_TUNING", "token_dim": 8}, "'P_TUNING' is not supported"),
         ("connector", {"peft_type": "IA3", "fingerprint": "another"}, "'IA3' is not supported"),
         ("prompt", {"placement": "after_bos"}, "placement 'after_bos' is not supported"),
