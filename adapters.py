@@ -24,25 +24,35 @@ checkpoints.py and families.py beside this file. Dimensions as in model.py.
 import argparse
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-from tokenizers import Tokenizer
+import torch.nn.functional as F
+from tokenizers import Tokenizer, processors
 from torch import Tensor
 
 
 class SoftPrompt(nn.Module):
-    """P trained vectors that the LM reads before the text, like token embeddings: (P, C)."""
+    """P trained vectors that the LM reads before the text, like token embeddings: (P, C).
 
-    def __init__(self, vectors: Tensor):
+    With `bos` (C,), the embedding of BOS, the prompt stands between BOS and the text: it returns
+    (P + 1, C), and the text comes without a BOS (`without_bos`). Otherwise it precedes the text's.
+    """
+
+    def __init__(self, vectors: Tensor, bos: Tensor | None = None):
         super().__init__()
         if vectors.dim() != 2:
             raise ValueError(f"prompt vectors have shape {tuple(vectors.shape)}, expected (P, C)")
         self.vectors = nn.Parameter(vectors.detach().clone().float())
+        bos = None if bos is None else bos.detach().clone().float()
+        self.register_buffer("bos", bos, persistent=False)
 
     def forward(self) -> Tensor:
-        return self.vectors
+        if self.bos is None:
+            return self.vectors
+        return torch.cat([self.bos[None], self.vectors])
 
 
 class DeepPrompt(nn.Module):
@@ -76,13 +86,12 @@ class DeepPrompt(nn.Module):
         if hidden < P:
             raise ValueError(f"an MLP of width {hidden} cannot make {P} positions; at least {P}")
         self.embedding = nn.Parameter(torch.randn(P, K * D))
-        self.mlp = nn.Sequential(
-            nn.Linear(K * D, hidden), nn.Tanh(), nn.Linear(hidden, kv.shape[1])
-        )
+        last = nn.Linear(hidden, kv.shape[1])
+        self.mlp = nn.Sequential(nn.Linear(K * D, hidden), nn.Tanh(), last)
         with torch.no_grad():
             features = self.mlp[:2](self.embedding)  # (P, hidden), of rank P
-            self.mlp[2].weight.copy_((torch.linalg.pinv(features) @ kv.cpu()).T)
-            self.mlp[2].bias.zero_()
+            last.weight.copy_((torch.linalg.pinv(features) @ kv.cpu()).T)
+            last.bias.zero_()
         self.to(kv.device)
 
     def table(self) -> Tensor:
@@ -92,6 +101,78 @@ class DeepPrompt(nn.Module):
     def forward(self):
         kv = self.table().to(self.dtype).unflatten(1, self.shape).permute(1, 2, 3, 0, 4)
         return self.new_prefix([(k[None], v[None]) for k, v in kv])  # each (1, K, P, D)
+
+
+class CrossBlock(nn.Module):
+    """Attention of 8 heads, then an MLP four times as wide, each on normed input and added to it.
+
+    Vectors x (B, P, W) read `inputs` (B, L, W), or each other if there are none. (The block of
+    Perceiver, Jaegle et al. 2021. The MLP after Perceiver IO's cross-attention is only as wide as
+    its input, but the parameters that the ID-PT paper counts need four times that.)
+    """
+
+    def __init__(self, width: int, cross: bool = False):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inputs_norm = nn.LayerNorm(width) if cross else None
+        self.attention = nn.MultiheadAttention(width, 8, batch_first=True)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor, inputs: Tensor | None = None, padding: Tensor | None = None):
+        """padding (B, L) is true where an input is none. Returns (B, P, W)."""
+        q = self.norm(x)
+        kv = q if inputs is None else self.inputs_norm(inputs)
+        x = x + self.attention(q, kv, kv, padding, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+class PromptGenerator(nn.Module):
+    """Computes a soft prompt from the text: generator(ids, lengths) -> (B, P, C), for lm.read.
+
+    A frozen encoder reads [start; text]. P learned queries read its output by cross-attention and
+    go through two layers of self-attention. One projection, the same for all P, leads to the
+    LM's width. `start` (p, W) is the encoder's own trained prompt, W its width. (Paper: T5-base,
+    p about 430, P 100 to 400.) At first the output has the root mean square `scale`.
+
+    encoder  t5.T5Encoder, or anything with embed(ids) and encoder(x, lengths). It is no part of
+             this module: it is neither trained nor stored, nor moved by `to`.
+    recode   turns the LM's token ids of a text into the encoder's. None: they are the same
+    """
+
+    def __init__(self, encoder, start: Tensor, length: int, dim: int, scale: float = 1.0):
+        super().__init__()
+        width = start.shape[1]
+        self.encoder = [encoder]  # the list hides it from parameters()
+        self.recode = None
+        self.start = nn.Parameter(start.detach().clone().float())
+        self.queries = nn.Parameter(torch.empty(length, width))
+        self.cross = CrossBlock(width, cross=True)
+        self.layers = nn.ModuleList(CrossBlock(width) for _ in range(2))
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, dim)
+        nn.init.normal_(self.queries, std=0.02)
+        nn.init.normal_(self.project.weight, std=scale * width**-0.5)
+        nn.init.zeros_(self.project.bias)
+        self.to(start.device)
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """ids (B, L) of the encoder, right-padded after `lengths` (B,). Returns (B, P, C)."""
+        (encoder,), B = self.encoder, len(ids)
+        x = torch.cat([self.start.expand(B, -1, -1), encoder.embed(ids)], dim=1)
+        lengths = lengths + len(self.start)
+        padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+        y = self.cross(self.queries.expand(B, -1, -1), encoder(x, lengths), padding)
+        for layer in self.layers:
+            y = layer(y)
+        return self.project(self.norm(y))
+
+    def prompts(self, questions: list[list[int]]) -> Tensor:
+        """The prompts (B, P, C) of B questions, lists of the LM's token ids."""
+        rows = [torch.tensor(self.recode(row) if self.recode else row) for row in questions]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.start.device)
+        return self(ids, torch.tensor([len(row) for row in rows], device=ids.device))
 
 
 # Initialisers: plain functions that return (P, C). `table` is the LM's embedding table (V, C).
@@ -148,16 +229,18 @@ def from_text(length: int, table: Tensor, tokenizer: Tokenizer, text, generator=
 
 
 def from_file(length: int, table: Tensor, path: str | Path) -> Tensor:
-    """The vectors of the soft prompt in folder `path`. Their shape must be (length, C)."""
+    """The vectors of the soft prompt in folder `path`, without BOS: their shape is (length, C)."""
     from checkpoints import read_tensors
 
     tensors = read_tensors(Path(path) / "adapter_model.safetensors")
     if set(tensors) != {"prompt_embeddings"}:
         names = ", ".join(sorted(tensors)[:3])
         raise ValueError(f"{path}: not a soft prompt (its tensors: {names})")
-    if (Path(path) / "adapter_config.json").is_file():  # another kind may have vectors that fit
-        check_kind(path, read_adapter_config(path), ("PROMPT_TUNING", "P_TUNING"))
     vectors = tensors["prompt_embeddings"]
+    if (Path(path) / "adapter_config.json").is_file():  # another kind may have vectors that fit
+        config = read_adapter_config(path)
+        check_kind(path, config, ("PROMPT_TUNING", "P_TUNING"))
+        vectors = vectors[1:] if is_after_bos(path, config) else vectors
     if tuple(vectors.shape) != (length, table.shape[1]):
         raise ValueError(
             f"{path}: the prompt is {tuple(vectors.shape)}, not {(length, table.shape[1])}"
@@ -174,6 +257,28 @@ def random_like(prefix, scale: float = 1.0, generator=None):
     for pair in prefix.layers:
         layers.append(tuple(torch.randn(t.shape, generator=generator).to(t) * scale for t in pair))
     return type(prefix)(layers)
+
+
+def bos_vector(lm) -> Tensor:
+    """The LM's embedding of BOS (C,). ValueError if it has no such token."""
+    if lm.config.bos is None:
+        raise ValueError("this LM has no BOS, so no prompt can stand after it")
+    return lm.embed_tokens.weight[lm.config.bos]
+
+
+def without_bos(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, which adds no special tokens to a text from now on."""
+    tokenizer.post_processor = processors.TemplateProcessing("$A", special_tokens=[])
+    return tokenizer
+
+
+def nearest_tokens(vectors: Tensor, table: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
+    """The k tokens of each prompt vector (P, C) with the largest cosine: cosines and ids (P, k).
+
+    Lester et al. (section 7) read a prompt in this way.
+    """
+    cosines = F.normalize(vectors.detach().float()) @ F.normalize(table.detach().float()).T
+    return cosines.topk(k)
 
 
 def token_ids(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]:
@@ -220,8 +325,11 @@ def rms(vectors: Tensor) -> float:
 
 
 def save_adapter(folder: str | Path, adapter: nn.Module, lm, **info) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors; `info` is added to the config."""
-    from checkpoints import write_json, write_tensors
+    """Writes adapter_config.json and adapter_model.safetensors; `info` is added to the config.
+
+    To PEFT, a prompt after BOS is one of P + 1 rows, whose first is BOS, before texts without BOS.
+    """
+    from checkpoints import hash_tensors, write_json, write_tensors
 
     folder = Path(folder)
     tensors = {name: p.detach().cpu().contiguous() for name, p in adapter.named_parameters()}
@@ -230,10 +338,12 @@ def save_adapter(folder: str | Path, adapter: nn.Module, lm, **info) -> None:
     prompt = {"task_type": "CAUSAL_LM", "num_layers": lm.config.n_layers}
     prompt |= {"num_transformer_submodules": 1, "placement": "before_bos"}
     if isinstance(adapter, SoftPrompt):
-        tensors = {"prompt_embeddings": tensors["vectors"]}
+        rows = adapter().detach().cpu().contiguous()
+        tensors = {"prompt_embeddings": rows}
         config |= prompt | {
             "peft_type": "PROMPT_TUNING",
-            "num_virtual_tokens": len(adapter.vectors),
+            "num_virtual_tokens": len(rows),
+            "placement": "before_bos" if adapter.bos is None else "after_bos",
             "num_attention_heads": lm.config.n_heads,
         }
     elif isinstance(adapter, DeepPrompt):
@@ -245,6 +355,9 @@ def save_adapter(folder: str | Path, adapter: nn.Module, lm, **info) -> None:
             "num_attention_heads": heads,
             "prefix_projection": False,
         }
+    elif isinstance(adapter, PromptGenerator):
+        (encoder,) = adapter.encoder
+        config |= {"peft_type": "PROMPT_GENERATOR", "encoder": hash_tensors(encoder.state_dict())}
     elif isinstance(adapter, Connector):
         config |= {"peft_type": "CONNECTOR", "connector_layers": len(adapter.layers)}
     else:
@@ -275,8 +388,8 @@ def read_adapter_config(folder: str | Path) -> dict:
     return config
 
 
-def load_adapter(folder: str | Path, lm) -> nn.Module:
-    """The adapter in `folder`, on the LM's device, trainable.
+def load_adapter(folder: str | Path, lm, encoder=None) -> nn.Module:
+    """The adapter in `folder`, on the LM's device, trainable. A generator needs its encoder.
 
     ValueError if it was trained on another base or its tensors do not fit. An adapter without a
     fingerprint (PEFT's own) loads with a warning.
@@ -286,6 +399,7 @@ def load_adapter(folder: str | Path, lm) -> nn.Module:
     loaders = {
         "PROMPT_TUNING": load_soft_prompt,
         "PREFIX_TUNING": load_deep_prompt,
+        "PROMPT_GENERATOR": partial(load_generator, encoder=encoder),
         "CONNECTOR": load_connector,
     }
     check_kind(folder, config, tuple(loaders))
@@ -323,11 +437,17 @@ def check_base(folder: str | Path, config: dict, lm) -> None:
 
 def load_soft_prompt(folder: str | Path, config: dict, lm) -> SoftPrompt:
     """The prompt that `save_adapter` or PEFT wrote."""
+    after, rows = is_after_bos(folder, config), config.get("num_virtual_tokens", 0)
+    vectors = from_file(rows - after, lm.embed_tokens.weight, folder)
+    return SoftPrompt(vectors, bos_vector(lm) if after else None)
+
+
+def is_after_bos(folder: str | Path, config: dict) -> bool:
+    """Whether a soft prompt's first row is BOS. PEFT's config says nothing: it is not."""
     placement = config.get("placement", "before_bos")
-    if placement != "before_bos":
-        raise ValueError(f"{folder}: placement {placement!r} is not supported (only 'before_bos')")
-    length = config.get("num_virtual_tokens", 0)
-    return SoftPrompt(from_file(length, lm.embed_tokens.weight, folder))
+    if placement not in ("before_bos", "after_bos"):
+        raise ValueError(f"{folder}: placement {placement!r} is neither before_bos nor after_bos")
+    return placement == "after_bos"
 
 
 def load_deep_prompt(folder: str | Path, config: dict, lm) -> DeepPrompt:
@@ -342,6 +462,21 @@ def load_deep_prompt(folder: str | Path, config: dict, lm) -> DeepPrompt:
         deep = DeepPrompt(lm.read(lm.embed(tokens)))
         deep.keys_values.copy_(found["prompt_embeddings"])
     return deep
+
+
+def load_generator(folder: str | Path, config: dict, lm, encoder) -> PromptGenerator:
+    """The generator that `save_adapter` wrote. ValueError unless it was trained on `encoder`."""
+    from checkpoints import check_tensors, hash_tensors, read_tensors
+
+    if encoder is None or config.get("encoder") != hash_tensors(encoder.state_dict()):
+        what = "no encoder is given" if encoder is None else "the given encoder is another one"
+        raise ValueError(f"{folder}: a prompt generator needs its encoder; {what}")
+    found = read_tensors(Path(folder) / "adapter_model.safetensors")
+    start, queries = (found.get(name, torch.empty(1, 8)) for name in ("start", "queries"))
+    generator = PromptGenerator(encoder, start, len(queries), lm.config.dim)
+    check_tensors(found, {name: t.shape for name, t in generator.named_parameters()}, folder)
+    generator.load_state_dict(found)
+    return generator
 
 
 def load_connector(folder: str | Path, config: dict, lm) -> Connector:

@@ -1,9 +1,9 @@
-"""LM recursion: compositions of passes through one frozen LM, with the LM's own interface.
+"""Compositions around one frozen LM: prompts, and several passes with the LM's own interface.
 
-Levine et al. 2022, "Standing on the Shoulders of Giant Frozen Language Models", section 4.2 (neural
-recursion). The last hidden states of a first pass, "before translation into the vocabulary", go
-through a small trained Connector. The Connector's output enters the first layer of a second pass
-in place of the embeddings.
+LM recursion: Levine et al. 2022, "Standing on the Shoulders of Giant Frozen Language Models",
+section 4.2 (neural recursion). The last hidden states of a first pass, "before translation into the
+vocabulary", go through a small trained Connector. The Connector's output enters the first layer of
+a second pass in place of the embeddings.
 
     neural recursion   lm(connector(lm(lm.embed(ids))))
     LM-Connector       connector(lm(lm.embed(ids)))      one pass; the Connector comes after it
@@ -17,10 +17,19 @@ KV cache. Needs adapters.py; the caller passes the LM.
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
-from adapters import Connector, rms
+from adapters import (
+    Connector,
+    DeepPrompt,
+    PromptGenerator,
+    SoftPrompt,
+    load_adapter,
+    rms,
+    save_adapter,
+)
 
 
 @dataclass
@@ -116,14 +125,41 @@ class Stack(nn.Module):
         return extended.drop_padding(x.shape[1] - lengths.to(x.device))
 
 
+@dataclass
+class GeneratedPrefix:
+    """The prefix of ID-PT: prefix(questions) computes it, one row for each list of token ids.
+
+    Until the questions are known, it has those methods of Prefix that say how long it is.
+    """
+
+    lm: nn.Module
+    generator: PromptGenerator
+    rows: int = 1  # like a shared prefix, it stands before any number of questions
+
+    @property
+    def size(self) -> int:
+        """P, the length of every generated prompt."""
+        return len(self.generator.queries)
+
+    def row_lengths(self, B: int) -> list[int]:
+        """The number of prefix positions before each of B questions."""
+        return [self.size] * B
+
+    def __call__(self, questions: list[list[int]]):
+        return self.lm.read(self.generator.prompts(questions))
+
+
 # method: a function (lm, adapter) -> (model with the LM's interface, prefix of every text or None)
 COMPOSITIONS = {
     "fine_tuning": lambda lm, _: (lm, None),
     "prompt_tuning": lambda lm, prompt: (lm, lm.read(prompt())),
+    "deep_prompt": lambda lm, prompt: (lm, prompt()),
+    "id_pt": lambda lm, generator: (lm, GeneratedPrefix(lm, generator)),
     "neural_recursion": lambda lm, connector: (Stack(lm, [connector]), None),
     "lm_connector": lambda lm, connector: (Stack(lm, parts=[lm, connector]), None),
     "connector_lm": lambda lm, connector: (Stack(lm, parts=[connector, lm]), None),
 }
+PROMPT_METHODS = ("prompt_tuning", "deep_prompt", "id_pt")
 CONNECTOR_METHODS = ("neural_recursion", "lm_connector", "connector_lm")
 
 
@@ -135,3 +171,46 @@ def new_connector(lm, method: str, layers: int) -> Connector:
     """
     reference = lm.norm.weight if method == "lm_connector" else lm.embed_tokens.weight
     return Connector(lm.new_layers(layers), rms(reference))
+
+
+# A prefix as a file
+
+
+def save_prefix(folder, prefix, lm, **info) -> None:
+    """Stores a shared prefix, such as examples read once, as a deep prompt. PEFT loads it too."""
+    save_adapter(folder, DeepPrompt(prefix), lm, **info)
+
+
+def load_prefix(folder, lm, encoder=None, recode=None):
+    """The prefix of the prompt in a folder, of any kind, for `generate` and `predict`.
+
+    encoder and recode are those of PromptGenerator, and needed for no other kind. ValueError if
+    the prompt was made for another LM, or if the folder holds a Connector.
+    """
+    adapter = load_adapter(folder, lm, encoder).requires_grad_(False)
+    methods = dict(zip((SoftPrompt, DeepPrompt, PromptGenerator), PROMPT_METHODS))
+    if type(adapter) not in methods:
+        raise ValueError(f"{folder}: holds a {type(adapter).__name__}, which is no prompt")
+    if isinstance(adapter, PromptGenerator):
+        adapter.recode = recode
+    return COMPOSITIONS[methods[type(adapter)]](lm, adapter)[1]
+
+
+@torch.no_grad()
+def prompt_embeddings(adapter, lm, ids: list[int]) -> Tensor:
+    """[prompt; embeddings] of a question (P + T, C), for engines that take prompt embeddings.
+
+    ids are the question's tokens as the LM reads them, after a prompt after BOS without BOS.
+    ValueError for a deep prompt, which is no embeddings. With vLLM:
+
+        llm = vllm.LLM(model, enable_prompt_embeds=True)
+        llm.generate({"prompt_embeds": prompt_embeddings(adapter, lm, ids)})
+
+    With transformers: model.generate(inputs_embeds=prompt_embeddings(adapter, lm, ids)[None]).
+    """
+    if isinstance(adapter, DeepPrompt):
+        raise ValueError("a deep prompt is keys and values, and has no embeddings")
+    generated = isinstance(adapter, PromptGenerator)
+    prompt = adapter.prompts([ids])[0] if generated else adapter()
+    x = lm.embed(torch.tensor(ids, device=prompt.device))
+    return torch.cat([prompt.to(x.dtype), x])
