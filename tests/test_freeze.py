@@ -78,7 +78,7 @@ def test_frozen_means_frozen_and_trained_means_trained(lm, method):
     with torch.no_grad():  # must leave nothing behind that later replaces a trained tensor
         untrained = loss(IDS).item()
     base = copies(lm)
-    rate = 0.002 if method in ("deep_prompt", "id_pt") else 0.05
+    rate = 2e-4 if method in ("deep_prompt", "id_pt") else 0.05
     optimizer, losses = torch.optim.SGD(trained.parameters(), lr=rate), []
     for _ in range(2):
         earlier = copies(trained)
