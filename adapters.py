@@ -46,8 +46,7 @@ class SoftPrompt(nn.Module):
         if vectors.dim() != 2:
             raise ValueError(f"prompt vectors have shape {tuple(vectors.shape)}, expected (P, C)")
         self.vectors = nn.Parameter(vectors.detach().clone().float())
-        bos = None if bos is None else bos.detach().clone().float()
-        self.register_buffer("bos", bos, persistent=False)
+        self.register_buffer("bos", None if bos is None else bos.float(), persistent=False)
 
     def forward(self) -> Tensor:
         if self.bos is None:
@@ -170,7 +169,8 @@ class PromptGenerator(nn.Module):
 
     def prompts(self, questions: list[list[int]]) -> Tensor:
         """The prompts (B, P, C) of B questions, lists of the LM's token ids."""
-        rows = [torch.tensor(self.recode(row) if self.recode else row) for row in questions]
+        rows = [self.recode(row) if self.recode else row for row in questions]
+        rows = [torch.tensor(row, dtype=torch.long) for row in rows]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.start.device)
         return self(ids, torch.tensor([len(row) for row in rows], device=ids.device))
 
@@ -253,21 +253,22 @@ def random_like(prefix, scale: float = 1.0, generator=None):
 
     PEFT and P-tuning v2 start with scale 1.
     """
-    layers = []
-    for pair in prefix.layers:
-        layers.append(tuple(torch.randn(t.shape, generator=generator).to(t) * scale for t in pair))
-    return type(prefix)(layers)
+    shapes = [[t.shape for t in pair] for pair in prefix.layers]
+    drawn = [[torch.randn(s, generator=generator) * scale for s in pair] for pair in shapes]
+    like = prefix.layers[0][0]
+    return type(prefix)([(k.to(like), v.to(like)) for k, v in drawn])
 
 
 def bos_vector(lm) -> Tensor:
-    """The LM's embedding of BOS (C,). ValueError if it has no such token."""
+    """The LM's embedding of BOS (C,). ValueError if it has none."""
     if lm.config.bos is None:
         raise ValueError("this LM has no BOS, so no prompt can stand after it")
     return lm.embed_tokens.weight[lm.config.bos]
 
 
 def without_bos(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer, which adds no special tokens to a text from now on."""
+    """A copy of the tokenizer that adds no special tokens to a text."""
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
     tokenizer.post_processor = processors.TemplateProcessing("$A", special_tokens=[])
     return tokenizer
 
@@ -338,21 +339,20 @@ def save_adapter(folder: str | Path, adapter: nn.Module, lm, **info) -> None:
     prompt = {"task_type": "CAUSAL_LM", "num_layers": lm.config.n_layers}
     prompt |= {"num_transformer_submodules": 1, "placement": "before_bos"}
     if isinstance(adapter, SoftPrompt):
-        rows = adapter().detach().cpu().contiguous()
-        tensors = {"prompt_embeddings": rows}
+        tensors = {"prompt_embeddings": adapter().detach().cpu().contiguous()}
         config |= prompt | {
             "peft_type": "PROMPT_TUNING",
-            "num_virtual_tokens": len(rows),
+            "num_virtual_tokens": len(tensors["prompt_embeddings"]),
             "placement": "before_bos" if adapter.bos is None else "after_bos",
             "num_attention_heads": lm.config.n_heads,
         }
     elif isinstance(adapter, DeepPrompt):
         tensors = {"prompt_embeddings": adapter.table().detach().cpu().contiguous()}
-        heads, token_dim = lm.config.n_kv_heads, kv_width(lm)
+        token_dim = kv_width(lm)
         config |= prompt | {
             "peft_type": "PREFIX_TUNING",
             "num_virtual_tokens": len(tensors["prompt_embeddings"]),
-            "num_attention_heads": heads,
+            "num_attention_heads": lm.config.n_kv_heads,
             "prefix_projection": False,
         }
     elif isinstance(adapter, PromptGenerator):
@@ -369,7 +369,7 @@ def save_adapter(folder: str | Path, adapter: nn.Module, lm, **info) -> None:
 
 
 def kv_width(lm) -> int:
-    """K * D, which PEFT calls the token_dim of a deep prompt."""
+    """K * D, PEFT's token_dim of a deep prompt."""
     return lm.config.n_kv_heads * lm.config.head_dim
 
 

@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 
 import cli
+import recurse
 import train
 from adapters import Connector, SoftPrompt
 from checkpoints import HUB_FILES, load_tokenizer, read_config, resolve, skip_init
@@ -310,6 +311,8 @@ def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
     The weights are counted from config.json. A step and an evaluation do not come at the same time,
     so the table has what a step holds, and what an evaluation holds beyond that.
     """
+    if args.method == "id_pt":
+        raise ValueError("plan: the encoder and the generator of id_pt are not counted yet")
     folder = args.model or ASSETS / "lm"
     config = Config(**read_config(resolve(folder, ["config.json"])))
     with torch.device("meta"), skip_init():
@@ -320,6 +323,8 @@ def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
     frozen = weights
     if args.method == "prompt_tuning":
         trained = args.prompt_length * config.dim
+    elif args.method == "deep_prompt":
+        trained = deep_parameters(args, config)
     elif args.method == "fine_tuning":
         trained, frozen = weights, 0
     size = 2 if args.dtype == "bfloat16" else 4  # what is trained is in float32 all the same
@@ -346,12 +351,22 @@ def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
     return table
 
 
+def deep_parameters(args, c: Config) -> int:
+    """Count what a deep prompt trains."""
+    P, width = args.prompt_length, c.n_kv_heads * c.head_dim
+    if args.reparam_dim is None:
+        return P * 2 * c.n_layers * width
+    mlp = (width + 1) * args.reparam_dim + (args.reparam_dim + 1) * 2 * c.n_layers * width
+    return P * width + mlp
+
+
 def step_memory(args, c: Config, lengths: Lengths, size: int) -> dict[str, int]:
     """What a training step holds beside the gradients."""
     trained_layers, frozen_layers = args.connector_layers, c.n_layers
     tokens = args.batch_size * lengths.text
-    if args.method == "prompt_tuning":
+    if args.method in recurse.PROMPT_METHODS:
         trained_layers = 0
+    if args.method == "prompt_tuning":
         tokens += args.prompt_length  # read once per batch
     elif args.method == "fine_tuning":
         trained_layers, frozen_layers = c.n_layers, 0
@@ -370,11 +385,11 @@ def evaluation_memory(args, c: Config, lengths: Lengths, size: int) -> int:
     """What a batch of questions holds: in all its rows at most --eval-tokens positions."""
     if args.text or not lengths.question:  # a loss without gradients, or nothing: less than a step
         return 0
-    P = args.prompt_length if args.method == "prompt_tuning" else 0
+    P = args.prompt_length if args.method in recurse.PROMPT_METHODS else 0
     length = P + lengths.question + lengths.new
     rows = min(128, max(1, args.eval_tokens // length))  # as in generate.predict
     passes = {"neural_recursion": 2 * c.n_layers + args.connector_layers}
-    passes |= dict.fromkeys(("prompt_tuning", "fine_tuning"), c.n_layers)
+    passes |= dict.fromkeys((*recurse.PROMPT_METHODS, "fine_tuning"), c.n_layers)
     layers = passes.get(args.method, c.n_layers + args.connector_layers)
     cache = 2 * c.n_kv_heads * c.head_dim * layers * size
     cached = 2 * rows * length  # positions, before and after a row ends

@@ -10,7 +10,7 @@ a second pass in place of the embeddings.
     Connector-LM       lm(connector(lm.embed(ids)))      one pass; the Connector comes before it
 
 A Stack generates like an LM: every new token runs through all its parts, and every part has its own
-KV cache. Needs adapters.py; the caller passes the LM.
+KV cache. Needs adapters.py, t5.py and checkpoints.py; the caller passes the LM.
 
     python train.py --method neural_recursion      trains one on the embedded world
 """
@@ -29,7 +29,10 @@ from adapters import (
     load_adapter,
     rms,
     save_adapter,
+    without_bos,
 )
+from checkpoints import load_tokenizer
+from t5 import T5Encoder
 
 
 @dataclass
@@ -173,6 +176,34 @@ def new_connector(lm, method: str, layers: int) -> Connector:
     return Connector(lm.new_layers(layers), rms(reference))
 
 
+def load_encoder(folder, tokenizer, device: str = "cpu"):
+    """(encoder, recode) of a PromptGenerator: a frozen T5Encoder, and a function from token ids of
+    `tokenizer`, the LM's, to those of the encoder's own tokenizer, by way of the text."""
+    encoder = T5Encoder.from_pretrained(folder, device)
+    own = load_tokenizer(folder, encoder.config.vocab_size)
+
+    def recode(ids: list[int]) -> list[int]:
+        return own.encode(tokenizer.decode(ids)).ids
+
+    return encoder, recode
+
+
+def load_trained(folder, lm, tokenizer, encoder_folder=None):
+    """(adapter, tokenizer): the frozen adapter of a folder, and what tokenises the texts for it.
+
+    encoder_folder is the one of ID-PT. The tokenizer adds no BOS if the prompt stands after it.
+    """
+    encoder, recode = None, None
+    if encoder_folder is not None:
+        encoder, recode = load_encoder(encoder_folder, tokenizer, lm.embed_tokens.weight.device)
+    adapter = load_adapter(folder, lm, encoder).requires_grad_(False)
+    if isinstance(adapter, PromptGenerator):
+        adapter.recode = recode
+    elif isinstance(adapter, SoftPrompt) and adapter.bos is not None:
+        tokenizer = without_bos(tokenizer)
+    return adapter, tokenizer
+
+
 # A prefix as a file
 
 
@@ -181,18 +212,16 @@ def save_prefix(folder, prefix, lm, **info) -> None:
     save_adapter(folder, DeepPrompt(prefix), lm, **info)
 
 
-def load_prefix(folder, lm, encoder=None, recode=None):
+def load_prefix(folder, lm, tokenizer=None, encoder_folder=None):
     """The prefix of the prompt in a folder, of any kind, for `generate` and `predict`.
 
-    encoder and recode are those of PromptGenerator, and needed for no other kind. ValueError if
-    the prompt was made for another LM, or if the folder holds a Connector.
+    ValueError if the prompt was made for another LM, or if the folder holds a Connector. ID-PT
+    needs the LM's tokenizer and the folder of its encoder.
     """
-    adapter = load_adapter(folder, lm, encoder).requires_grad_(False)
+    adapter, _ = load_trained(folder, lm, tokenizer, encoder_folder)
     methods = dict(zip((SoftPrompt, DeepPrompt, PromptGenerator), PROMPT_METHODS))
     if type(adapter) not in methods:
         raise ValueError(f"{folder}: holds a {type(adapter).__name__}, which is no prompt")
-    if isinstance(adapter, PromptGenerator):
-        adapter.recode = recode
     return COMPOSITIONS[methods[type(adapter)]](lm, adapter)[1]
 
 

@@ -9,6 +9,8 @@ folder that a run leaves.
 
     method             what answers a question                        what is trained
     prompt_tuning      lm(lm.embed(ids), prefix=lm.read(prompt()))    the prompt, P vectors
+    deep_prompt        lm(lm.embed(ids), prefix=prompt())             keys and values of every layer
+    id_pt              lm(lm.embed(ids), prefix=lm.read(prompt(ids))) what computes the prompt
     neural_recursion   lm(connector(lm(lm.embed(ids))))               the Connector
     lm_connector       connector(lm(lm.embed(ids)))                   the Connector
     connector_lm       lm(connector(lm.embed(ids)))                   the Connector
@@ -24,7 +26,7 @@ import argparse
 import hashlib
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,7 +42,7 @@ import recurse
 import world
 from checkpoints import hash_tensors, load_tokenizer, read_tensors, resolve
 from fit import Recipe, autocast, fit, target_loss
-from generate import predict
+from generate import predict, stack_prefixes
 from model import LM
 from runs import ASSETS, Run, finish_record, names_file, only_shows, show, start_record
 
@@ -61,6 +63,16 @@ class Task:
 def prompt_tuning(task: Task) -> dict:
     """Train P vectors that stand before every question (Lester et al. 2021)."""
     return train_adapter(task, trained=start_prompt(task))
+
+
+def deep_prompt(task: Task) -> dict:
+    """Train the keys and values of P positions in every layer (Li & Liang 2021)."""
+    return train_adapter(task, trained=start_deep_prompt(task))
+
+
+def id_pt(task: Task) -> dict:
+    """Train what computes P vectors from each question (Levine et al. 2022, section 2)."""
+    return train_adapter(task, trained=start_generator(task))
 
 
 def neural_recursion(task: Task) -> dict:
@@ -86,13 +98,28 @@ def fine_tuning(task: Task) -> dict:
 METHODS = {  # method: (function, defaults of its flags)
     "prompt_tuning": (
         prompt_tuning,
-        {"steps": 400, "lr": 0.1, "schedule": "constant", "weight_decay": 0.0},
+        {"steps": 400, "schedule": "constant", "weight_decay": 0.0},  # lr: see default_prompt_lr
     ),
+    "deep_prompt": (
+        deep_prompt,
+        {"steps": 400, "lr": 0.01, "schedule": "constant", "weight_decay": 0.0},
+    ),
+    "id_pt": (id_pt, {"steps": 1200, "lr": 1e-3, "schedule": "constant"}),
     "neural_recursion": (neural_recursion, {"steps": 1200, "lr": 3e-3}),
     "lm_connector": (lm_connector, {"steps": 1200, "lr": 3e-3}),
     "connector_lm": (connector_lm, {"steps": 1200, "lr": 3e-3}),
     "fine_tuning": (fine_tuning, {"steps": 1200, "lr": 3e-4}),
 }
+
+
+def default_prompt_lr(lm: LM) -> float:
+    """The learning rate of prompt_tuning if --lr is not given, for AdamW.
+
+    AdamW moves every entry by about the rate in a step, so the rate is tied to the size of entries:
+    a quarter of the standard deviation of the token embeddings. (Lester et al. tune 0.3 for T5,
+    whose embeddings are larger than 1.)
+    """
+    return 0.25 * lm.embed_tokens.weight.float().std().item()
 
 
 def train_adapter(task: Task, trained: nn.Module) -> dict:
@@ -102,6 +129,8 @@ def train_adapter(task: Task, trained: nn.Module) -> dict:
     """
     args, lm, tokens = task.args, task.lm, task.tokens
     recipe, run = Recipe.from_args(args), Run.from_args(args)
+    if recipe.lr is None:
+        recipe = replace(recipe, lr=default_prompt_lr(lm))
     adapter = None if trained is lm else trained
     frozen = None if trained is lm else lm
 
@@ -110,6 +139,7 @@ def train_adapter(task: Task, trained: nn.Module) -> dict:
 
     def loss_of(batch: data.Batch) -> Tensor:
         model, prefix = recurse.COMPOSITIONS[args.method](lm, adapter)  # reads the new prompt
+        prefix = stack_prefixes(prefix, [tokens["train"][row].input for row in batch.rows])
         return target_loss(model, prefix, batch)
 
     def evaluate() -> float | None:
@@ -126,7 +156,10 @@ def train_adapter(task: Task, trained: nn.Module) -> dict:
             adapters.save_adapter(run.folder, adapter, lm, **info)
 
     with run:
-        record = start_record(run, trained, frozen, hashes(task))
+        record = start_record(run, trained, frozen, hashes(task, trained))
+        record["lr"] = recipe.lr
+        if args.lr is None:
+            show(f"learning rate {recipe.lr:.3g}, a quarter of the embeddings' standard deviation")
         # Whether `eval.py ask` must put its questions into the format of data.question_text.
         inputs = [example.input for example in task.examples["train"]]
         record["question_format"] = all(map(data.is_question, inputs))
@@ -158,17 +191,20 @@ def predict_split(task: Task, adapter, split: str, limit: int | None = None) -> 
     return metrics.score(examples, answers)
 
 
-def hashes(task: Task) -> dict[str, str | None]:
-    """What identifies the data, their tokens, the LM, and the adapter that training starts from."""
-    folder, adapter = init_folder(task.args), None
+def hashes(task: Task, trained: nn.Module) -> dict[str, str | None]:
+    """What identifies the data, their tokens, the frozen models, and what training starts from."""
+    folder, adapter, encoder = init_folder(task.args), None, None
     if folder:
         adapter = hash_tensors(read_tensors(folder / "adapter_model.safetensors"))
+    if isinstance(trained, adapters.PromptGenerator):
+        encoder = hash_tensors(trained.encoder[0].state_dict())
     texts, tokens = (repr(sorted(part.items())) for part in (task.examples, task.tokens))
     return {
         "data_hash": hashlib.sha256(texts.encode()).hexdigest(),
         "tokens_hash": hashlib.sha256(tokens.encode()).hexdigest(),
         "fingerprint": task.lm.fingerprint(),
         "init_hash": adapter,
+        "encoder_hash": encoder,
     }
 
 
@@ -177,7 +213,12 @@ def hashes(task: Task) -> dict[str, str | None]:
 
 def load_task(args, lm: LM, tokenizer: Tokenizer) -> Task:
     """Load and tokenise the questions. One that does not fit the context is a ValueError."""
-    P = args.prompt_length if args.method == "prompt_tuning" else 0
+    P = args.prompt_length if args.method in recurse.PROMPT_METHODS else 0
+    if args.placement == "after_bos":
+        if args.method != "prompt_tuning":
+            raise ValueError(f"--placement after_bos: {args.method} trains no prompt that can be")
+        P += 1
+        tokenizer = adapters.without_bos(tokenizer)
     context = lm.config.max_len
     left = context - P  # for a question and its answer
     if left < 2:
@@ -246,34 +287,81 @@ def start_connector(task: Task) -> adapters.Connector:
 
 
 def start_prompt(task: Task) -> adapters.SoftPrompt:
-    """The prompt that training starts from, as --init says."""
-    args, table, P = task.args, task.lm.embed_tokens.weight, task.args.prompt_length
-    folder = init_folder(args)
+    """The soft prompt that training starts from, as --init and --placement say."""
+    args, lm, folder = task.args, task.lm, init_folder(task.args)
     if folder:
-        return load_init(folder, args, task.lm, adapters.SoftPrompt)
+        vectors = load_init(folder, args, lm, adapters.SoftPrompt).vectors
+    else:
+        vectors = start_vectors(task)
+    bos = adapters.bos_vector(lm) if args.placement == "after_bos" else None
+    return adapters.SoftPrompt(vectors, bos).to(args.device)
+
+
+@torch.no_grad()
+def start_deep_prompt(task: Task) -> adapters.DeepPrompt:
+    """The deep prompt that training starts from: what the LM reads of a soft prompt, or noise."""
+    args, lm, folder = task.args, task.lm, init_folder(task.args)
+    if folder:
+        kinds = (adapters.SoftPrompt, adapters.DeepPrompt)
+        start = load_init(folder, args, lm, kinds)()
+    else:
+        start = start_vectors(task)
+    if isinstance(start, Tensor):
+        start = lm.read(start.to(lm.embed_tokens.weight))
+    if args.init == "random":
+        rng = torch.Generator().manual_seed(args.seed)
+        start = adapters.random_like(start, generator=rng)
+    return adapters.DeepPrompt(start, args.reparam_dim)
+
+
+def start_generator(task: Task) -> adapters.PromptGenerator:
+    """The prompt generator that training starts from: --init, or a random one."""
+    args, lm, folder = task.args, task.lm, init_folder(task.args)
+    if not folder and args.init not in (None, "random"):
+        raise ValueError(f"--init {args.init} starts a prompt, and id_pt trains what computes one")
+    path = Path(args.encoder or ASSETS / "t5")
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"{'--encoder ' if args.encoder else ''}{path}: holds no T5 encoder; "
+            "`python pretrain.py encoder` makes one, and --encoder names its folder"
+        )
+    encoder, recode = recurse.load_encoder(path, task.tokenizer, args.device)
+    if folder:
+        generator = load_init(folder, args, lm, adapters.PromptGenerator, encoder)
+    else:
+        rng, table = torch.Generator().manual_seed(args.seed), encoder.embed_tokens.weight
+        start = adapters.from_vocab(args.encoder_prompt, table, generator=rng).to(args.device)
+        scale = adapters.rms(lm.embed_tokens.weight)
+        dim = lm.config.dim
+        generator = adapters.PromptGenerator(encoder, start, args.prompt_length, dim, scale)
+    generator.recode = recode
+    return generator
+
+
+def start_vectors(task: Task) -> Tensor:
+    """The vectors (P, C) that --init describes in words."""
+    args, table, P = task.args, task.lm.embed_tokens.weight, task.args.prompt_length
     kind, _, text = (args.init or "vocab").partition(":")
     rng = torch.Generator().manual_seed(args.seed)
     if kind == "labels":  # the most frequent answers
         counts = Counter(example.target for example in task.examples["train"])
         labels = [label for label, _ in counts.most_common(P)]
-        vectors = adapters.from_labels(P, table, task.tokenizer, labels, generator=rng)
-    elif kind == "text":
-        vectors = adapters.from_text(P, table, task.tokenizer, text, generator=rng)
-    elif kind == "random":
-        vectors = adapters.random(P, table, generator=rng)
-    else:
-        vectors = adapters.from_vocab(P, table, generator=rng)
-    return adapters.SoftPrompt(vectors).to(args.device)
+        return adapters.from_labels(P, table, task.tokenizer, labels, generator=rng)
+    if kind == "text":
+        return adapters.from_text(P, table, task.tokenizer, text, generator=rng)
+    if kind == "random":
+        return adapters.random(P, table, generator=rng)
+    return adapters.from_vocab(P, table, generator=rng)
 
 
-def load_init(init: Path, args, lm: LM, kind: type) -> nn.Module:
+def load_init(init: Path, args, lm: LM, kind: type | tuple[type, ...], encoder=None) -> nn.Module:
     """Load the stored adapter that --init names. ValueError if the method does not train it."""
     method = args.method
     if not init.is_dir():
         raise ValueError(
             f"--init {init} is neither the folder of an adapter nor a way to start {method}"
         )
-    adapter = adapters.load_adapter(init, lm)
+    adapter = adapters.load_adapter(init, lm, encoder)
     name = type(adapter).__name__
     if not isinstance(adapter, kind):
         raise ValueError(f"--init {init} holds a {name}, which {method} does not train")
@@ -283,10 +371,15 @@ def load_init(init: Path, args, lm: LM, kind: type) -> nn.Module:
             f"--init {init} was trained for {made_for}, where the Connector stands "
             f"elsewhere than in {method}"
         )
-    if kind is adapters.SoftPrompt:
-        size, wanted, flag = len(adapter.vectors), args.prompt_length, "--prompt-length"
-    else:
+    wanted, flag = args.prompt_length, "--prompt-length"
+    if kind is adapters.Connector:
         size, wanted, flag = len(adapter.layers), args.connector_layers, "--connector-layers"
+    elif isinstance(adapter, adapters.SoftPrompt):
+        size = len(adapter.vectors)
+    elif isinstance(adapter, adapters.DeepPrompt):
+        size = len(adapter.keys_values)
+    else:
+        size = len(adapter.queries)
     if size != wanted:
         raise ValueError(f"--init {init} holds a {name} of {size}; say so with {flag} {size}")
     return adapter
@@ -336,8 +429,19 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     init += "given, the Connector of this method and size in assets/, if any; prompts: also vocab "
     init += "(embeddings of sampled tokens, the default), labels (of training answers), text:WORDS"
     start = ("--init", str, None, init)
-    length = ("--prompt-length", cli.COUNT, 20, "P of a soft prompt (papers: 100 to 400)")
-    cli.add_flags(parser, "model", cli.MODEL, cli.TOKENIZER, start, length, cli.CONNECTOR)
+    cli.add_flags(
+        parser,
+        "model",
+        cli.MODEL,
+        cli.TOKENIZER,
+        start,
+        ("--prompt-length", cli.COUNT, 20, "P of a prompt (papers: 100 to 400)"),
+        ("--placement", ["before_bos", "after_bos"], "before_bos", "of prompt_tuning's prompt"),
+        ("--reparam-dim", cli.COUNT, None, "deep_prompt: width of an MLP in training (paper: 512)"),
+        ("--encoder", str, None, "id_pt: folder of a T5 encoder; assets/t5 if not given"),
+        ("--encoder-prompt", cli.COUNT, 20, "id_pt: the encoder's own prompt (paper: about 430)"),
+        cli.CONNECTOR,
+    )
     cli.add_flags(
         parser,
         "data",

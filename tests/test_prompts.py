@@ -1,9 +1,13 @@
 """Deep prompts, generated prompts, placements, and batches in which each example has its own."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from conftest import QUESTIONS, close, naive_greedy, naive_score, randomise, seeded, vectors, whole
 from safetensors.torch import load_file, save_file
+from tiny_runs import command, make_place, run
 from tokenizers import processors
 
 from adapters import (
@@ -21,11 +25,13 @@ from adapters import (
     save_adapter,
     without_bos,
 )
+from checkpoints import load_tokenizer
 from data import Example, TokenizedExample, collate, encode_prompts
 from fit import target_loss
 from generate import generate, option_scores, pad, predict, prepare, stack_prefixes, vote
-from model import Prefix
+from model import LM, Prefix
 from recurse import COMPOSITIONS, load_prefix, new_connector, prompt_embeddings, save_prefix
+from runs import load_run, read_predictions
 from t5 import T5Config, T5Encoder
 
 KINDS = ["tied", "untied", "windows", "qk_norm", "post_norm", "parallel", "learned"]
@@ -366,11 +372,13 @@ def test_any_prefix_is_stored_and_belongs_to_its_lm(make_lm, lm, tmp_path):
 
 
 @torch.no_grad()
-def test_prompts_of_all_kinds_are_loaded_as_prefixes(lm, encoder, mixed, tmp_path):
-    prefixes, adapters = mixed
+def test_prompts_of_all_kinds_are_loaded_as_prefixes(lm, encoder, mixed, tokenizer, tmp_path):
+    (prefixes, adapters), folder = mixed, tmp_path / "t5"
+    encoder.save(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
     for i, (prefix, adapter) in enumerate(zip(prefixes[1:], adapters)):
         save_adapter(tmp_path / str(i), adapter, lm)
-        again = load_prefix(tmp_path / str(i), lm, encoder)
+        again = load_prefix(tmp_path / str(i), lm, tokenizer, folder if i == 2 else None)
         assert greedy(lm, again) == greedy(lm, prefix)
     save_adapter(tmp_path / "c", new_connector(lm, "neural_recursion", 1), lm)
     with pytest.raises(ValueError, match="holds a Connector, which is no prompt"):
@@ -406,3 +414,95 @@ def test_examples_before_a_question_follow_its_own_prompt(lm, mixed, tokenizer):
     assert given is prefixes and ids[0] == [20, 21, 22, 3, 4]
     with pytest.raises(ValueError, match="exceed the 33 that the LM"):
         prepare(lm, tokenizer, asked, prefixes, 40)
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
+STILL = "--lr 0 --steps 1"
+
+
+def rows_of(folder):
+    return load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+
+
+def test_the_default_rate_of_a_prompt_follows_the_embeddings(place, tmp_path, capsys):
+    record = run(command(place, "prompt_tuning", tmp_path / "run"))
+    std = LM.from_pretrained(place / "lm" / "model").embed_tokens.weight.std().item()
+    assert record["lr"] == pytest.approx(std / 4) and record["arguments"]["lr"] is None
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["lr"] == record["lr"]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["lr"] == record["lr"]
+    first = capsys.readouterr().out.splitlines()[:2]
+    assert "parameters trained" in first[0] and f"learning rate {std / 4:.3g}" in first[1]
+    again = run(command(place, "prompt_tuning", tmp_path / "run", "--resume"))
+    assert again["lr"] == record["lr"]
+    capsys.readouterr()
+    assert run(command(place, "prompt_tuning", tmp_path / "given", STILL))["lr"] == 0
+    assert "learning rate" not in capsys.readouterr().out
+
+
+def test_a_deep_prompt_starts_from_a_text_a_prompt_or_noise(place, tmp_path):
+    lm = LM.from_pretrained(place / "lm" / "model")
+    soft, deep = tmp_path / "soft", tmp_path / "deep"
+    run(command(place, "prompt_tuning", soft))
+    run(command(place, "deep_prompt", deep, f"{STILL} --init text:Velmor,Kranstad --reparam-dim 8"))
+    text = load_tokenizer(place / "lm" / "model").encode(
+        "Velmor,Kranstad", add_special_tokens=False
+    )
+    expected = DeepPrompt(lm.read(lm.embed(torch.tensor(text.ids[:4])))).keys_values
+    close(rows_of(deep), expected.detach(), 1e-4)
+    starts = {"soft": DeepPrompt(lm.read(rows_of(soft))).keys_values.detach(), "deep": expected}
+    for name, keys_values in starts.items():
+        out = tmp_path / f"from_{name}"
+        run(command(place, "deep_prompt", out, f"{STILL} --init {tmp_path / name}"))
+        close(rows_of(out), keys_values.detach(), 1e-4)
+    run(command(place, "deep_prompt", tmp_path / "noise", f"{STILL} --init random"))
+    assert rows_of(tmp_path / "noise").std() == pytest.approx(1.0, rel=0.15)
+    with pytest.raises(ValueError, match="holds a DeepPrompt, which prompt_tuning does not train"):
+        run(command(place, "prompt_tuning", tmp_path / "new", f"--init {deep}"))
+
+
+def test_a_run_with_its_prompt_after_bos_is_used_without_another_bos(place, tmp_path):
+    out = tmp_path / "run"
+    run(command(place, "prompt_tuning", out, "--placement after_bos --eval-limit 3"))
+    lm = LM.from_pretrained(place / "lm" / "model")
+    close(rows_of(out)[0], bos_vector(lm), 0.0)
+    assert len(rows_of(out)) == 5
+    model, prefix, tokenizer, _ = load_run(out)
+    assert prefix.size == 5 and lm.config.bos not in tokenizer.encode("where was Anna born").ids
+    rows = read_predictions(out)
+    ids = [tokenizer.encode(row["input"]).ids for row in rows]
+    assert predict(model, tokenizer, ids, prefix, 4) == [row["prediction"] for row in rows]
+    before = run(command(place, "prompt_tuning", tmp_path / "b", f"{STILL} --init {out}"))
+    assert before["results"] and len(rows_of(tmp_path / "b")) == 4
+    with pytest.raises(ValueError, match="--placement after_bos: deep_prompt"):
+        run(command(place, "deep_prompt", tmp_path / "c", "--placement after_bos"))
+
+
+def test_a_run_of_id_pt_needs_an_encoder_and_remembers_it(place, tmp_path):
+    with pytest.raises(ValueError, match="holds no T5 encoder; `python pretrain.py encoder`"):
+        run(command(place, "id_pt", tmp_path / "a", f"--encoder {tmp_path}"))
+    out, moved = tmp_path / "x" / "run", tmp_path / "y"
+    shutil.copytree(place / "t5", tmp_path / "x" / "t5")
+    encoder = f"--encoder {tmp_path}/x/t5/model"
+    record = run(command(place, "id_pt", out, encoder))
+    expected = [row["prediction"] for row in read_predictions(out)]
+    (tmp_path / "x").rename(moved)  # the encoder moves together with the run
+    model, prefix, tokenizer, _ = load_run(moved / "run")
+    ids = [tokenizer.encode(row["input"]).ids for row in read_predictions(moved / "run")]
+    assert predict(model, tokenizer, ids, prefix, 4) == expected
+    flags = f"{STILL} --init {moved}/run --encoder {moved}/t5/model"
+    run(command(place, "id_pt", tmp_path / "again", flags))
+    before, after = (
+        load_file(f / "adapter_model.safetensors") for f in (moved / "run", tmp_path / "again")
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert record["encoder_hash"]
+    with pytest.raises(ValueError, match="--init vocab starts a prompt, and id_pt trains"):
+        run(command(place, "id_pt", tmp_path / "c", "--init vocab"))
