@@ -13,13 +13,21 @@ from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_mod
 from safetensors.torch import load_file, save_file, save_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from adapters import Connector, DeepPrompt, SoftPrompt, from_file, load_adapter, save_adapter
+from adapters import (
+    Connector,
+    DeepPrompt,
+    SoftPrompt,
+    bos_vector,
+    from_file,
+    load_adapter,
+    save_adapter,
+)
 from checkpoints import load_tokenizer, read_config
 from families import FAMILIES
 from fit import Adafactor
 from generate import generate, pad
 from model import LM, Prefix
-from recurse import Stack
+from recurse import Stack, prompt_embeddings
 from rerank import Bert, token_type_ids
 from t5 import T5Encoder
 
@@ -439,6 +447,27 @@ def test_prompt_has_pefts_loss_and_gradient_and_goes_there_and_back(tmp_path):
     save_adapter(tmp_path / "ours", prompt, lm, method="prompt_tuning")
     loaded = PeftModel.from_pretrained(reference, tmp_path / "ours").eval()
     close(z[real], loaded(**inputs).logits[:, 7:][real])
+
+
+@torch.no_grad()
+def test_prompt_after_bos_is_pefts_with_one_row_more_and_has_embeddings(tmp_path):
+    """transformers continues its embeddings as we continue the text."""
+    reference = make_reference("llama, grouped, tied")
+    reference.save_pretrained(tmp_path / "reference")
+    lm = LM.from_pretrained(tmp_path / "reference")
+    prompt = SoftPrompt(torch.randn(4, 32, generator=seeded(2)) * 0.25, bos_vector(lm))
+    ours = logits_after(lm, prompt)
+    save_adapter(tmp_path / "ours", prompt, lm)
+    peft = PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path / "ours").eval()
+    close(ours, peft(torch.tensor(ONE)).logits[:, 5:], 1e-4)
+    assert (ours - logits_after(lm, SoftPrompt(prompt.vectors))).abs().max() > 0.1
+    x, options = prompt_embeddings(prompt, lm, ONE[0]), dict(do_sample=False, eos_token_id=None)
+    theirs = reference.generate(inputs_embeds=x[None], max_new_tokens=8, pad_token_id=0, **options)
+    assert greedy(lm, ONE, lm.read(prompt()), 8) == theirs[:, None].tolist()
+
+
+def logits_after(lm, prompt):
+    return lm.logits(lm(lm.embed(torch.tensor(ONE)), lm.read(prompt())))
 
 
 PREFIXES = ["gpt2", "gpt_neox", "llama, grouped, tied", "llama, one key head, far theta"]
