@@ -36,12 +36,13 @@ import torch
 import torch.nn.functional as F
 
 import cli
+import recurse
+import start
 import train
 from adapters import Connector, SoftPrompt
 from checkpoints import HUB_FILES, load_tokenizer, read_config, resolve, skip_init
 from generate import generate
 from model import LM, Config
-from recurse import PROMPT_METHODS
 from runs import ASSETS
 
 
@@ -294,7 +295,7 @@ def read_lengths(args: argparse.Namespace, lm: LM, folder: str | Path) -> Length
         return Lengths(T, T if args.text else min(T, new), T, new, 0, 0)
     files = [name for name in HUB_FILES if "safetensors" not in name]
     tokenizer = load_tokenizer(args.tokenizer or resolve(folder, files), lm.config.vocab_size)
-    task = train.load_task(args, lm, tokenizer)
+    task = start.load_task(args, lm, tokenizer)
     tokens, first_pass = task.tokens, train.first_pass(task)
     asked = [e for split in ("dev", "test") for e in tokens[split]]
     ends = [max(map(len, e.options), default=args.max_new_tokens) for e in asked]
@@ -314,6 +315,8 @@ def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
     The weights are counted from config.json. A step and an evaluation do not come at the same time,
     so the table has what a step holds, and what an evaluation holds beyond that.
     """
+    if args.method == "id_pt":
+        raise ValueError("plan: the encoder and the generator of id_pt are not counted yet")
     folder = args.model or ASSETS / "lm"
     config = Config(**read_config(resolve(folder, ["config.json"])))
     with torch.device("meta"), skip_init():
@@ -322,8 +325,10 @@ def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
     lengths = read_lengths(args, lm, folder)
     weights, trained = (sum(p.numel() for p in m.parameters()) for m in (lm, connector))
     frozen = weights
-    if args.method in PROMPT_METHODS:
+    if args.method in ("prompt_tuning", "textual_recursion"):
         trained = args.prompt_length * config.dim
+    elif args.method == "deep_prompt":
+        trained = deep_parameters(args, config)
     elif args.method == "fine_tuning":
         trained, frozen = weights, 0
     elif args.method == "training_free":
@@ -358,12 +363,22 @@ def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
     return table
 
 
+def deep_parameters(args, c: Config) -> int:
+    """Count what a deep prompt trains."""
+    P, width = args.prompt_length, c.n_kv_heads * c.head_dim
+    if args.reparam_dim is None:
+        return P * 2 * c.n_layers * width
+    mlp = (width + 1) * args.reparam_dim + (args.reparam_dim + 1) * 2 * c.n_layers * width
+    return P * width + mlp
+
+
 def step_memory(args, c: Config, lengths: Lengths, size: int) -> dict[str, int]:
     """What a training step holds beside the gradients."""
     trained_layers, frozen_layers = args.connector_layers, c.n_layers
     tokens = args.batch_size * lengths.text
-    if args.method in PROMPT_METHODS:
+    if args.method in recurse.PROMPT_METHODS:
         trained_layers = 0
+    if args.method in ("prompt_tuning", "textual_recursion"):
         tokens += args.prompt_length  # read once per batch
     elif args.method == "fine_tuning":
         trained_layers, frozen_layers = c.n_layers, 0
@@ -387,13 +402,13 @@ def evaluation_memory(args, c: Config, lengths: Lengths, size: int) -> int:
     """What a batch of questions holds: in all its rows at most --eval-tokens positions."""
     if args.text or not lengths.question:  # a loss without gradients, or nothing: less than a step
         return 0
-    P = args.prompt_length if args.method in PROMPT_METHODS else 0
+    P = args.prompt_length if args.method in recurse.PROMPT_METHODS else 0
     length = P + lengths.question + lengths.new
     rows = min(128, max(1, args.eval_tokens // length))  # as in generate.predict
     gaps = args.passes - 1
     passes = {"neural_recursion": (gaps + 1) * c.n_layers + gaps * args.connector_layers}
     passes["training_free"] = 2 * c.n_layers
-    passes |= dict.fromkeys((*PROMPT_METHODS, "fine_tuning"), c.n_layers)
+    passes |= dict.fromkeys((*recurse.PROMPT_METHODS, "fine_tuning"), c.n_layers)
     layers = passes.get(args.method, c.n_layers + args.connector_layers)
     cache = 2 * c.n_kv_heads * c.head_dim * layers * size
     cached = 2 * rows * length  # positions, before and after a row ends

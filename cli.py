@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from safetensors import SafetensorError
 
-from runs import Run, names_file, show
+from runs import Run, find, names_file, show
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,7 +76,7 @@ COUNT = number_type(int, 1)
 MODEL = ("--model", str, None, "checkpoint folder or hub id; the embedded LM if not given")
 TOKENIZER = ("--tokenizer", str, None, "tokenizer.json or its folder, if not the model's own")
 WORLD = ("--world-seed", int, 1, "which embedded world; the embedded LM knows world 1")
-PROMPT = ("--prompt-length", COUNT, 20, "P of a soft prompt (papers: 100 to 400)")
+PROMPT = ("--prompt-length", COUNT, 20, "P of a prompt (papers: 100 to 400)")
 PASSES = ("--passes", number_type(int, 2), 2, "passes of a neural recursion (paper: 2)")
 CONNECTORS = ("--connectors", ["shared", "each"], "shared", "one for all gaps, or one in each gap")
 PAUSE = ("--pause", number_type(int, 0), 0, "k, filler positions after every question")
@@ -135,9 +135,10 @@ def check_and_seed(args: argparse.Namespace) -> None:
         raise ValueError("--device cuda: torch finds no CUDA device here")
     run = Run.from_args(args)
     run.check()
+    record = (run.record() if run.resume else None) or {}
     for key, value in list(vars(args).items()):
         if names_file(key, value):
-            setattr(args, key, run.find(value))
+            setattr(args, key, find(value, run.folder, record))
     torch.manual_seed(args.seed)
 
 

@@ -32,7 +32,7 @@ import cli
 import data
 import genres
 import recurse
-import train
+import start
 import world
 from checkpoints import load_tokenizer, resolve
 from fit import Recipe, fit, target_loss
@@ -124,19 +124,19 @@ def pretrain_bert(args) -> dict:
 
 def pretrain_connector(args) -> dict:
     """Train a Connector to predict the next token from its place before, after or between LMs."""
-    lm, tokenizer = train.load_lm(args)
+    lm, tokenizer = start.load_lm(args)
     text = tokenize_corpus(args, tokenizer, load_texts(args), lm.config.vocab_size)
 
-    def start() -> adapters.Connector:
+    def new() -> adapters.Connector:
         return recurse.new_connector(lm, args.composition, args.connector_layers)
 
-    connector = recurse.between_passes(args.passes, args.connectors == "shared", start)
+    connector = recurse.between_passes(args.passes, args.connectors == "shared", new)
     return train_adapter_on_text(args, text, lm, connector, lm.config.max_len)
 
 
 def pretrain_prompt(args) -> dict:
     """Train a soft prompt to predict the next token of the text that follows it."""
-    lm, tokenizer = train.load_lm(args)
+    lm, tokenizer = start.load_lm(args)
     P, longest = args.prompt_length, lm.config.max_len - args.prompt_length
     if longest < 2:
         raise ValueError(

@@ -1,9 +1,9 @@
-"""LM recursion: compositions of passes through one frozen LM, with the LM's own interface.
+"""Compositions around one frozen LM: prompts, and several passes with the LM's own interface.
 
-Levine et al. 2022, "Standing on the Shoulders of Giant Frozen Language Models", section 4.2 (neural
-recursion). The last hidden states of a first pass, "before translation into the vocabulary", go
-through a small trained Connector. The Connector's output enters the first layer of a second pass
-in place of the embeddings.
+LM recursion: Levine et al. 2022, "Standing on the Shoulders of Giant Frozen Language Models",
+section 4.2 (neural recursion). The last hidden states of a first pass, "before translation into the
+vocabulary", go through a small trained Connector. The Connector's output enters the first layer of
+a second pass in place of the embeddings.
 
     neural recursion   lm(connector(lm(lm.embed(ids))))
     LM-Connector       connector(lm(lm.embed(ids)))      one pass; the Connector comes after it
@@ -19,25 +19,35 @@ KV cache.
 Textual recursion (section 4 of the same paper) composes two passes as text. With a prompt p1 the LM
 samples n answers, and with a prompt p2 it reads the question and these candidates.
 
-Needs adapters.py, generate.py, data.py and eval.py; the caller passes the LM.
+Needs adapters.py, pause.py, generate.py, t5.py and checkpoints.py; the caller passes the LM.
 
     python train.py --method neural_recursion      trains one on the embedded world
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tokenizers import Tokenizer, processors
 from torch import Tensor
 
-import eval as metrics
-from adapters import Connector, Connectors, Pause, load_adapter, rms
-from data import encode_prompts
+from adapters import (
+    Connector,
+    Connectors,
+    DeepPrompt,
+    PromptGenerator,
+    SoftPrompt,
+    load_adapter,
+    rms,
+    save_adapter,
+)
+from checkpoints import load_tokenizer
 from generate import Sample, drop_eos, generate, pad, predict
+from pause import Pause, Paused
+from t5 import T5Encoder
 
 
 @dataclass
@@ -137,41 +147,6 @@ class Stack(nn.Module):
         return extended.drop_padding(x.shape[1] - lengths.to(x.device))
 
 
-class Paused(nn.Module):
-    """A model, with the LM's interface, whose questions end with a Pause.
-
-    generate.prepare appends `pause_text` to a question and `pause_ids` to its tokens. These ids lie
-    beyond the vocabulary: they are read as the pause's trained vectors, and never predicted.
-    """
-
-    def __init__(self, model, pause: Pause):
-        super().__init__()
-        self.model, self.pause, self.pause_text = model, pause, pause.text
-        V, k = model.config.vocab_size, 0 if pause.vectors is None else len(pause.vectors)
-        self.pause_ids = list(range(V, V + k))
-        self.config = replace(model.config, vocab_size=V + k)  # of what can be read
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """ids (B, T) -> (B, T, C)."""
-        V, vectors = self.model.config.vocab_size, self.pause.vectors
-        if vectors is None:
-            return self.model.embed(ids)
-        x = self.model.embed(ids.clamp(max=V - 1))
-        return torch.where((ids >= V)[..., None], vectors[(ids - V).clamp(min=0)].to(x.dtype), x)
-
-    def forward(self, x: Tensor, prefix=None, keep: bool = False):
-        """As the model's."""
-        return self.model(x, prefix, keep)
-
-    def read(self, x: Tensor, prefix=None, lengths: Tensor | None = None):
-        """As the model's."""
-        return self.model.read(x, prefix, lengths)
-
-    def logits(self, h: Tensor) -> Tensor:
-        """As the model's: (..., C) -> (..., V), without the pause's ids."""
-        return self.model.logits(h)
-
-
 class Reread(nn.Module):
     """A pass over hidden states at the embeddings' root mean square: the loop without training."""
 
@@ -224,17 +199,43 @@ class FirstPass:
         return self.states[index.clamp(max=self.positions - 1)]
 
 
+@dataclass
+class GeneratedPrefix:
+    """The prefix of ID-PT: prefix(questions) computes it, one row for each list of token ids.
+
+    Until the questions are known, it has those methods of Prefix that say how long it is.
+    """
+
+    lm: nn.Module
+    generator: PromptGenerator
+    rows: int = 1  # like a shared prefix, it stands before any number of questions
+
+    @property
+    def size(self) -> int:
+        """P, the length of every generated prompt."""
+        return len(self.generator.queries)
+
+    def row_lengths(self, B: int) -> list[int]:
+        """The number of prefix positions before each of B questions."""
+        return [self.size] * B
+
+    def __call__(self, questions: list[list[int]]):
+        return self.lm.read(self.generator.prompts(questions))
+
+
 # method: a function (lm, adapter) -> (model with the LM's interface, prefix of every text or None)
 COMPOSITIONS = {
     "fine_tuning": lambda lm, _: (lm, None),
     "prompt_tuning": lambda lm, prompt: (lm, lm.read(prompt())),
     "textual_recursion": lambda lm, prompt: (lm, lm.read(prompt())),  # the last prompt
+    "deep_prompt": lambda lm, prompt: (lm, prompt()),
+    "id_pt": lambda lm, generator: (lm, GeneratedPrefix(lm, generator)),
     "neural_recursion": lambda lm, connector: (Stack(lm, gaps(connector)), None),
     "lm_connector": lambda lm, connector: (Stack(lm, parts=[lm, connector]), None),
     "connector_lm": lambda lm, connector: (Stack(lm, parts=[connector, lm]), None),
     "training_free": lambda lm, _: (Stack(lm, parts=[lm, Reread(lm)]), None),
 }
-PROMPT_METHODS = ("prompt_tuning", "textual_recursion")
+PROMPT_METHODS = ("prompt_tuning", "deep_prompt", "id_pt", "textual_recursion")
 CONNECTOR_METHODS = ("neural_recursion", "lm_connector", "connector_lm")
 
 
@@ -270,6 +271,94 @@ def new_connector(lm, method: str, layers: int) -> Connector:
     """
     reference = lm.norm.weight if method == "lm_connector" else lm.embed_tokens.weight
     return Connector(lm.new_layers(layers), rms(reference))
+
+
+# Prompts
+
+
+def without_bos(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy of the tokenizer that adds no special tokens to a text."""
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.post_processor = processors.TemplateProcessing("$A", special_tokens=[])
+    return tokenizer
+
+
+def load_encoder(folder, tokenizer, device: str = "cpu"):
+    """(encoder, recode) of a PromptGenerator: a frozen T5Encoder, and a function from token ids of
+    `tokenizer`, the LM's, to those of the encoder's own tokenizer, by way of the text."""
+    encoder = T5Encoder.from_pretrained(folder, device)
+    own = load_tokenizer(folder, encoder.config.vocab_size)
+
+    def recode(ids: list[int]) -> list[int]:
+        return own.encode(tokenizer.decode(ids)).ids
+
+    return encoder, recode
+
+
+def load_trained(folder, lm, tokenizer, encoder_folder=None):
+    """(adapter, tokenizer): the frozen adapter of a folder, and what tokenises the texts for it.
+
+    encoder_folder is the one of ID-PT. The tokenizer adds no BOS if the prompt stands after it.
+    """
+    encoder, recode = None, None
+    if encoder_folder is not None:
+        encoder, recode = load_encoder(encoder_folder, tokenizer, lm.embed_tokens.weight.device)
+    adapter = load_adapter(folder, lm, encoder).requires_grad_(False)
+    if isinstance(adapter, PromptGenerator):
+        adapter.recode = recode
+    elif isinstance(adapter, SoftPrompt) and adapter.bos is not None:
+        tokenizer = without_bos(tokenizer)
+    return adapter, tokenizer
+
+
+# A prefix as a file
+
+
+def save_prefix(folder, prefix, lm, **info) -> None:
+    """Stores a shared prefix, such as examples read once, as a deep prompt. PEFT loads it too."""
+    save_adapter(folder, DeepPrompt(prefix), lm, **info)
+
+
+def load_prefix(folder, lm, tokenizer=None, encoder_folder=None):
+    """The prefix of the prompt in a folder, of any kind, for `generate` and `predict`.
+
+    ValueError if the prompt was made for another LM, or if the folder holds a Connector. ID-PT
+    needs the LM's tokenizer and the folder of its encoder.
+    """
+    adapter, _ = load_trained(folder, lm, tokenizer, encoder_folder)
+    methods = dict(zip((SoftPrompt, DeepPrompt, PromptGenerator), PROMPT_METHODS))
+    if type(adapter) not in methods:
+        raise ValueError(f"{folder}: holds a {type(adapter).__name__}, which is no prompt")
+    return COMPOSITIONS[methods[type(adapter)]](lm, adapter)[1]
+
+
+def nearest_tokens(vectors: Tensor, table: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
+    """The k tokens of each prompt vector (P, C) with the largest cosine: cosines and ids (P, k).
+
+    Lester et al. (section 7) read a prompt in this way.
+    """
+    cosines = F.normalize(vectors.detach().float()) @ F.normalize(table.detach().float()).T
+    return cosines.topk(k)
+
+
+@torch.no_grad()
+def prompt_embeddings(adapter, lm, ids: list[int]) -> Tensor:
+    """[prompt; embeddings] of a question (P + T, C), for engines that take prompt embeddings.
+
+    ids are the question's tokens as the LM reads them, after a prompt after BOS without BOS.
+    ValueError for a deep prompt, which is no embeddings. With vLLM:
+
+        llm = vllm.LLM(model, enable_prompt_embeds=True)
+        llm.generate({"prompt_embeds": prompt_embeddings(adapter, lm, ids)})
+
+    With transformers: model.generate(inputs_embeds=prompt_embeddings(adapter, lm, ids)[None]).
+    """
+    if isinstance(adapter, DeepPrompt):
+        raise ValueError("a deep prompt is keys and values, and has no embeddings")
+    generated = isinstance(adapter, PromptGenerator)
+    prompt = adapter.prompts([ids])[0] if generated else adapter()
+    x = lm.embed(torch.tensor(ids, device=prompt.device))
+    return torch.cat([prompt.to(x.dtype), x])
 
 
 # Passes by difficulty
@@ -409,95 +498,3 @@ def text_with(question: str, candidates: Sequence[str | Candidate]) -> str:
     """
     texts = [c.text if isinstance(c, Candidate) else c for c in candidates]
     return f"Candidates: {'; '.join(texts)}\n{question}" if texts else question
-
-
-def with_candidates(tokenizer, examples, ranked, left: int, max_new_tokens: int):
-    """Puts its candidates into each example of data.py. Returns (examples, number left out).
-
-    left  positions of the context that the prompt leaves
-    Candidates that do not fit beside the answer are left out, the last ones first.
-    """
-    longer, left_out = [], 0
-    for e, kept in zip(examples, ranked, strict=True):
-        answers = encode_prompts(tokenizer, [f" {text}" for text in (e.target, *e.options)])
-        # An answer may need a token more after the input, and it has an end. The last is never read
-        limit = left - max(max_new_tokens - 1, *(len(ids) + 1 for ids in answers))
-        kept = list(kept)
-        while kept and len(encode_prompts(tokenizer, [text_with(e.input, kept)])[0]) > limit:
-            kept.pop()
-            left_out += 1
-        longer.append(replace(e, input=text_with(e.input, kept)))
-    return longer, left_out
-
-
-class TextualRecursion(nn.Module):
-    """An LM, with the LM's interface, whose questions are first answered by earlier prompts.
-
-    `generate.prepare` calls `read_back` on its examples. The prefix of the last prompt belongs to
-    the texts that come out.
-    """
-
-    def __init__(self, lm, tokenizer, prefixes: list, n: int, max_new_tokens=16, stop=None, seed=0):
-        super().__init__()
-        self.config, self.lm, self.tokenizer = lm.config, lm, tokenizer
-        self.prefixes = prefixes  # of p1, and with more rounds of the prompts after it
-        self.n, self.max_new_tokens, self.stop, self.seed = n, max_new_tokens, stop, seed
-        self.embed, self.read, self.logits = lm.embed, lm.read, lm.logits
-
-    @classmethod
-    def load(cls, folder: Path, lm, tokenizer, args: dict) -> "TextualRecursion":
-        """What a run of train.py left in `folder`. `args` are the arguments of its record."""
-        prompts = [load_adapter(folder / f"p{i + 1}", lm) for i in range(args["rounds"])]
-        with torch.no_grad():
-            prefixes = [lm.read(prompt()) for prompt in prompts]
-        rest = [args[key] for key in ("candidates", "max_new_tokens", "stop", "seed")]
-        return cls(lm, tokenizer, prefixes, *rest)
-
-    def forward(self, x: Tensor, prefix=None, keep: bool = False):
-        """The LM's own."""
-        return self.lm(x, prefix, keep)
-
-    def read_back(self, examples: list) -> list:
-        """Puts the candidates of every prompt but the last into examples of data.py, in turn."""
-        asked = examples
-        for prefix in self.prefixes:
-            ids = encode_prompts(self.tokenizer, [e.input for e in asked])
-            ranked = self.sample(examples, ids, prefix)
-            left = self.config.max_len - prefix.size
-            new = self.max_new_tokens
-            asked, _ = with_candidates(self.tokenizer, examples, ranked, left, new)
-        return asked
-
-    def sample(self, examples: list, ids: list[list[int]], prefix) -> list[list[Candidate]]:
-        """The candidates of examples. `ids` are what the prompt's LM reads of them."""
-        stops = metrics.stops(examples, self.stop)  # of the questions without candidates
-        new = self.max_new_tokens
-        return candidates(self.lm, ids, self.n, prefix, self.tokenizer, new, stops, self.seed)
-
-
-def score_candidates(examples, ranked: list[list[Candidate]], n: int) -> dict:
-    """How good the candidates are, over all examples and for each task.
-
-    {"n": examples, "recall": {"1": ..., n: ...}, "best": ..., "majority": ..., "distinct": ...,
-    "tasks": {task: the same}}. recall[k] is the share of examples with a right answer among the
-    first k samples. best and majority are the exact match of the candidate that is ranked first and
-    of the one sampled most often (ties: ranked first). distinct is the mean number of candidates.
-    """
-    sizes = sorted({k for k in (1, 8, 16, 64) if k < n} | {n})
-    tasks, everything = {}, []
-    for e, row in zip(examples, ranked, strict=True):
-        texts = [candidate.text for candidate in row]
-        right = [score["em"] for score in metrics.score([e] * len(texts), texts)]
-        most = max(range(len(row)), key=lambda i: row[i].count, default=None)
-        firsts = [c.first for c, em in zip(row, right) if em]
-        values = [float(any(first < k for first in firsts)) for k in sizes]
-        values += [right[0] if row else 0.0, 0.0 if most is None else right[most], len(row)]
-        everything.append(values)
-        tasks.setdefault(e.task, []).append(values)
-
-    def means(rows: list) -> dict:
-        *recall, best, majority, distinct = (sum(column) / len(rows) for column in zip(*rows))
-        result = {"n": len(rows), "recall": {str(k): r for k, r in zip(sizes, recall)}}
-        return result | {"best": best, "majority": majority, "distinct": distinct}
-
-    return means(everything) | {"tasks": {task: means(rows) for task, rows in tasks.items()}}

@@ -38,10 +38,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adapters import load_adapter, load_pause
 from checkpoints import atomic_write, hash_tensors, load_tokenizer, write_json
 from model import LM
-from recurse import COMPOSITIONS, TextualRecursion, compose
+from pause import load_pause
+from recurse import COMPOSITIONS, compose, load_trained
+from textual import TextualRecursion
 
 ASSETS = Path(__file__).parent / "assets"  # the embedded LM and the Connectors pretrained on it
 
@@ -86,11 +87,13 @@ HASHES = {  # keys of run.json that identify what a run reads
     "tokens_hash": "with another tokenizer",
     "fingerprint": "on another LM",
     "init_hash": "from another adapter",
+    "encoder_hash": "with another encoder",
 }
 PATHS = {  # arguments that name files, and the hash that identifies what they hold
     "model": "fingerprint",
     "tokenizer": "tokens_hash",
     "init": "init_hash",
+    "encoder": "encoder_hash",
     "train": "data_hash",
     "dev": "data_hash",
     "test": "data_hash",
@@ -132,6 +135,11 @@ def places(path: str, folder: str | Path, record: dict) -> list[str]:
         return [path]
     relative = os.path.relpath(path, record["folder"])
     return [path, os.path.normpath(os.path.join(os.path.abspath(folder), relative))]
+
+
+def find(path: str, folder: str | Path, record: dict) -> str:
+    """Return the first of `places` that exists, or else the path itself."""
+    return [*filter(os.path.exists, places(path, folder, record)), path][0]
 
 
 # The run folder
@@ -196,13 +204,6 @@ class Run:
             if before != value and key != "eval_tokens":  # which saves memory and changes nothing
                 flag = f"--{key.replace('_', '-')}"
                 raise ValueError(f"{self.folder} was started with {flag} {before}, not {value}")
-
-    def find(self, path: str) -> str:
-        """Return where a path of the command line is now: at the same place relative to the run's
-        folder, if it is not where it was when the run began."""
-        record = self.record() if self.resume else None
-        found = [p for p in places(path, self.folder, record or {}) if os.path.exists(p)]
-        return [*found, path][0]
 
     def record(self) -> dict | None:
         """Return run.json of the run that the folder holds already, or None."""
@@ -297,7 +298,7 @@ def start_record(run: Run, trained: nn.Module, frozen: LM | None, hashes: dict) 
     """
     before = run.record() or {}
     for key, what in HASHES.items():
-        if has_hash(before, key) and before.get(key) != hashes[key]:
+        if has_hash(before, key) and before.get(key) != hashes.get(key):
             raise ValueError(f"{run.folder} was started {what} (its {key} differs)")
     count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     line = f"{run.arguments['method']}: {count:,} parameters trained"
@@ -431,11 +432,13 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
         raise ValueError(f"{folder}/run.json: {args['method']} trains nothing that answers")
     else:
         lm, adapter = _load_base(folder, record, device, model), None
+        path = find(args.get("tokenizer") or str(lm.folder), folder, record)
+        path = path if os.path.exists(path) else lm.folder
+        tokenizer = load_tokenizer(path, lm.config.vocab_size)
+        path = find(args.get("encoder") or str(ASSETS / "t5"), folder, record)
         if method != "training_free":
-            adapter = load_adapter(folder, lm).requires_grad_(False)
-        given = args.get("tokenizer")
-        found = [p for p in places(given, folder, record) if os.path.exists(p)] if given else []
-        tokenizer = load_tokenizer([*found, lm.folder][0], lm.config.vocab_size)
+            encoder = path if method == "id_pt" else None
+            adapter, tokenizer = load_trained(folder, lm, tokenizer, encoder)
     pause = load_pause(folder, args.get("pause", 0), args.get("pause_text", ""), lm)
     model, prefix = compose(method, lm, adapter, pause)
     if method == "textual_recursion":

@@ -16,7 +16,8 @@ The prompt p1 has seen the training questions, so its candidates for them are be
 new questions, and the last prompt would learn to rely on them. Cross-fitting takes them from a
 prompt of the other half. The paper does not say that it does so; --no-cross-fit does without.
 
-Needs recurse.py, data.py, runs.py and checkpoints.py. train.py passes its Task and trains.
+Needs recurse.py, adapters.py, data.py, eval.py and checkpoints.py. train.py passes its Task and
+trains.
 
     python train.py --method textual_recursion
 """
@@ -29,27 +30,123 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import torch.nn as nn
+from torch import Tensor
 
 import data
-import recurse
+import eval as metrics
+from adapters import load_adapter
 from checkpoints import atomic_write
-from runs import show
+from data import encode_prompts
+from recurse import Candidate, candidates, text_with
 
 QUESTIONS_IN_FILE = 128  # a kill costs at most the candidates of so many questions
 
 
-def sample_rounds(task, train_prompt: Callable) -> tuple:
+def with_candidates(tokenizer, examples, ranked, left: int, max_new_tokens: int):
+    """Puts its candidates into each example of data.py. Returns (examples, number left out).
+
+    left  positions of the context that the prompt leaves
+    Candidates that do not fit beside the answer are left out, the last ones first.
+    """
+    longer, left_out = [], 0
+    for e, kept in zip(examples, ranked, strict=True):
+        answers = encode_prompts(tokenizer, [f" {text}" for text in (e.target, *e.options)])
+        # An answer may need a token more after the input, and it has an end. The last is never read
+        limit = left - max(max_new_tokens - 1, *(len(ids) + 1 for ids in answers))
+        kept = list(kept)
+        while kept and len(encode_prompts(tokenizer, [text_with(e.input, kept)])[0]) > limit:
+            kept.pop()
+            left_out += 1
+        longer.append(replace(e, input=text_with(e.input, kept)))
+    return longer, left_out
+
+
+class TextualRecursion(nn.Module):
+    """An LM, with the LM's interface, whose questions are first answered by earlier prompts.
+
+    `generate.prepare` calls `read_back` on its examples. The prefix of the last prompt belongs to
+    the texts that come out.
+    """
+
+    def __init__(self, lm, tokenizer, prefixes: list, n: int, max_new_tokens=16, stop=None, seed=0):
+        super().__init__()
+        self.config, self.lm, self.tokenizer = lm.config, lm, tokenizer
+        self.prefixes = prefixes  # of p1, and with more rounds of the prompts after it
+        self.n, self.max_new_tokens, self.stop, self.seed = n, max_new_tokens, stop, seed
+        self.embed, self.read, self.logits = lm.embed, lm.read, lm.logits
+
+    @classmethod
+    def load(cls, folder: Path, lm, tokenizer, args: dict) -> "TextualRecursion":
+        """What a run of train.py left in `folder`. `args` are the arguments of its record."""
+        prompts = [load_adapter(folder / f"p{i + 1}", lm) for i in range(args["rounds"])]
+        with torch.no_grad():
+            prefixes = [lm.read(prompt()) for prompt in prompts]
+        rest = [args[key] for key in ("candidates", "max_new_tokens", "stop", "seed")]
+        return cls(lm, tokenizer, prefixes, *rest)
+
+    def forward(self, x: Tensor, prefix=None, keep: bool = False):
+        """The LM's own."""
+        return self.lm(x, prefix, keep)
+
+    def read_back(self, examples: list) -> list:
+        """Puts the candidates of every prompt but the last into examples of data.py, in turn."""
+        asked = examples
+        for prefix in self.prefixes:
+            ids = encode_prompts(self.tokenizer, [e.input for e in asked])
+            ranked = self.sample(examples, ids, prefix)
+            left = self.config.max_len - prefix.size
+            new = self.max_new_tokens
+            asked, _ = with_candidates(self.tokenizer, examples, ranked, left, new)
+        return asked
+
+    def sample(self, examples: list, ids: list[list[int]], prefix) -> list[list[Candidate]]:
+        """The candidates of examples. `ids` are what the prompt's LM reads of them."""
+        stops = metrics.stops(examples, self.stop)  # of the questions without candidates
+        new = self.max_new_tokens
+        return candidates(self.lm, ids, self.n, prefix, self.tokenizer, new, stops, self.seed)
+
+
+def score_candidates(examples, ranked: list[list[Candidate]], n: int) -> dict:
+    """How good the candidates are, over all examples and for each task.
+
+    {"n": examples, "recall": {"1": ..., n: ...}, "best": ..., "majority": ..., "distinct": ...,
+    "tasks": {task: the same}}. recall[k] is the share of examples with a right answer among the
+    first k samples. best and majority are the exact match of the candidate that is ranked first and
+    of the one sampled most often (ties: ranked first). distinct is the mean number of candidates.
+    """
+    sizes = sorted({k for k in (1, 8, 16, 64) if k < n} | {n})
+    tasks, everything = {}, []
+    for e, row in zip(examples, ranked, strict=True):
+        texts = [candidate.text for candidate in row]
+        right = [score["em"] for score in metrics.score([e] * len(texts), texts)]
+        most = max(range(len(row)), key=lambda i: row[i].count, default=None)
+        firsts = [c.first for c, em in zip(row, right) if em]
+        values = [float(any(first < k for first in firsts)) for k in sizes]
+        values += [right[0] if row else 0.0, 0.0 if most is None else right[most], len(row)]
+        everything.append(values)
+        tasks.setdefault(e.task, []).append(values)
+
+    def means(rows: list) -> dict:
+        *recall, best, majority, distinct = (sum(column) / len(rows) for column in zip(*rows))
+        result = {"n": len(rows), "recall": {str(k): r for k, r in zip(sizes, recall)}}
+        return result | {"best": best, "majority": majority, "distinct": distinct}
+
+    return means(everything) | {"tasks": {task: means(rows) for task, rows in tasks.items()}}
+
+
+def sample_rounds(task, train_prompt: Callable, report: Callable) -> tuple:
     """Train and sample in as many rounds as --rounds says.
 
     train_prompt(task, name, before) -> SoftPrompt trains a prompt in the folder `name` of the run,
-    from the prompt `before` it or None, or loads it if it is trained already. Returns (the task
-    whose questions hold their candidates, the last prompt, how good the candidates of each round
-    are).
+    from the prompt `before` it or None, or loads it if it is trained already. report(split, scores)
+    shows how good the candidates are. Returns (the task whose questions hold their candidates, the
+    last prompt, the scores of each round).
     """
     asked, prompts, rounds = task, {}, []
     for number in range(1, task.args.rounds + 1):
         ranked = sample_round(task, asked, number, prompts, train_prompt)
-        asked, scores = read_candidates(task, ranked)
+        asked, scores = read_candidates(task, ranked, report)
         rounds.append(scores)
     return asked, prompts[""], rounds
 
@@ -129,7 +226,7 @@ def sample_split(task, asked, name: str, prompt, split: str, rows) -> list[list]
     new, stop = args.max_new_tokens, args.stop
     with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         prefix = task.lm.read(prompt())
-        recursion = recurse.TextualRecursion(
+        recursion = TextualRecursion(
             task.lm, task.tokenizer, [prefix], args.candidates, new, stop, args.seed
         )
         for start in progress(range(0, len(rows), QUESTIONS_IN_FILE), split):
@@ -139,7 +236,7 @@ def sample_split(task, asked, name: str, prompt, split: str, rows) -> list[list]
                 found = recursion.sample([examples[row] for row in part], ids, prefix)
                 write_candidates(path, [examples[row] for row in part], found)
             for _, line in data.json_lines(path):
-                ranked.append([recurse.Candidate(**c) for c in line["candidates"]])
+                ranked.append([Candidate(**c) for c in line["candidates"]])
     return ranked
 
 
@@ -159,29 +256,18 @@ def write_candidates(path: Path, examples: list[data.Example], ranked: list[list
             file.write(json.dumps(line | {"candidates": list(map(asdict, row))}) + "\n")
 
 
-def read_candidates(task, ranked: dict[str, list]) -> tuple:
+def read_candidates(task, ranked: dict[str, list], report: Callable) -> tuple:
     """The task whose questions hold their candidates, and how good these are in each split."""
     args, config = task.args, task.lm.config
     left = config.max_len - args.prompt_length
     eos, tokens, scores = config.eos[0] if config.eos else None, {}, {}
     for split, examples in task.examples.items():
-        longer, left_out = recurse.with_candidates(
+        longer, left_out = with_candidates(
             task.tokenizer, examples, ranked[split], left, args.max_new_tokens
         )
         tokens[split] = data.tokenize(longer, task.tokenizer, eos, left, config.vocab_size)
         if examples:
-            scores[split] = recurse.score_candidates(examples, ranked[split], args.candidates)
+            scores[split] = score_candidates(examples, ranked[split], args.candidates)
             scores[split]["left_out"] = left_out
-            show_candidates(split, scores[split])
+            report(split, scores[split])
     return replace(task, tokens=tokens), scores
-
-
-def show_candidates(split: str, scores: dict) -> None:
-    """Print how good the candidates of a split are, for all its questions and for each task."""
-    for task, row in {"all": scores, **scores["tasks"]}.items():
-        recall = "  ".join(f"@{k} {100 * value:5.1f}" for k, value in row["recall"].items())
-        first, most = 100 * row["best"], 100 * row["majority"]
-        text = f"recall {recall}   EM likeliest {first:5.1f}, most frequent {most:5.1f}"
-        show(f"{split:5} {task or 'other':12} {text}   ({row['n']} questions)")
-    if scores["left_out"]:
-        show(f"{split:5} {scores['left_out']} candidates did not fit the context and are left out")

@@ -8,11 +8,12 @@ import sys
 
 import pytest
 import torch
-from tiny_runs import PEOPLE, ROOT, TRAINED, make_place, write_lines
+from tiny_runs import PEOPLE, ROOT, make_place, write_lines
 
 import adapters
 import bench
 import recurse
+import start
 import train
 from data import train_tokenizer
 from model import LM, Config
@@ -33,11 +34,12 @@ def kept_for_backward(compute, *modules):
     return sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in known)
 
 
+PLANNED = [method for method in train.METHODS if method != "id_pt"]
 NEOX = {"family": "gpt_neox", "layer_norm": True, "gated": False, "activation": "gelu"}
 NEOX |= {"mlp_bias": True, "qkv_bias": True, "o_bias": True, "parallel": True, "tied": False}
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", PLANNED)
 @pytest.mark.parametrize("family", [{}, NEOX])
 def test_the_plan_counts_what_a_step_holds(tmp_path, capsys, method, family):
     LM(Config(60, 48, 3, 4, 4 if family else 2, 12, 96, 64, **family)).save(tmp_path / "lm")
@@ -52,6 +54,8 @@ def test_the_plan_counts_what_a_step_holds(tmp_path, capsys, method, family):
         adapter, trained = None, lm.requires_grad_(True)
     elif method in recurse.PROMPT_METHODS:
         adapter = trained = adapters.SoftPrompt(torch.randn(7, 48))
+    elif method == "deep_prompt":
+        adapter = trained = adapters.DeepPrompt(lm.read(torch.randn(7, 48)))
     else:
         adapter = trained = recurse.new_connector(lm, method, 2)
 
@@ -97,7 +101,7 @@ def test_the_plan_reads_the_lengths_of_the_questions(place, tmp_path, capsys, me
     file = write_lines(tmp_path / "rows.jsonl", rows)
     flags = f"--train {file} --max-new-tokens 1"
     args = train.parse(["--method", method, "--model", f"{place}/lm/model", *flags.split()])
-    longest = train.load_task(args, *train.load_lm(args)).tokens["train"][1]
+    longest = start.load_task(args, *start.load_lm(args)).tokens["train"][1]
     T, S = len(longest.input) + len(longest.target) - 1, len(longest.target)
     table, assumed = plan(place, flags, method), plan(place, f"--seq-len {T}", method)
     assert table["activations"] == assumed["activations"]
@@ -105,7 +109,7 @@ def test_the_plan_reads_the_lengths_of_the_questions(place, tmp_path, capsys, me
     assert f"at most {T} tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", PLANNED)
 def test_the_plan_counts_evaluation(place, method):
     """It grows with the budget of tokens, with the prompt, and not without questions to answer."""
     rest = f"--dev {place}/dev.jsonl --batch-size 1 --eval-tokens"
@@ -113,6 +117,16 @@ def test_the_plan_counts_evaluation(place, method):
     beyond = [plan(place, flags, method)["evaluation beyond this"] for flags in cases]
     assert 0 == beyond[0] < beyond[1] < beyond[2]
     assert (method in recurse.PROMPT_METHODS) == (beyond[3] != beyond[2])
+
+
+def test_the_plan_counts_the_mlp_of_a_deep_prompt(place, capsys):
+    plan(place, "--prompt-length 4 --reparam-dim 8", "deep_prompt")
+    lm = LM.from_pretrained(place / "lm" / "model")
+    deep = adapters.DeepPrompt(lm.read(torch.randn(4, lm.config.dim)), hidden=8)
+    count = sum(p.numel() for p in deep.parameters())
+    assert f"deep_prompt: {count:,} parameters trained" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="id_pt are not counted yet"):
+        plan(place, "", "id_pt")
 
 
 def test_the_plan_counts_the_options_of_a_question(place, tmp_path):

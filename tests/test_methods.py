@@ -28,6 +28,7 @@ import data
 import eval as metrics
 import pretrain
 import recurse
+import start
 import train
 from checkpoints import load_tokenizer
 from fit import target_loss
@@ -122,13 +123,13 @@ def test_bf16_runs_through_with_frozen_weights_in_bf16(place, tmp_path, method):
     record = run(command(place, method, tmp_path / "run", flags))
     assert record["weights_before"] == record["weights_after"] and record["seconds"] > 0
     if method in train.METHODS:  # what is trained is float32
-        lm, _ = train.load_lm(arguments(place, method, flags))
+        lm, _ = start.load_lm(arguments(place, method, flags))
         whole = torch.float32 if method == "fine_tuning" else torch.bfloat16
         assert lm.embed_tokens.weight.dtype == whole
 
 
 def test_a_frozen_lm_that_changes_is_reported(place, tmp_path, monkeypatch):
-    lm, tokenizer = train.load_lm(arguments(place, "connector_lm"))
+    lm, tokenizer = start.load_lm(arguments(place, "connector_lm"))
     real = train.fit
 
     def careless(*given):
@@ -227,7 +228,7 @@ def test_if_there_are_options_one_of_them_is_the_answer(place, tmp_path, capsys)
     assert record["results"]["dev"]["em"] == right / len(PEOPLE)
     scores = metrics.main(["score", str(homes), "--run", str(out)])
     assert scores == record["results"]["dev"] and "homes" in capsys.readouterr().out
-    lm, tokenizer = train.load_lm(arguments(place, "prompt_tuning"))
+    lm, tokenizer = start.load_lm(arguments(place, "prompt_tuning"))
     tokens = data.tokenize(data.read(homes), tokenizer, lm.config.eos[0], 90)
     scores = option_scores(lm, [t.input for t in tokens], [t.options for t in tokens])
     right = sum(TOWNS[row.argmax()] == town for row, (_, town) in zip(scores, HOMES))
@@ -276,7 +277,7 @@ def test_load_run_gives_the_composition_of_each_method(make_lm, tmp_path):
 def test_what_a_prompt_starts_from(place, tmp_path):
     """Embeddings of the most frequent answers or of a text, or a stored prompt. A rate of 0 keeps
     the start."""
-    lm, tokenizer = train.load_lm(arguments(place, "prompt_tuning"))
+    lm, tokenizer = start.load_lm(arguments(place, "prompt_tuning"))
     table = lm.embed_tokens.weight
 
     def rows(text):
@@ -365,7 +366,7 @@ def test_embedded_connectors_belong_to_the_embedded_lm_and_are_where_training_st
     for folder in folders:
         method, layers = folder.name.rsplit("_", 1)
         args = train.parse(["--method", method, "--connector-layers", layers])
-        started = train.start_connector(train.Task(args, lm, None, {}, {}))
+        started = start.start_connector(start.Task(args, lm, None, {}, {}))
         connector = adapters.load_adapter(folder, lm)
         assert adapters.read_adapter_config(folder)["method"] == method
         assert len(connector.layers) == int(layers)

@@ -14,14 +14,15 @@ ROOT = Path(__file__).parent.parent
 TIERS = {  # imports at the top of a file go strictly down
     "families": 0,
     **dict.fromkeys(["checkpoints", "data", "eval", "world", "attention", "generate"], 1),
-    **dict.fromkeys(["model", "adapters", "rerank", "t5", "genres"], 2),
+    **dict.fromkeys(["model", "adapters", "pause", "rerank", "t5", "genres"], 2),
     **dict.fromkeys(["recurse", "suite"], 3),
-    "runs": 4,
-    **dict.fromkeys(["fit", "cli", "textual"], 5),
-    **dict.fromkeys(["train", "audit"], 6),
-    **dict.fromkeys(["pretrain", "transfer"], 7),
-    "bench": 8,
-    "reproduce": 9,
+    "textual": 4,
+    "runs": 5,
+    **dict.fromkeys(["fit", "cli", "start"], 6),
+    **dict.fromkeys(["train", "audit"], 7),
+    **dict.fromkeys(["pretrain", "transfer"], 8),
+    "bench": 9,
+    "reproduce": 10,
 }
 FILES = sorted(ROOT.glob("*.py"))
 TREES = {path.stem: ast.parse(path.read_text()) for path in FILES}
@@ -126,15 +127,25 @@ loss = module.logits(module(module.embed(ids), prefix)).logsumexp(-1).mean()
 """,
     "adapters": """
 import torch
-from adapters import Connector, SoftPrompt, from_vocab
+from adapters import Connector, DeepPrompt, PromptGenerator, SoftPrompt, from_vocab
 class Config: dim, norm_eps = 16, 1e-5
+class Prefix:
+    rows, lengths = 1, None
+    def __init__(self, layers): self.layers = layers
+class Encoder:
+    embed = torch.nn.Embedding(50, 16).requires_grad_(False)
+    def __call__(self, x, lengths): return x.tanh()
 class Layers(torch.nn.Linear):
     config = Config
     def forward(self, x, prefix, keep): return super().forward(x)
 prompt = SoftPrompt(from_vocab(4, torch.randn(50, 16)))
 connector = Connector(Layers(16, 16), 0.1)
-module = torch.nn.ModuleList([prompt, connector])
+deep = DeepPrompt(Prefix([(torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8))] * 3))
+generator = PromptGenerator(Encoder(), torch.randn(3, 16), 4, 16)
+module = torch.nn.ModuleList([prompt, connector, deep, generator])
 loss = connector(prompt()[None]).square().sum() + prompt().square().sum()
+loss += sum(t.square().sum() for pair in deep().layers for t in pair)
+loss += generator.prompts([[3, 4], [5]]).square().sum()
 """,
     "rerank": """
 import torch

@@ -23,12 +23,14 @@ import adapters
 import data
 import eval as metrics
 import recurse
+import start
 import train
 from checkpoints import skip_init
 from data import TokenizedExample, collate
 from fit import target_loss
 from generate import generate, predict, prepare
 from model import LM, Config
+from pause import Pause, Paused
 from runs import load_run, read_predictions
 
 
@@ -135,8 +137,8 @@ def test_the_training_free_loop_is_only_scored(place, tmp_path):
 def test_a_prompt_is_pretrained_on_text_and_starts_prompt_tuning(place, tmp_path):
     flags = "--steps 30 --lr 0.05 --eval-every 30"
     record = run(command(place, "pretrain_prompt", tmp_path / "text", flags))
-    start = run(command(place, "pretrain_prompt", tmp_path / "start", "--steps 1 --lr 0"))
-    loss, before = (r["results"]["dev"]["loss"] for r in (record, start))
+    first = run(command(place, "pretrain_prompt", tmp_path / "start", "--steps 1 --lr 0"))
+    loss, before = (r["results"]["dev"]["loss"] for r in (record, first))
     assert loss < before - 0.01
     flags = f"--init {tmp_path}/text --lr 0 --steps 1"
     run(command(place, "prompt_tuning", tmp_path / "run", flags))
@@ -218,7 +220,7 @@ def test_a_text_as_filler_equals_questions_that_end_with_it(place, tmp_path):
     tokens = []
     for more in ([*own, *flags], files):
         args = train.parse([*command(place, "neural_recursion", tmp_path / "new"), *more][1:])
-        tokens.append(train.load_task(args, *train.load_lm(args)).tokens)
+        tokens.append(start.load_task(args, *start.load_lm(args)).tokens)
     assert tokens[0] == tokens[1]
     ids, *_ = prepared(tmp_path / "filled", examples)
     assert ids == [e.input for e in tokens[0]["train"]]
@@ -234,8 +236,8 @@ def test_vectors_that_are_real_tokens_embeddings_are_read_as_these_tokens(make_l
     lm = make_lm(kind)
     stack, _ = build("neural_recursion", lm)
     filler = [9, 4, 21]
-    pause = adapters.Pause(vectors=lm.embed_tokens.weight[filler])
-    model = recurse.Paused(stack, pause)
+    pause = Pause(vectors=lm.embed_tokens.weight[filler])
+    model = Paused(stack, pause)
     ids = [row + model.pause_ids for row in QUESTIONS]
     expected = generate(stack, [row + filler for row in QUESTIONS], max_new_tokens=5, n=2)
     assert generate(model, ids, max_new_tokens=5, n=2) == expected
@@ -271,11 +273,11 @@ def test_trained_filler_starts_as_the_default_text_and_goes_on_with_its_adapter(
     run(command(place, "connector_lm", tmp_path / "again", f"{flags} --init {tmp_path}/run"))
     run(command(place, "connector_lm", tmp_path / "start", flags))
     vectors = [load_file(tmp_path / k / "pause.safetensors") for k in ("run", "again", "start")]
-    trained, again, start = (file["vectors"] for file in vectors)
+    trained, again, first = (file["vectors"] for file in vectors)
     assert torch.equal(trained, again)
-    lm, tokenizer = train.load_lm(train.parse(command(place, "connector_lm", tmp_path)[1:]))
+    lm, tokenizer = start.load_lm(train.parse(command(place, "connector_lm", tmp_path)[1:]))
     ids = tokenizer.encode("\nA:\nA:", add_special_tokens=False).ids[:2]
-    assert torch.equal(start, lm.embed_tokens.weight[ids])
+    assert torch.equal(first, lm.embed_tokens.weight[ids])
 
 
 def test_trained_filler_is_resumed_bit_for_bit(place, tmp_path, monkeypatch):

@@ -20,11 +20,11 @@ from tiny_runs import (
 import adapters
 import data
 import eval as metrics
-import recurse
 import textual
 from generate import Sample, predict, prepare
-from recurse import Candidate, candidates, rank, text_with, with_candidates
+from recurse import Candidate, candidates, rank, text_with
 from runs import load_run, read_predictions, read_record
+from textual import with_candidates
 
 FLAGS = "--candidates 3"
 
@@ -143,12 +143,12 @@ def test_scores_of_candidates():
         [Candidate("b", -1, 5, 0), Candidate("a1", -2, 5, 5)],  # a tie is the likeliest's
         [],
     ]
-    scores = recurse.score_candidates(es, ranked, 10)
+    scores = textual.score_candidates(es, ranked, 10)
     assert scores["recall"] == {"1": 0.0, "8": 0.5, "10": 0.75}
     assert (scores["n"], scores["best"], scores["majority"]) == (4, 0.25, 0.25)
     assert scores["distinct"] == 1.5
     assert scores["tasks"]["a"]["recall"]["10"] == 1.0 and scores["tasks"]["b"]["best"] == 0.0
-    assert list(recurse.score_candidates(es, ranked, 64)["recall"]) == ["1", "8", "16", "64"]
+    assert list(textual.score_candidates(es, ranked, 64)["recall"]) == ["1", "8", "16", "64"]
 
 
 # Cross-fitting
