@@ -1,14 +1,20 @@
-"""Soft prompts and Connectors: what is trained around a frozen LM, its initial values, its files.
+"""Prompts and Connectors: what is trained around a frozen LM, its initial values, its files.
 
-    SoftPrompt   P trained vectors in front of the text (Lester et al. 2021, "The Power of Scale for
-                 Parameter-Efficient Prompt Tuning"):  lm(lm.embed(ids), prefix=lm.read(prompt()))
-    Connector    a few causal layers before, after or between passes through the LM (Levine et al.
-                 2022, "Standing on the Shoulders of Giant Frozen Language Models", section 4.2):
-                 lm(connector(lm(lm.embed(ids)))) is one of the compositions in recurse.py
+    SoftPrompt       P trained vectors in front of the text (Lester et al. 2021, "The Power of Scale
+                     for Parameter-Efficient Prompt Tuning"):
+                     lm(lm.embed(ids), prefix=lm.read(prompt()))
+    DeepPrompt       P trained positions of the KV cache (Li & Liang 2021, "Prefix-Tuning"):
+                     lm(lm.embed(ids), prefix=deep())
+    PromptGenerator  computes a soft prompt from the text itself, "input-dependent prompt tuning",
+                     ID-PT (Levine et al. 2022, "Standing on the Shoulders of Giant Frozen Language
+                     Models", section 2):  lm(lm.embed(ids), prefix=lm.read(generator(ids)))
+    Connector        a few causal layers before, after or between passes through the LM (section 4.2
+                     there):  lm(connector(lm(lm.embed(ids)))) is one composition of recurse.py
+    Connectors       those between more than two passes: one for all the gaps, or one for each
 
-An adapter is stored as a folder of two files, adapter_config.json and adapter_model.safetensors. A
-soft prompt is stored in PEFT's format. The config holds the fingerprint of the LM that the adapter
-was trained on; loading checks it.
+An adapter is stored as a folder of two files, adapter_config.json and adapter_model.safetensors.
+Soft and deep prompts are stored in PEFT's format. The config holds the fingerprint of the LM that
+the adapter was trained on; loading checks it.
 
 Needs torch and tokenizers. The caller passes the LM and its layers. Saving and loading need
 checkpoints.py and families.py beside this file. Dimensions as in model.py.
@@ -19,6 +25,7 @@ checkpoints.py and families.py beside this file. Dimensions as in model.py.
 import argparse
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,16 +35,144 @@ from torch import Tensor
 
 
 class SoftPrompt(nn.Module):
-    """P trained vectors that the LM reads before the text, like token embeddings: (P, C)."""
+    """P trained vectors that the LM reads before the text, like token embeddings: (P, C).
 
-    def __init__(self, vectors: Tensor):
+    With `bos` (C,), the embedding of BOS, the prompt stands between BOS and the text: it returns
+    (P + 1, C), and the text comes without a BOS. Otherwise it precedes the text's.
+    """
+
+    def __init__(self, vectors: Tensor, bos: Tensor | None = None):
         super().__init__()
         if vectors.dim() != 2:
             raise ValueError(f"prompt vectors have shape {tuple(vectors.shape)}, expected (P, C)")
         self.vectors = nn.Parameter(vectors.detach().clone().float())
+        self.register_buffer("bos", None if bos is None else bos.float(), persistent=False)
 
     def forward(self) -> Tensor:
-        return self.vectors
+        if self.bos is None:
+            return self.vectors
+        return torch.cat([self.bos[None], self.vectors])
+
+
+class DeepPrompt(nn.Module):
+    """Trained keys and values of P positions, for every layer (Li & Liang 2021).
+
+    deep() is a Prefix. It starts as `start`, a shared prefix: what the LM reads of a text, of a
+    soft prompt or of sampled vocabulary, lm.read(vectors), or noise (`random_like`).
+
+    The trained keys are those that attention reads, after norm and rope. The LM neither norms nor
+    rotates them again, and the text begins at position P. PEFT treats its past_key_values in the
+    same way, so both have the same numbers.
+
+    `hidden` is the width of an MLP that computes the keys and values from P trained vectors during
+    training (paper: 512, which trained more stably). Its output layer is solved for `start`. Only
+    what the MLP computes is stored: a prompt that is loaded again has none.
+    """
+
+    def __init__(self, start, hidden: int | None = None):
+        super().__init__()
+        if start.rows != 1 or start.lengths is not None:
+            raise ValueError("a deep prompt starts as a prefix of one row that is not ragged")
+        self.new_prefix, self.dtype = type(start), start.layers[0][0].dtype
+        kv = torch.stack([torch.cat(pair) for pair in start.layers]).detach().float()
+        n, _, K, P, D = kv.shape  # layers, keys and values, heads, positions, width
+        self.shape = (n, 2, K, D)
+        kv = kv.permute(3, 0, 1, 2, 4).flatten(1)  # (P, n 2 K D), PEFT's layout
+        self.mlp = None
+        if hidden is None:
+            self.keys_values = nn.Parameter(kv.clone())
+            return
+        if hidden < P:
+            raise ValueError(f"an MLP of width {hidden} cannot make {P} positions; at least {P}")
+        self.embedding = nn.Parameter(torch.randn(P, K * D))
+        last = nn.Linear(hidden, kv.shape[1])
+        self.mlp = nn.Sequential(nn.Linear(K * D, hidden), nn.Tanh(), last)
+        with torch.no_grad():
+            features = self.mlp[:2](self.embedding)  # (P, hidden), of rank P
+            last.weight.copy_((torch.linalg.pinv(features) @ kv.cpu()).T)
+            last.bias.zero_()
+        self.to(kv.device)
+
+    def table(self) -> Tensor:
+        """Keys and values as PEFT stores them, (P, layers * 2 * K * D)."""
+        return self.keys_values if self.mlp is None else self.mlp(self.embedding)
+
+    def forward(self):
+        kv = self.table().to(self.dtype).unflatten(1, self.shape).permute(1, 2, 3, 0, 4)
+        return self.new_prefix([(k[None], v[None]) for k, v in kv])  # each (1, K, P, D)
+
+
+class CrossBlock(nn.Module):
+    """Attention of 8 heads, then an MLP four times as wide, each on normed input and added to it.
+
+    Vectors x (B, P, W) read `inputs` (B, L, W), or each other if there are none. (The block of
+    Perceiver, Jaegle et al. 2021. The MLP after Perceiver IO's cross-attention is only as wide as
+    its input, but the parameters that the ID-PT paper counts need four times that.)
+    """
+
+    def __init__(self, width: int, cross: bool = False):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inputs_norm = nn.LayerNorm(width) if cross else None
+        self.attention = nn.MultiheadAttention(width, 8, batch_first=True)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor, inputs: Tensor | None = None, padding: Tensor | None = None):
+        """padding (B, L) is true where an input is none. Returns (B, P, W)."""
+        q = self.norm(x)
+        kv = q if inputs is None else self.inputs_norm(inputs)
+        x = x + self.attention(q, kv, kv, padding, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+class PromptGenerator(nn.Module):
+    """Computes a soft prompt from the text: generator(ids, lengths) -> (B, P, C), for lm.read.
+
+    A frozen encoder reads [start; text]. P learned queries read its output by cross-attention and
+    go through two layers of self-attention. One projection, the same for all P, leads to the
+    LM's width. `start` (p, W) is the encoder's own trained prompt, W its width. (Paper: T5-base,
+    p about 430, P 100 to 400.) At first the output has the root mean square `scale`.
+
+    encoder  t5.T5Encoder, or anything with embed(ids) and encoder(x, lengths). It is no part of
+             this module: it is neither trained nor stored, nor moved by `to`.
+    recode   turns the LM's token ids of a text into the encoder's. None: they are the same
+    """
+
+    def __init__(self, encoder, start: Tensor, length: int, dim: int, scale: float = 1.0):
+        super().__init__()
+        width = start.shape[1]
+        self.encoder = [encoder]  # the list hides it from parameters()
+        self.recode = None
+        self.start = nn.Parameter(start.detach().clone().float())
+        self.queries = nn.Parameter(torch.empty(length, width))
+        self.cross = CrossBlock(width, cross=True)
+        self.layers = nn.ModuleList(CrossBlock(width) for _ in range(2))
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, dim)
+        nn.init.normal_(self.queries, std=0.02)
+        nn.init.normal_(self.project.weight, std=scale * width**-0.5)
+        nn.init.zeros_(self.project.bias)
+        self.to(start.device)
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """ids (B, L) of the encoder, right-padded after `lengths` (B,). Returns (B, P, C)."""
+        (encoder,), B = self.encoder, len(ids)
+        x = torch.cat([self.start.expand(B, -1, -1), encoder.embed(ids)], dim=1)
+        lengths = lengths + len(self.start)
+        padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+        y = self.cross(self.queries.expand(B, -1, -1), encoder(x, lengths), padding)
+        for layer in self.layers:
+            y = layer(y)
+        return self.project(self.norm(y))
+
+    def prompts(self, questions: list[list[int]]) -> Tensor:
+        """The prompts (B, P, C) of B questions, lists of the LM's token ids."""
+        rows = [self.recode(row) if self.recode else row for row in questions]
+        rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.start.device)
+        return self(ids, torch.tensor([len(row) for row in rows], device=ids.device))
 
 
 # Initialisers: plain functions that return (P, C). `table` is the LM's embedding table (V, C).
@@ -94,21 +229,37 @@ def from_text(length: int, table: Tensor, tokenizer: Tokenizer, text, generator=
 
 
 def from_file(length: int, table: Tensor, path: str | Path) -> Tensor:
-    """The vectors of the soft prompt in folder `path`. Their shape must be (length, C)."""
+    """The vectors of the soft prompt in folder `path`, without BOS: their shape is (length, C)."""
     from checkpoints import read_tensors
 
     tensors = read_tensors(Path(path) / "adapter_model.safetensors")
     if set(tensors) != {"prompt_embeddings"}:
         names = ", ".join(sorted(tensors)[:3])
         raise ValueError(f"{path}: not a soft prompt (its tensors: {names})")
-    if (Path(path) / "adapter_config.json").is_file():  # another kind may have vectors that fit
-        check_kind(path, read_adapter_config(path), ("PROMPT_TUNING", "P_TUNING"))
     vectors = tensors["prompt_embeddings"]
-    if tuple(vectors.shape) != (length, table.shape[1]):
-        raise ValueError(
-            f"{path}: the prompt is {tuple(vectors.shape)}, not {(length, table.shape[1])}"
-        )
+    if (Path(path) / "adapter_config.json").is_file():  # another kind may have vectors that fit
+        config = read_adapter_config(path)
+        check_kind(path, config, ("PROMPT_TUNING", "P_TUNING"))
+        vectors = vectors[1:] if is_after_bos(path, config) else vectors
+    shape, expected = tuple(vectors.shape), (length, table.shape[1])
+    if shape != expected:
+        raise ValueError(f"{path}: the prompt is {shape}, not {expected}")
     return vectors.float()
+
+
+def random_like(prefix, scale: float = 1.0, generator=None):
+    """Keys and values from normal(0, scale) in the shape of `prefix` (P-tuning v2: scale 1)."""
+    shapes = [[t.shape for t in pair] for pair in prefix.layers]
+    drawn = [[torch.randn(s, generator=generator) * scale for s in pair] for pair in shapes]
+    like = prefix.layers[0][0]
+    return type(prefix)([(k.to(like), v.to(like)) for k, v in drawn])
+
+
+def bos_vector(lm) -> Tensor:
+    """The LM's embedding of BOS (C,). ValueError if it has none."""
+    if lm.config.bos is None:
+        raise ValueError("this LM has no BOS, so no prompt can stand after it")
+    return lm.embed_tokens.weight[lm.config.bos]
 
 
 def token_ids(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]:
@@ -146,6 +297,18 @@ class Connector(nn.Module):
         return (self.norm(out[0]), out[1]) if keep else self.norm(out)
 
 
+class Connectors(nn.ModuleList):
+    """The Connectors between more than two passes: a shared one, or one for each gap."""
+
+    def __init__(self, connectors: list[Connector], passes: int):
+        super().__init__(connectors)
+        self.passes = passes
+
+    def gaps(self) -> list[Connector]:
+        """The Connector of each gap, in order."""
+        return [self[i % len(self)] for i in range(self.passes - 1)]
+
+
 def rms(vectors: Tensor) -> float:
     """Root mean square over all entries."""
     return vectors.detach().float().square().mean().sqrt().item()
@@ -155,31 +318,54 @@ def rms(vectors: Tensor) -> float:
 
 
 def save_adapter(folder: str | Path, adapter: nn.Module, lm, **info) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors; `info` is added to the config."""
-    from checkpoints import write_json, write_tensors
+    """Writes adapter_config.json and adapter_model.safetensors; `info` is added to the config.
+
+    To PEFT, a prompt after BOS is one of P + 1 rows, whose first is BOS, before texts without BOS.
+    """
+    from checkpoints import hash_tensors, write_json, write_tensors
 
     folder = Path(folder)
     tensors = {name: p.detach().cpu().contiguous() for name, p in adapter.named_parameters()}
     config = {"base_model_name_or_path": None, "fingerprint": lm.fingerprint()} | info
+    token_dim = lm.config.dim
+    prompt = {"task_type": "CAUSAL_LM", "num_layers": lm.config.n_layers}
+    prompt |= {"num_transformer_submodules": 1, "placement": "before_bos"}
     if isinstance(adapter, SoftPrompt):
-        tensors = {"prompt_embeddings": tensors["vectors"]}
-        config |= {
+        tensors = {"prompt_embeddings": adapter().detach().cpu().contiguous()}
+        config |= prompt | {
             "peft_type": "PROMPT_TUNING",
-            "task_type": "CAUSAL_LM",
-            "num_virtual_tokens": len(adapter.vectors),
-            "placement": "before_bos",
-            "num_transformer_submodules": 1,
+            "num_virtual_tokens": len(tensors["prompt_embeddings"]),
+            "placement": "before_bos" if adapter.bos is None else "after_bos",
             "num_attention_heads": lm.config.n_heads,
-            "num_layers": lm.config.n_layers,
         }
+    elif isinstance(adapter, DeepPrompt):
+        tensors = {"prompt_embeddings": adapter.table().detach().cpu().contiguous()}
+        token_dim = kv_width(lm)
+        config |= prompt | {
+            "peft_type": "PREFIX_TUNING",
+            "num_virtual_tokens": len(tensors["prompt_embeddings"]),
+            "num_attention_heads": lm.config.n_kv_heads,
+            "prefix_projection": False,
+        }
+    elif isinstance(adapter, PromptGenerator):
+        (encoder,) = adapter.encoder
+        config |= {"peft_type": "PROMPT_GENERATOR", "encoder": hash_tensors(encoder.state_dict())}
     elif isinstance(adapter, Connector):
         config |= {"peft_type": "CONNECTOR", "connector_layers": len(adapter.layers)}
+    elif isinstance(adapter, Connectors):
+        config |= {"peft_type": "CONNECTOR", "connector_layers": len(adapter[0].layers)}
+        config |= {"passes": adapter.passes, "connectors": len(adapter)}
     else:
         raise TypeError(f"a {type(adapter).__name__} is not an adapter of this file")
-    config |= {"token_dim": lm.config.dim}
+    config |= {"token_dim": token_dim}
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", config)
+
+
+def kv_width(lm) -> int:
+    """K * D, PEFT's token_dim of a deep prompt."""
+    return lm.config.n_kv_heads * lm.config.head_dim
 
 
 def read_adapter_config(folder: str | Path) -> dict:
@@ -197,20 +383,23 @@ def read_adapter_config(folder: str | Path) -> dict:
     return config
 
 
-def load_adapter(folder: str | Path, lm) -> nn.Module:
-    """The adapter in `folder`, on the LM's device, trainable.
+def load_adapter(folder: str | Path, lm, encoder=None) -> nn.Module:
+    """The adapter in `folder`, on the LM's device, trainable. A generator needs its encoder.
 
     ValueError if it was trained on another base or its tensors do not fit. An adapter without a
     fingerprint (PEFT's own) loads with a warning.
     """
     config = read_adapter_config(folder)
-    # The kind comes first: the widths of another kind, such as prefix tuning, mean something else.
-    check_kind(folder, config, ("PROMPT_TUNING", "CONNECTOR"))
+    # The kind comes first: the width of another kind may mean something else.
+    loaders = {
+        "PROMPT_TUNING": load_soft_prompt,
+        "PREFIX_TUNING": load_deep_prompt,
+        "PROMPT_GENERATOR": partial(load_generator, encoder=encoder),
+        "CONNECTOR": load_connector,
+    }
+    check_kind(folder, config, tuple(loaders))
     check_base(folder, config, lm)
-    if config["peft_type"] == "CONNECTOR":
-        adapter = load_connector(folder, config, lm)
-    else:
-        adapter = load_soft_prompt(folder, config, lm)
+    adapter = loaders[config["peft_type"]](folder, config, lm)
     return adapter.to(lm.embed_tokens.weight.device)
 
 
@@ -225,7 +414,8 @@ def check_kind(folder: str | Path, config: dict, supported: tuple[str, ...]) -> 
 
 def check_base(folder: str | Path, config: dict, lm) -> None:
     """ValueError if fingerprint or width differ from the LM's; no fingerprint is a warning."""
-    stored, dim = config.get("fingerprint"), config.get("token_dim", lm.config.dim)
+    width = kv_width(lm) if config["peft_type"] == "PREFIX_TUNING" else lm.config.dim
+    stored, dim = config.get("fingerprint"), config.get("token_dim", width)
     if stored is None:
         warnings.warn(
             f"{folder}: carries no fingerprint, so whether it belongs to this LM is not checked",
@@ -236,27 +426,67 @@ def check_base(folder: str | Path, config: dict, lm) -> None:
             f"{folder}: was trained on another base "
             f"(fingerprint {str(stored)[:12]}..., this LM's is {lm.fingerprint()[:12]}...)"
         )
-    if dim != lm.config.dim:
-        raise ValueError(f"{folder}: made for an LM of width {dim}, this one's is {lm.config.dim}")
+    if dim != width:
+        raise ValueError(f"{folder}: made for an LM of width {dim}, this one's is {width}")
 
 
 def load_soft_prompt(folder: str | Path, config: dict, lm) -> SoftPrompt:
     """The prompt that `save_adapter` or PEFT wrote."""
+    after, rows = is_after_bos(folder, config), config.get("num_virtual_tokens", 0)
+    vectors = from_file(rows - after, lm.embed_tokens.weight, folder)
+    return SoftPrompt(vectors, bos_vector(lm) if after else None)
+
+
+def is_after_bos(folder: str | Path, config: dict) -> bool:
+    """Whether a soft prompt's first row is BOS. PEFT's config says nothing: it is not."""
     placement = config.get("placement", "before_bos")
-    if placement != "before_bos":
-        raise ValueError(f"{folder}: placement {placement!r} is not supported (only 'before_bos')")
-    length = config.get("num_virtual_tokens", 0)
-    return SoftPrompt(from_file(length, lm.embed_tokens.weight, folder))
+    if placement not in ("before_bos", "after_bos"):
+        raise ValueError(f"{folder}: placement {placement!r} is neither before_bos nor after_bos")
+    return placement == "after_bos"
 
 
-def load_connector(folder: str | Path, config: dict, lm) -> Connector:
-    """The Connector that `save_adapter` wrote. ValueError unless its tensors fit this LM."""
+def load_deep_prompt(folder: str | Path, config: dict, lm) -> DeepPrompt:
+    """The deep prompt that `save_adapter` or PEFT wrote."""
     from checkpoints import check_tensors, read_tensors
 
-    n = config.get("connector_layers")
+    P, n = config.get("num_virtual_tokens", 0), lm.config.n_layers
+    found = read_tensors(Path(folder) / "adapter_model.safetensors")
+    check_tensors(found, {"prompt_embeddings": (P, 2 * n * kv_width(lm))}, folder)
+    with torch.no_grad():  # only the shape of this prefix stays
+        tokens = torch.zeros(1, P, dtype=torch.long, device=lm.embed_tokens.weight.device)
+        deep = DeepPrompt(lm.read(lm.embed(tokens)))
+        deep.keys_values.copy_(found["prompt_embeddings"])
+    return deep
+
+
+def load_generator(folder: str | Path, config: dict, lm, encoder) -> PromptGenerator:
+    """The generator that `save_adapter` wrote. ValueError unless it was trained on `encoder`."""
+    from checkpoints import check_tensors, hash_tensors, read_tensors
+
+    if encoder is None or config.get("encoder") != hash_tensors(encoder.state_dict()):
+        what = "no encoder is given" if encoder is None else "the given encoder is another one"
+        raise ValueError(f"{folder}: a prompt generator needs its encoder; {what}")
+    found = read_tensors(Path(folder) / "adapter_model.safetensors")
+    start, queries = (found.get(name, torch.empty(1, 8)) for name in ("start", "queries"))
+    generator = PromptGenerator(encoder, start, len(queries), lm.config.dim)
+    check_tensors(found, {name: t.shape for name, t in generator.named_parameters()}, folder)
+    generator.load_state_dict(found)
+    return generator
+
+
+def load_connector(folder: str | Path, config: dict, lm) -> Connector | Connectors:
+    """What `save_adapter` wrote. ValueError unless its tensors fit this LM."""
+    from checkpoints import check_tensors, read_tensors
+
+    n, passes, count = (config.get(k) for k in ("connector_layers", "passes", "connectors"))
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"{folder}: connector_layers is {n!r}, not a number of layers")
-    connector = Connector(lm.new_layers(n))
+    if passes is None:
+        connector = Connector(lm.new_layers(n))
+    else:
+        if not isinstance(passes, int) or passes < 3 or count not in (1, passes - 1):
+            raise ValueError(f"{folder}: passes is {passes!r} and connectors is {count!r}")
+        connector = Connectors([Connector(lm.new_layers(n)) for _ in range(count)], passes)
     found = read_tensors(Path(folder) / "adapter_model.safetensors")
     expected = {name: p.shape for name, p in connector.named_parameters()}
     check_tensors(found, expected, folder)

@@ -40,13 +40,16 @@ import torch.nn.functional as F
 
 import bench_attention
 import cli
+import recurse
+import start
 import train
 from adapters import Connector, SoftPrompt
 from checkpoints import HUB_FILES, load_tokenizer, read_config, resolve, skip_init
 from fit import Recipe, linear_weights, make_optimizer
 from generate import generate
 from model import LM, Config
-from runs import ASSETS, show
+from runs import ASSETS
+from show import show
 
 
 def llama(
@@ -275,6 +278,7 @@ class Lengths:
     question: int
     new: int  # after a question: new tokens, or those of its longest option
     options: int
+    kept: int  # positions of the first pass that are computed once and kept
 
 
 def parse_plan(argv: list[str]) -> argparse.Namespace:
@@ -294,10 +298,11 @@ def read_lengths(args: argparse.Namespace, lm: LM, folder: str | Path) -> Length
     """The lengths that --seq-len assumes, or else those of the questions of the run."""
     if args.seq_len:
         T, new = args.seq_len, args.max_new_tokens
-        return Lengths(T, T if args.text else min(T, new), T, new, 0)
+        return Lengths(T, T if args.text else min(T, new), T, new, 0, 0)
     files = [name for name in HUB_FILES if "safetensors" not in name]
     tokenizer = load_tokenizer(args.tokenizer or resolve(folder, files), lm.config.vocab_size)
-    tokens = train.load_task(args, lm, tokenizer).tokens
+    task = start.load_task(args, lm, tokenizer)
+    tokens, first_pass = task.tokens, train.first_pass(task)
     asked = [e for split in ("dev", "test") for e in tokens[split]]
     ends = [max(map(len, e.options), default=args.max_new_tokens) for e in asked]
     return Lengths(
@@ -306,6 +311,7 @@ def read_lengths(args: argparse.Namespace, lm: LM, folder: str | Path) -> Length
         question=max((len(e.input) for e in asked), default=0),
         new=max(ends, default=0),
         options=min((len(e.options) for e in asked), default=0),
+        kept=0 if first_pass is None else first_pass.positions,
     )
 
 
@@ -315,18 +321,16 @@ def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
     The weights are counted from config.json. A step and an evaluation do not come at the same time,
     so the table has what a step holds, and what an evaluation holds beyond that.
     """
+    if args.method == "id_pt":
+        raise ValueError("plan: the encoder and the generator of id_pt are not counted yet")
     folder = args.model or ASSETS / "lm"
     config = Config(**read_config(resolve(folder, ["config.json"])))
     with torch.device("meta"), skip_init():
         lm = LM(config)
-        module = Connector(lm.new_layers(args.connector_layers))
-        if args.method == "prompt_tuning":
-            module = SoftPrompt(torch.empty(args.prompt_length, config.dim))
-        elif args.method == "fine_tuning":
-            module = lm
+        module = planned(args, lm)
     lengths = read_lengths(args, lm, folder)
     trained = count(module.parameters())
-    frozen = 0 if module is lm else count(lm.parameters())
+    frozen = 0 if args.method == "fine_tuning" else count(lm.parameters())
     size = 2 if args.dtype == "bfloat16" else 4  # what is trained is in float32 all the same
     step = {"its gradients": 4 * trained} | step_memory(args, config, lengths, size)
     evaluation = evaluation_memory(args, config, lengths, size)
@@ -338,6 +342,8 @@ def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
         **step,
         "evaluation beyond this": max(0, evaluation - sum(step.values())),
     }
+    if lengths.kept:
+        table["first pass, kept"] = size * config.dim * lengths.kept
     if args.device == "cpu":
         make_optimizer(torch.nn.Linear(1, 1), Recipe.from_args(args))  # torch imports more for it
         table["Python and libraries"] = memory("VmRSS")  # this process has loaded the same ones
@@ -364,17 +370,49 @@ def optimizer_memory(optimizer: str, trained: torch.nn.Module) -> int:
     return 4 * moments[optimizer]
 
 
+def planned(args, lm: LM) -> torch.nn.Module:
+    """What the method trains, or as many parameters."""
+    parts = torch.nn.ModuleList()
+    if args.method in recurse.PROMPT_METHODS:
+        parts.append(SoftPrompt(torch.empty(args.prompt_length, lm.config.dim)))
+    elif args.method == "deep_prompt":
+        parts.append(SoftPrompt(torch.empty(deep_parameters(args, lm.config), 1)))
+    elif args.method == "fine_tuning":
+        parts.append(lm)
+    elif args.method != "training_free":
+        gaps = args.passes - 1 if args.connectors == "each" else 1
+        parts.extend(Connector(lm.new_layers(args.connector_layers)) for _ in range(gaps))
+    if args.pause_text == "trained":
+        parts.append(SoftPrompt(torch.empty(args.pause, lm.config.dim)))
+    return parts
+
+
+def deep_parameters(args, c: Config) -> int:
+    """Count what a deep prompt trains."""
+    P, width = args.prompt_length, c.n_kv_heads * c.head_dim
+    if args.reparam_dim is None:
+        return P * 2 * c.n_layers * width
+    mlp = (width + 1) * args.reparam_dim + (args.reparam_dim + 1) * 2 * c.n_layers * width
+    return P * width + mlp
+
+
 def step_memory(args, c: Config, lengths: Lengths, size: int) -> dict[str, int]:
     """What a training step holds beside the gradients."""
     trained_layers, frozen_layers = args.connector_layers, c.n_layers
     tokens = args.batch_size * lengths.text
-    if args.method == "prompt_tuning":
+    if args.method in recurse.PROMPT_METHODS:
         trained_layers = 0
+    if args.method in ("prompt_tuning", "textual_recursion"):
         tokens += args.prompt_length  # read once per batch
     elif args.method == "fine_tuning":
         trained_layers, frozen_layers = c.n_layers, 0
     elif args.method == "lm_connector":  # the gradient ends in the Connector
         frozen_layers = 0
+    elif args.method == "training_free":  # no step
+        return {}
+    elif args.method == "neural_recursion":  # the first pass keeps nothing
+        trained_layers *= args.passes - 1
+        frozen_layers *= args.passes - 1
     kept = trained_layers * activations(c, trained=True)
     kept += frozen_layers * activations(c, trained=False)
     targets = args.batch_size * lengths.targets
@@ -388,11 +426,13 @@ def evaluation_memory(args, c: Config, lengths: Lengths, size: int) -> int:
     """What a batch of questions holds: in all its rows at most --eval-tokens positions."""
     if args.text or not lengths.question:  # a loss without gradients, or nothing: less than a step
         return 0
-    P = args.prompt_length if args.method == "prompt_tuning" else 0
+    P = args.prompt_length if args.method in recurse.PROMPT_METHODS else 0
     length = P + lengths.question + lengths.new
     rows = min(128, max(1, args.eval_tokens // length))  # as in generate.predict
-    passes = {"neural_recursion": 2 * c.n_layers + args.connector_layers}
-    passes |= dict.fromkeys(("prompt_tuning", "fine_tuning"), c.n_layers)
+    gaps = args.passes - 1
+    passes = {"neural_recursion": (gaps + 1) * c.n_layers + gaps * args.connector_layers}
+    passes["training_free"] = 2 * c.n_layers
+    passes |= dict.fromkeys((*recurse.PROMPT_METHODS, "fine_tuning"), c.n_layers)
     layers = passes.get(args.method, c.n_layers + args.connector_layers)
     cache = 2 * c.n_kv_heads * c.head_dim * layers * size
     cached = 2 * rows * length  # positions, before and after a row ends

@@ -19,7 +19,8 @@ from collections.abc import Callable
 import torch
 from safetensors import SafetensorError
 
-from runs import Run, names_file, show
+from runs import Run, find, names_file
+from show import show
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,6 +78,12 @@ MODEL = ("--model", str, None, "checkpoint folder or hub id; the embedded LM if 
 TOKENIZER = ("--tokenizer", str, None, "tokenizer.json or its folder, if not the model's own")
 ATTENTION = ("--attention", ["plain", "fused"], "plain", "fused: attention.py, needs CUDA, triton")
 WORLD = ("--world-seed", int, 1, "another seed, another world; the embedded LM knows world 1")
+PROMPT = ("--prompt-length", COUNT, 20, "P of a prompt (papers: 100 to 400)")
+PASSES = ("--passes", number_type(int, 2), 2, "passes of a neural recursion (paper: 2)")
+CONNECTORS = ("--connectors", ["shared", "each"], "shared", "one for all gaps, or one in each gap")
+PAUSE = ("--pause", number_type(int, 0), 0, "k, filler positions after every question")
+filler = "text repeated k times (\\n: a newline), or `trained` for k trained vectors"
+PAUSE_TEXT = ("--pause-text", str, r"\nA:", filler)
 CONNECTOR = ("--connector-layers", COUNT, 2, "layers of a Connector (paper: 1 and 2)")
 
 
@@ -132,9 +139,10 @@ def check_and_seed(args: argparse.Namespace) -> None:
         raise ValueError("--device cuda: torch finds no CUDA device here")
     run = Run.from_args(args)
     run.check()
+    record = (run.record() if run.resume else None) or {}
     for key, value in list(vars(args).items()):
         if names_file(key, value):
-            setattr(args, key, run.find(value))
+            setattr(args, key, find(value, run.folder, record))
     torch.manual_seed(args.seed)
 
 

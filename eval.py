@@ -298,7 +298,7 @@ def _answered(run) -> str:
 
 
 def _print_rows(rows: list[dict]) -> None:
-    from runs import show
+    from show import show
 
     width = max(len(row["task"] or "all") for row in rows)
     header = f"metric  {'task':<{width}}  {'n':>5}  {'a':>6}  {'b':>6}"
@@ -316,7 +316,7 @@ def _print_rows(rows: list[dict]) -> None:
 
 def ask_command(args: argparse.Namespace) -> list[str]:
     """Answer questions with a run or the bare LM; print and return the answers."""
-    from runs import show
+    from show import show
 
     model, prefix, tokenizer, record = _load(args)
     # False if the inputs that the run was trained on had another format.
@@ -364,7 +364,8 @@ def score_command(args: argparse.Namespace) -> dict:
     """Answer a file of examples; print and return the summary of the scores."""
     import data
     from checkpoints import atomic_write, write_json
-    from runs import score_record, show
+    from runs import score_record
+    from show import show
 
     path = Path(args.out or "") / "predictions.jsonl"
     if args.out and path.exists():
@@ -411,7 +412,8 @@ def _load(args: argparse.Namespace):
 
 def _answer(args: argparse.Namespace, model, prefix, tokenizer, examples: list) -> list[str | int]:
     """Answer examples as the flags say. The result is what `score` takes."""
-    from generate import SHOT_END, predict, prepare, read_shots
+    from generate import SHOT_END, prepare, read_shots
+    from recurse import route
 
     if (args.shots is None) != (args.shots_from is None):
         raise ValueError("--shots and --shots-from need each other")
@@ -423,7 +425,8 @@ def _answer(args: argparse.Namespace, model, prefix, tokenizer, examples: list) 
     ids, options, prefix = prepare(model, tokenizer, examples, prefix, new, shots)
     if getattr(args, "out", None):  # before the work: the folder may be one that cannot be made
         Path(args.out).mkdir(parents=True, exist_ok=True)
-    return predict(model, tokenizer, ids, prefix, new, options, ends, args.eval_tokens)
+    asked = (model, tokenizer, ids, prefix, new, options, ends, args.eval_tokens)
+    return route(args.threshold, *asked)[0]
 
 
 class Parser(argparse.ArgumentParser):
@@ -490,6 +493,8 @@ def _add_answer_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-new-tokens", type=_count, default=16, help="tokens (default 16)")
     budget = "tokens in a batch, options included (default 8192)"
     command.add_argument("--eval-tokens", type=_count, default=8192, help=budget)
+    one = "neural_recursion: one pass answers if its log-probability is at least this"
+    command.add_argument("--threshold", type=float, help=one)
 
 
 def main(argv: list[str] | None = None):
@@ -506,7 +511,7 @@ def main(argv: list[str] | None = None):
             warnings.showwarning = show_warning  # without the file and line that raised it
             return args.function(args)
     except (ValueError, OSError) as error:
-        from runs import show
+        from show import show
 
         show(f"eval.py {args.command}: {' '.join(str(error).splitlines())}", "stderr")
         sys.exit(2)

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from checkpoints import atomic_write
 from data import IGNORE_INDEX, Batch
-from runs import Run, State, only_shows, show
+from runs import Run, State
+from show import only_shows, show
 
 # Optimisation
 
@@ -216,10 +217,13 @@ def autocast(recipe: Recipe):
     return torch.autocast(recipe.device, torch.bfloat16, enabled=recipe.dtype == "bfloat16")
 
 
-def target_loss(model, prefix, batch: Batch) -> Tensor:
-    """Cross entropy, summed over the batch's targets. Logits are computed at these only."""
+def target_loss(model, prefix, batch: Batch, x: Tensor | None = None) -> Tensor:
+    """Cross entropy, summed over the batch's targets. Logits are computed at these only.
+
+    x (B, T, C) is what the model reads in place of the embeddings, if it is given.
+    """
     target_mask = batch.targets != IGNORE_INDEX
-    h = model(model.embed(batch.ids), prefix)
+    h = model(model.embed(batch.ids) if x is None else x, prefix)
     logits = model.logits(h[target_mask])
     return F.cross_entropy(logits, batch.targets[target_mask], reduction="sum")
 

@@ -7,6 +7,7 @@ prefix has the methods of model.Prefix: rows, row_lengths, select, preallocate a
     sample_next_token  logits -> one token per row
     generate           prefill, then one token per step; finished rows leave the batch
     option_scores      log-probabilities of answer choices; each question is read once
+    vote               the answer that most of several prompts give
     prepare            examples of data.py, and examples before them -> the arguments of predict
     predict            answers: texts, or choices among options; in batches within a memory budget
 
@@ -21,6 +22,7 @@ import argparse
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -48,13 +50,9 @@ def pad(ids: list[list[int]], device=None) -> tuple[Tensor, Tensor]:
 
 
 def check_context(lm, ids: list[list[int]], prefix, max_new: list[int]) -> None:
-    """ValueError if the prefix has a wrong number of rows, or if the prefix, tokens and new tokens
-    of a question exceed the context."""
-    B, limit = len(ids), lm.config.max_len
-    if prefix is not None and prefix.rows not in (1, B):
-        raise ValueError(f"the prefix has {prefix.rows} rows for {B} questions")
-    prefix_lengths = [0] * B if prefix is None else prefix.row_lengths(B)
-    for b, (P, row, new) in enumerate(zip(prefix_lengths, ids, max_new)):
+    """ValueError if prefix, tokens and new tokens of a question exceed the context."""
+    limit = lm.config.max_len
+    for b, (P, row, new) in enumerate(zip(prefix_lengths(prefix, len(ids)), ids, max_new)):
         if P + len(row) + new - 1 > limit:  # the last new token is never fed back
             raise ValueError(
                 f"question {b}: a prefix of {P}, {len(row)} tokens and {new} new ones exceed "
@@ -76,26 +74,45 @@ def check_ids(ids: list[list[int]], vocab_size: int) -> None:
                 )
 
 
-def stack_prefixes(prefix, B: int):
-    """The prefix of a batch. A list with one prefix or None per question is joined into one."""
+def prefix_lengths(prefix, B: int) -> list[int]:
+    """The number of prefix positions before each of B questions. prefix: see `stack_prefixes`.
+    ValueError if it has a wrong number of rows."""
+    if isinstance(prefix, list):
+        if len(prefix) != B:
+            raise ValueError(f"{len(prefix)} prefixes for {B} questions")
+        return [prefix_lengths(p, 1)[0] for p in prefix]
+    if prefix is None:
+        return [0] * B
+    if prefix.rows not in (1, B):
+        raise ValueError(f"the prefix has {prefix.rows} rows for {B} questions")
+    return prefix.row_lengths(B)
+
+
+def stack_prefixes(prefix, ids: list[list[int]]):
+    """The prefix of a batch of questions: None, or one for all, or one row each.
+
+    A prefix that depends on the question (recurse.GeneratedPrefix) is computed here. A list with
+    one prefix or None per question, of any kinds and lengths, is joined into one.
+    """
+    if callable(prefix):
+        return prefix(ids)
     if not isinstance(prefix, list):
         return prefix
-    if len(prefix) != B:
-        raise ValueError(f"{len(prefix)} prefixes for {B} questions")
-    present = [p for p in prefix if p is not None]
-    return present[0].stack(prefix) if present else None  # Prefix's or StackPrefix's
+    rows = [stack_prefixes(p, [row]) for p, row in zip(prefix, ids, strict=True)]
+    present = [p for p in rows if p is not None]
+    return present[0].stack(rows) if present else None  # Prefix's or StackPrefix's
 
 
 def prefill(lm, ids: list[list[int]], prefix, max_new: list[int]):
     """Reads all but the last token of every question. Returns (the last tokens (B, 1), cache).
 
-    The caller feeds the last token, and gets from it the logits of the first new one. prefix is
-    None, one for all, or a list of one per question. max_new, the number of tokens that may follow
-    each question, only serves to check the context.
+    The caller feeds the last token, and gets from it the logits of the first new one. prefix: see
+    `stack_prefixes`. max_new, the number of tokens that may follow each question, only serves to
+    check the context.
     """
     check_ids(ids, lm.config.vocab_size)
-    prefix = stack_prefixes(prefix, len(ids))
     check_context(lm, ids, prefix, max_new)
+    prefix = stack_prefixes(prefix, ids)
     tokens, lengths = pad(ids, next(lm.parameters()).device)
     last = tokens.gather(1, lengths[:, None] - 1)
     if tokens.shape[1] == 1:
@@ -262,13 +279,17 @@ def predict(
     max_tokens: int = 8192,
     batch_size: int = 128,
     mean: bool = False,
-) -> list[str | int]:
-    """Answers B questions in batches of similar lengths. prefix: None or one for all.
+    logprobs: bool = False,
+) -> list:
+    """Answers B questions in batches of similar lengths. prefix: None, one for all, or a list of
+    one per question, so that questions of different tasks share batches.
 
     Without options the answer is a text: the greedy continuation up to an eos of the LM, or to
     stops[b] ("" for none), without either. options[b] is a list of choices, each a list of token
     ids. If it is not empty, the answer is the index of the choice with the highest sum of
     log-probabilities (as T0 ranks answers), or with `mean` the highest mean over its tokens.
+
+    With `logprobs` it returns pairs (answer, its log-probability, with the tokens that end a text).
 
     A batch has at most batch_size rows and max_tokens positions: rows times (prefix + longest
     question + its new tokens). Every option is a row.
@@ -280,16 +301,21 @@ def predict(
     if ids:
         check_ids(ids, lm.config.vocab_size)
     check_context(lm, ids, prefix, max_new)
-    P = 0 if prefix is None else prefix.size
-    widths = [P + len(row) + new for row, new in zip(ids, max_new)]
+    lengths = prefix_lengths(prefix, len(ids))
+    widths = [P + len(row) + new for P, row, new in zip(lengths, ids, max_new)]
     rows = [max(1, len(choices)) for choices in options]
     by_length = sorted(range(len(ids)), key=lambda b: widths[b])
-    answers: list = [""] * len(ids)
+    answers: list = [("", 0.0)] * len(ids)
+
+    def prefix_of(batch: list[int]):
+        return [prefix[b] for b in batch] if isinstance(prefix, list) else prefix
+
     for stop in dict.fromkeys(stops):
         group = [b for b in by_length if not options[b] and stops[b] == stop]
         for batch in batches(group, rows, widths, batch_size, max_tokens):
             prompts = [ids[b] for b in batch]
-            texts = continue_texts(lm, tokenizer, prompts, prefix, max_new_tokens, stop)
+            before = prefix_of(batch)
+            texts = continue_texts(lm, tokenizer, prompts, before, max_new_tokens, stop)
             for b, text in zip(batch, texts):
                 answers[b] = text
     group = [b for b in by_length if options[b]]
@@ -297,14 +323,33 @@ def predict(
         prompts, choices = [ids[b] for b in batch], [options[b] for b in batch]
         longest = max(widths[b] for b in batch)  # one question's options may exceed the budget
         max_rows = max(1, min(batch_size, max_tokens // longest))
-        scores = option_scores(lm, prompts, choices, prefix, mean, max_rows)
+        scores = option_scores(lm, prompts, choices, prefix_of(batch), mean, max_rows)
         for b, row in zip(batch, scores):
-            answers[b] = row.argmax().item()
-    return answers
+            answers[b] = row.argmax().item(), row.max().item()
+    return answers if logprobs else [answer for answer, _ in answers]
 
 
-def continue_texts(lm, tokenizer, ids, prefix, max_new_tokens: int, stop: str) -> list[str]:
-    """The greedy continuations as texts, each up to `stop` ("" for none) or an eos of the LM."""
+def vote(
+    lm, tokenizer, ids, prefixes: list, max_new_tokens=16, options=None, stops=None, **limits
+) -> list[str | int]:
+    """Answers B questions with several prompts of one task: the most frequent answer of each.
+
+    Lester et al. (2021, section 6) ensemble prompts in this way, in one batch. If answers are
+    equally frequent, the one of the earliest prompt wins. The arguments are those of `predict`.
+    """
+    B, N = len(ids), len(prefixes)
+    each = [prefix for prefix in prefixes for _ in ids]
+    options, stops = ((part or [None] * B) * N for part in (options, stops))
+    options, stops = [o or [] for o in options], [s or "" for s in stops]
+    answers = predict(lm, tokenizer, ids * N, each, max_new_tokens, options, stops, **limits)
+    return [Counter(answers[b::B]).most_common(1)[0][0] for b in range(B)]
+
+
+def continue_texts(lm, tokenizer, ids, prefix, max_new_tokens: int, stop: str) -> list:
+    """The greedy continuations as pairs (text, log-probability of its tokens).
+
+    A text ends before `stop` ("" for none) or an eos of the LM.
+    """
 
     def ended(tokens: list[int]) -> bool:
         return find_stop(tokenizer.decode(tokens), stop) is not None
@@ -313,7 +358,7 @@ def continue_texts(lm, tokenizer, ids, prefix, max_new_tokens: int, stop: str) -
     test = ended if stop else None
     for (sample,) in generate(lm, ids, prefix, max_new_tokens, eos=eos, ended=test):
         text = tokenizer.decode(drop_eos(sample.ids, eos))  # decode drops special tokens
-        texts.append(text[: find_stop(text, stop)].strip())
+        texts.append((text[: find_stop(text, stop)].strip(), sample.logprob))
     return texts
 
 
@@ -353,29 +398,36 @@ def prepare(lm, tokenizer, examples, prefix=None, max_new_tokens: int = 16, shot
     """Tokenises examples of data.py for `predict`. Returns (ids, options, prefix).
 
     `shots` are examples that stand, with their answers, before every question. They are read here,
-    once, and the prefix is extended by them. ValueError, which names the example, if one of its
-    options or max_new_tokens exceed the context, or `check_targets` refuses it.
+    once, and the prefix is extended by them, if it is the same for all questions. ValueError, which
+    names the example, if one of its options or max_new_tokens exceed the context, or
+    `check_targets` refuses it. A textual.TextualRecursion puts its candidates into the
+    examples first. What a pause.Paused puts behind a question follows each, but not the shots.
     """
     import data
 
     check_targets(tokenizer, [*shots, *examples])
-    config = lm.config
-    left = config.max_len - (0 if prefix is None else prefix.size)
+    config, pause_ids = lm.config, getattr(lm, "pause_ids", [])
+    if hasattr(lm, "read_back"):
+        examples = lm.read_back(examples)
+    longest = max(prefix_lengths(prefix, len(examples)), default=0)
+    left = config.max_len - longest - len(pause_ids)
     before = "".join(f"{shot.input} {shot.target}{SHOT_END}" for shot in shots)
-    examples = [replace(e, input=before + e.input) for e in examples]
+    after = getattr(lm, "pause_text", "")
+    examples = [replace(e, input=before + e.input + after) for e in examples]
     eos = config.eos[0] if config.eos else None
     choices = [e for e in examples if e.options]
-    tokenized = iter(data.tokenize(choices, tokenizer, eos, left, config.vocab_size))
+    V = config.vocab_size - len(pause_ids)
+    tokenized = iter(data.tokenize(choices, tokenizer, eos, left, V))
     ids, options = [], []
     for e, row in zip(examples, data.encode_prompts(tokenizer, [e.input for e in examples])):
-        ids.append(row)
+        ids.append(row + pause_ids)
         options.append(next(tokenized).options if e.options else [])
         if not e.options and len(row) + max_new_tokens - 1 > left:  # the last is never read
             raise ValueError(
                 f"{e.source}: {len(row)} tokens and {max_new_tokens} new ones exceed the {left} "
                 "that the LM's context leaves"
             )
-    if shots:
+    if shots and not (callable(prefix) or isinstance(prefix, list)):
         ids, prefix = read_shared(lm, ids, prefix)
     return ids, options, prefix
 

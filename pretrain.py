@@ -5,9 +5,11 @@
     python pretrain.py bert        masked language modelling (Devlin et al. 2019)
     python pretrain.py connector   next-token prediction through a frozen LM and the Connector
                                    (Levine et al. 2022, section 4.2: up to 3 % of the LM's text)
+    python pretrain.py prompt      next-token prediction behind a soft prompt, so that prompt tuning
+                                   can have the same pretraining (Levine et al. 2022, table 6)
 
 The text is --train, or the documents of the embedded world. A run leaves the folder that runs.py
-describes. The first three leave model/ in it, in the published format. The last leaves an adapter,
+describes. The first three leave model/ in it, in the published format. The others leave an adapter,
 which train.py takes as --init. assets/README.md has the commands that made the embedded models,
 with their time and loss.
 """
@@ -30,7 +32,7 @@ import cli
 import data
 import genres
 import recurse
-import train
+import start
 import world
 from checkpoints import load_tokenizer, resolve
 from fit import Recipe, fit, target_loss
@@ -122,20 +124,44 @@ def pretrain_bert(args) -> dict:
 
 def pretrain_connector(args) -> dict:
     """Train a Connector to predict the next token from its place before, after or between LMs."""
-    lm, tokenizer = train.load_lm(args)
+    lm, tokenizer = start.load_lm(args)
     text = tokenize_corpus(args, tokenizer, load_texts(args), lm.config.vocab_size)
-    connector = recurse.new_connector(lm, args.composition, args.connector_layers)
-    stack, prefix = recurse.COMPOSITIONS[args.composition](lm, connector)
+
+    def new() -> adapters.Connector:
+        return recurse.new_connector(lm, args.composition, args.connector_layers)
+
+    connector = recurse.between_passes(args.passes, args.connectors == "shared", new)
+    return train_adapter_on_text(args, text, lm, connector, lm.config.max_len)
+
+
+def pretrain_prompt(args) -> dict:
+    """Train a soft prompt to predict the next token of the text that follows it."""
+    lm, tokenizer = start.load_lm(args)
+    P, longest = args.prompt_length, lm.config.max_len - args.prompt_length
+    if longest < 2:
+        raise ValueError(
+            f"--prompt-length {P} leaves {longest} of the LM's context of {lm.config.max_len}"
+        )
+    text = tokenize_corpus(args, tokenizer, load_texts(args), lm.config.vocab_size)
+    rng = torch.Generator().manual_seed(args.seed)
+    vectors = adapters.from_vocab(P, lm.embed_tokens.weight, generator=rng)
+    prompt = adapters.SoftPrompt(vectors).to(args.device)
+    return train_adapter_on_text(args, text, lm, prompt, longest)
+
+
+def train_adapter_on_text(args, text: "Text", lm: LM, adapter: nn.Module, longest: int) -> dict:
+    """Train what stands around a frozen LM, which --composition says, to predict the next token."""
 
     def loss_of(batch: data.Batch) -> Tensor:
-        return target_loss(stack, prefix, batch)
+        model, prefix = recurse.COMPOSITIONS[args.composition](lm, adapter)
+        return target_loss(model, prefix, batch)
 
     def save() -> None:
         base = arguments(args)["model"]
         info = {"method": args.composition, "base_model_name_or_path": base}
-        adapters.save_adapter(args.out, connector, lm, **info)
+        adapters.save_adapter(args.out, adapter, lm, **info)
 
-    return train_on_text(args, text, connector, loss_of, save, lm.config.max_len, frozen=lm)
+    return train_on_text(args, text, adapter, loss_of, save, longest, frozen=lm)
 
 
 OBJECTIVES = {  # objective: (function, defaults of its flags)
@@ -158,6 +184,11 @@ OBJECTIVES = {  # objective: (function, defaults of its flags)
         pretrain_connector,
         {"steps": 500, "lr": 1e-3, "batch_size": 8, "seq_len": 256, "eval_every": 250}
         | {"documents": 60_000},
+    ),
+    "prompt": (
+        pretrain_prompt,
+        {"steps": 800, "lr": 0.1, "schedule": "constant", "weight_decay": 0.0, "batch_size": 16}
+        | {"composition": "prompt_tuning"},
     ),
 }
 
@@ -318,7 +349,9 @@ def parse(argv: list[str], program: str = "pretrain.py") -> argparse.Namespace:
         "lm": [cli.TOKENIZER, *shape, hidden, context, vocab],
         "encoder": [cli.MODEL, cli.TOKENIZER, *shape, hidden],
         "bert": [cli.MODEL, cli.TOKENIZER, *shape, context],
-        "connector": [cli.MODEL, cli.TOKENIZER, use, cli.CONNECTOR, cli.ATTENTION],
+        "connector": [cli.MODEL, cli.TOKENIZER, use, cli.CONNECTOR, cli.PASSES, cli.CONNECTORS]
+        + [cli.ATTENTION],
+        "prompt": [cli.MODEL, cli.TOKENIZER, cli.PROMPT],
     }
     data_flags = [
         ("--train", str, None, "text: .txt or JSONL; the embedded world's if not given"),
@@ -345,7 +378,9 @@ def parse(argv: list[str], program: str = "pretrain.py") -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     """Run one objective. Returns the record, which run.json holds too."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    if args.method != "pretrain_connector":
+    if getattr(args, "passes", 2) > 2 and args.composition != "neural_recursion":
+        raise ValueError(f"--passes {args.passes}: only neural_recursion has more than two passes")
+    if "dim" in args:
         dim, heads = args.dim, args.heads
         if dim % heads:
             raise ValueError(f"--dim {dim} is not a multiple of --heads {heads}")

@@ -43,13 +43,15 @@ import adapters
 import cli  # the flags that programs share
 import data
 import eval as metrics
+import start
 import train
 from checkpoints import write_json
 from data import IGNORE_INDEX, Batch
 from fit import Adafactor, Recipe, autocast, fit, target_loss
 from model import LM
 from recurse import COMPOSITIONS
-from runs import Run, finish_record, read_predictions, show, start_record
+from runs import Run, finish_record, read_predictions, start_record
+from show import show
 
 # ---------------------------------------------------------------------------------- the gradients
 
@@ -235,12 +237,12 @@ def continued_pretraining(args: Namespace) -> dict:
         raise ValueError(f"--init: {args.variant} trains no prompt")
     cli.check_and_seed(args)
     dtype = "float32" if "T" in trains else args.dtype  # what is trained is held in float32
-    lm, tokenizer = train.load_lm(Namespace(**vars(args) | {"dtype": dtype}))
+    lm, tokenizer = start.load_lm(Namespace(**vars(args) | {"dtype": dtype}))
     groups = read_tasks(args)
     examples = {"train": sum(groups, [])} | read_dev_and_test(args)
     task = load_task(args, lm, tokenizer, examples)
     tasks = pieces(task.tokens["train"], groups)
-    prompt = train.start_prompt(task) if "P" in trains else None
+    prompt = start.start_prompt(task) if "P" in trains else None
     trained_lm = lm.requires_grad_(True) if "T" in trains else None
     inner = {key: getattr(args, key) for key in vars(args) if key.startswith("inner_")}
     learner = Learner(trained_lm, prompt, gradient, **inner, support=args.support)
@@ -249,7 +251,7 @@ def continued_pretraining(args: Namespace) -> dict:
     return train_learner(task, tasks, learner, prompt)
 
 
-def train_learner(task: train.Task, tasks: list[list], learner: Learner, prompt) -> dict:
+def train_learner(task: start.Task, tasks: list[list], learner: Learner, prompt) -> dict:
     """Train a Learner on `tasks`, and score it on the dev and test examples of `task`."""
     args, lm, tokens = task.args, task.lm, task.tokens
     run, frozen = Run.from_args(args), None if learner.lm is lm else lm
@@ -326,14 +328,14 @@ def few_shot(args: Namespace) -> dict:
     out, plans, shots, datasets, rows = Path(args.out), [], {}, {}, []
     if out.exists() and not (args.resume and (out / "shots.json").is_file()):
         raise FileExistsError(f"{out} exists; continue it with --resume, or choose another --out")
-    lm, tokenizer = train.load_lm(args)
+    lm, tokenizer = start.load_lm(args)
     for name, template, examples, tests in few_shot_splits(args):
         folder = out / re.sub(r"[^\w.-]", "_", f"{name}.{template}")
         run = Namespace(**vars(args) | {"out": str(folder)})
         cli.check_and_seed(run)
         splits = {"train": examples, "dev": [], "test": tests}
         task = load_task(run, lm, tokenizer, splits)
-        plans.append((name, template, task, train.start_prompt(task)))
+        plans.append((name, template, task, start.start_prompt(task)))
         shots[folder.name] = [example.id for example in examples]
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "shots.json", shots)
@@ -387,9 +389,9 @@ def average_relative_gain(datasets: dict[str, dict[str, dict]]) -> float:
 # --------------------------------------------------------------------------- what tasks share
 
 
-def load_task(args: Namespace, lm: LM, tokenizer, examples: dict) -> train.Task:
+def load_task(args: Namespace, lm: LM, tokenizer, examples: dict) -> start.Task:
     """Tokenise examples as train.py does; --input-eos ends every input with the LM's EOS."""
-    task = train.load_task(args, lm, tokenizer, examples)
+    task = start.load_task(args, lm, tokenizer, examples)
     if args.input_eos and not lm.config.eos:
         raise ValueError("--input-eos: the LM has no EOS")
     if args.input_eos:

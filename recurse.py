@@ -1,26 +1,53 @@
-"""LM recursion: compositions of passes through one frozen LM, with the LM's own interface.
+"""Compositions around one frozen LM: prompts, and several passes with the LM's own interface.
 
-Levine et al. 2022, "Standing on the Shoulders of Giant Frozen Language Models", section 4.2 (neural
-recursion). The last hidden states of a first pass, "before translation into the vocabulary", go
-through a small trained Connector. The Connector's output enters the first layer of a second pass
-in place of the embeddings.
+LM recursion: Levine et al. 2022, "Standing on the Shoulders of Giant Frozen Language Models",
+section 4.2 (neural recursion). The last hidden states of a first pass, "before translation into the
+vocabulary", go through a small trained Connector. The Connector's output enters the first layer of
+a second pass in place of the embeddings.
 
     neural recursion   lm(connector(lm(lm.embed(ids))))
     LM-Connector       connector(lm(lm.embed(ids)))      one pass; the Connector comes after it
     Connector-LM       lm(connector(lm.embed(ids)))      one pass; the Connector comes before it
+    training-free      lm(rescale(lm(lm.embed(ids))))    no Connector; the second pass reads the
+                                                         first one's output at the embeddings' scale
+
+Every composition can end its questions with a Pause: Paused(model, pause).
 
 A Stack generates like an LM: every new token runs through all its parts, and every part has its own
-KV cache. Needs adapters.py; the caller passes the LM.
+KV cache.
+
+Textual recursion (section 4 of the same paper) composes two passes as text. With a prompt p1 the LM
+samples n answers, and with a prompt p2 it reads the question and these candidates.
+
+Needs adapters.py, pause.py, generate.py, t5.py and checkpoints.py; the caller passes the LM.
 
     python train.py --method neural_recursion      trains one on the embedded world
 """
 
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from tokenizers import Tokenizer, processors
 from torch import Tensor
 
-from adapters import Connector, rms
+from adapters import (
+    Connector,
+    Connectors,
+    DeepPrompt,
+    PromptGenerator,
+    SoftPrompt,
+    load_adapter,
+    rms,
+    save_adapter,
+)
+from checkpoints import load_tokenizer
+from generate import Sample, drop_eos, generate, pad, predict
+from pause import Pause, Paused
+from t5 import T5Encoder
 
 
 @dataclass
@@ -86,6 +113,10 @@ class Stack(nn.Module):
                 parts += [connector, lm]
         self.parts = nn.ModuleList(parts)
 
+    def after_first(self) -> "Stack":
+        """The parts after the first, which read its output instead of embeddings."""
+        return Stack(self.lm, parts=list(self.parts)[1:])
+
     def embed(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> (B, T, C), what the first part reads."""
         return self.lm.embed(ids)
@@ -116,15 +147,120 @@ class Stack(nn.Module):
         return extended.drop_padding(x.shape[1] - lengths.to(x.device))
 
 
+class Reread(nn.Module):
+    """A pass over hidden states at the embeddings' root mean square: the loop without training."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm, self.scale = lm, rms(lm.embed_tokens.weight)
+
+    def forward(self, h: Tensor, prefix=None, keep: bool = False):
+        """h (B, T, C) -> (B, T, C), and with keep the extended Prefix, as in LM.forward."""
+        return self.lm(self.scale * F.rms_norm(h, h.shape[-1:]), prefix, keep)
+
+
+class FirstPass:
+    """The frozen LM's last hidden states of the training texts, computed once and kept.
+
+    A first pass reads the same tokens in every epoch and nothing trained comes before it. The texts
+    are read in batches that depend on the texts alone, so a resumed run gets the same bits. Other
+    batches would pad and round differently: the states are those of a first pass inside the step
+    to float32 rounding.
+    """
+
+    def __init__(self, lm, texts: list[list[int]], batch_size: int = 32):
+        self.lm, self.texts, self.batch_size = lm, texts, batch_size
+        lengths = torch.tensor([len(text) for text in texts])
+        self.starts = lengths.cumsum(0) - lengths  # of each text in `states`
+        self.positions = int(lengths.sum())
+        self.states = None  # (positions, C)
+
+    @torch.no_grad()
+    def compute(self) -> None:
+        """Read every text, the shortest first."""
+        device = self.lm.embed_tokens.weight.device
+        order = sorted(range(len(self.texts)), key=lambda row: len(self.texts[row]))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            ids, lengths = pad([self.texts[row] for row in rows], device)
+            h = self.lm(self.lm.embed(ids))
+            if self.states is None:
+                self.states = h.new_empty(self.positions, h.shape[-1])
+            for row, states, length in zip(rows, h, lengths.tolist()):
+                first = self.starts[row]
+                self.states[first : first + length] = states[:length]
+        self.starts = self.starts.to(device)
+
+    def __call__(self, rows: list[int], T: int) -> Tensor:
+        """The states of the texts `rows` as (B, T, C). Beyond a text's end they are of others."""
+        if self.states is None:
+            self.compute()
+        index = self.starts[rows][:, None] + torch.arange(T, device=self.starts.device)
+        return self.states[index.clamp(max=self.positions - 1)]
+
+
+@dataclass
+class GeneratedPrefix:
+    """The prefix of ID-PT: prefix(questions) computes it, one row for each list of token ids.
+
+    Until the questions are known, it has those methods of Prefix that say how long it is.
+    """
+
+    lm: nn.Module
+    generator: PromptGenerator
+    rows: int = 1  # like a shared prefix, it stands before any number of questions
+
+    @property
+    def size(self) -> int:
+        """P, the length of every generated prompt."""
+        return len(self.generator.queries)
+
+    def row_lengths(self, B: int) -> list[int]:
+        """The number of prefix positions before each of B questions."""
+        return [self.size] * B
+
+    def __call__(self, questions: list[list[int]]):
+        return self.lm.read(self.generator.prompts(questions))
+
+
 # method: a function (lm, adapter) -> (model with the LM's interface, prefix of every text or None)
 COMPOSITIONS = {
     "fine_tuning": lambda lm, _: (lm, None),
     "prompt_tuning": lambda lm, prompt: (lm, lm.read(prompt())),
-    "neural_recursion": lambda lm, connector: (Stack(lm, [connector]), None),
+    "textual_recursion": lambda lm, prompt: (lm, lm.read(prompt())),  # the last prompt
+    "deep_prompt": lambda lm, prompt: (lm, prompt()),
+    "id_pt": lambda lm, generator: (lm, GeneratedPrefix(lm, generator)),
+    "neural_recursion": lambda lm, connector: (Stack(lm, gaps(connector)), None),
     "lm_connector": lambda lm, connector: (Stack(lm, parts=[lm, connector]), None),
     "connector_lm": lambda lm, connector: (Stack(lm, parts=[connector, lm]), None),
+    "training_free": lambda lm, _: (Stack(lm, parts=[lm, Reread(lm)]), None),
 }
+PROMPT_METHODS = ("prompt_tuning", "deep_prompt", "id_pt", "textual_recursion")
 CONNECTOR_METHODS = ("neural_recursion", "lm_connector", "connector_lm")
+
+
+def compose(method: str, lm, adapter, pause: Pause | None = None):
+    """(model, prefix) of COMPOSITIONS, whose questions end with the pause, if there is one."""
+    model, prefix = COMPOSITIONS[method](lm, adapter)
+    return (model if pause is None else Paused(model, pause)), prefix
+
+
+def gaps(connector: Connector | Connectors) -> list[Connector]:
+    """The Connector of each gap between the passes of a neural recursion."""
+    return connector.gaps() if isinstance(connector, Connectors) else [connector]
+
+
+def between_passes(
+    passes: int, shared: bool, start: Callable[[], Connector]
+) -> Connector | Connectors:
+    """What stands between `passes` passes: a shared Connector, or one for each gap.
+
+    start() returns a new Connector. Two passes have one gap, and get a plain Connector.
+    """
+    if passes == 2:
+        return start()
+    count = 1 if shared else passes - 1
+    return Connectors([start() for _ in range(count)], passes)
 
 
 def new_connector(lm, method: str, layers: int) -> Connector:
@@ -135,3 +271,230 @@ def new_connector(lm, method: str, layers: int) -> Connector:
     """
     reference = lm.norm.weight if method == "lm_connector" else lm.embed_tokens.weight
     return Connector(lm.new_layers(layers), rms(reference))
+
+
+# Prompts
+
+
+def without_bos(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy of the tokenizer that adds no special tokens to a text."""
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.post_processor = processors.TemplateProcessing("$A", special_tokens=[])
+    return tokenizer
+
+
+def load_encoder(folder, tokenizer, device: str = "cpu"):
+    """(encoder, recode) of a PromptGenerator: a frozen T5Encoder, and a function from token ids of
+    `tokenizer`, the LM's, to those of the encoder's own tokenizer, by way of the text."""
+    encoder = T5Encoder.from_pretrained(folder, device)
+    own = load_tokenizer(folder, encoder.config.vocab_size)
+
+    def recode(ids: list[int]) -> list[int]:
+        return own.encode(tokenizer.decode(ids)).ids
+
+    return encoder, recode
+
+
+def load_trained(folder, lm, tokenizer, encoder_folder=None):
+    """(adapter, tokenizer): the frozen adapter of a folder, and what tokenises the texts for it.
+
+    encoder_folder is the one of ID-PT. The tokenizer adds no BOS if the prompt stands after it.
+    """
+    encoder, recode = None, None
+    if encoder_folder is not None:
+        encoder, recode = load_encoder(encoder_folder, tokenizer, lm.embed_tokens.weight.device)
+    adapter = load_adapter(folder, lm, encoder).requires_grad_(False)
+    if isinstance(adapter, PromptGenerator):
+        adapter.recode = recode
+    elif isinstance(adapter, SoftPrompt) and adapter.bos is not None:
+        tokenizer = without_bos(tokenizer)
+    return adapter, tokenizer
+
+
+# A prefix as a file
+
+
+def save_prefix(folder, prefix, lm, **info) -> None:
+    """Stores a shared prefix, such as examples read once, as a deep prompt. PEFT loads it too."""
+    save_adapter(folder, DeepPrompt(prefix), lm, **info)
+
+
+def load_prefix(folder, lm, tokenizer=None, encoder_folder=None):
+    """The prefix of the prompt in a folder, of any kind, for `generate` and `predict`.
+
+    ValueError if the prompt was made for another LM, or if the folder holds a Connector. ID-PT
+    needs the LM's tokenizer and the folder of its encoder.
+    """
+    adapter, _ = load_trained(folder, lm, tokenizer, encoder_folder)
+    methods = dict(zip((SoftPrompt, DeepPrompt, PromptGenerator), PROMPT_METHODS))
+    if type(adapter) not in methods:
+        raise ValueError(f"{folder}: holds a {type(adapter).__name__}, which is no prompt")
+    return COMPOSITIONS[methods[type(adapter)]](lm, adapter)[1]
+
+
+def nearest_tokens(vectors: Tensor, table: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
+    """The k tokens of each prompt vector (P, C) with the largest cosine: cosines and ids (P, k).
+
+    Lester et al. (section 7) read a prompt in this way.
+    """
+    cosines = F.normalize(vectors.detach().float()) @ F.normalize(table.detach().float()).T
+    return cosines.topk(k)
+
+
+@torch.no_grad()
+def prompt_embeddings(adapter, lm, ids: list[int]) -> Tensor:
+    """[prompt; embeddings] of a question (P + T, C), for engines that take prompt embeddings.
+
+    ids are the question's tokens as the LM reads them, after a prompt after BOS without BOS.
+    ValueError for a deep prompt, which is no embeddings. With vLLM:
+
+        llm = vllm.LLM(model, enable_prompt_embeds=True)
+        llm.generate({"prompt_embeds": prompt_embeddings(adapter, lm, ids)})
+
+    With transformers: model.generate(inputs_embeds=prompt_embeddings(adapter, lm, ids)[None]).
+    """
+    if isinstance(adapter, DeepPrompt):
+        raise ValueError("a deep prompt is keys and values, and has no embeddings")
+    generated = isinstance(adapter, PromptGenerator)
+    prompt = adapter.prompts([ids])[0] if generated else adapter()
+    x = lm.embed(torch.tensor(ids, device=prompt.device))
+    return torch.cat([prompt.to(x.dtype), x])
+
+
+# Passes by difficulty
+
+
+def route(
+    threshold: float | None,
+    stack,
+    tokenizer,
+    ids: list[list[int]],
+    prefix=None,
+    max_new_tokens: int = 16,
+    options=None,
+    stops: list[str] | None = None,
+    max_tokens: int = 8192,
+) -> tuple[list[str | int], list[bool]]:
+    """Answers each question with the first pass alone, or with all passes. Arguments of predict.
+
+    The first pass is the frozen LM. Its answer stands if the log-probability of that answer is at
+    least `threshold`; otherwise the whole stack answers. Returns (answers, whether the whole stack
+    gave it). If threshold is None, it always does, and `stack` may be any model.
+    """
+    rest = (max_new_tokens, options, stops, max_tokens)
+    if threshold is None:
+        return predict(stack, tokenizer, ids, prefix, *rest), [True] * len(ids)
+    check_stack(stack)
+    if threshold != threshold:
+        raise ValueError("--threshold: nan is no number")
+    first = first_pass(stack, tokenizer, ids, prefix, *rest)
+    unsure = [logprob < threshold for _, logprob in first]
+    rows = [b for b, more in enumerate(unsure) if more]
+    answers = [answer for answer, _ in first]
+    if rows:
+        ids, options, stops = (part and [part[b] for b in rows] for part in (ids, options, stops))
+        rest = (max_new_tokens, options, stops, max_tokens)
+        for b, answer in zip(rows, predict(stack, tokenizer, ids, prefix, *rest)):
+            answers[b] = answer
+    return answers, unsure
+
+
+def check_stack(model) -> None:
+    """ValueError unless the model is a Stack of passes through one LM, with Connectors between."""
+    passes = isinstance(model, Stack) and model.parts[0] is model.parts[-1] is model.lm
+    if not passes or len(model.parts) < 3:
+        raise ValueError("only a run of neural_recursion has a first pass that can answer")
+
+
+def first_pass(stack: Stack, tokenizer, ids, prefix=None, *rest) -> list[tuple[str | int, float]]:
+    """The frozen LM's own answers and their log-probabilities. Arguments of predict."""
+    prefix = None if prefix is None else prefix.parts[0]
+    return predict(stack.lm, tokenizer, ids, prefix, *rest, logprobs=True)
+
+
+# Textual recursion
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An answer that the LM sampled."""
+
+    text: str  # in one line
+    logprob: float  # of the likeliest sequence of tokens that gave it, its end included; in nats
+    count: int  # samples that gave it
+    first: int  # the number of the first of them, from 0
+
+
+def candidates(
+    lm,
+    ids: list[list[int]],
+    n: int,
+    prefix=None,
+    tokenizer=None,
+    max_new_tokens: int = 16,
+    stops: list[str] | None = None,
+    seed: int = 0,
+) -> list[list[Candidate]]:
+    """Samples n answers to each of B questions, from one reading of each. Returns B ranked lists.
+
+    The temperature is 1, over the whole vocabulary. prefix: None or one for all. `rank` states how
+    the samples are merged and ordered. An answer ends with an eos of the LM or at stops[b] ("" for
+    none). Without a tokenizer a text is the list of its token ids.
+
+    Questions are sampled one by one, each with random numbers of its own. So the candidates of a
+    question depend on `seed` and its tokens, and not on the questions beside it.
+    """
+    ranked, device = [], next(lm.parameters()).device
+    for row, stop in zip(ids, stops or [""] * len(ids), strict=True):
+        digest = hashlib.sha256(repr((seed, row)).encode()).digest()
+        rng = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+        def ended(tokens: list[int], stop=stop) -> bool:
+            return stop in tokenizer.decode(tokens)
+
+        (samples,) = generate(
+            lm,
+            [row],
+            prefix,
+            max_new_tokens,
+            temperature=1.0,
+            n=n,
+            eos=lm.config.eos,
+            generator=rng,
+            ended=ended if stop else None,
+        )
+        ranked.append(rank(samples, lm.config.eos, tokenizer, stop))
+    return ranked
+
+
+def rank(samples: list[Sample], eos, tokenizer=None, stop: str = "") -> list[Candidate]:
+    """Merges the samples of one question by their text, the likeliest text first.
+
+    A text is cut at `stop`, and its white space becomes single spaces. Samples with the same text
+    are one candidate. Its log-probability is that of the likeliest sequence of tokens among them,
+    summed over all its tokens and not divided by their number. Empty texts are dropped.
+    """
+    merged = {}
+    for number, sample in enumerate(samples):
+        ids = drop_eos(sample.ids, eos)
+        text = str(ids) if tokenizer is None else tokenizer.decode(ids)
+        text = " ".join((text.split(stop)[0] if stop else text).split())
+        same = merged.get(text, Candidate(text, sample.logprob, 0, number))
+        best = max(same.logprob, sample.logprob)
+        merged[text] = Candidate(text, best, same.count + 1, same.first)
+    merged.pop("", None)
+    return sorted(merged.values(), key=lambda candidate: -candidate.logprob)  # ties: first sampled
+
+
+def text_with(question: str, candidates: Sequence[str | Candidate]) -> str:
+    """Puts candidates before a question or any other text, in a line of their own.
+
+        Candidates: Velmor; Kranstad
+        Q: Where was Anna Teller born?
+        A:
+
+    The question and the place of its answer stay as p1 saw them, so a prompt that starts from p1
+    answers as well as p1 from the first step. Without candidates the text stays as it is.
+    """
+    texts = [c.text if isinstance(c, Candidate) else c for c in candidates]
+    return f"Candidates: {'; '.join(texts)}\n{question}" if texts else question

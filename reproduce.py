@@ -26,7 +26,8 @@ from checkpoints import load_tokenizer, write_json
 from fit import target_loss
 from generate import predict, prepare
 from model import LM
-from runs import ASSETS, read_record, show
+from runs import ASSETS, read_record
+from show import show
 
 # What an LM knows
 

@@ -2,6 +2,7 @@
 
     adapter_config.json, adapter_model.safetensors   the trained adapter, best on dev
     model/                                           the model, if it was trained itself
+    pause.safetensors                                trained filler after every question, if any
     predictions.jsonl                                each test question (dev, if there is no test),
                                                      its prediction and scores
     run.json                                         arguments, versions, hardware, hashes, results
@@ -24,11 +25,8 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,54 +37,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adapters import load_adapter
 from checkpoints import atomic_write, hash_tensors, load_tokenizer, write_json
 from model import LM
-from recurse import COMPOSITIONS
+from pause import load_pause
+from recurse import COMPOSITIONS, compose, load_trained
+from show import show
+from textual import TextualRecursion
 
 ASSETS = Path(__file__).parent / "assets"  # the embedded LM and the Connectors pretrained on it
-
-# What only shows
-
-
-def show(text: str, stream: str = "stdout", result: bool = False) -> None:
-    """Print a line to sys.stdout or sys.stderr. A line that cannot be printed never ends a run.
-
-    Letters that the stream cannot write are escaped. A stream that is closed or full is silent
-    from then on. But OSError if the line is the `result` of a command, unless its reader has left.
-    Lines of stderr have no numbers of errors, and the middle of a very long one is left out.
-    """
-    out = getattr(sys, stream)
-    if out is None and result:
-        raise OSError("standard output: it is closed")
-    if out is None:  # it was closed before Python began
-        return
-    if stream == "stderr":
-        text = re.sub(r"\[Errno \d+\] ", "", text)
-        text = text if len(text) <= 600 else f"{text[:300]} ... {text[-200:]}"
-    try:
-        encoding = getattr(out, "encoding", None) or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=out, flush=True)
-    except (OSError, ValueError) as error:
-        silent = open(os.devnull, "w")
-        with suppress(OSError, ValueError):  # what is still in the buffer would fail at exit
-            os.dup2(silent.fileno(), out.fileno())
-        setattr(sys, stream, silent)
-        if result and not isinstance(error, BrokenPipeError):
-            raise OSError(f"standard output: {error}") from None
-        if stream == "stdout":
-            show(f"standard output: {error}; the run goes on without it", "stderr")
-
-
-@contextmanager
-def only_shows(what: str) -> Iterator[None]:
-    """A context for code that only shows something. If it fails, one line says why."""
-    try:
-        yield
-    except Exception as error:  # from any library, and no result may be lost by it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        show(f"no {what}: {reason}")
-
 
 # What identifies a run
 
@@ -95,11 +53,13 @@ HASHES = {  # keys of run.json that identify what a run reads
     "tokens_hash": "with another tokenizer",
     "fingerprint": "on another LM",
     "init_hash": "from another adapter",
+    "encoder_hash": "with another encoder",
 }
 PATHS = {  # arguments that name files, and the hash that identifies what they hold
     "model": "fingerprint",
     "tokenizer": "tokens_hash",
     "init": "init_hash",
+    "encoder": "encoder_hash",
     "train": "data_hash",
     "dev": "data_hash",
     "test": "data_hash",
@@ -143,6 +103,13 @@ def places(path: str, folder: str | Path, record: dict) -> list[str]:
         return [path]
     relative = os.path.relpath(path, record["folder"])
     return [path, os.path.normpath(os.path.join(os.path.abspath(folder), relative))]
+
+
+def find(path: str | list[str], folder: str | Path, record: dict) -> str | list[str]:
+    """Return the first of `places` that exists, or else the path itself. Of a list: of each."""
+    if isinstance(path, list):
+        return [find(one, folder, record) for one in path]
+    return [*filter(os.path.exists, places(path, folder, record)), path][0]
 
 
 # The run folder
@@ -207,15 +174,6 @@ class Run:
             if before != value and key != "eval_tokens":  # which saves memory and changes nothing
                 flag = f"--{key.replace('_', '-')}"
                 raise ValueError(f"{self.folder} was started with {flag} {before}, not {value}")
-
-    def find(self, path: str | list[str]) -> str | list[str]:
-        """Return where a path of the command line, or each of a list, is now: at the same place
-        relative to the run's folder, if it is not where it was when the run began."""
-        if isinstance(path, list):
-            return [self.find(one) for one in path]
-        record = self.record() if self.resume else None
-        found = [p for p in places(path, self.folder, record or {}) if os.path.exists(p)]
-        return [*found, path][0]
 
     def record(self) -> dict | None:
         """Return run.json of the run that the folder holds already, or None."""
@@ -310,7 +268,7 @@ def start_record(run: Run, trained: nn.Module, frozen: LM | None, hashes: dict) 
     """
     before = run.record() or {}
     for key, what in HASHES.items():
-        if has_hash(before, key) and before.get(key) != hashes[key]:
+        if has_hash(before, key) and before.get(key) != hashes.get(key):
             raise ValueError(f"{run.folder} was started {what} (its {key} differs)")
     count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     line = f"{run.arguments['method']}: {count:,} parameters trained"
@@ -421,7 +379,8 @@ def read_record(folder: str | Path) -> dict:
 def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None = None):
     """Load what a run trained. Returns (model, prefix, tokenizer, record).
 
-    model      the LM, or a Stack with the LM's interface; float32, whatever the run used
+    model      the LM, or a Stack, a TextualRecursion or a Paused with the LM's interface; float32,
+               whatever the run used. generate.prepare makes what it reads of a question
     prefix     the trained prompt as a Prefix, or None
     tokenizer  the one that the run used
     record     run.json
@@ -431,25 +390,30 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     """
     folder, record = Path(folder), read_record(folder)
     args, trained_lm = record["arguments"], folder / "model"
-    method = args["method"]
-    if method == "pretrain_connector":
-        method = args.get("composition")
+    method = args.get("composition", args["method"])  # pretraining says what it is for
     if trained_lm.is_dir():
         if model is not None:
             raise ValueError(f"{folder}: {method} trained an LM of its own; --model says another")
-        lm, prefix = LM.from_pretrained(trained_lm, device), None
+        lm, method, adapter = LM.from_pretrained(trained_lm, device), "fine_tuning", None
+        tokenizer = load_tokenizer(trained_lm, lm.config.vocab_size)
         if (folder / "adapter_config.json").is_file():  # trained together with the LM
-            lm, prefix = COMPOSITIONS[method](lm, load_adapter(folder, lm).requires_grad_(False))
-        return lm, prefix, load_tokenizer(trained_lm, lm.config.vocab_size), record
-    if method not in COMPOSITIONS:
+            method, (adapter, tokenizer) = args["method"], load_trained(folder, lm, tokenizer, None)
+    elif method not in COMPOSITIONS:
         raise ValueError(f"{folder}/run.json: {args['method']} trains nothing that answers")
-    lm = _load_base(folder, record, device, model)
-    adapter = load_adapter(folder, lm).requires_grad_(False)
-    given = args.get("tokenizer")
-    found = [p for p in places(given, folder, record) if os.path.exists(p)] if given else []
-    tokenizer = load_tokenizer([*found, lm.folder][0], lm.config.vocab_size)
-    model, prefix = COMPOSITIONS[method](lm, adapter)
-    return model, prefix, tokenizer, record
+    else:
+        lm, adapter = _load_base(folder, record, device, model), None
+        path = find(args.get("tokenizer") or str(lm.folder), folder, record)
+        path = path if os.path.exists(path) else lm.folder
+        tokenizer = load_tokenizer(path, lm.config.vocab_size)
+        path = find(args.get("encoder") or str(ASSETS / "t5"), folder, record)
+        if method != "training_free":
+            encoder = path if method == "id_pt" else None
+            adapter, tokenizer = load_trained(folder, lm, tokenizer, encoder)
+    pause = load_pause(folder, args.get("pause", 0), args.get("pause_text", ""), lm)
+    model, prefix = compose(method, lm, adapter, pause)
+    if method == "textual_recursion":
+        model = TextualRecursion.load(folder, model, tokenizer, args)
+    return model.requires_grad_(False), prefix, tokenizer, record
 
 
 def _load_base(folder: Path, record: dict, device: str, model: str | Path | None) -> LM:

@@ -9,28 +9,33 @@ folder that a run leaves.
 
     method             what answers a question                        what is trained
     prompt_tuning      lm(lm.embed(ids), prefix=lm.read(prompt()))    the prompt, P vectors
+    deep_prompt        lm(lm.embed(ids), prefix=prompt())             keys and values of every layer
+    id_pt              lm(lm.embed(ids), prefix=lm.read(prompt(ids))) what computes the prompt
+    textual_recursion  prompt tuning, reading candidates of a prompt  both prompts
     neural_recursion   lm(connector(lm(lm.embed(ids))))               the Connector
     lm_connector       connector(lm(lm.embed(ids)))                   the Connector
     connector_lm       lm(connector(lm.embed(ids)))                   the Connector
     fine_tuning        lm(lm.embed(ids))                              the LM itself
+    training_free      lm(rescale(lm(lm.embed(ids))))                 nothing; it is only scored
 
 The second column is recurse.COMPOSITIONS. By default neural_recursion starts from the Connector in
 assets/neural_recursion_2, which was pretrained on text. The other two Connectors start from random
-weights, unless --init names a folder. The training loop is in fit.py. To add a method, add a line
-to recurse.COMPOSITIONS, and a function and a line of METHODS here.
+weights, unless --init names a folder. With --passes 3 the LM is run three times, with one Connector
+between the passes or one in each gap. A Connector-LM whose Connector has as many layers as the
+recursion has after its first pass (--connector-layers 8 on the embedded LM) spends the same compute
+without a second pass. The training loop is in fit.py, and
+what it starts from in start.py. To add a method, add a line to
+recurse.COMPOSITIONS, and a function and a line of METHODS here.
 """
 
 import argparse
 import hashlib
 import sys
-from collections import Counter
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-from tokenizers import Tokenizer
 from torch import Tensor
 
 import adapters
@@ -38,81 +43,147 @@ import cli
 import data
 import eval as metrics
 import recurse
-import world
-from checkpoints import hash_tensors, load_tokenizer, read_tensors, resolve
+import start
+import textual
+from checkpoints import hash_tensors, read_tensors, write_json
 from fit import Recipe, autocast, fit, target_loss
-from generate import check_targets, predict
+from generate import predict, stack_prefixes
 from model import LM
-from runs import ASSETS, Run, finish_record, names_file, only_shows, show, start_record
+from pause import Paused, pause_parts, save_pause
+from runs import Run, finish_record, read_record, start_record
+from show import only_shows, show
 
 # The methods
 
 
-@dataclass
-class Task:
-    """The frozen LM and the questions of each split, as text and as tokens."""
-
-    args: argparse.Namespace
-    lm: LM
-    tokenizer: Tokenizer
-    examples: dict[str, list[data.Example]]
-    tokens: dict[str, list[data.TokenizedExample]]
-
-
-def prompt_tuning(task: Task) -> dict:
+def prompt_tuning(task: start.Task) -> dict:
     """Train P vectors that stand before every question (Lester et al. 2021)."""
-    return train_adapter(task, trained=start_prompt(task))
+    return train_adapter(task, trained=start.start_prompt(task))
 
 
-def neural_recursion(task: Task) -> dict:
+def deep_prompt(task: start.Task) -> dict:
+    """Train the keys and values of P positions in every layer (Li & Liang 2021)."""
+    return train_adapter(task, trained=start.start_deep_prompt(task))
+
+
+def id_pt(task: start.Task) -> dict:
+    """Train what computes P vectors from each question (Levine et al. 2022, section 2)."""
+    return train_adapter(task, trained=start.start_generator(task))
+
+
+def textual_recursion(task: start.Task) -> dict:
+    """Train a prompt that reads what earlier prompts sampled (Levine et al. 2022, section 4).
+
+    textual.py describes the stages. Whatever one of them has finished, --resume does not do again.
+    """
+    run = Run.from_args(task.args)
+    if not task.args.no_cross_fit:  # refuse before anything is written
+        textual.halves(task.examples["train"], task.args.seed)
+    with run:
+        prompt = start.start_prompt(task)
+        record = start_record(run, prompt, task.lm, hashes(task, prompt))
+        asked, prompt, rounds = textual.sample_rounds(task, train_stage, show_candidates)
+        write_json(run.folder / "run.json", record | {"candidates": rounds})
+    return train_adapter(asked, trained=start.next_prompt(task, prompt), loaded=task)
+
+
+def neural_recursion(task: start.Task) -> dict:
     """Train a Connector between two passes through the LM (Levine et al. 2022, section 4.2)."""
-    return train_adapter(task, trained=start_connector(task))
+    return train_adapter(task, trained=start.start_connector(task))
 
 
-def lm_connector(task: Task) -> dict:
+def lm_connector(task: start.Task) -> dict:
     """Train a Connector after one pass, like more layers on top of the LM."""
-    return train_adapter(task, trained=start_connector(task))
+    return train_adapter(task, trained=start.start_connector(task))
 
 
-def connector_lm(task: Task) -> dict:
+def connector_lm(task: start.Task) -> dict:
     """Train a Connector before one pass, between the embeddings and the first layer."""
-    return train_adapter(task, trained=start_connector(task))
+    return train_adapter(task, trained=start.start_connector(task))
 
 
-def fine_tuning(task: Task) -> dict:
+def fine_tuning(task: start.Task) -> dict:
     """Train every parameter of the LM, stored in float32: the reference for the others."""
     return train_adapter(task, trained=task.lm.requires_grad_(True))
+
+
+def training_free(task: start.Task) -> dict:
+    """Train nothing: score a second pass over the first one's output at the embeddings' scale."""
+    run = Run.from_args(task.args)
+    task.pause = start.start_pause(task)
+    with run:
+        record = start_record(run, nn.Module(), task.lm, hashes(task, None))
+        record |= {"question_format": asks_questions(task)}
+        record |= {"step": 0, "score": None, "seconds": 0.0}
+        return finish(task, run, record, None)
 
 
 METHODS = {  # method: (function, defaults of its flags)
     "prompt_tuning": (
         prompt_tuning,
-        {"steps": 400, "lr": 0.1, "schedule": "constant", "weight_decay": 0.0},
+        {"steps": 400, "schedule": "constant", "weight_decay": 0.0},  # lr: default_prompt_lr
+    ),
+    "deep_prompt": (
+        deep_prompt,
+        {"steps": 400, "lr": 0.01, "schedule": "constant", "weight_decay": 0.0},
+    ),
+    "id_pt": (id_pt, {"steps": 1200, "lr": 1e-3, "schedule": "constant"}),
+    "textual_recursion": (
+        textual_recursion,
+        {"steps": 400, "schedule": "constant", "weight_decay": 0.0},  # lr: default_prompt_lr
     ),
     "neural_recursion": (neural_recursion, {"steps": 1200, "lr": 3e-3}),
     "lm_connector": (lm_connector, {"steps": 1200, "lr": 3e-3}),
     "connector_lm": (connector_lm, {"steps": 1200, "lr": 3e-3}),
     "fine_tuning": (fine_tuning, {"steps": 1200, "lr": 3e-4}),
+    "training_free": (training_free, {"steps": 0, "lr": 0.0}),
 }
 
 
-def train_adapter(task: Task, trained: nn.Module, batch_at=None, after_step=None) -> dict:
+def default_prompt_lr(lm: LM) -> float:
+    """The learning rate of a soft prompt if --lr is not given, for AdamW.
+
+    AdamW moves every entry by about the rate in a step, so the rate is tied to the size of entries:
+    a quarter of the standard deviation of the token embeddings. (Lester et al. tune 0.3 for T5,
+    whose embeddings are larger than 1.)
+    """
+    return 0.25 * lm.embed_tokens.weight.float().std().item()
+
+
+def train_adapter(
+    task: start.Task,
+    trained: nn.Module,
+    loaded: start.Task | None = None,
+    batch_at=None,
+    after_step=None,
+) -> dict:
     """Train an adapter, or the LM itself, to answer the training questions.
 
-    Dev chooses the best parameters. `batch_at` and `after_step` as in `fit`. Returns the record,
-    which run.json holds too.
+    Dev chooses the best parameters. Returns the record, which run.json holds too. `loaded` is the
+    task whose hashes identify the run, if its questions have since got other tokens. `batch_at` and
+    `after_step` as in `fit`.
     """
     args, lm, tokens = task.args, task.lm, task.tokens
     recipe, run = Recipe.from_args(args), Run.from_args(args)
+    if recipe.lr is None:
+        recipe = replace(recipe, lr=default_prompt_lr(lm))
     adapter = None if trained is lm else trained
     frozen = None if trained is lm else lm
+    pause = task.pause = start.start_pause(task)
+    if pause is not None and pause.vectors is not None:
+        trained = nn.ModuleDict({"adapter": trained, "pause": pause})
 
     def shuffled(number: int) -> data.Batch:
         return data.batches(tokens["train"], args.batch_size, args.seed, number)
 
     def loss_of(batch: data.Batch) -> Tensor:
-        model, prefix = recurse.COMPOSITIONS[args.method](lm, adapter)  # reads the new prompt
-        return target_loss(model, prefix, batch)
+        if cache is None:
+            model, prefix = recurse.compose(args.method, lm, adapter, pause)  # reads the new prompt
+            prefix = stack_prefixes(prefix, [tokens["train"][row].input for row in batch.rows])
+            return target_loss(model, prefix, batch)
+        stack, prefix = recurse.COMPOSITIONS[args.method](lm, adapter)
+        x = cache(batch.rows, batch.ids.shape[1])
+        return target_loss(stack.after_first(), prefix, batch, x)
 
     def evaluate() -> float | None:
         if not tokens["dev"]:
@@ -125,33 +196,92 @@ def train_adapter(task: Task, trained: nn.Module, batch_at=None, after_step=None
         else:
             base = run.arguments["model"]
             info = {"method": args.method, "base_model_name_or_path": base}
+            if pause is not None:
+                info |= {"pause": args.pause, "pause_text": args.pause_text}
             adapters.save_adapter(run.folder, adapter, lm, **info)
+        save_pause(run.folder, pause)
 
     with run:
-        record = start_record(run, trained, frozen, hashes(task))
-        # Whether `eval.py ask` must put its questions into the format of data.question_text.
-        inputs = [example.input for example in task.examples["train"]]
-        record["question_format"] = all(map(metrics.is_question, inputs))
-        batch_at = batch_at or shuffled
-        record |= fit(run, recipe, trained, batch_at, loss_of, evaluate, save, None, after_step)
-        with autocast(recipe):
-            splits = [split for split in ("dev", "test") if tokens[split]]
-            predictions = {split: predict_split(task, adapter, split) for split in splits}
-        rows = predictions.get("test") or predictions.get("dev") or []
-        run.write_lines("predictions.jsonl", rows)
-        with only_shows("examples"):
-            show_examples(rows)
-            if args.method == "neural_recursion" and rows:  # the last correct answer, or the last
-                show_passes(task, next((row for row in rows[::-1] if row["em"]), rows[-1]))
-        results = {split: metrics.summary(part) for split, part in predictions.items()}
-        return finish_record(run, record, frozen, results)
+        record = start_record(run, trained, frozen, hashes(loaded or task, adapter))
+        record["lr"] = recipe.lr
+        if args.lr is None:
+            show(f"learning rate {recipe.lr:.3g}, a quarter of the embeddings' standard deviation")
+        record["question_format"] = asks_questions(task)
+        cache = first_pass(task)
+        record |= fit(
+            run,
+            recipe,
+            trained,
+            batch_at or shuffled,
+            loss_of,
+            evaluate,
+            save,
+            after_step=after_step,
+        )
+        return finish(task, run, record, adapter)
+
+
+def train_stage(task: start.Task, name: str, before: adapters.SoftPrompt | None) -> nn.Module:
+    """Train a prompt in the folder `name` below --out, or load it if it is trained already."""
+    folder = Path(task.args.out) / name
+    flags = vars(task.args) | {"method": "prompt_tuning", "out": str(folder)}
+    if not (folder / "run.json").is_file() or "results" not in read_record(folder):
+        show(f"{folder}: {len(task.tokens['train'])} training questions")
+        stage = replace(task, args=argparse.Namespace(**flags))
+        train_adapter(stage, trained=start.next_prompt(stage, before))
+    return adapters.load_adapter(folder, task.lm)
+
+
+def asks_questions(task: start.Task) -> bool:
+    """Whether `eval.py ask` must put its questions into the format of data.question_text."""
+    return all(metrics.is_question(example.input) for example in task.examples["train"])
+
+
+def finish(task: start.Task, run: Run, record: dict, adapter) -> dict:
+    """Answer and score dev and test, show examples, and complete the record, which is returned."""
+    args = task.args
+    with autocast(Recipe.from_args(args)):
+        splits = [split for split in ("dev", "test") if task.tokens[split]]
+        predictions = {split: predict_split(task, adapter, split) for split in splits}
+    rows = predictions.get("test") or predictions.get("dev") or []
+    run.write_lines("predictions.jsonl", rows)
+    with only_shows("examples"):
+        show_examples(rows)
+        if args.method == "neural_recursion" and rows:  # the last correct answer, or the last
+            show_passes(task, next((row for row in rows[::-1] if row["em"]), rows[-1]))
+    results = {split: metrics.summary(part) for split, part in predictions.items()}
+    frozen = None if args.method == "fine_tuning" else task.lm
+    return finish_record(run, record, frozen, results)
+
+
+def first_pass(task: start.Task) -> recurse.FirstPass | None:
+    """The cache of the first pass over the training questions. Prints its size.
+
+    None if something trained comes before it or in its text, if no question is read twice, or if
+    the states exceed --cache-first-pass.
+    """
+    args = task.args
+    _, trained_vectors = pause_parts(args.pause, args.pause_text)
+    texts = [(e.input + e.target)[:-1] for e in task.tokens["train"]]
+    read = args.steps * args.grad_accum * args.batch_size  # texts in the whole training
+    frozen = args.method in ("neural_recursion", "lm_connector") and not trained_vectors
+    if not frozen or read <= len(texts):
+        return None
+    cache = recurse.FirstPass(task.lm, texts)
+    size = cache.positions * task.lm.config.dim * (2 if args.dtype == "bfloat16" else 4) / 1e9
+    line = f"first pass: {cache.positions:,} positions of {len(texts):,} texts, {size:.3f} GB"
+    if size > args.cache_first_pass:
+        show(f"{line}, more than --cache-first-pass {args.cache_first_pass}: computed in each step")
+        return None
+    show(f"{line}: computed once and kept")
+    return cache
 
 
 @torch.no_grad()
-def predict_split(task: Task, adapter, split: str, limit: int | None = None) -> list[dict]:
+def predict_split(task: start.Task, adapter, split: str, limit: int | None = None) -> list[dict]:
     """Answer a split's questions, or a sample of `limit` of them, and score the answers."""
     args = task.args
-    model, prefix = recurse.COMPOSITIONS[args.method](task.lm, adapter)
+    model, prefix = recurse.compose(args.method, task.lm, adapter, task.pause)
     rows = data.sample(len(task.tokens[split]), limit, args.seed)
     examples = [task.examples[split][row] for row in rows]
     tokens = [task.tokens[split][row] for row in rows]
@@ -162,154 +292,21 @@ def predict_split(task: Task, adapter, split: str, limit: int | None = None) -> 
     return metrics.score(examples, answers)
 
 
-def hashes(task: Task) -> dict[str, str | None]:
-    """What identifies the data, their tokens, the LM, and the adapter that training starts from."""
-    folder, adapter = init_folder(task.args), None
+def hashes(task: start.Task, trained: nn.Module | None) -> dict[str, str | None]:
+    """What identifies the data, their tokens, the frozen models, and what training starts from."""
+    folder, adapter, encoder = start.init_folder(task.args), None, None
     if folder:
         adapter = hash_tensors(read_tensors(folder / "adapter_model.safetensors"))
+    if isinstance(trained, adapters.PromptGenerator):
+        encoder = hash_tensors(trained.encoder[0].state_dict())
     texts, tokens = (repr(sorted(part.items())) for part in (task.examples, task.tokens))
     return {
         "data_hash": hashlib.sha256(texts.encode()).hexdigest(),
         "tokens_hash": hashlib.sha256(tokens.encode()).hexdigest(),
         "fingerprint": task.lm.fingerprint(),
         "init_hash": adapter,
+        "encoder_hash": encoder,
     }
-
-
-# What training starts from
-
-
-def load_task(args, lm: LM, tokenizer: Tokenizer, examples: dict | None = None) -> Task:
-    """Tokenise the questions of each split: `examples`, or those of the files that the flags name.
-    One that does not fit the context is a ValueError."""
-    P = args.prompt_length if args.method == "prompt_tuning" else 0
-    context = lm.config.max_len
-    left = context - P  # for a question and its answer
-    if left < 2:
-        raise ValueError(f"--prompt-length {P} leaves {left} of the LM's context of {context}")
-    eos = lm.config.eos[0] if lm.config.eos else None
-    if examples is None:
-        examples = {split: load_split(args, split) for split in ("train", "dev", "test")}
-    for part in examples.values():
-        check_targets(tokenizer, part)
-    V = lm.config.vocab_size
-    tokens = {k: data.tokenize(part, tokenizer, eos, left, V) for k, part in examples.items()}
-    for split in ("dev", "test"):  # refuse before training what `predict` would refuse after it
-        for example, question in zip(examples[split], tokens[split]):
-            T, new = len(question.input), args.max_new_tokens
-            if not example.options and T + new - 1 > left:  # the last new token is never read
-                raise ValueError(
-                    f"{example.source}: {T} tokens and {new} new ones exceed the {left} that the "
-                    "LM's context leaves"
-                )
-    return Task(args, lm, tokenizer, examples, tokens)
-
-
-def load_lm(args) -> tuple[LM, Tokenizer]:
-    """Load the LM, frozen, and its tokenizer. ValueError if --tokenizer does not belong to it."""
-    folder = resolve(args.model or ASSETS / "lm")
-    bf16 = args.dtype == "bfloat16" and args.method != "fine_tuning"
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    lm = LM.from_pretrained(folder, args.device, dtype, choose_attention(args))
-    tokenizer = load_tokenizer(args.tokenizer or folder, lm.config.vocab_size)
-    if args.tokenizer and (folder / "tokenizer.json").is_file():
-        given, own = tokenizer.get_vocab(), load_tokenizer(folder).get_vocab()
-        if given != own:
-            token = min(given.items() ^ own.items())[0]  # one that differs
-            raise ValueError(
-                f"--tokenizer {args.tokenizer} belongs to another LM: {token!r} is "
-                f"{given.get(token)} there and {own.get(token)} in the LM's own tokenizer"
-            )
-    return lm, tokenizer
-
-
-def choose_attention(args):
-    """The `attend` of LM.from_pretrained that --attention names; None is the LM's own."""
-    if getattr(args, "attention", "plain") == "plain":  # not every command has the flag
-        return None
-    if args.device != "cuda" or find_spec("triton") is None:
-        raise ValueError("--attention fused needs --device cuda and triton (pip install triton)")
-    import attention
-
-    return attention.attend
-
-
-def load_split(args, split: str) -> list[data.Example]:
-    """Read --train, --dev or --test. If not given: the world's, or none if --train is given."""
-    path = getattr(args, split)
-    if path:
-        return data.read(path)
-    if args.train:
-        return []
-    records = world.make(args.world_seed).questions(split)
-    return [data.parse_record(record, f"world {split}") for record in records]
-
-
-def init_folder(args) -> Path | None:
-    """The folder of the adapter that training starts from, or None if it starts from none."""
-    if names_file("init", args.init):
-        return Path(args.init)
-    stored = ASSETS / f"{args.method}_{args.connector_layers}"
-    embedded = args.init is None and args.model is None and stored.is_dir()
-    return stored if embedded else None
-
-
-def start_connector(task: Task) -> adapters.Connector:
-    """The Connector that training starts from: --init, or the one in assets/, or a random one."""
-    args, lm = task.args, task.lm
-    folder = init_folder(args)
-    if folder:
-        return load_init(folder, args, lm, adapters.Connector)
-    if args.init in (None, "random"):
-        return recurse.new_connector(lm, args.method, args.connector_layers)
-    raise ValueError(f"--init {args.init} starts a prompt, and {args.method} trains a Connector")
-
-
-def start_prompt(task: Task) -> adapters.SoftPrompt:
-    """The prompt that training starts from, as --init says."""
-    args, table, P = task.args, task.lm.embed_tokens.weight, task.args.prompt_length
-    folder = init_folder(args)
-    if folder:
-        return load_init(folder, args, task.lm, adapters.SoftPrompt)
-    kind, _, text = (args.init or "vocab").partition(":")
-    rng = torch.Generator().manual_seed(args.seed)
-    if kind == "labels":  # the most frequent answers
-        counts = Counter(example.target for example in task.examples["train"])
-        labels = [label for label, _ in counts.most_common(P)]
-        vectors = adapters.from_labels(P, table, task.tokenizer, labels, generator=rng)
-    elif kind == "text":
-        vectors = adapters.from_text(P, table, task.tokenizer, text, generator=rng)
-    elif kind == "random":
-        vectors = adapters.random(P, table, generator=rng)
-    else:
-        vectors = adapters.from_vocab(P, table, generator=rng)
-    return adapters.SoftPrompt(vectors).to(args.device)
-
-
-def load_init(init: Path, args, lm: LM, kind: type) -> nn.Module:
-    """Load the stored adapter that --init names. ValueError if the method does not train it."""
-    method = args.method
-    if not init.is_dir():
-        raise ValueError(
-            f"--init {init} is neither the folder of an adapter nor a way to start {method}"
-        )
-    adapter = adapters.load_adapter(init, lm)
-    name = type(adapter).__name__
-    if not isinstance(adapter, kind):
-        raise ValueError(f"--init {init} holds a {name}, which {method} does not train")
-    made_for = adapters.read_adapter_config(init).get("method", method)
-    if kind is adapters.Connector and made_for != method:
-        raise ValueError(
-            f"--init {init} was trained for {made_for}, where the Connector stands "
-            f"elsewhere than in {method}"
-        )
-    if kind is adapters.SoftPrompt:
-        size, wanted, flag = len(adapter.vectors), args.prompt_length, "--prompt-length"
-    else:
-        size, wanted, flag = len(adapter.layers), args.connector_layers, "--connector-layers"
-    if size != wanted:
-        raise ValueError(f"--init {init} holds a {name} of {size}; say so with {flag} {size}")
-    return adapter
 
 
 # What is shown at the end
@@ -322,27 +319,41 @@ def show_examples(rows: list[dict]) -> None:
         show(f"{row['input']} {row['prediction']}   (accepted: {', '.join(row['answers'])})")
 
 
-def show_passes(task: Task, row: dict) -> None:
+def show_passes(task: start.Task, row: dict) -> None:
     """Print how the recursion answers one question.
 
-    Second pass: the prediction, token by token. First pass: the LM's own likeliest token at each of
+    Last pass: the prediction, token by token. First pass: the LM's own likeliest token at each of
     these positions, after the same tokens.
     """
-    lm, tokenizer = task.lm, task.tokenizer
-    texts = [row["input"], f"{row['input']} {row['prediction']}"]
-    question, whole = data.encode_prompts(tokenizer, texts)
-    second = whole[len(question) :]
+    lm, tokenizer, pause = task.lm, task.tokenizer, task.pause
+    reader = lm if pause is None else Paused(lm, pause)
+    asked = row["input"] + getattr(reader, "pause_text", "")
+    texts = [row["input"], asked, f"{asked} {row['prediction']}"]
+    bare, question, whole = data.encode_prompts(tokenizer, texts)
+    last = whole[len(question) :]
+    question = question + getattr(reader, "pause_ids", [])
     with torch.no_grad():
-        ids = torch.tensor([question + second], device=lm.embed_tokens.weight.device)
-        h = lm(lm.embed(ids))[0, len(question) - 1 : -1]  # position t predicts token t + 1
+        ids = torch.tensor([question + last], device=lm.embed_tokens.weight.device)
+        h = lm(reader.embed(ids))[0, len(question) - 1 : -1]  # position t predicts token t + 1
         first = lm.logits(h).argmax(-1).tolist()
-        alone = predict(lm, tokenizer, [question], stops=["\n"])[0]
+        alone = predict(lm, tokenizer, [bare], stops=["\n"])[0]
     show(f"\n{row['input']}\n  the frozen LM alone answers  {alone}")
-    lines = [[repr(tokenizer.decode([token])) for token in tokens] for tokens in (second, first)]
+    lines = [[repr(tokenizer.decode([token])) for token in tokens] for tokens in (last, first)]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    for name, line in zip(("second pass", "first pass"), lines):
+    for name, line in zip(("last pass", "first pass"), lines):
         show(" ".join([f"  {name:12}", *map(str.ljust, line, widths)]))
     show(f"  accepted     {', '.join(row['answers'])}\n")
+
+
+def show_candidates(split: str, scores: dict) -> None:
+    """Print how good the candidates of a split are, for all its questions and for each task."""
+    for task, row in {"all": scores, **scores["tasks"]}.items():
+        recall = "  ".join(f"@{k} {100 * value:5.1f}" for k, value in row["recall"].items())
+        first, most = 100 * row["best"], 100 * row["majority"]
+        text = f"recall {recall}   EM likeliest {first:5.1f}, most frequent {most:5.1f}"
+        show(f"{split:5} {task or 'other':12} {text}   ({row['n']} questions)")
+    if scores["left_out"]:
+        show(f"{split:5} {scores['left_out']} candidates did not fit the context and are left out")
 
 
 # The command line
@@ -355,10 +366,22 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     init = "folder of a trained adapter to start from, or random; if neither this nor --model is "
     init += "given, the Connector of this method and size in assets/, if any; prompts: also vocab "
     init += "(embeddings of sampled tokens, the default), labels (of training answers), text:WORDS"
-    start = ("--init", str, None, init)
-    length = ("--prompt-length", cli.COUNT, 20, "P of a soft prompt (papers: 100 to 400)")
+    init = ("--init", str, None, init)
     cli.add_flags(
-        parser, "model", cli.MODEL, cli.TOKENIZER, start, length, cli.CONNECTOR, cli.ATTENTION
+        parser,
+        "model",
+        cli.MODEL,
+        cli.TOKENIZER,
+        init,
+        cli.PROMPT,
+        ("--placement", ["before_bos", "after_bos"], "before_bos", "of prompt_tuning's prompt"),
+        ("--reparam-dim", cli.COUNT, None, "deep_prompt: width of an MLP in training (paper: 512)"),
+        ("--encoder", str, None, "id_pt: folder of a T5 encoder; assets/t5 if not given"),
+        ("--encoder-prompt", cli.COUNT, 20, "id_pt: the encoder's own prompt (paper: about 430)"),
+        cli.CONNECTOR,
+        cli.ATTENTION,
+        cli.PASSES,
+        cli.CONNECTORS,
     )
     cli.add_flags(
         parser,
@@ -367,12 +390,24 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
         ("--dev", str, None, "questions that choose the best parameters"),
         ("--test", str, None, "questions that are scored once, at the end"),
         cli.WORLD,
+        cli.PAUSE,
+        cli.PAUSE_TEXT,
         ("--max-new-tokens", cli.COUNT, 16, "longest answer"),
         ("--stop", str, None, "ends an answer; a newline for questions if not given, '' for none"),
         ("--eval-limit", cli.COUNT, 240, "dev questions scored along training; the end scores all"),
         ("--eval-tokens", cli.COUNT, 8192, "tokens in a batch of evaluation, options included"),
     )
+    group = cli.add_flags(
+        parser,
+        "textual recursion",
+        ("--candidates", cli.COUNT, 16, "answers sampled for each question (paper: 1 to 64)"),
+        ("--rounds", cli.COUNT, 1, "how often candidates are sampled, each time after reading"),
+    )
+    whole = "sample for training questions with a prompt that has seen them (the paper's way)"
+    group.add_argument("--no-cross-fit", action="store_true", help=whole)
     cli.add_training_flags(parser)
+    keep = "GB of memory for the first pass's states, which are the same in every epoch; 0 for none"
+    cli.add_flags(parser, "recursion", ("--cache-first-pass", cli.number_type(float, 0), 1.0, keep))
     cli.add_run_flags(parser)
     first = cli.Parser(prog=program, add_help=False)  # reads the method, which sets other defaults
     first.add_argument("--method")
@@ -385,11 +420,17 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     """Run one method. Returns the record, which run.json holds too."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    if args.init and args.method == "fine_tuning":
-        raise ValueError("--init: fine_tuning does not start from an adapter")
+    if args.init and args.method in ("fine_tuning", "training_free"):
+        raise ValueError(f"--init: {args.method} does not start from an adapter")
+    if args.pause and not args.pause_text:
+        raise ValueError(f"--pause {args.pause}: --pause-text is empty")
+    if args.pause and args.method == "textual_recursion":
+        raise ValueError(f"--pause {args.pause}: not for textual_recursion")
+    if args.passes > 2 and args.method != "neural_recursion":
+        raise ValueError(f"--passes {args.passes}: only neural_recursion has more than two passes")
     cli.check_and_seed(args)
     method, _ = METHODS[args.method]
-    return method(load_task(args, *load_lm(args)))
+    return method(start.load_task(args, *start.load_lm(args)))
 
 
 if __name__ == "__main__":

@@ -32,11 +32,13 @@ import adapters
 import cli  # the flags that programs share
 import data
 import promptability
+import start
 import train
 from checkpoints import read_tensors, resolve, write_json, write_tensors
 from model import LM
 from promptability import load_task, pieces, read_dev_and_test
-from runs import ASSETS, show
+from runs import ASSETS
+from show import show
 
 # ---------------------------------------------------------------------------- search for a source
 
@@ -246,7 +248,7 @@ def mixture_batch(tasks: list[list], limit: int | None, size: int, seed: int, st
     return data.batches(pool, size, seed, step)
 
 
-def text_windows(path: str, task: train.Task) -> list[data.TokenizedExample]:
+def text_windows(path: str, task: start.Task) -> list[data.TokenizedExample]:
     """Windows of running text, each cut at a random token: prefix LM (Raffel et al. 2020)."""
     args, config = task.args, task.lm.config
     T = args.seq_len
@@ -270,7 +272,7 @@ def source(args: Namespace) -> dict:
     runs = one_run_per_file(args) if args.each else {"": args}
     for run in runs.values():  # a folder that cannot be written is refused before any training
         cli.check_and_seed(run)
-    lm, tokenizer = train.load_lm(args)
+    lm, tokenizer = start.load_lm(args)
     records = {name: source_prompt(run, lm, tokenizer) for name, run in runs.items()}
     return records if args.each else records[""]
 
@@ -300,7 +302,7 @@ def source_prompt(args: Namespace, lm: LM, tokenizer) -> dict:
     task = load_task(args, lm, tokenizer, {"train": sum(parts, [])} | read_dev_and_test(args))
     tasks = pieces(task.tokens["train"], parts) + [text_windows(path, task) for path in texts]
     task.tokens["train"] = sum(tasks, [])  # all of them identify the run
-    prompt = train.start_prompt(task)
+    prompt = start.start_prompt(task)
 
     def batch_at(number: int) -> data.Batch:
         return mixture_batch(tasks, args.limit, args.batch_size, args.seed, number)

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a bare `pytest` finds the files too
 
+from adapters import Connectors  # noqa: E402
 from model import LM, Config  # noqa: E402
-from recurse import COMPOSITIONS, CONNECTOR_METHODS, Stack, new_connector  # noqa: E402
+from recurse import COMPOSITIONS, CONNECTOR_METHODS, new_connector  # noqa: E402
 
 # In CI a missing reference library is a failure. Elsewhere the test is left out.
 PEERS = {
@@ -79,7 +80,7 @@ def lm(request, make_lm):
     return make_lm(request.param)
 
 
-STACKS = (*CONNECTOR_METHODS, "three_passes")
+STACKS = (*CONNECTOR_METHODS, "training_free", "three_passes")
 
 
 @pytest.fixture(params=["tied", "untied", *STACKS])
@@ -96,11 +97,18 @@ def build(kind, lm):
     a, b = (new_connector(lm, method, n) for n in (2, 1))
     for seed, connector in enumerate((a, b)):
         randomise(connector.layers, seed)
-    stack = Stack(lm, [a, b]) if kind == "three_passes" else COMPOSITIONS[kind](lm, a)[0]
+    adapter = Connectors([a, b], 3) if kind == "three_passes" else a
+    stack, _ = COMPOSITIONS[method](lm, adapter)
+    scale = lm.embed_tokens.weight.square().mean().sqrt()
+
+    def rescale(h):
+        return scale * h / (h.square().mean(-1, keepdim=True) + 1e-7).sqrt()
+
     formulas = {
         "neural_recursion": lambda x: lm(a(lm(x))),
         "lm_connector": lambda x: a(lm(x)),
         "connector_lm": lambda x: lm(a(x)),
+        "training_free": lambda x: lm(rescale(lm(x))),
         "three_passes": lambda x: lm(b(lm(a(lm(x))))),
     }
     return stack, formulas[kind]

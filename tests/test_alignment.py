@@ -254,7 +254,8 @@ def test_composition_is_its_formula_at_once_and_in_chunks(lm, kind):
     stack, formula = build(kind, lm)
     x = stack.embed(FOUR[:2, :6])
     h = formula(x)
-    assert torch.equal(stack(x), h) and torch.equal(stack.logits(h), lm.logits(h))
+    close(stack(x), h, 1e-5 if kind == "training_free" else 0.0)  # its norm is written out here
+    assert torch.equal(stack.logits(h), lm.logits(h))
     assert (h - lm(x)).abs().max() > 0.05  # the Connector does something
     for chunks in ([1] * 6, [2, 1, 3]):
         again, cache = in_chunks(stack, x, chunks)

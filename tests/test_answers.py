@@ -14,6 +14,7 @@ from tiny_runs import ROOT, write_lines
 import data
 import eval as evaluation  # not the built-in function
 import generate
+import recurse
 import runs
 from checkpoints import load_tokenizer
 from eval import summary
@@ -105,7 +106,7 @@ def answering(monkeypatch, *texts):
         calls.append((ids, prefix, new, options, stops, budget))
         return [texts[b % len(texts)] for b in range(len(ids))]
 
-    monkeypatch.setattr(generate, "predict", predict)
+    monkeypatch.setattr(recurse, "predict", predict)
     return calls
 
 

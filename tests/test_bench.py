@@ -13,6 +13,7 @@ from tiny_runs import PEOPLE, ROOT, make_place, write_lines
 import adapters
 import bench
 import recurse
+import start
 import train
 from data import train_tokenizer
 from fit import Recipe, make_optimizer
@@ -36,18 +37,21 @@ def kept_for_backward(compute, *modules):
 
 def new_adapter(method, lm):
     """What the method trains around the LM; None if it trains the LM itself."""
-    if method == "fine_tuning":
+    if method in ("fine_tuning", "training_free"):
         return None
-    if method == "prompt_tuning":
+    if method in recurse.PROMPT_METHODS:
         return adapters.SoftPrompt(torch.randn(7, lm.config.dim))
+    if method == "deep_prompt":
+        return adapters.DeepPrompt(lm.read(torch.randn(7, lm.config.dim)))
     return recurse.new_connector(lm, method, 2)
 
 
+PLANNED = [method for method in train.METHODS if method != "id_pt"]
 NEOX = {"family": "gpt_neox", "layer_norm": True, "gated": False, "activation": "gelu"}
 NEOX |= {"mlp_bias": True, "qkv_bias": True, "o_bias": True, "parallel": True, "tied": False}
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", PLANNED)
 @pytest.mark.parametrize("family", [{}, NEOX])
 def test_the_plan_counts_what_a_step_holds(tmp_path, capsys, method, family):
     LM(Config(60, 48, 3, 4, 4 if family else 2, 12, 96, 64, **family)).save(tmp_path / "lm")
@@ -58,8 +62,10 @@ def test_the_plan_counts_what_a_step_holds(tmp_path, capsys, method, family):
     table = bench.main(flags.split())
     assert not (tmp_path / "out").exists()
     lm = LM.from_pretrained(tmp_path / "lm")
-    adapter = new_adapter(method, lm)
-    trained = adapter or lm.requires_grad_(True)
+    if method == "fine_tuning":
+        adapter, trained = None, lm.requires_grad_(True)
+    else:
+        adapter = trained = new_adapter(method, lm)
 
     def step():
         model, prefix = recurse.COMPOSITIONS[method](lm, adapter)
@@ -120,7 +126,7 @@ def test_the_plan_reads_the_lengths_of_the_questions(place, tmp_path, capsys, me
     file = write_lines(tmp_path / "rows.jsonl", rows)
     flags = f"--train {file} --max-new-tokens 1"
     args = train.parse(["--method", method, "--model", f"{place}/lm/model", *flags.split()])
-    longest = train.load_task(args, *train.load_lm(args)).tokens["train"][1]
+    longest = start.load_task(args, *start.load_lm(args)).tokens["train"][1]
     T, S = len(longest.input) + len(longest.target) - 1, len(longest.target)
     table, assumed = plan(place, flags, method), plan(place, f"--seq-len {T}", method)
     assert table["activations"] == assumed["activations"]
@@ -128,14 +134,24 @@ def test_the_plan_reads_the_lengths_of_the_questions(place, tmp_path, capsys, me
     assert f"at most {T} tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", PLANNED)
 def test_the_plan_counts_evaluation(place, method):
     """It grows with the budget of tokens, with the prompt, and not without questions to answer."""
     rest = f"--dev {place}/dev.jsonl --batch-size 1 --eval-tokens"
     cases = ("", f"{rest} 500", f"{rest} 1000", f"{rest} 1000 --prompt-length 40")
     beyond = [plan(place, flags, method)["evaluation beyond this"] for flags in cases]
     assert 0 == beyond[0] < beyond[1] < beyond[2]
-    assert (method == "prompt_tuning") == (beyond[3] != beyond[2])
+    assert (method in recurse.PROMPT_METHODS) == (beyond[3] != beyond[2])
+
+
+def test_the_plan_counts_the_mlp_of_a_deep_prompt(place, capsys):
+    plan(place, "--prompt-length 4 --reparam-dim 8", "deep_prompt")
+    lm = LM.from_pretrained(place / "lm" / "model")
+    deep = adapters.DeepPrompt(lm.read(torch.randn(4, lm.config.dim)), hidden=8)
+    count = sum(p.numel() for p in deep.parameters())
+    assert f"deep_prompt: {count:,} parameters trained" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="id_pt are not counted yet"):
+        plan(place, "", "id_pt")
 
 
 def test_the_plan_counts_the_options_of_a_question(place, tmp_path):

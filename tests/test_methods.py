@@ -28,10 +28,11 @@ import data
 import eval as metrics
 import pretrain
 import recurse
+import start
 import train
 from checkpoints import load_tokenizer
 from fit import target_loss
-from generate import option_scores, predict
+from generate import option_scores, predict, prepare
 from model import LM, Config
 from rerank import Bert
 from runs import ASSETS, load_run, read_predictions
@@ -84,6 +85,8 @@ def test_a_run_leaves_a_complete_folder_and_the_frozen_lm_as_it_was(place, tmp_p
     adapter = {"adapter_config.json", "adapter_model.safetensors"}
     whole = {"run.json", "metrics.jsonl", "state.safetensors", "curve.png", "lock"}
     whole |= {"model"} if alone else adapter
+    if method == "textual_recursion":
+        whole |= {"p1", "p1-a", "p1-b", "candidates"}
     assert names == whole | ({"predictions.jsonl"} if method in train.METHODS else set())
     assert json.loads((out / "run.json").read_text())["results"] == record["results"]
     assert record["arguments"]["method"] == method
@@ -92,7 +95,7 @@ def test_a_run_leaves_a_complete_folder_and_the_frozen_lm_as_it_was(place, tmp_p
         assert metrics.summary(rows) == record["results"]["dev"]
         assert [row["id"] for row in rows] == [f"q{i}" for i in range(5)]
         model, prefix, tokenizer, _ = load_run(out)
-        ids = [tokenizer.encode(row["input"]).ids for row in rows]
+        ids, _, prefix = prepare(model, tokenizer, data.read(place / "dev.jsonl"), prefix, 4)
         assert predict(model, tokenizer, ids, prefix, 4) == [row["prediction"] for row in rows]
 
 
@@ -120,13 +123,13 @@ def test_bf16_runs_through_with_frozen_weights_in_bf16(place, tmp_path, method):
     record = run(command(place, method, tmp_path / "run", flags))
     assert record["weights_before"] == record["weights_after"] and record["seconds"] > 0
     if method in train.METHODS:  # what is trained is float32
-        lm, _ = train.load_lm(arguments(place, method, flags))
+        lm, _ = start.load_lm(arguments(place, method, flags))
         whole = torch.float32 if method == "fine_tuning" else torch.bfloat16
         assert lm.embed_tokens.weight.dtype == whole
 
 
 def test_a_frozen_lm_that_changes_is_reported(place, tmp_path, monkeypatch):
-    lm, tokenizer = train.load_lm(arguments(place, "connector_lm"))
+    lm, tokenizer = start.load_lm(arguments(place, "connector_lm"))
     real = train.fit
 
     def careless(*given):
@@ -225,7 +228,7 @@ def test_if_there_are_options_one_of_them_is_the_answer(place, tmp_path, capsys)
     assert record["results"]["dev"]["em"] == right / len(PEOPLE)
     scores = metrics.main(["score", str(homes), "--run", str(out)])
     assert scores == record["results"]["dev"] and "homes" in capsys.readouterr().out
-    lm, tokenizer = train.load_lm(arguments(place, "prompt_tuning"))
+    lm, tokenizer = start.load_lm(arguments(place, "prompt_tuning"))
     tokens = data.tokenize(data.read(homes), tokenizer, lm.config.eos[0], 90)
     scores = option_scores(lm, [t.input for t in tokens], [t.options for t in tokens])
     right = sum(TOWNS[row.argmax()] == town for row, (_, town) in zip(scores, HOMES))
@@ -287,7 +290,7 @@ def test_load_run_gives_the_composition_of_each_method(make_lm, tmp_path):
 def test_what_a_prompt_starts_from(place, tmp_path):
     """Embeddings of the most frequent answers or of a text, or a stored prompt. A rate of 0 keeps
     the start."""
-    lm, tokenizer = train.load_lm(arguments(place, "prompt_tuning"))
+    lm, tokenizer = start.load_lm(arguments(place, "prompt_tuning"))
     table = lm.embed_tokens.weight
 
     def rows(text):
@@ -376,7 +379,7 @@ def test_embedded_connectors_belong_to_the_embedded_lm_and_are_where_training_st
     for folder in folders:
         method, layers = folder.name.rsplit("_", 1)
         args = train.parse(["--method", method, "--connector-layers", layers])
-        started = train.start_connector(train.Task(args, lm, None, {}, {}))
+        started = start.start_connector(start.Task(args, lm, None, {}, {}))
         connector = adapters.load_adapter(folder, lm)
         assert adapters.read_adapter_config(folder)["method"] == method
         assert len(connector.layers) == int(layers)

@@ -17,13 +17,21 @@ from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_mod
 from safetensors.torch import load_file, save_file, save_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from adapters import Connector, SoftPrompt, from_file, load_adapter, save_adapter
+from adapters import (
+    Connector,
+    DeepPrompt,
+    SoftPrompt,
+    bos_vector,
+    from_file,
+    load_adapter,
+    save_adapter,
+)
 from checkpoints import load_tokenizer, read_config
 from families import FAMILIES
 from fit import Adafactor
 from generate import generate, pad
 from model import LM, Prefix
-from recurse import Stack
+from recurse import Stack, prompt_embeddings
 from rerank import Bert, CrossEncoder, token_type_ids
 from rerank import pad as pad_inputs
 from retrieve import BM25, DualEncoder, _answer_tokens, split_words
@@ -553,22 +561,76 @@ def test_prompt_has_pefts_loss_and_gradient_and_goes_there_and_back(tmp_path):
     close(z[real], loaded(**inputs).logits[:, 7:][real])
 
 
-@pytest.mark.parametrize("key_heads, layers", [(1, 3), (2, 3), (4, 3), (2, 1)])
-def test_prefix_tuning_is_refused_by_name(tmp_path, key_heads, layers):
-    """Its token_dim is the width of all key heads. In the last case, the keys and values of a
-    position are as many numbers as an embedding has."""
-    sizes = dict(vocab_size=61, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4)
-    sizes |= dict(num_key_value_heads=key_heads, intermediate_size=48, max_position_embeddings=64)
-    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
-    reference.save_pretrained(tmp_path / "lm")
-    lm = LM.from_pretrained(tmp_path / "lm")
+@torch.no_grad()
+def test_prompt_after_bos_is_pefts_with_one_row_more_and_has_embeddings(tmp_path):
+    """transformers continues its embeddings as we continue the text."""
+    reference = make_reference("llama, grouped, tied")
+    reference.save_pretrained(tmp_path / "reference")
+    lm = LM.from_pretrained(tmp_path / "reference")
+    prompt = SoftPrompt(torch.randn(4, 32, generator=seeded(2)) * 0.25, bos_vector(lm))
+    ours = logits_after(lm, prompt)
+    save_adapter(tmp_path / "ours", prompt, lm)
+    peft = PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path / "ours").eval()
+    close(ours, peft(torch.tensor(ONE)).logits[:, 5:], 1e-4)
+    assert (ours - logits_after(lm, SoftPrompt(prompt.vectors))).abs().max() > 0.1
+    x, options = prompt_embeddings(prompt, lm, ONE[0]), dict(do_sample=False, eos_token_id=None)
+    theirs = reference.generate(inputs_embeds=x[None], max_new_tokens=8, pad_token_id=0, **options)
+    assert greedy(lm, ONE, lm.read(prompt()), 8) == theirs[:, None].tolist()
+
+
+def logits_after(lm, prompt):
+    return lm.logits(lm(lm.embed(torch.tensor(ONE)), lm.read(prompt())))
+
+
+PREFIXES = ["gpt2", "gpt_neox", "llama, grouped, tied", "llama, one key head, far theta"]
+PREFIXES += ["qwen3, layer types, bias", "olmo2"]
+
+
+@pytest.mark.parametrize("case", PREFIXES)
+def test_deep_prompt_is_pefts_prefix_tuning_and_goes_there_and_back(tmp_path, case):
+    """With keys that no text has: attention reads them as they are, in PEFT and here."""
+    reference = make_reference(case)
+    reference.save_pretrained(tmp_path / "reference")
+    lm = LM.from_pretrained(tmp_path / "reference")
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
-    get_peft_model(reference, config).save_pretrained(tmp_path / "prefix")
-    message = "peft_type 'PREFIX_TUNING' is not supported"
-    with pytest.raises(ValueError, match=message):
-        load_adapter(tmp_path / "prefix", lm)
-    with pytest.raises(ValueError, match=message):
-        from_file(5, lm.embed_tokens.weight, tmp_path / "prefix")
+    peft = get_peft_model(copy.deepcopy(reference), config)
+    weight = peft.prompt_encoder["default"].embedding.weight
+    weight.data.copy_(torch.randn(weight.shape, generator=seeded(3)))
+    tokens, lengths = pad(FIVE)
+    real = torch.arange(tokens.shape[1]) < lengths[:, None]
+    inputs = dict(input_ids=tokens, attention_mask=real.long())
+    theirs = peft(**inputs).logits
+    theirs[real].logsumexp(-1).sum().backward()
+    peft.save_pretrained(tmp_path / "theirs")
+    with pytest.warns(UserWarning, match="carries no fingerprint"):
+        deep = load_adapter(tmp_path / "theirs", lm)
+    assert type(deep) is DeepPrompt and torch.equal(deep.keys_values, weight)
+    ours = lm.logits(lm(lm.embed(tokens), deep()))
+    ours[real].logsumexp(-1).sum().backward()
+    close(ours[real], theirs[real], 1e-4)
+    assert (ours - lm.logits(lm(lm.embed(tokens))))[real].abs().max() > 0.1
+    largest = weight.grad.abs().max().item()
+    close(deep.keys_values.grad / largest, weight.grad / largest, 1e-4)
+    save_adapter(tmp_path / "ours", DeepPrompt(deep(), hidden=8), lm)
+    loaded = PeftModel.from_pretrained(reference, tmp_path / "ours").eval()
+    close(loaded(**inputs).logits[real], theirs[real], 1e-4)
+
+
+def test_pefts_prefix_tuning_with_an_mlp_is_what_the_mlp_computed(tmp_path):
+    reference = make_reference("llama, grouped, tied")
+    reference.save_pretrained(tmp_path / "reference")
+    lm = LM.from_pretrained(tmp_path / "reference")
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=9
+    )
+    peft = get_peft_model(copy.deepcopy(reference), config)
+    peft.save_pretrained(tmp_path / "theirs")
+    with pytest.warns(UserWarning, match="carries no fingerprint"):
+        deep = load_adapter(tmp_path / "theirs", lm)
+    tokens = torch.tensor(ONE)
+    close(lm.logits(lm(lm.embed(tokens), deep())), peft(tokens).logits, 1e-4)
+    with pytest.raises(ValueError, match="'PREFIX_TUNING' is not supported; .*: PROMPT_TUNING"):
+        from_file(5, lm.embed_tokens.weight, tmp_path / "theirs")
 
 
 @pytest.mark.parametrize(

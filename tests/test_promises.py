@@ -13,15 +13,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TIERS = {  # imports at the top of a file go strictly down
     "families": 0,
-    **dict.fromkeys(["checkpoints", "data", "eval", "world", "attention", "generate"], 1),
-    **dict.fromkeys(["model", "adapters", "rerank", "t5", "genres"], 2),
+    **dict.fromkeys(["checkpoints", "data", "eval", "world", "attention", "generate", "show"], 1),
+    **dict.fromkeys(["model", "adapters", "pause", "rerank", "t5", "genres"], 2),
     **dict.fromkeys(["recurse", "suite", "retrieve"], 3),
-    **dict.fromkeys(["runs", "passages"], 4),
-    **dict.fromkeys(["fit", "cli"], 5),
-    "train": 6,
-    **dict.fromkeys(["pretrain", "promptability", "bench_attention"], 7),
-    **dict.fromkeys(["bench", "transfer"], 8),
-    "reproduce": 9,
+    **dict.fromkeys(["textual", "passages"], 4),
+    "runs": 5,
+    **dict.fromkeys(["fit", "cli", "start"], 6),
+    **dict.fromkeys(["train", "audit"], 7),
+    **dict.fromkeys(["pretrain", "promptability", "bench_attention"], 8),
+    **dict.fromkeys(["bench", "transfer"], 9),
+    "reproduce": 10,
 }
 FILES = sorted(ROOT.glob("*.py"))
 TREES = {path.stem: ast.parse(path.read_text()) for path in FILES}
@@ -129,15 +130,25 @@ loss = module.logits(module(module.embed(ids), prefix)).logsumexp(-1).mean()
 """,
     "adapters": """
 import torch
-from adapters import Connector, SoftPrompt, from_vocab
+from adapters import Connector, DeepPrompt, PromptGenerator, SoftPrompt, from_vocab
 class Config: dim, norm_eps = 16, 1e-5
+class Prefix:
+    rows, lengths = 1, None
+    def __init__(self, layers): self.layers = layers
+class Encoder:
+    embed = torch.nn.Embedding(50, 16).requires_grad_(False)
+    def __call__(self, x, lengths): return x.tanh()
 class Layers(torch.nn.Linear):
     config = Config
     def forward(self, x, prefix, keep): return super().forward(x)
 prompt = SoftPrompt(from_vocab(4, torch.randn(50, 16)))
 connector = Connector(Layers(16, 16), 0.1)
-module = torch.nn.ModuleList([prompt, connector])
+deep = DeepPrompt(Prefix([(torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8))] * 3))
+generator = PromptGenerator(Encoder(), torch.randn(3, 16), 4, 16)
+module = torch.nn.ModuleList([prompt, connector, deep, generator])
 loss = connector(prompt()[None]).square().sum() + prompt().square().sum()
+loss += sum(t.square().sum() for pair in deep().layers for t in pair)
+loss += generator.prompts([[3, 4], [5]]).square().sum()
 """,
     "rerank": """
 import torch
@@ -191,7 +202,7 @@ def test_a_copied_file_builds_and_trains_alone_in_an_empty_folder(tmp_path, name
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("name", ["train", "pretrain", "transfer", "bench", "world"])
+@pytest.mark.parametrize("name", ["train", "pretrain", "transfer", "bench", "audit", "world"])
 def test_a_program_runs_from_another_folder_and_leaves_nothing_there(tmp_path, name):
     command = [sys.executable, "-E", ROOT / f"{name}.py", "--help"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

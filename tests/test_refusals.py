@@ -54,6 +54,18 @@ RECUR --tokenizer large                                 | large/tokenizer.json |
 RECUR --tokenizer small                                 | --tokenizer | belongs to another LM
 RECUR --init foreign                                    | another base
 RECUR --init connector --connector-layers 2             | --connector-layers 1
+RECUR --init three --connector-layers 1                 | --passes 3 --connectors each
+RECUR --init three --passes 3 --connectors shared       | --passes 3 --connectors each
+RECUR --passes 1                                        | --passes
+RECUR --cache-first-pass -1                             | --cache-first-pass
+RECUR --pause -1                                        | --pause
+RECUR --pause 2 --pause-text ''                         | --pause 2 | --pause-text
+RECUR --pause 95 --pause-text trained                   | --pause 95 | context of 96
+RECUR --pause 60                                        | :1: | context
+RECUR --init paused --pause 3 --pause-text trained      | --pause 2 --pause-text trained
+RECUR --init paused                                     | --pause 2 --pause-text trained
+PROMPT --passes 3                                       | --passes 3 | neural_recursion
+TRAIN training_free --init connector                    | --init | training_free
 RECUR --init vocab                                      | --init vocab | neural_recursion
 RECUR --init text:words                                 | --init text:words | neural_recursion
 RECUR --init nothing                                    | --init nothing
@@ -79,6 +91,9 @@ PROMPT --out twice.jsonl/new                            | twice.jsonl
 PROMPT --out mine --train mine.jsonl --resume           | other data
 PROMPT --out other --model replaced --resume            | another LM
 TRAIN connector_lm --dev full.jsonl --max-new-tokens 70 | full.jsonl:1
+TRAIN textual_recursion --candidates 0                  | --candidates
+TRAIN textual_recursion --rounds 0                      | --rounds
+TRAIN textual_recursion --train long.jsonl              | long.jsonl:2 | context
 TRAIN lm_connector --init connector                     | for neural_recursion | lm_connector
 TRAIN fine_tuning --init connector                      | --init | fine_tuning
 
@@ -97,6 +112,8 @@ LM --train blank.txt                                    | blank.txt: holds no te
 BERT --seq-len 31                                       | --seq-len 31 | context
 CONNECTOR --seq-len 97                                  | --seq-len 97 | context
 CONNECTOR --composition magic                           | magic
+CONNECTOR --composition lm_connector --passes 3         | --passes 3 | neural_recursion
+pretrain.py prompt --model lm/model --prompt-length 95  | --prompt-length 95 | context of 96
 
 bench.py --only everything                              | everything
 bench.py --runs 0                                       | --runs
@@ -162,6 +179,20 @@ eval.py score dev.jsonl --shots 2                       | --shots and --shots-fr
 eval.py score dev.jsonl --shots 9 --shots-from dev.jsonl | 0 examples that are not asked, fewer
 eval.py score dev.jsonl --out run                       | run/predictions.jsonl exists | --out
 eval.py score dev.jsonl --out /dev/null/x               | Not a directory | /dev/null/x
+eval.py score dev.jsonl --model lm/model --threshold 0  | neural_recursion
+eval.py ask --run run --threshold nan who               | --threshold
+
+audit.py                                                | command
+audit.py hard run                                       | --out
+audit.py hard run --out thesis                          | thesis exists
+audit.py hard mine --out new --samples 0                | --samples
+audit.py hard run --out new --runs fewer nowhere        | nowhere/predictions.jsonl: no such file
+audit.py passes nowhere --out new                       | nowhere: no run.json
+audit.py passes run --out thesis                        | thesis exists
+audit.py passes mine --out new                          | neural_recursion
+audit.py passes run --out new --runs fewer              | fewer: was not tested on id 'q4'
+audit.py bridge run --out new                           | predictions.jsonl:1: is no question of
+audit.py bridge run --out new --limit 0                 | --limit
 
 generate.py lm/model                                    | text
 generate.py nowhere text                                | nowhere
@@ -256,6 +287,7 @@ def make_runs(place):
     for out in ("run", "torn", "spoilt"):
         short(f"RECUR --out {out}")
     run(command(place, "neural_recursion", place / "connector"))
+    short("RECUR --out paused --pause 2 --pause-text trained")
     state = place / "torn" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:1000])
     (place / "spoilt" / "run.json").write_text("{}")
@@ -271,6 +303,8 @@ def make_runs(place):
     other = LM(lm.config)
     other.save("replaced", tokenizer=tokenizer, replace=True)
     adapters.save_adapter("foreign", recurse.new_connector(other, "neural_recursion", 1), other)
+    three = [recurse.new_connector(lm, "neural_recursion", 1) for _ in "ab"]
+    adapters.save_adapter("three", adapters.Connectors(three, 3), lm)
     adapters.save_adapter("prompt", adapters.SoftPrompt(torch.zeros(90, 32)), lm)
     adapters.save_adapter("cut", adapters.SoftPrompt(torch.zeros(90, 32)), lm)
     weights = place / "cut" / "adapter_model.safetensors"

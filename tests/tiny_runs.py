@@ -19,13 +19,16 @@ PEOPLE = ["Anna", "Boris", "Clara", "Dmitri", "Elena", "Fedor", "Galina", "Hugo"
 TOWNS = ["Velmor", "Kranstad", "Pornwick", "Delmau"]
 HOMES = [(name, TOWNS[i % 4]) for i, name in enumerate(PEOPLE)]
 OBJECTIVES = [f"pretrain_{name}" for name in pretrain.OBJECTIVES]
-METHODS = [*train.METHODS, *OBJECTIVES]
+TRAINED = [name for name in train.METHODS if name != "training_free"]
+METHODS = [*TRAINED, *OBJECTIVES]
 SHAPE = "--dim 16 --layers 1 --heads 2 --seq-len 16"
 OWN_FLAGS = {
     "pretrain_lm": f"{SHAPE} --context 96 --vocab-size 300",
     "pretrain_encoder": SHAPE,
     "pretrain_bert": f"{SHAPE} --context 32",
     "pretrain_connector": "--connector-layers 1 --seq-len 16",
+    "pretrain_prompt": "--prompt-length 4 --seq-len 16",
+    "textual_recursion": "--max-new-tokens 4 --prompt-length 4 --candidates 3",
 }
 
 
@@ -51,6 +54,7 @@ def make_place(folder: Path) -> Path:
     write_lines(folder / "text.jsonl", [{"text": text} for text in lives * 12])
     flags = "--dim 32 --layers 2 --steps 12 --eval-every 6 --batch-size 4 --lr 0.01"
     run(command(folder, "pretrain_lm", folder / "lm", flags))
+    run(command(folder, "pretrain_encoder", folder / "t5", "--steps 1"))
     return folder
 
 
@@ -89,6 +93,7 @@ def command(place: Path, method: str, out: Path, flags: str = "") -> list[str]:
         files = (place / "text.jsonl", place / "text.jsonl")
     model = "" if method == "pretrain_lm" else f"--model {place}/lm/model"
     own = "--max-new-tokens 4 --prompt-length 4 --connector-layers 1"
+    own += f" --encoder {place}/t5/model --encoder-prompt 3" if method == "id_pt" else ""
     own = OWN_FLAGS.get(method, own)
     short = "--steps 6 --eval-every 2 --log-every 1 --batch-size 3 --device cpu"
     line = f"{start} {model} --train {files[0]} --dev {files[1]} --out {out} {short} {own} {flags}"

@@ -1,0 +1,521 @@
+"""What a recursion does: hard questions, when a second pass pays, and what a pass hands over.
+
+    hard     questions whose answer is not among n samples of a tuned prompt, and how other runs do
+             on them (the analysis of Levine et al. 2022, section 4)
+    passes   exact match against the average number of passes, if a question takes a second pass
+             only where the first is not sure of its answer (recurse.route); beside it a random
+             choice of as many questions, and the oracle's
+    bridge   two-hop questions of the embedded world: whether the bridge, the answer to the first
+             hop, can be read from what the first pass hands over, and whether the answer follows
+             if that is replaced by what another question hands over, or by the mean
+
+Each command asks the questions in the run's predictions.jsonl again. Scores are from 0 to 1.
+
+    python audit.py hard runs/prompt_tuning --samples 64 --out hard.jsonl --runs runs/mine
+    python audit.py passes runs/neural_recursion --out audit/passes
+    python audit.py bridge runs/neural_recursion --out audit/bridge
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import cli
+import data
+import eval as metrics
+import recurse
+import world
+from checkpoints import atomic_write, write_json
+from generate import drop_eos, generate, prepare
+from runs import load_run, read_predictions
+from show import only_shows, show
+
+# ------------------------------------------------------------------------------- what is counted
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % Wilson interval of a rate (Wilson 1927). It stays within 0 and 1 at any n >= 1."""
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"{successes} of {n} is no rate")
+    z, rate = 1.96, successes / n
+    centre = rate + z * z / (2 * n)
+    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def rate(what: str, hits: Sequence[bool]) -> dict:
+    """A row of a table: {"what", "n", "rate", "low", "high"}; without cases the last are None."""
+    if not hits:
+        return {"what": what, "n": 0, "rate": None, "low": None, "high": None}
+    low, high = wilson(sum(hits), len(hits))
+    return {"what": what, "n": len(hits), "rate": sum(hits) / len(hits), "low": low, "high": high}
+
+
+def show_rates(rows: list[dict]) -> None:
+    """Print rates in percent with their intervals."""
+    width = max(len(row["what"]) for row in rows)
+    for row in rows:
+        text = "no cases"
+        if row["n"]:
+            low, high = 100 * row["low"], 100 * row["high"]
+            text = f"{100 * row['rate']:5.1f}  [{low:5.1f}, {high:5.1f}]  of {row['n']}"
+        show(f"{row['what']:{width}}  {text}")
+
+
+def asked_questions(folder: str | Path) -> tuple[list[data.Example], list[dict]]:
+    """The questions of a run's predictions.jsonl as examples, and its lines."""
+    rows, examples = read_predictions(folder), []
+    if not rows:
+        raise ValueError(f"{folder}/predictions.jsonl: no predictions")
+    for number, row in enumerate(rows, 1):
+        answers, source = tuple(row["answers"]), f"{folder}/predictions.jsonl:{number}"
+        key = (row["task"], str(row["id"]))
+        examples.append(data.Example(row["input"], answers[0], answers, *key, source))
+    return examples, rows
+
+
+def ask_again(args: argparse.Namespace) -> tuple:
+    """Load a run and its questions: (the arguments of predict, examples, predictions, record)."""
+    model, prefix, tokenizer, record = load_run(args.run, model=args.model)
+    examples, rows = asked_questions(args.run)
+    new, stop = record["arguments"]["max_new_tokens"], record["arguments"]["stop"]
+    ids, options, prefix = prepare(model, tokenizer, examples, prefix, new)
+    asked = (model, tokenizer, ids, prefix, new, options, metrics.stops(examples, stop))
+    return asked, examples, rows, record
+
+
+# ------------------------------------------------------------------------------- the hard subset
+
+
+def hard_subset(examples: Sequence, ranked: list[list[recurse.Candidate]]) -> list:
+    """The examples without a right answer among their candidates."""
+    hard = []
+    for e, row in zip(examples, ranked, strict=True):
+        texts = [candidate.text for candidate in row]
+        if not any(score["em"] for score in metrics.score([e] * len(texts), texts)):
+            hard.append(e)
+    return hard
+
+
+def scores_on(examples: Sequence, folders: Sequence[str | Path]) -> list[dict]:
+    """Exact match of runs on some of the examples that they were tested on.
+
+    Rows {"what": folder, "n", "rate", "low", "high"}; from the second run on also "difference",
+    "p": to the first run, by a paired bootstrap. ValueError if a run was not tested on an example.
+    """
+    rows, first = [], None
+    for folder in folders:
+        scores = {(r["task"], str(r["id"])): r["em"] for r in read_predictions(folder)}
+        missing = [e for e in examples if (e.task, e.id) not in scores]
+        if missing:
+            raise ValueError(f"{folder}: was not tested on id {missing[0].id!r}")
+        em = [scores[e.task, e.id] for e in examples]
+        row = rate(str(folder), [value == 1 for value in em])
+        if first is not None and em:
+            row["difference"], _, _, row["p"] = metrics.paired_bootstrap(em, first)
+        first = em if first is None else first
+        rows.append(row)
+    return rows
+
+
+def hard_command(args: argparse.Namespace) -> dict:
+    """Write the hard questions of a run. Returns {"questions", "hard", "runs"}."""
+    if Path(args.out).exists():
+        raise FileExistsError(f"{args.out} exists; choose another --out")
+    (model, tokenizer, ids, prefix, new, _, stops), examples, *_ = ask_again(args)
+    scores_on(examples[:0], args.runs)  # refuses a folder without predictions before the work
+    ranked = recurse.candidates(
+        model, ids, args.samples, prefix, tokenizer, new, stops, seed=args.seed
+    )
+    hard = hard_subset(examples, ranked)
+    with atomic_write(Path(args.out)) as unfinished, open(unfinished, "w") as file:
+        for e in hard:
+            line = {"id": e.id, "task": e.task, "input": e.input, "target": e.target}
+            file.write(json.dumps(line | {"answers": list(e.answers)}) + "\n")
+    rows = scores_on(hard, args.runs)
+    show(f"{args.out}: {len(hard)} of {len(examples)} questions have no right answer")
+    show(f"among {args.samples} samples of {args.run}")
+    if rows:
+        show_rates(rows)
+    return {"questions": len(examples), "hard": len(hard), "runs": rows}
+
+
+# -------------------------------------------------------------------------- passes by difficulty
+
+
+def operations(model, T: int, A: int) -> int:
+    """Multiplications and additions for an answer of A tokens to a question of T tokens.
+
+    Two for each parameter of a layer and token read, in every part of a Stack, and two for each
+    entry of the vocabulary's table and new token. Attention scores are left out.
+    """
+    parts = model.parts if isinstance(model, recurse.Stack) else [model]
+    layers = sum(p.numel() for part in parts for p in part.layers.parameters())
+    c = model.config
+    return 2 * layers * (T + A - 1) + 2 * c.vocab_size * c.dim * A  # the last token is never read
+
+
+def routing_curve(first, second, confidence, first_cost, second_cost) -> list[dict]:
+    """Exact match against the average number of passes, for every threshold that differs.
+
+    first, second            (N,) the scores of each question after one pass, after two
+    confidence               (N,) log-probability of the first pass's answer
+    first_cost, second_cost  (N,) operations of either answer; a question that takes the second
+                             pass pays for both answers
+
+    Rows {"threshold", "passes", "operations", "em", "random", "oracle"}, from one pass for all to
+    two for all. Below the threshold, or if it is None, a question takes both passes. random is the
+    expectation for as many questions, drawn at random. oracle takes those that gain most.
+    """
+    columns = [np.asarray(c, dtype=np.float64) for c in (first, second, confidence)]
+    costs = [np.asarray(c, dtype=np.float64) for c in (first_cost, second_cost)]
+    if len({c.shape for c in columns + costs}) != 1 or columns[0].ndim != 1 or not columns[0].size:
+        raise ValueError("the scores, confidences and costs are not of the same questions")
+    first, second, confidence = columns
+    N, order = len(first), np.argsort(confidence, kind="stable")
+    zero = np.zeros(1)  # sums over the first k questions, from k = 0
+    gains = np.concatenate([zero, (second - first)[order].cumsum()])
+    best = np.concatenate([zero, -np.sort(first - second).cumsum()])
+    more = np.concatenate([zero, costs[1][order].cumsum()])
+    rows = []
+    for k in range(N + 1):  # so many take the second pass
+        if 0 < k < N and confidence[order[k - 1]] == confidence[order[k]]:
+            continue  # no threshold is between them
+        row = {"threshold": confidence[order[k]].item() if k < N else None}
+        row |= {"passes": 1 + k / N, "operations": (costs[0].sum() + more[k]) / N}
+        row |= {"em": (first.sum() + gains[k]) / N}
+        row |= {"random": first.mean() + k / N * (second.mean() - first.mean())}
+        row |= {"oracle": (first.sum() + best[k]) / N}
+        rows.append({key: v if v is None else float(v) for key, v in row.items()})
+    return rows
+
+
+def passes_command(args: argparse.Namespace) -> dict:
+    """Draw the curve of a neural recursion. Returns {"curve", "beside", "at"}."""
+    out = new_folder(args.out)
+    asked, examples, rows, _ = ask_again(args)
+    stack, tokenizer, ids, *_ = asked
+    recurse.check_stack(stack)
+    beside = [(folder, *scores_on(examples, [folder])) for folder in args.runs]
+    pairs = recurse.first_pass(*asked)
+    answers, confidence = [a for a, _ in pairs], [logprob for _, logprob in pairs]
+    first, second = metrics.score(examples, answers), [row["em"] for row in rows]
+    costs = []
+    for model, texts in ((stack.lm, answers), (stack, [row["prediction"] for row in rows])):
+        lengths = [len(t) for t in data.encode_prompts(tokenizer, [f" {t}" for t in texts])]
+        costs.append([operations(model, len(row), A) for row, A in zip(ids, lengths)])
+    curve = routing_curve([r["em"] for r in first], second, confidence, *costs)
+    result = {"curve": curve, "two_passes_operations": float(np.mean(costs[1]))}
+    result["beside"] = [{"run": str(folder), "em": row["rate"]} for folder, row in beside]
+    if args.threshold is not None:
+        both = zip(first, rows, confidence)
+        result["at"] = metrics.summary([b if c < args.threshold else a for a, b, c in both])
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "passes.json", result)
+    show_curve(result, args.threshold)
+    with only_shows("passes.png"), picture(out / "passes.png", 9, 4) as figure:
+        draw_passes(figure, result)
+    return result
+
+
+def show_curve(result: dict, threshold: float | None) -> None:
+    """Print eleven rows of the curve, and the scores at a threshold."""
+    show("passes  operations  threshold      EM  random  oracle")
+    curve = result["curve"]
+    for i in sorted({round(k / 10 * (len(curve) - 1)) for k in range(11)}):
+        row = curve[i]
+        scores = "".join(f"{100 * row[key]:8.1f}" for key in ("em", "random", "oracle"))
+        limit = "none" if row["threshold"] is None else f"{row['threshold']:.4f}"
+        show(f"{row['passes']:6.2f}  {row['operations']:10.3g}  {limit:>9}{scores}")
+    show(f"two passes for all, without asking the first: {result['two_passes_operations']:.3g}")
+    for row in result["beside"]:
+        show(f"{row['run']}: EM {100 * row['em']:.1f}")
+    if "at" in result:
+        for task, row in {"all": result["at"], **result["at"]["tasks"]}.items():
+            show(f"at {threshold}: {task:12} EM {100 * row['em']:5.1f}   ({row['n']} questions)")
+
+
+# ------------------------------------------------------------------------- what is handed over
+
+
+def two_hop(examples: Sequence, made: world.World) -> list[dict]:
+    """The two-hop questions among the examples: {"row", "example", "path", "bridge"}.
+
+    The bridge is the answer to the first hop, row the index of the example. ValueError if the
+    questions are not this world's.
+    """
+    facts = {}
+    for split in world.SPLITS:
+        for fact in made.questions(split):
+            facts[fact["id"], data.question_text(fact["question"])] = fact
+    found = []
+    for row, e in enumerate(examples):
+        if (e.id, e.input) not in facts:
+            raise ValueError(f"{e.source}: is no question of the world {made.seed}")
+        path, subject = facts[e.id, e.input]["relation"], facts[e.id, e.input]["subject"]
+        if "." in path:
+            bridge = made.answer(subject, path.split(".")[0])
+            found.append({"row": row, "example": e, "path": path, "bridge": bridge})
+    return found
+
+
+@torch.no_grad()
+def hand_over(stack: recurse.Stack, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """What a question of T tokens leads to in the first two parts, the LM and the Connector.
+
+    Returns (the first pass's last hidden states (T, C), the Connector's output (T, C)).
+    """
+    h = stack.parts[0](stack.embed(torch.tensor([ids], device=stack.lm.embed_tokens.weight.device)))
+    return h[0], stack.parts[1](h)[0]
+
+
+@torch.no_grad()
+def answer_with(stack, tokenizer, ids: list[int], vector: Tensor, new: int, stop: str) -> str:
+    """The greedy answer if the second pass reads `vector` (C,) at the question's last position.
+
+    Everything before and after that position stays as it is.
+    """
+    token, prefix = torch.tensor([ids], device=stack.lm.embed_tokens.weight.device), None
+    if len(ids) > 1:
+        prefix = stack.read(stack.embed(token[:, :-1]))
+    x, extended = stack.embed(token[:, -1:]), []
+    for i, part in enumerate(stack.parts):
+        x, cache = part(x, None if prefix is None else prefix.parts[i], keep=True)
+        extended.append(cache)
+        x = vector.expand_as(x) if i == 1 else x
+    answer, eos = [stack.logits(x[0, -1]).argmax().item()], stack.config.eos
+    text = tokenizer.decode(drop_eos(answer, eos))
+    if new > 1 and answer[0] not in eos and not (stop and stop in text):
+        rest = generate(
+            stack,
+            [answer],
+            recurse.StackPrefix(extended),
+            new - 1,
+            eos=eos,
+            ended=(lambda more: stop in tokenizer.decode(answer + more)) if stop else None,
+        )
+        text = tokenizer.decode(drop_eos(answer + rest[0][0].ids, eos))
+    return (text.split(stop)[0] if stop else text).strip()
+
+
+@torch.no_grad()
+def nearest_tokens(lm, vectors: Tensor) -> list[int]:
+    """The token whose embedding has the largest cosine with each of the vectors (T, C)."""
+    table = torch.nn.functional.normalize(lm.embed_tokens.weight.float(), dim=-1)
+    return (vectors.float() @ table.T).argmax(-1).tolist()
+
+
+def donors(questions: list[dict], seed: int) -> list[int | None]:
+    """For each question another one of the same path, with another bridge and another answer."""
+    rng, chosen = random.Random(f"{seed} donors"), []
+    for a in questions:
+        others = []
+        for j, b in enumerate(questions):
+            differs = a["bridge"] != b["bridge"] and not same(b, a["example"].answers)
+            if a["path"] == b["path"] and differs:
+                others.append(j)
+        chosen.append(rng.choice(others) if others else None)
+    return chosen
+
+
+def same(question: dict, answers: Sequence[str]) -> bool:
+    """Whether one of the answers is right for the question."""
+    return any(metrics.exact_match(a, question["example"].answers) for a in answers)
+
+
+def read_bridges(stack, tokenizer, questions: list[dict], ids: list[list[int]]) -> list[dict]:
+    """What stands at the last position of every question, added to its dict.
+
+    "first" is the vocabulary's reading of the first pass, "given" the embedding nearest to the
+    Connector's output, "token" the first token of the bridge, "vector" the Connector's output.
+    """
+    texts = [f"{q['example'].input} {q['bridge']}" for q in questions]
+    rows = []
+    for q, row, whole in zip(questions, ids, data.encode_prompts(tokenizer, texts)):
+        h, given = hand_over(stack, row)
+        read = {"first": stack.logits(h[-1]).argmax().item(), "vector": given[-1]}
+        read |= {"given": nearest_tokens(stack.lm, given[-1:])[0], "token": whole[len(row)]}
+        rows.append(q | read)
+    return rows
+
+
+def intervene(stack, tokenizer, read: list[dict], ids, new: int, stops, seed: int) -> list[dict]:
+    """Answers with the hand-over as it is, with that of a donor, and with the mean.
+
+    Returns rows {"own", "other", "mean": the answers, "donor": its index}. "other" and "donor" are
+    None if there is no donor.
+    """
+    mean, rows = torch.stack([q["vector"] for q in read]).mean(0), []
+    for q, donor, row, stop in zip(read, donors(read, seed), ids, stops):
+        vectors = {"own": q["vector"], "mean": mean}
+        if donor is not None:
+            vectors["other"] = read[donor]["vector"]
+        texts = {k: answer_with(stack, tokenizer, row, v, new, stop) for k, v in vectors.items()}
+        rows.append({"other": None, "donor": donor} | texts)
+    return rows
+
+
+def bridge_rates(read: list[dict], alone: list[str], answers: list[dict]) -> list[dict]:
+    """The rows of the audit's table. `alone` are the answers of the frozen LM's single pass."""
+    own = [same(q, [a["own"]]) for q, a in zip(read, answers)]
+    pairs = [(i, a["donor"]) for i, a in enumerate(answers) if a["donor"] is not None]
+    both = [(i, j) for i, j in pairs if own[i] and own[j]]
+    right = [(i, i) for i in range(len(read)) if own[i]]
+
+    def gives(cases, key="other"):  # whether answer i is right for question j
+        return [same(read[j], [answers[i][key]]) for i, j in cases]
+
+    matches = [metrics.exact_match(a, [q["bridge"]]) == 1 for q, a in zip(read, alone)]
+    return [
+        rate("the LM alone answers with the bridge", matches),
+        rate("first pass reads the bridge's first token", [q["first"] == q["token"] for q in read]),
+        rate("Connector's output is nearest to it", [q["given"] == q["token"] for q in read]),
+        rate("answer right", own),
+        rate("other hand-over: the other's answer", gives(pairs)),
+        rate("other hand-over: still the own answer", gives([(i, i) for i, _ in pairs])),
+        rate("both right, other hand-over: the other's answer", gives(both)),
+        rate("both right, other hand-over: still the own", gives([(i, i) for i, _ in both])),
+        rate("right, mean hand-over: still the own answer", gives(right, "mean")),
+    ]
+
+
+def bridge_command(args: argparse.Namespace) -> dict:
+    """Audit the two-hop questions of a neural recursion. Returns {"rates", "questions"}."""
+    out = new_folder(args.out)
+    asked, examples, _, record = ask_again(args)
+    recurse.check_stack(asked[0])
+    made = world.make(record["arguments"].get("world_seed", 1))
+    questions = two_hop(examples, made)[: args.limit]
+    if not questions:
+        raise ValueError(f"{args.run}/predictions.jsonl: no two-hop question")
+    (stack, tokenizer, ids, prefix, new, options, stops), rows = (
+        asked,
+        [q["row"] for q in questions],
+    )
+    ids, options, stops = ([part[row] for row in rows] for part in (ids, options, stops))
+    alone = recurse.first_pass(stack, tokenizer, ids, prefix, new, options, stops)
+    read = read_bridges(stack, tokenizer, questions, ids)
+    answers = intervene(stack, tokenizer, read, ids, new, stops, args.seed)
+    rates = bridge_rates(read, [a for a, _ in alone], answers)
+    lines = []
+    for q, a, (text, _) in zip(read, answers, alone):
+        line = {"id": q["example"].id, "input": q["example"].input, "path": q["path"]}
+        line |= {"bridge": q["bridge"], "answers": list(q["example"].answers), "alone": text} | a
+        names = {k: tokenizer.decode([q[k]]) for k in ("first", "given", "token")}
+        lines.append(line | names)
+    out.mkdir(parents=True, exist_ok=True)
+    result = {"rates": rates, "questions": lines}
+    write_json(out / "bridge.json", result)
+    show_rates(rates)
+    shown = next((i for i, q in enumerate(read) if same(q, [answers[i]["own"]])), 0)
+    height = max(4, 0.24 * len(ids[shown]))
+    with only_shows("bridge.png"), picture(out / "bridge.png", 13, height) as figure:
+        draw_bridge(figure, stack, tokenizer, ids[shown], read[shown]["bridge"], rates)
+    return result
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+@contextmanager
+def picture(path: Path, width: float, height: float):
+    """A context with a matplotlib figure, which needs no display and is written at the end."""
+    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's may be missing here
+    try:
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure
+    with atomic_write(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=110)
+
+
+def draw_passes(figure, result: dict) -> None:
+    """Draw the curve, over the average passes and over the operations."""
+    curve = result["curve"]
+    for axes, key in zip(figure.subplots(1, 2, sharey=True), ("passes", "operations")):
+        x = [row[key] for row in curve]
+        for name, label in (("oracle", "oracle"), ("em", "by confidence"), ("random", "at random")):
+            axes.plot(x, [100 * row[name] for row in curve], label=label)
+        if key == "operations":
+            end = result["two_passes_operations"], 100 * curve[-1]["em"]
+            axes.plot(*end, "o", label="always two passes")
+        for row in result["beside"]:
+            axes.axhline(100 * row["em"], linestyle=":", color="gray", label=row["run"])
+        axes.set(xlabel=f"{key} per question", ylabel="EM")
+    axes.legend(fontsize=7)
+
+
+def draw_bridge(figure, stack, tokenizer, ids: list[int], bridge: str, rates: list[dict]) -> None:
+    """Draw what is read at every position of one question, and the rates."""
+    h, given = hand_over(stack, ids)
+    columns = [ids, stack.logits(h).argmax(-1).tolist(), nearest_tokens(stack.lm, given)]
+    cells = [[repr(tokenizer.decode([t])) for t in row] for row in zip(*columns)]
+    left, right = figure.subplots(1, 2)
+    left.axis("off")
+    names = ["token", "first pass reads", "nearest to the Connector"]
+    left.table(cells, colLabels=names, loc="center", cellLoc="left")
+    left.set_title(f"bridge: {bridge}", parse_math=False)
+    rows = [row for row in rates if row["n"]][::-1]
+    low, middle, high = (np.array([100 * r[key] for r in rows]) for key in ("low", "rate", "high"))
+    right.errorbar(middle, range(len(rows)), xerr=[middle - low, high - middle], fmt="o")
+    right.set_yticks(range(len(rows)), [row["what"] for row in rows], fontsize=7)
+    right.set(xlim=(0, 100), xlabel="% of questions")
+
+
+# -------------------------------------------------------------------------------- command line
+
+
+def new_folder(out: str) -> Path:
+    """The folder --out, which must be new or empty."""
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty folder; choose another --out")
+    return Path(out)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse the flags. A bad one exits with status 2."""
+    parser = cli.Parser(prog="audit.py", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    moved = ("--model", str, None, "the LM's checkpoint, if it has moved")
+    seed = ("--seed", int, 0, "of samples and of the choice of other questions")
+    others = "other runs, tested on the same questions, to set beside it"
+    threshold = ("--threshold", float, None, "also show the scores at this log-probability")
+    limit = ("--limit", cli.COUNT, None, "the first so many two-hop questions; all if not given")
+    for name, function, text, *flags in (
+        ("hard", hard_command, "run of prompt tuning", ("--samples", cli.COUNT, 64, "answers")),
+        ("passes", passes_command, "run of neural recursion", threshold),
+        ("bridge", bridge_command, "run of neural recursion on the embedded world", limit),
+    ):
+        command = commands.add_parser(name, help=function.__doc__.split(".")[0])
+        command.set_defaults(function=function)
+        command.add_argument("run", help=text)
+        cli.add_flags(command, "audit", *flags, moved, seed)
+        out = "the file" if name == "hard" else "a new folder for the table and the picture"
+        command.add_argument("--out", required=True, help=out)
+        if name != "bridge":
+            command.add_argument("--runs", nargs="*", default=[], help=others)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run a command and return its result."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    return args.function(args)
+
+
+if __name__ == "__main__":
+    cli.run_program("audit.py", main)

@@ -1,0 +1,284 @@
+"""What training starts from, as the flags of train.py say: questions, a frozen LM, an adapter.
+
+Needs the files below train.py. All of it is loaded, and refused if it does not fit, before training
+writes anything.
+
+    task = load_task(args, *load_lm(args))
+    connector = start_connector(task)
+"""
+
+import argparse
+from collections import Counter
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from tokenizers import Tokenizer
+from torch import Tensor
+
+import adapters
+import data
+import recurse
+import world
+from checkpoints import load_tokenizer, resolve
+from generate import check_targets
+from model import LM
+from pause import Pause, load_pause, pause_parts
+from runs import ASSETS, names_file
+
+
+@dataclass
+class Task:
+    """The frozen LM and the questions of each split, as text and as tokens."""
+
+    args: argparse.Namespace
+    lm: LM
+    tokenizer: Tokenizer
+    examples: dict[str, list[data.Example]]
+    tokens: dict[str, list[data.TokenizedExample]]
+    pause: Pause | None = None  # what follows every question
+
+
+def load_task(args, lm: LM, tokenizer: Tokenizer, examples: dict | None = None) -> Task:
+    """Tokenise the questions of each split: `examples`, or those of the files that the flags name.
+
+    One that does not fit the context is a ValueError.
+    """
+    P = args.prompt_length if args.method in recurse.PROMPT_METHODS else 0
+    if args.placement == "after_bos":
+        if args.method != "prompt_tuning":
+            raise ValueError(f"--placement after_bos: {args.method} trains no prompt that can be")
+        P += 1
+        tokenizer = recurse.without_bos(tokenizer)
+    context = lm.config.max_len
+    after, k = pause_parts(args.pause, args.pause_text)  # what follows every question
+    left = context - P - k  # for a question and its answer
+    if left < 2:
+        flags = f"--prompt-length {P}" + (f" and --pause {k}" if k else "")
+        raise ValueError(f"{flags} leaves {left} of the LM's context of {context}")
+    eos = lm.config.eos[0] if lm.config.eos else None
+    if examples is None:
+        examples = {split: load_split(args, split) for split in ("train", "dev", "test")}
+    for part in examples.values():
+        check_targets(tokenizer, part)
+    V = lm.config.vocab_size
+    tokens, pause_ids = {}, list(range(V, V + k))  # those of pause.Paused
+    for split, part in examples.items():
+        paused = [replace(example, input=example.input + after) for example in part]
+        rows = data.tokenize(paused, tokenizer, eos, left, V)
+        tokens[split] = [replace(row, input=row.input + pause_ids) for row in rows]
+    for split in ("dev", "test"):  # refuse before training what `predict` would refuse after it
+        for example, question in zip(examples[split], tokens[split]):
+            T, new = len(question.input) - k, args.max_new_tokens
+            if not example.options and T + new - 1 > left:  # the last new token is never read
+                raise ValueError(
+                    f"{example.source}: {T} tokens and {new} new ones exceed the {left} that the "
+                    "LM's context leaves"
+                )
+    return Task(args, lm, tokenizer, examples, tokens)
+
+
+def load_lm(args) -> tuple[LM, Tokenizer]:
+    """Load the LM, frozen, and its tokenizer. ValueError if --tokenizer does not belong to it."""
+    folder = resolve(args.model or ASSETS / "lm")
+    bf16 = args.dtype == "bfloat16" and args.method != "fine_tuning"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    lm = LM.from_pretrained(folder, args.device, dtype, choose_attention(args))
+    tokenizer = load_tokenizer(args.tokenizer or folder, lm.config.vocab_size)
+    if args.tokenizer and (folder / "tokenizer.json").is_file():
+        given, own = tokenizer.get_vocab(), load_tokenizer(folder).get_vocab()
+        if given != own:
+            token = min(given.items() ^ own.items())[0]  # one that differs
+            raise ValueError(
+                f"--tokenizer {args.tokenizer} belongs to another LM: {token!r} is "
+                f"{given.get(token)} there and {own.get(token)} in the LM's own tokenizer"
+            )
+    return lm, tokenizer
+
+
+def choose_attention(args):
+    """The `attend` of LM.from_pretrained that --attention names; None is the LM's own."""
+    if getattr(args, "attention", "plain") == "plain":  # not every command has the flag
+        return None
+    if args.device != "cuda" or find_spec("triton") is None:
+        raise ValueError("--attention fused needs --device cuda and triton (pip install triton)")
+    import attention
+
+    return attention.attend
+
+
+def load_split(args, split: str) -> list[data.Example]:
+    """Read --train, --dev or --test. If not given: the world's, or none if --train is given."""
+    path = getattr(args, split)
+    if path:
+        return data.read(path)
+    if args.train:
+        return []
+    records = world.make(args.world_seed).questions(split)
+    return [data.parse_record(record, f"world {split}") for record in records]
+
+
+def init_folder(args) -> Path | None:
+    """The folder of the adapter that training starts from, or None if it starts from none."""
+    if names_file("init", args.init):
+        return Path(args.init)
+    stored = ASSETS / f"{args.method}_{args.connector_layers}"
+    embedded = args.init is None and args.model is None and stored.is_dir()
+    return stored if embedded else None
+
+
+def start_connector(task: Task) -> adapters.Connector | adapters.Connectors:
+    """What training starts from: --init, or the Connector in assets/, or a random one.
+
+    If there are more than two passes, the one that is loaded is copied into every gap.
+    """
+    args, lm = task.args, task.lm
+    folder = init_folder(args)
+    if args.init not in (None, "random") and not folder:
+        raise ValueError(
+            f"--init {args.init} starts a prompt, and {args.method} trains a Connector"
+        )
+    if folder and folder.is_dir() and "passes" in adapters.read_adapter_config(folder):
+        return load_init(folder, args, lm, adapters.Connectors)
+
+    def start() -> adapters.Connector:
+        if folder:
+            return load_init(folder, args, lm, adapters.Connector)
+        return recurse.new_connector(lm, args.method, args.connector_layers)
+
+    return recurse.between_passes(args.passes, args.connectors == "shared", start)
+
+
+def start_prompt(task: Task) -> adapters.SoftPrompt:
+    """The soft prompt that training starts from, as --init and --placement say."""
+    args, lm, folder = task.args, task.lm, init_folder(task.args)
+    if folder:
+        vectors = load_init(folder, args, lm, adapters.SoftPrompt).vectors
+    else:
+        vectors = start_vectors(task)
+    bos = adapters.bos_vector(lm) if args.placement == "after_bos" else None
+    return adapters.SoftPrompt(vectors, bos).to(args.device)
+
+
+@torch.no_grad()
+def start_deep_prompt(task: Task) -> adapters.DeepPrompt:
+    """The deep prompt that training starts from: what the LM reads of a soft prompt, or noise."""
+    args, lm, folder = task.args, task.lm, init_folder(task.args)
+    if folder:
+        kinds = (adapters.SoftPrompt, adapters.DeepPrompt)
+        start = load_init(folder, args, lm, kinds)()
+    else:
+        start = start_vectors(task)
+    if isinstance(start, Tensor):
+        start = lm.read(start.to(lm.embed_tokens.weight))
+    if args.init == "random":
+        rng = torch.Generator().manual_seed(args.seed)
+        start = adapters.random_like(start, generator=rng)
+    return adapters.DeepPrompt(start, args.reparam_dim)
+
+
+def start_generator(task: Task) -> adapters.PromptGenerator:
+    """The prompt generator that training starts from: --init, or a random one."""
+    args, lm, folder = task.args, task.lm, init_folder(task.args)
+    if not folder and args.init not in (None, "random"):
+        raise ValueError(f"--init {args.init} starts a prompt, and id_pt trains what computes one")
+    path = Path(args.encoder or ASSETS / "t5")
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"{'--encoder ' if args.encoder else ''}{path}: holds no T5 encoder; "
+            "`python pretrain.py encoder` makes one, and --encoder names its folder"
+        )
+    encoder, recode = recurse.load_encoder(path, task.tokenizer, args.device)
+    if folder:
+        generator = load_init(folder, args, lm, adapters.PromptGenerator, encoder)
+    else:
+        rng, table = torch.Generator().manual_seed(args.seed), encoder.embed_tokens.weight
+        start = adapters.from_vocab(args.encoder_prompt, table, generator=rng).to(args.device)
+        scale = adapters.rms(lm.embed_tokens.weight)
+        dim = lm.config.dim
+        generator = adapters.PromptGenerator(encoder, start, args.prompt_length, dim, scale)
+    generator.recode = recode
+    return generator
+
+
+def start_vectors(task: Task) -> Tensor:
+    """The vectors (P, C) that --init describes in words."""
+    args, table, P = task.args, task.lm.embed_tokens.weight, task.args.prompt_length
+    kind, _, text = (args.init or "vocab").partition(":")
+    rng = torch.Generator().manual_seed(args.seed)
+    if kind == "labels":  # the most frequent answers
+        counts = Counter(example.target for example in task.examples["train"])
+        labels = [label for label, _ in counts.most_common(P)]
+        return adapters.from_labels(P, table, task.tokenizer, labels, generator=rng)
+    if kind == "text":
+        return adapters.from_text(P, table, task.tokenizer, text, generator=rng)
+    if kind == "random":
+        return adapters.random(P, table, generator=rng)
+    return adapters.from_vocab(P, table, generator=rng)
+
+
+def start_pause(task: Task) -> Pause | None:
+    """The filler after every question. Trained vectors start as the tokens of "\\nA:", repeated, or
+    as those of the adapter that training starts from, if it has any."""
+    args, lm, folder = task.args, task.lm, init_folder(task.args)
+    text, k = pause_parts(args.pause, args.pause_text)
+    if folder and (folder / "pause.safetensors").is_file():
+        stored = adapters.read_adapter_config(folder)["pause"]
+        if stored != k:
+            raise ValueError(
+                f"--init {folder} ends questions with {stored} trained vectors; say so with "
+                f"--pause {stored} --pause-text trained"
+            )
+        return load_pause(folder, k, "trained", lm)
+    if k == 0:
+        return Pause(text) if text else None
+    filler = adapters.from_text(k, lm.embed_tokens.weight, task.tokenizer, "\nA:" * k)
+    return Pause(vectors=filler).to(args.device)
+
+
+def next_prompt(task: Task, before: adapters.SoftPrompt | None) -> adapters.SoftPrompt:
+    """The prompt that a stage starts from: the one before it, if there is one and no --init."""
+    if before is None or task.args.init:
+        return start_prompt(task)
+    return adapters.SoftPrompt(before.vectors).to(task.args.device)
+
+
+def load_init(init: Path, args, lm: LM, kind: type | tuple[type, ...], encoder=None) -> nn.Module:
+    """Load the stored adapter that --init names. ValueError if the method does not train it."""
+    method = args.method
+    if not init.is_dir():
+        raise ValueError(
+            f"--init {init} is neither the folder of an adapter nor a way to start {method}"
+        )
+    adapter = adapters.load_adapter(init, lm, encoder)
+    name = type(adapter).__name__
+    if not isinstance(adapter, kind):
+        raise ValueError(f"--init {init} holds a {name}, which {method} does not train")
+    made_for = adapters.read_adapter_config(init).get("method", method)
+    if kind is not adapters.SoftPrompt and made_for != method:
+        raise ValueError(
+            f"--init {init} was trained for {made_for}, where the Connector stands "
+            f"elsewhere than in {method}"
+        )
+    wanted, flag = args.prompt_length, "--prompt-length"
+    if isinstance(adapter, (adapters.Connector, adapters.Connectors)):
+        one = adapter[0] if kind is adapters.Connectors else adapter
+        size, wanted, flag = len(one.layers), args.connector_layers, "--connector-layers"
+    elif isinstance(adapter, adapters.SoftPrompt):
+        size = len(adapter.vectors)
+    elif isinstance(adapter, adapters.DeepPrompt):
+        size = len(adapter.keys_values)
+    else:
+        size = len(adapter.queries)
+    if kind is adapters.Connectors:
+        between = "shared" if len(adapter) == 1 else "each"
+        if (adapter.passes, between) != (args.passes, args.connectors):
+            raise ValueError(
+                f"--init {init} was trained for other passes; say so with --passes "
+                f"{adapter.passes} --connectors {between}"
+            )
+    if size != wanted:
+        raise ValueError(f"--init {init} holds a {name} of {size}; say so with {flag} {size}")
+    return adapter

@@ -1,0 +1,329 @@
+"""Textual recursion: candidates, how they are merged and read back, and its stages."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import QUESTIONS, before, naive_score, words_tokenizer
+from tiny_runs import (
+    HOMES,
+    Dead,
+    command,
+    contents,
+    make_place,
+    read_lines,
+    run,
+    write_lines,
+)
+
+import adapters
+import data
+import eval as metrics
+import textual
+from generate import Sample, predict, prepare
+from recurse import Candidate, candidates, rank, text_with
+from runs import load_run, read_predictions, read_record
+from textual import with_candidates
+
+FLAGS = "--candidates 3"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    run(command(place, "textual_recursion", place / "whole", FLAGS))
+    return place / "whole"
+
+
+# Candidates
+
+
+def test_candidates_are_ordered_by_the_models_own_probability(make_lm):
+    """Of the whole answer with its end, after the prompt. Every sample is counted once."""
+    lm = make_lm()
+    prefix, prompts = before("shared", lm)
+    for ids, prompt, row in zip(QUESTIONS, prompts, candidates(lm, QUESTIONS, 40, prefix, seed=3)):
+        assert sum(c.count for c in row) <= 40 and len({c.text for c in row}) == len(row) > 1
+        assert [c.logprob for c in row] == sorted((c.logprob for c in row), reverse=True)
+        for c in row[:3]:
+            answer = json.loads(c.text)
+            answer += [] if len(answer) == 16 else [2]
+            expected = naive_score(lm, ids, answer, prompt)
+            assert math.isclose(c.logprob, expected, abs_tol=1e-3)
+
+
+def test_candidates_of_a_question_depend_on_it_and_the_seed_alone(make_lm):
+    lm = make_lm()
+    ranked = candidates(lm, QUESTIONS, 5, seed=1)
+    assert candidates(lm, QUESTIONS, 5, seed=1) == ranked
+    assert candidates(lm, QUESTIONS[2:3], 5, seed=1) == ranked[2:3]
+    assert candidates(lm, QUESTIONS, 5, seed=2) != ranked
+    blank = make_lm()  # every token is as likely after any text
+    for p in blank.parameters():
+        p.zero_()
+    a, b = candidates(blank, [[5], [6]], 5)
+    assert {c.text for c in a} != {c.text for c in b}  # questions do not share random numbers
+    many = candidates(lm, QUESTIONS, 40, seed=1)
+    shares = [c.first < 5 for row in many for c in row]
+    assert any(shares) and not all(shares)
+
+
+def test_samples_are_drawn_at_temperature_1(make_lm):
+    """The shares of the first tokens are the model's probabilities."""
+    lm, ids = make_lm(), [5, 9]
+    (row,) = candidates(lm, [ids], 4000, max_new_tokens=1)
+    probabilities = lm.logits(lm(lm.embed(torch.tensor([ids]))))[0, -1].softmax(-1)
+    for c in row:
+        if c.count > 100:
+            (token,) = json.loads(c.text)
+            p = probabilities[token].item()
+            assert abs(c.count / 4000 - p) < 4 * math.sqrt(p * (1 - p) / 4000)
+            assert math.isclose(c.logprob, math.log(p), abs_tol=1e-4)
+
+
+def test_equal_texts_are_one_candidate_as_likely_as_its_likeliest_tokens():
+    """The text ends at the stop or the eos, without white space around it. Empty ones go."""
+    tokenizer = words_tokenizer(20)
+    samples = [
+        Sample([4, 5, 2], -3.0),
+        Sample([6, 2], -2.5),
+        Sample([4, 5, 9, 7], -2.0),  # w9 is the stop
+        Sample([9, 4], -0.1),  # empty
+        Sample([6], -4.0),
+        Sample([7, 2], -2.0),
+    ]
+    ranked = rank(samples, 2, tokenizer, "w9")
+    assert ranked == [
+        Candidate("w4 w5", -2.0, 2, 0),
+        Candidate("w7", -2.0, 1, 5),
+        Candidate("w6", -2.5, 2, 1),
+    ]
+
+
+def test_candidates_stand_in_a_line_before_the_text():
+    question = data.question_text("where was Anna born")
+    two = [Candidate("New Velmor", -1.0, 1, 0), Candidate("Delmau", -2.0, 1, 1)]
+    text = "Candidates: New Velmor; Delmau\nQ: where was Anna born?\nA:"
+    assert text_with(question, two) == text_with(question, ["New Velmor", "Delmau"]) == text
+    assert text_with("Is it so?", ["no"]) == "Candidates: no\nIs it so?"
+    assert text_with(question, []) == question
+
+
+def test_candidates_that_do_not_fit_are_left_out_from_the_end(tokenizer):
+    """The longest text that fits is taken, beside the answer that may follow."""
+    e = data.Example("w4 w5\nw6", "w7", ("w7",))
+    texts = [f"w{i}" for i in range(10, 20)]
+
+    def length(k):
+        return len(data.encode_prompts(tokenizer, [text_with(e.input, texts[:k])])[0])
+
+    for k in (0, 1, 4, 10):
+        for spare in (0, 1):
+            left = length(k) + 7 + spare  # 8 new tokens, the last is never read
+            (longer,), out = with_candidates(tokenizer, [e], [texts], left, 8)
+            assert (longer.input, out) == (text_with(e.input, texts[:k]), 10 - k)
+    many = data.Example("w4\nw6", "w7", ("w7",), options=("w7", " ".join(["w8"] * 30)))
+    (longer,), out = with_candidates(tokenizer, [many], [texts], length(10) + 15, 8)
+    assert 0 < out < 10
+    (tokens,) = data.tokenize([longer], tokenizer, 2, length(10) + 15)
+    assert len(tokens.options[1]) == 31
+
+
+def test_scores_of_candidates():
+    """By the samples that were drawn first, by the rank and by the count."""
+    es = [data.Example(data.question_text(str(i)), "a1", ("a1",), "ab"[i % 2]) for i in range(4)]
+    ranked = [
+        [Candidate("A1", -1, 1, 8), Candidate("b", -2, 9, 0)],  # likeliest right, sampled late
+        [Candidate("b", -1, 4, 0), Candidate("a1", -2, 6, 1)],  # most frequent right
+        [Candidate("b", -1, 5, 0), Candidate("a1", -2, 5, 5)],  # a tie is the likeliest's
+        [],
+    ]
+    scores = textual.score_candidates(es, ranked, 10)
+    assert scores["recall"] == {"1": 0.0, "8": 0.5, "10": 0.75}
+    assert (scores["n"], scores["best"], scores["majority"]) == (4, 0.25, 0.25)
+    assert scores["distinct"] == 1.5
+    assert scores["tasks"]["a"]["recall"]["10"] == 1.0 and scores["tasks"]["b"]["best"] == 0.0
+    assert list(textual.score_candidates(es, ranked, 64)["recall"]) == ["1", "8", "16", "64"]
+
+
+# Cross-fitting
+
+
+def test_wordings_of_a_question_stay_in_one_half():
+    examples = []
+    for fact in range(60):
+        for wording in range(3):
+            examples.append(data.Example(f"{fact} in {wording}", f"a{fact}", (f"a{fact}",)))
+    examples += [data.Example("0 in 1", "a0", ("a0",)), data.Example("new", "a", ("a",))]
+    a, b = textual.halves(examples, 0)
+    assert sorted(a + b) == list(range(len(examples))) and abs(len(a) - len(b)) < 10
+    for rows in (a, b):
+        facts = {examples[row].input.split()[0] for row in rows}
+        assert not facts & {examples[row].input.split()[0] for row in set(range(182)) - set(rows)}
+    assert textual.halves(examples, 0) == (a, b) != textual.halves(examples, 1)
+    same = [data.Example(f"q{i}", "yes", ("yes",)) for i in range(100)]
+    assert min(map(len, textual.halves(same, 0))) > 40
+    with pytest.raises(ValueError, match="--no-cross-fit"):
+        textual.halves(examples[:3], 0)
+
+
+def test_candidates_for_training_come_from_a_prompt_of_the_other_half(whole):
+    """They are those that this prompt samples, and each question is in one file only."""
+    model, _, tokenizer, _ = load_run(whole)
+    sampled = {}
+    for name, other in (("a", "b"), ("b", "a")):
+        lines = read_lines(whole / "candidates" / f"1{name}-train" / "000000.jsonl")
+        learnt = read_lines(whole / "candidates" / f"1{other}-train" / "000000.jsonl")
+        sampled[name] = {line["id"] for line in lines}
+        assert read_record(whole / f"p1-{name}")["arguments"]["method"] == "prompt_tuning"
+        prompt = adapters.load_adapter(whole / f"p1-{name}", model.lm)
+        examples = [data.Example(x["input"], "", tuple(x["answers"])) for x in lines]
+        ids = data.encode_prompts(tokenizer, [e.input for e in examples])
+        found = model.sample(examples, ids, model.lm.read(prompt()))
+        assert [[c.text for c in row] for row in found] == [
+            [c["text"] for c in line["candidates"]] for line in lines
+        ]
+        assert not {line["id"] for line in learnt} & sampled[name]
+    assert sampled["a"] | sampled["b"] == {f"q{i}" for i in range(8)}
+
+
+def test_a_half_trains_on_its_questions_only(place, tmp_path, monkeypatch):
+    seen = {}
+    real = textual.half_of
+
+    def note(task, rows):
+        part = real(task, rows)
+        seen[len(seen)] = ({e.id for e in part.examples["train"]}, part.examples["test"])
+        assert len(part.tokens["train"]) == len(rows)
+        return part
+
+    monkeypatch.setattr(textual, "half_of", note)
+    run(command(place, "textual_recursion", tmp_path / "run", FLAGS))
+    for number, name in ((0, "a"), (1, "b")):
+        lines = read_lines(tmp_path / "run" / "candidates" / f"1{name}-train" / "000000.jsonl")
+        assert not seen[number][0] & {line["id"] for line in lines} and not seen[number][1]
+
+
+# Whole runs
+
+
+def test_a_run_records_its_candidates_and_is_asked_with_both_stages(place, whole, capsys):
+    record, rows = read_record(whole), read_predictions(whole)
+    assert metrics.summary(rows) == record["results"]["dev"]
+    assert record["weights_before"] == record["weights_after"]
+    (scores,) = record["candidates"]
+    assert set(scores) == {"train", "dev"} and set(scores["dev"]["recall"]) == {"1", "3"}
+    assert [row["input"] for row in rows] == [f"Q: where was {n} born?\nA:" for n, _ in HOMES[:5]]
+    file = str(place / "dev.jsonl")
+    flags = ["--run", str(whole), "--max-new-tokens", "4"]
+    assert metrics.main(["score", file, *flags]) == record["results"]["dev"]
+    answers = [row["prediction"] for row in rows]
+    assert metrics.main(["ask", *flags, *(f"where was {n} born" for n, _ in HOMES[:5])]) == answers
+    # The last prompt has read the candidates that stand in the files.
+    model, prefix, tokenizer, _ = load_run(whole)
+    lines = read_lines(whole / "candidates" / "1-dev" / "000000.jsonl")
+    texts = [text_with(x["input"], [c["text"] for c in x["candidates"]]) for x in lines]
+    ids, _, prefix = prepare(model, tokenizer, data.read(file), prefix, 4)
+    assert ids == data.encode_prompts(tokenizer, texts)
+    stops = ["\n"] * 5
+    assert predict(model, tokenizer, ids, prefix, 4, stops=stops) == answers
+
+
+def test_the_last_prompt_starts_from_the_first_unless_init_says(place, tmp_path):
+    def prompts(flags):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        run(command(place, "textual_recursion", out, f"{FLAGS} --steps 1 --lr 0 {flags}"))
+        return [adapters.from_file(4, torch.ones(1, 32), out / name) for name in ("p1", ".")]
+
+    start, same = prompts("")
+    assert torch.equal(start, same)
+    given = adapters.SoftPrompt(torch.randn(4, 32))
+    lm = load_run(place / "lm")[0]
+    adapters.save_adapter(tmp_path / "given", given, lm)
+    for vectors in prompts(f"--init {tmp_path}/given"):
+        assert torch.equal(vectors, given.vectors)
+
+
+def test_without_cross_fitting_and_with_two_rounds(place, tmp_path):
+    """Each round samples after reading the candidates of the round before."""
+    flags = f"{FLAGS} --no-cross-fit --rounds 2"
+    record = run(command(place, "textual_recursion", tmp_path / "run", flags))
+    folders = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()}
+    assert folders == {"p1", "p2", "candidates"} and len(record["candidates"]) == 2
+    answers = [row["prediction"] for row in read_predictions(tmp_path / "run")]
+    ask = ["ask", "--run", str(tmp_path / "run"), "--max-new-tokens", "4"]
+    assert metrics.main([*ask, *(f"where was {n} born" for n, _ in HOMES[:5])]) == answers
+
+
+@pytest.mark.parametrize("dies", ["p1-a", "sampling", "second file", "last prompt"])
+def test_a_killed_run_resumes_to_the_same_files(place, tmp_path, monkeypatch, whole, dies):
+    """What is finished is not done again: neither a prompt nor a file of candidates."""
+    out = tmp_path / "killed"
+    line = command(place, "textual_recursion", out, FLAGS)
+    fitted, written = [], []
+    fit, write = textual_fit(monkeypatch, fitted), textual.write_candidates
+    limit = {"sampling": 1, "second file": 2}.get(dies)
+
+    def dying(path, *rest):
+        if len(written) == limit:
+            raise Dead
+        written.append(path)
+        write(path, *rest)
+
+    monkeypatch.setattr(textual, "write_candidates", dying)
+    if limit:
+        with pytest.raises(Dead):
+            run(line)
+    else:
+        fit["die"] = {"p1-a": 2, "last prompt": 4}[dies]
+        with pytest.raises(Dead):
+            run(line)
+        fit["die"] = None
+    before, limit = (list(fitted), list(written)), None
+    run([*line, "--resume"])
+    again = fitted[len(before[0]) :] + written[len(before[1]) :]
+    finished = before[0] if dies in ("sampling", "second file") else before[0][:-1]
+    assert not set(again) & {*finished, *before[1]}
+    assert contents(whole) == contents(out)
+
+
+def textual_fit(monkeypatch, fitted):
+    """Notes the folder of each training; the one of number "die" stops after its fifth step."""
+    import train
+    from runs import Run
+
+    state, real, log = {"die": None}, train.fit, Run.log
+
+    def fit(run_, *rest):
+        fitted.append(run_.folder)
+        return real(run_, *rest)
+
+    def dies(run_, record):
+        if len(fitted) == state["die"] and record["step"] == 5:
+            raise Dead
+        log(run_, record)
+
+    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(Run, "log", dies)
+    return state
+
+
+def test_options_and_a_single_question(place, tmp_path):
+    towns = sorted({town for _, town in HOMES})
+    rows = [{"input": f"{n} is from", "target": t, "options": towns} for n, t in HOMES]
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    flags = f"{FLAGS} --train {file} --dev {file}"
+    record = run(command(place, "textual_recursion", tmp_path / "run", flags))
+    predictions = [row["prediction"] for row in read_predictions(tmp_path / "run")]
+    assert set(predictions) <= set(towns)
+    score = ["score", str(file), "--run", str(tmp_path / "run"), "--max-new-tokens", "4"]
+    assert metrics.main(score) == record["results"]["dev"]
+    one = write_lines(tmp_path / "one.jsonl", rows[:1])
+    with pytest.raises(ValueError, match="--no-cross-fit"):
+        run(command(place, "textual_recursion", tmp_path / "one", f"--train {one}"))
+    assert not (tmp_path / "one").exists()

@@ -1,0 +1,273 @@
+"""Textual recursion around a frozen LM: the stages between the first prompt and the last.
+
+Levine et al. 2022, "Standing on the Shoulders of Giant Frozen Language Models", section 4. With a
+prompt p1 the LM samples n answers to every question, and with another prompt it reads the question
+with these candidates. Stages lie below the folder of the run:
+
+    p1                     a run of prompt tuning on all training questions
+    p1-a, p1-b             the same on either half of them
+    candidates/1-dev       what p1 samples for dev, in files of 128 questions; 1-test likewise
+    candidates/1a-train    what p1-a samples for the other half of the training questions
+    p2, ...                with --rounds 2, the same again on the questions with their candidates
+
+The run itself is the last prompt, trained on the questions with the candidates of the last round.
+
+The prompt p1 has seen the training questions, so its candidates for them are better than those for
+new questions, and the last prompt would learn to rely on them. Cross-fitting takes them from a
+prompt of the other half. The paper does not say that it does so; --no-cross-fit does without.
+
+Needs recurse.py, adapters.py, data.py, eval.py and checkpoints.py. train.py passes its Task and
+trains.
+
+    python train.py --method textual_recursion
+"""
+
+import json
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import data
+import eval as metrics
+from adapters import load_adapter
+from checkpoints import atomic_write
+from data import encode_prompts
+from recurse import Candidate, candidates, text_with
+
+QUESTIONS_IN_FILE = 128  # a kill costs at most the candidates of so many questions
+
+
+def with_candidates(tokenizer, examples, ranked, left: int, max_new_tokens: int):
+    """Puts its candidates into each example of data.py. Returns (examples, number left out).
+
+    left  positions of the context that the prompt leaves
+    Candidates that do not fit beside the answer are left out, the last ones first.
+    """
+    longer, left_out = [], 0
+    for e, kept in zip(examples, ranked, strict=True):
+        answers = encode_prompts(tokenizer, [f" {text}" for text in (e.target, *e.options)])
+        # An answer may need a token more after the input, and it has an end. The last is never read
+        limit = left - max(max_new_tokens - 1, *(len(ids) + 1 for ids in answers))
+        kept = list(kept)
+        while kept and len(encode_prompts(tokenizer, [text_with(e.input, kept)])[0]) > limit:
+            kept.pop()
+            left_out += 1
+        longer.append(replace(e, input=text_with(e.input, kept)))
+    return longer, left_out
+
+
+class TextualRecursion(nn.Module):
+    """An LM, with the LM's interface, whose questions are first answered by earlier prompts.
+
+    `generate.prepare` calls `read_back` on its examples. The prefix of the last prompt belongs to
+    the texts that come out.
+    """
+
+    def __init__(self, lm, tokenizer, prefixes: list, n: int, max_new_tokens=16, stop=None, seed=0):
+        super().__init__()
+        self.config, self.lm, self.tokenizer = lm.config, lm, tokenizer
+        self.prefixes = prefixes  # of p1, and with more rounds of the prompts after it
+        self.n, self.max_new_tokens, self.stop, self.seed = n, max_new_tokens, stop, seed
+        self.embed, self.read, self.logits = lm.embed, lm.read, lm.logits
+
+    @classmethod
+    def load(cls, folder: Path, lm, tokenizer, args: dict) -> "TextualRecursion":
+        """What a run of train.py left in `folder`. `args` are the arguments of its record."""
+        prompts = [load_adapter(folder / f"p{i + 1}", lm) for i in range(args["rounds"])]
+        with torch.no_grad():
+            prefixes = [lm.read(prompt()) for prompt in prompts]
+        rest = [args[key] for key in ("candidates", "max_new_tokens", "stop", "seed")]
+        return cls(lm, tokenizer, prefixes, *rest)
+
+    def forward(self, x: Tensor, prefix=None, keep: bool = False):
+        """The LM's own."""
+        return self.lm(x, prefix, keep)
+
+    def read_back(self, examples: list) -> list:
+        """Puts the candidates of every prompt but the last into examples of data.py, in turn."""
+        asked = examples
+        for prefix in self.prefixes:
+            ids = encode_prompts(self.tokenizer, [e.input for e in asked])
+            ranked = self.sample(examples, ids, prefix)
+            left = self.config.max_len - prefix.size
+            new = self.max_new_tokens
+            asked, _ = with_candidates(self.tokenizer, examples, ranked, left, new)
+        return asked
+
+    def sample(self, examples: list, ids: list[list[int]], prefix) -> list[list[Candidate]]:
+        """The candidates of examples. `ids` are what the prompt's LM reads of them."""
+        stops = metrics.stops(examples, self.stop)  # of the questions without candidates
+        new = self.max_new_tokens
+        return candidates(self.lm, ids, self.n, prefix, self.tokenizer, new, stops, self.seed)
+
+
+def score_candidates(examples, ranked: list[list[Candidate]], n: int) -> dict:
+    """How good the candidates are, over all examples and for each task.
+
+    {"n": examples, "recall": {"1": ..., n: ...}, "best": ..., "majority": ..., "distinct": ...,
+    "tasks": {task: the same}}. recall[k] is the share of examples with a right answer among the
+    first k samples. best and majority are the exact match of the candidate that is ranked first and
+    of the one sampled most often (ties: ranked first). distinct is the mean number of candidates.
+    """
+    sizes = sorted({k for k in (1, 8, 16, 64) if k < n} | {n})
+    tasks, everything = {}, []
+    for e, row in zip(examples, ranked, strict=True):
+        texts = [candidate.text for candidate in row]
+        right = [score["em"] for score in metrics.score([e] * len(texts), texts)]
+        most = max(range(len(row)), key=lambda i: row[i].count, default=None)
+        firsts = [c.first for c, em in zip(row, right) if em]
+        values = [float(any(first < k for first in firsts)) for k in sizes]
+        values += [right[0] if row else 0.0, 0.0 if most is None else right[most], len(row)]
+        everything.append(values)
+        tasks.setdefault(e.task, []).append(values)
+
+    def means(rows: list) -> dict:
+        *recall, best, majority, distinct = (sum(column) / len(rows) for column in zip(*rows))
+        result = {"n": len(rows), "recall": {str(k): r for k, r in zip(sizes, recall)}}
+        return result | {"best": best, "majority": majority, "distinct": distinct}
+
+    return means(everything) | {"tasks": {task: means(rows) for task, rows in tasks.items()}}
+
+
+def sample_rounds(task, train_prompt: Callable, report: Callable) -> tuple:
+    """Train and sample in as many rounds as --rounds says.
+
+    train_prompt(task, name, before) -> SoftPrompt trains a prompt in the folder `name` of the run,
+    from the prompt `before` it or None, or loads it if it is trained already. report(split, scores)
+    shows how good the candidates are. Returns (the task whose questions hold their candidates, the
+    last prompt, the scores of each round).
+    """
+    asked, prompts, rounds = task, {}, []
+    for number in range(1, task.args.rounds + 1):
+        ranked = sample_round(task, asked, number, prompts, train_prompt)
+        asked, scores = read_candidates(task, ranked, report)
+        rounds.append(scores)
+    return asked, prompts[""], rounds
+
+
+def sample_round(task, asked, number: int, prompts: dict, train_prompt) -> dict[str, list]:
+    """Train the prompts of one round on `asked`, and sample candidates for every question.
+
+    `prompts` holds those of the round before, and then of this one. Returns {split: ranked
+    candidates}.
+    """
+    everything = range(len(asked.tokens["train"]))
+    parts = {"": (everything, everything)}  # name of a prompt: the rows it learns, those it answers
+    if not task.args.no_cross_fit:
+        a, b = halves(task.examples["train"], task.args.seed)
+        parts |= {"a": (a, b), "b": (b, a)}
+    ranked = {"train": [[] for _ in everything]}
+    for name, (learns, answers) in parts.items():
+        part = half_of(asked, learns) if name else asked
+        folder = f"p{number}-{name}" if name else f"p{number}"
+        prompts[name] = train_prompt(part, folder, prompts.get(name))
+        if name or len(parts) == 1:
+            found = sample_split(task, asked, f"{number}{name}", prompts[name], "train", answers)
+            for row, candidates in zip(answers, found):
+                ranked["train"][row] = candidates
+    for split in ("dev", "test"):
+        rows = range(len(task.examples[split]))
+        ranked[split] = sample_split(task, asked, str(number), prompts[""], split, rows)
+    return ranked
+
+
+def halves(examples: list[data.Example], seed: int) -> tuple[list[int], list[int]]:
+    """Draw the rows of two halves of the questions, for cross-fitting.
+
+    Examples with the same input stay together. So do up to 8 neighbours with the same answers: they
+    may be one question in several wordings. ValueError if there is only one such group.
+    """
+    group, first_with, start = list(range(len(examples))), {}, 0  # row -> an earlier row, or itself
+    for row, e in enumerate(examples):
+        if e.answers != examples[start].answers or row - start == 8:
+            start = row
+        rows = {root(group, start), root(group, first_with.setdefault(e.input, row)), row}
+        for other in rows:
+            group[other] = min(rows)
+    roots = [root(group, row) for row in group]
+    order = sorted(set(roots))
+    random.Random(f"{seed} halves").shuffle(order)
+    first = set(order[: len(order) // 2])
+    if not first:
+        raise ValueError("one question cannot be cut into halves; --no-cross-fit does without")
+    sides = [], []
+    for row, name in enumerate(roots):
+        sides[name in first].append(row)
+    return sides
+
+
+def root(group: list[int], row: int) -> int:
+    """The row that stands for the group of `row`."""
+    while group[row] != row:
+        row = group[row]
+    return row
+
+
+def half_of(task, rows: list[int]):
+    """The task with some of its training questions and no test."""
+    parts = []
+    for part in (task.examples, task.tokens):
+        parts.append(part | {"train": [part["train"][row] for row in rows], "test": []})
+    return replace(task, examples=parts[0], tokens=parts[1])
+
+
+@torch.no_grad()
+def sample_split(task, asked, name: str, prompt, split: str, rows) -> list[list]:
+    """Sample candidates for some questions of a split. Complete files of them are read instead."""
+    args, examples = task.args, task.examples[split]
+    folder, ranked = Path(args.out) / "candidates" / f"{name}-{split}", []
+    folder.mkdir(parents=True, exist_ok=True)
+    new, stop = args.max_new_tokens, args.stop
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        prefix = task.lm.read(prompt())
+        recursion = TextualRecursion(
+            task.lm, task.tokenizer, [prefix], args.candidates, new, stop, args.seed
+        )
+        for start in progress(range(0, len(rows), QUESTIONS_IN_FILE), split):
+            path, part = folder / f"{start:06d}.jsonl", rows[start : start + QUESTIONS_IN_FILE]
+            if not path.is_file():
+                ids = [asked.tokens[split][row].input for row in part]
+                found = recursion.sample([examples[row] for row in part], ids, prefix)
+                write_candidates(path, [examples[row] for row in part], found)
+            for _, line in data.json_lines(path):
+                ranked.append([Candidate(**c) for c in line["candidates"]])
+    return ranked
+
+
+def progress(starts: range, split: str):
+    """The range, with a bar on a terminal."""
+    from tqdm import tqdm
+
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(starts, f"candidates of {split}", unit="file", disable=not on_terminal)
+
+
+def write_candidates(path: Path, examples: list[data.Example], ranked: list[list]) -> None:
+    """Write a line {"id", "task", "input", "answers", "candidates"} for each question."""
+    with atomic_write(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
+        for e, row in zip(examples, ranked):
+            line = {"id": e.id, "task": e.task, "input": e.input, "answers": e.answers}
+            file.write(json.dumps(line | {"candidates": list(map(asdict, row))}) + "\n")
+
+
+def read_candidates(task, ranked: dict[str, list], report: Callable) -> tuple:
+    """The task whose questions hold their candidates, and how good these are in each split."""
+    args, config = task.args, task.lm.config
+    left = config.max_len - args.prompt_length
+    eos, tokens, scores = config.eos[0] if config.eos else None, {}, {}
+    for split, examples in task.examples.items():
+        longer, left_out = with_candidates(
+            task.tokenizer, examples, ranked[split], left, args.max_new_tokens
+        )
+        tokens[split] = data.tokenize(longer, task.tokenizer, eos, left, config.vocab_size)
+        if examples:
+            scores[split] = score_candidates(examples, ranked[split], args.candidates)
+            scores[split]["left_out"] = left_out
+            report(split, scores[split])
+    return replace(task, tokens=tokens), scores
