@@ -248,7 +248,7 @@ def from_file(length: int, table: Tensor, path: str | Path) -> Tensor:
 
 
 def random_like(prefix, scale: float = 1.0, generator=None):
-    """Keys and values from normal(0, scale) in the shape of `prefix` (PEFT, P-tuning v2: scale 1)."""
+    """Keys and values from normal(0, scale), shaped like `prefix` (PEFT, P-tuning v2: scale 1)."""
     shapes = [[t.shape for t in pair] for pair in prefix.layers]
     drawn = [[torch.randn(s, generator=generator) * scale for s in pair] for pair in shapes]
     like = prefix.layers[0][0]
