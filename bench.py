@@ -459,21 +459,6 @@ def activations(c: Config, trained: bool) -> int:
 # The command line
 
 
-def parse_attention(argv: list[str]) -> argparse.Namespace:
-    """Parse the flags of `bench.py attention`."""
-    parser = cli.Parser(
-        prog="bench.py attention", description=bench_attention.__doc__.split("\n")[0]
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="a GPU")
-    for flag, sizes, text in (
-        ("--batch", [8, 32, 256], "B, the rows"),
-        ("--prefix", [20, 100, 400, 4096], "P, the positions of the shared prefix"),
-        ("--text", [64, 512, 1648], "T, the positions of a row"),
-    ):
-        parser.add_argument(flag, type=cli.COUNT, nargs="+", default=sizes, help=text)
-    return parser.parse_args(argv)
-
-
 WORKLOADS = {"prompt": prompt_rows, "generation": generation_rows, "loading": loading_rows}
 
 
@@ -483,8 +468,7 @@ def main(argv: list[str] | None = None):
     if argv[:1] == ["plan"]:
         return estimate_memory(parse_plan(argv[1:]))
     if argv[:1] == ["attention"]:
-        args = parse_attention(argv[1:])
-        return bench_attention.measure(args.device, args.batch, args.prefix, args.text)
+        return bench_attention.main(argv[1:])
     description = "Speed and memory beside the peers, in one run. `bench.py plan` with flags of "
     description += "train.py estimates the memory of a run instead."
     parser = cli.Parser(prog="bench.py", description=description)

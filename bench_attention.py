@@ -24,6 +24,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+import cli
 from model import LM, Config, append_kv
 from model import attend as plain
 
@@ -173,3 +174,17 @@ def prompt_step(who: str):
         return torch.autograd.grad(loss, prompt)
 
     return step
+
+
+def main(argv: list[str]) -> list[dict]:
+    """Parse the flags of `bench.py attention`, measure, and return the rows."""
+    parser = cli.Parser(prog="bench.py attention", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="a GPU")
+    for flag, sizes, text in (
+        ("--batch", [8, 32, 256], "B, the rows"),
+        ("--prefix", [20, 100, 400, 4096], "P, the positions of the shared prefix"),
+        ("--text", [64, 512, 1648], "T, the positions of a row"),
+    ):
+        parser.add_argument(flag, type=cli.COUNT, nargs="+", default=sizes, help=text)
+    args = parser.parse_args(argv)
+    return measure(args.device, args.batch, args.prefix, args.text)

@@ -75,8 +75,7 @@ def check_ids(ids: list[list[int]], vocab_size: int) -> None:
 
 
 def prefix_lengths(prefix, B: int) -> list[int]:
-    """The number of prefix positions before each of B questions. prefix: see `stack_prefixes`.
-    ValueError if it has a wrong number of rows."""
+    """The number of prefix positions before each of B questions. ValueError if rows are missing."""
     if isinstance(prefix, list):
         if len(prefix) != B:
             raise ValueError(f"{len(prefix)} prefixes for {B} questions")
@@ -398,10 +397,9 @@ def prepare(lm, tokenizer, examples, prefix=None, max_new_tokens: int = 16, shot
     """Tokenises examples of data.py for `predict`. Returns (ids, options, prefix).
 
     `shots` are examples that stand, with their answers, before every question. They are read here,
-    once, and the prefix is extended by them, if it is the same for all questions. ValueError, which
-    names the example, if one of its options or max_new_tokens exceed the context, or
-    `check_targets` refuses it. A textual.TextualRecursion puts its candidates into the
-    examples first. What a pause.Paused puts behind a question follows each, but not the shots.
+    once, and the prefix is extended by them, if it is the same for all questions. ValueError, with
+    the example's name, if one of its options or max_new_tokens exceed the context or its target is
+    refused. A TextualRecursion first adds its candidates; a Paused adds filler behind a question.
     """
     import data
 
@@ -412,11 +410,10 @@ def prepare(lm, tokenizer, examples, prefix=None, max_new_tokens: int = 16, shot
     longest = max(prefix_lengths(prefix, len(examples)), default=0)
     left = config.max_len - longest - len(pause_ids)
     before = "".join(f"{shot.input} {shot.target}{SHOT_END}" for shot in shots)
-    after = getattr(lm, "pause_text", "")
+    after, V = getattr(lm, "pause_text", ""), config.vocab_size - len(pause_ids)
     examples = [replace(e, input=before + e.input + after) for e in examples]
     eos = config.eos[0] if config.eos else None
     choices = [e for e in examples if e.options]
-    V = config.vocab_size - len(pause_ids)
     tokenized = iter(data.tokenize(choices, tokenizer, eos, left, V))
     ids, options = [], []
     for e, row in zip(examples, data.encode_prompts(tokenizer, [e.input for e in examples])):

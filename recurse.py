@@ -401,6 +401,8 @@ def route(
 
 def check_stack(model) -> None:
     """ValueError unless the model is a Stack of passes through one LM, with Connectors between."""
+    if isinstance(model, Paused):
+        raise ValueError("the first pass of a run with --pause cannot answer without the filler")
     passes = isinstance(model, Stack) and model.parts[0] is model.parts[-1] is model.lm
     if not passes or len(model.parts) < 3:
         raise ValueError("only a run of neural_recursion has a first pass that can answer")

@@ -248,7 +248,7 @@ def test_vectors_that_are_real_tokens_embeddings_are_read_as_these_tokens(make_l
 TRAINED_FILLER = "--pause 2 --pause-text trained"
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", [m for m in TRAINED if m != "textual_recursion"])
 def test_trained_filler_learns_and_is_loaded_again(place, tmp_path, method):
     record = run(command(place, method, tmp_path / "run", TRAINED_FILLER))
     one = run(command(place, method, tmp_path / "start", f"{TRAINED_FILLER} --lr 0 --steps 1"))

@@ -64,6 +64,7 @@ RECUR --pause 95 --pause-text trained                   | --pause 95 | context o
 RECUR --pause 60                                        | :1: | context
 RECUR --init paused --pause 3 --pause-text trained      | --pause 2 --pause-text trained
 RECUR --init paused                                     | --pause 2 --pause-text trained
+train.py --method textual_recursion --pause 2            | --pause 2 | not for textual_recursion
 PROMPT --passes 3                                       | --passes 3 | neural_recursion
 TRAIN training_free --init connector                    | --init | training_free
 RECUR --init vocab                                      | --init vocab | neural_recursion
@@ -181,6 +182,7 @@ eval.py score dev.jsonl --out run                       | run/predictions.jsonl 
 eval.py score dev.jsonl --out /dev/null/x               | Not a directory | /dev/null/x
 eval.py score dev.jsonl --model lm/model --threshold 0  | neural_recursion
 eval.py ask --run run --threshold nan who               | --threshold
+eval.py ask --run paused --threshold 0 who              | --pause
 
 audit.py                                                | command
 audit.py hard run                                       | --out
