@@ -40,8 +40,6 @@ from generate import drop_eos, generate, prepare
 from runs import load_run, read_predictions
 from show import only_shows, show
 
-# ------------------------------------------------------------------------------- what is counted
-
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """The 95 % Wilson interval of a rate (Wilson 1927). It stays within 0 and 1 at any n >= 1."""

@@ -386,9 +386,8 @@ def score_command(args: argparse.Namespace) -> dict:
         show(f"{shown}   (accepted: {answers})", result=not args.out)
     for task, row in [("all", result), *result["tasks"].items()]:
         if task:
-            em, f1 = 100 * row["em"], 100 * row["f1"]
-            line = f"{task:20} EM {em:5.1f}   F1 {f1:5.1f}   ({row['n']} examples)"
-            show(line, result=not args.out)
+            line = f"{task:20} EM {100 * row['em']:5.1f}   F1 {100 * row['f1']:5.1f}"
+            show(f"{line}   ({row['n']} examples)", result=not args.out)
     return result
 
 

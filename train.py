@@ -47,7 +47,7 @@ import start
 import textual
 from checkpoints import hash_tensors, read_tensors, write_json
 from fit import Recipe, autocast, fit, target_loss
-from generate import predict, stack_prefixes
+from generate import predict
 from model import LM
 from pause import Paused, pause_parts, save_pause
 from runs import Run, finish_record, read_record, start_record
@@ -150,13 +150,7 @@ def default_prompt_lr(lm: LM) -> float:
     return 0.25 * lm.embed_tokens.weight.float().std().item()
 
 
-def train_adapter(
-    task: start.Task,
-    trained: nn.Module,
-    loaded: start.Task | None = None,
-    batch_at=None,
-    after_step=None,
-) -> dict:
+def train_adapter(task, trained: nn.Module, loaded=None, batch_at=None, after_step=None) -> dict:
     """Train an adapter, or the LM itself, to answer the training questions.
 
     Dev chooses the best parameters. Returns the record, which run.json holds too. `loaded` is the
@@ -179,7 +173,8 @@ def train_adapter(
     def loss_of(batch: data.Batch) -> Tensor:
         if cache is None:
             model, prefix = recurse.compose(args.method, lm, adapter, pause)  # reads the new prompt
-            prefix = stack_prefixes(prefix, [tokens["train"][row].input for row in batch.rows])
+            if callable(prefix):  # one per question
+                prefix = prefix([tokens["train"][row].input for row in batch.rows])
             return target_loss(model, prefix, batch)
         stack, prefix = recurse.COMPOSITIONS[args.method](lm, adapter)
         x = cache(batch.rows, batch.ids.shape[1])
@@ -208,16 +203,8 @@ def train_adapter(
             show(f"learning rate {recipe.lr:.3g}, a quarter of the embeddings' standard deviation")
         record["question_format"] = asks_questions(task)
         cache = first_pass(task)
-        record |= fit(
-            run,
-            recipe,
-            trained,
-            batch_at or shuffled,
-            loss_of,
-            evaluate,
-            save,
-            after_step=after_step,
-        )
+        batch_at = batch_at or shuffled
+        record |= fit(run, recipe, trained, batch_at, loss_of, evaluate, save, None, after_step)
         return finish(task, run, record, adapter)
 
 
