@@ -274,8 +274,8 @@ def predict_split(task: start.Task, adapter, split: str, limit: int | None = Non
     tokens = [task.tokens[split][row] for row in rows]
     ids, options = [t.input for t in tokens], [t.options for t in tokens]
     new, stops = args.max_new_tokens, metrics.stops(examples, args.stop)
-    mean, limits = getattr(args, "rank_by", "sum") == "mean", (args.eval_tokens, 128)
-    answers = predict(model, task.tokenizer, ids, prefix, new, options, stops, *limits, mean)
+    shape = {"max_tokens": args.eval_tokens, "mean": getattr(args, "rank_by", "sum") == "mean"}
+    answers = predict(model, task.tokenizer, ids, prefix, new, options, stops, **shape)
     return metrics.score(examples, answers)
 
 

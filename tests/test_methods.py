@@ -168,8 +168,8 @@ def test_an_answer_ends_at_the_stop(place, tmp_path, monkeypatch, form, flag, st
     """By default at a newline, if the inputs are questions. --eval-tokens is passed on too."""
     seen = []
 
-    def note(model, tokenizer, ids, prefix, new, options, stops, tokens):
-        seen.append((set(stops), tokens))
+    def note(model, tokenizer, ids, prefix, new, options, stops, max_tokens, mean):
+        seen.append((set(stops), max_tokens))
         return ["right"] * len(ids)
 
     keys = ("question", "answer") if form == "question" else ("input", "target")
