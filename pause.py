@@ -20,8 +20,8 @@ from torch import Tensor
 class Pause(nn.Module):
     """k positions of filler after every question: a text, or k trained vectors (k, C).
 
-    Paused lets a model read them. With more than one pass, what the first pass knows only
-    at the question's end can then be used by the second at positions of its own.
+    Paused lets a model read them. With more than one pass, what the first pass knows only at the
+    question's end can then be used by the second at positions of its own.
     """
 
     def __init__(self, text: str = "", vectors: Tensor | None = None):

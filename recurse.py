@@ -11,7 +11,7 @@ a second pass in place of the embeddings.
     training-free      lm(rescale(lm(lm.embed(ids))))    no Connector; the second pass reads the
                                                          first one's output at the embeddings' scale
 
-Every composition can end its questions with a Pause: Paused(model, pause).
+Every composition but textual recursion can end its questions with a Pause: Paused(model, pause).
 
 A Stack generates like an LM: every new token runs through all its parts, and every part has its own
 KV cache.

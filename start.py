@@ -143,12 +143,12 @@ def start_connector(task: Task) -> adapters.Connector | adapters.Connectors:
     if folder and folder.is_dir() and "passes" in adapters.read_adapter_config(folder):
         return load_init(folder, args, lm, adapters.Connectors)
 
-    def start() -> adapters.Connector:
+    def new() -> adapters.Connector:
         if folder:
             return load_init(folder, args, lm, adapters.Connector)
         return recurse.new_connector(lm, args.method, args.connector_layers)
 
-    return recurse.between_passes(args.passes, args.connectors == "shared", start)
+    return recurse.between_passes(args.passes, args.connectors == "shared", new)
 
 
 def start_prompt(task: Task) -> adapters.SoftPrompt:
@@ -257,7 +257,7 @@ def load_init(init: Path, args, lm: LM, kind: type | tuple[type, ...], encoder=N
     if not isinstance(adapter, kind):
         raise ValueError(f"--init {init} holds a {name}, which {method} does not train")
     made_for = adapters.read_adapter_config(init).get("method", method)
-    if kind is not adapters.SoftPrompt and made_for != method:
+    if kind in (adapters.Connector, adapters.Connectors) and made_for != method:
         raise ValueError(
             f"--init {init} was trained for {made_for}, where the Connector stands "
             f"elsewhere than in {method}"

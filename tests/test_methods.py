@@ -136,7 +136,7 @@ def test_a_frozen_lm_that_changes_is_reported(place, tmp_path, monkeypatch):
         lm.embed_tokens.weight.data[0] += 1
         return real(*given)
 
-    monkeypatch.setattr(train, "load_lm", lambda args: (lm, tokenizer))
+    monkeypatch.setattr(start, "load_lm", lambda args: (lm, tokenizer))
     monkeypatch.setattr(train, "fit", careless)
     with pytest.raises(ValueError, match="weights changed"):
         run(command(place, "connector_lm", tmp_path / "run"))
