@@ -345,7 +345,8 @@ def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
     if lengths.kept:
         table["first pass, kept"] = size * config.dim * lengths.kept
     if args.device == "cpu":
-        make_optimizer(torch.nn.Linear(1, 1), Recipe.from_args(args))  # torch imports more for it
+        recipe = Recipe(steps=1, lr=1.0, optimizer=args.optimizer)
+        make_optimizer(torch.nn.Linear(1, 1), recipe)  # torch imports more for it
         table["Python and libraries"] = memory("VmRSS")  # this process has loaded the same ones
         # malloc keeps freed blocks: 0.2 to 0.65 of the others, in runs that were measured.
         table["allocator, about"] = max(sum(step.values()), evaluation) // 2
@@ -373,10 +374,10 @@ def optimizer_memory(optimizer: str, trained: torch.nn.Module) -> int:
 def planned(args, lm: LM) -> torch.nn.Module:
     """What the method trains, or as many parameters."""
     parts = torch.nn.ModuleList()
-    if args.method in recurse.PROMPT_METHODS:
-        parts.append(SoftPrompt(torch.empty(args.prompt_length, lm.config.dim)))
-    elif args.method == "deep_prompt":
+    if args.method == "deep_prompt":
         parts.append(SoftPrompt(torch.empty(deep_parameters(args, lm.config), 1)))
+    elif args.method in recurse.PROMPT_METHODS:
+        parts.append(SoftPrompt(torch.empty(args.prompt_length, lm.config.dim)))
     elif args.method == "fine_tuning":
         parts.append(lm)
     elif args.method != "training_free":

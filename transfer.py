@@ -415,7 +415,8 @@ def add_shared_flags(command) -> None:
     command.add_argument("--input-eos", action="store_true", help="end inputs with EOS")
     cli.add_training_flags(command)
     cli.add_run_flags(command)
-    command.set_defaults(connector_layers=0, variant=None)
+    command.set_defaults(connector_layers=0, variant=None, placement="before_bos")
+    command.set_defaults(pause=0, pause_text="", cache_first_pass=0.0)  # of train.py
 
 
 def parse(argv: list[str], program: str = "transfer.py") -> Namespace:

@@ -37,16 +37,16 @@ def kept_for_backward(compute, *modules):
 
 def new_adapter(method, lm):
     """What the method trains around the LM; None if it trains the LM itself."""
-    if method in ("fine_tuning", "training_free"):
+    if method == "fine_tuning":
         return None
-    if method in recurse.PROMPT_METHODS:
-        return adapters.SoftPrompt(torch.randn(7, lm.config.dim))
     if method == "deep_prompt":
         return adapters.DeepPrompt(lm.read(torch.randn(7, lm.config.dim)))
+    if method in recurse.PROMPT_METHODS:
+        return adapters.SoftPrompt(torch.randn(7, lm.config.dim))
     return recurse.new_connector(lm, method, 2)
 
 
-PLANNED = [method for method in train.METHODS if method != "id_pt"]
+PLANNED = [method for method in train.METHODS if method not in ("id_pt", "training_free")]
 NEOX = {"family": "gpt_neox", "layer_norm": True, "gated": False, "activation": "gelu"}
 NEOX |= {"mlp_bias": True, "qkv_bias": True, "o_bias": True, "parallel": True, "tied": False}
 

@@ -303,7 +303,7 @@ def test_spaces_before_an_answer_do_not_end_it(make_lm, monkeypatch, text, stop,
         return [[Sample(tokens[: [*ends, len(tokens)][0]], 0.0)]]
 
     monkeypatch.setattr(generation, "generate", generated)
-    assert generation.continue_texts(make_lm(), Letters(), [[1]], None, 99, stop) == [answer]
+    assert generation.continue_texts(make_lm(), Letters(), [[1]], None, 99, stop) == [(answer, 0.0)]
 
 
 UNKNOWING = {

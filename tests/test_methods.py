@@ -247,7 +247,7 @@ def test_a_target_that_the_tokenizer_cannot_spell_is_refused(place, tmp_path, sp
     setattr(args, split, str(file))
     lm = LM.from_pretrained(place / "lm" / "model")
     with pytest.raises(ValueError, match="^rows.jsonl:2: .* no tokens for the answer 'town'"):
-        train.load_task(args, lm, words_tokenizer(67))
+        start.load_task(args, lm, words_tokenizer(67))
 
 
 def test_load_run_gives_the_composition_of_each_method(make_lm, tmp_path):

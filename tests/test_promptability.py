@@ -302,7 +302,7 @@ def test_held_out_clusters_are_not_trained_on(place):
 
 def test_an_eos_ends_every_input_if_asked_for(place):
     args = transfer.parse(line(place, "mtl", "out", "--input-eos")[1:])
-    lm, tokenizer = pt.train.load_lm(args)
+    lm, tokenizer = pt.start.load_lm(args)
     examples = data.read(place / "suite" / "car-train.jsonl")
     splits = {"train": examples, "dev": [], "test": []}
     longer = pt.load_task(args, lm, tokenizer, splits).tokens["train"]
