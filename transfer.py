@@ -312,7 +312,7 @@ def source_prompt(args: Namespace, lm: LM, tokenizer) -> dict:
             info = {"step": step, "method": args.method}
             adapters.save_adapter(Path(args.out) / "embedding", prompt, lm, **info)
 
-    return train.train_adapter(task, prompt, batch_at, after_step)
+    return train.train_adapter(task, prompt, batch_at=batch_at, after_step=after_step)
 
 
 # ------------------------------------------------------------------------------------ command line

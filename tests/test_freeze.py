@@ -37,10 +37,10 @@ def setting(method, lm):
     torch.manual_seed(0)
     if method == "fine_tuning":
         adapter, trained = None, lm.requires_grad_(True)
-    elif method == "prompt_tuning":
+    elif method in ("prompt_tuning", "textual_recursion"):
         adapter = trained = SoftPrompt(from_vocab(8, lm.embed_tokens.weight))
     elif method == "deep_prompt":
-        adapter = trained = DeepPrompt(lm.read(from_vocab(8, lm.embed_tokens.weight)), hidden=8)
+        adapter = trained = DeepPrompt(lm.read(from_vocab(8, lm.embed_tokens.weight)), hidden=64)
     elif method == "id_pt":
         encoder = T5Encoder(T5Config(lm.config.vocab_size, 16, 1, 2, 8, 24)).requires_grad_(False)
         start = from_vocab(3, encoder.embed_tokens.weight)
