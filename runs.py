@@ -394,10 +394,12 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     if trained_lm.is_dir():
         if model is not None:
             raise ValueError(f"{folder}: {method} trained an LM of its own; --model says another")
-        lm, method, adapter = LM.from_pretrained(trained_lm, device), "fine_tuning", None
+        lm, adapter = LM.from_pretrained(trained_lm, device), None
         tokenizer = load_tokenizer(trained_lm, lm.config.vocab_size)
-        if (folder / "adapter_config.json").is_file():  # trained together with the LM
-            method, (adapter, tokenizer) = args["method"], load_trained(folder, lm, tokenizer, None)
+        if method == "prompt_tuning":  # trained together with the LM
+            adapter, tokenizer = load_trained(folder, lm, tokenizer)
+        else:
+            method = "fine_tuning"
     elif method not in COMPOSITIONS:
         raise ValueError(f"{folder}/run.json: {args['method']} trains nothing that answers")
     else:

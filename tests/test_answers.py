@@ -260,6 +260,7 @@ def test_score_records_what_its_scores_are_of(place, tmp_path, capsys):
     record = json.loads((tmp_path / "out" / "score.json").read_text())
     assert record["arguments"] == {
         **{"file": str(asked), "run": None, "model": str(place / "lm"), "limit": 9, "seed": 4},
+        **{"threshold": None},
         **{"shots": 2, "shots_from": str(shots), "stop": ".", "max_new_tokens": 2},
     }
     hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (asked, shots)]
