@@ -182,8 +182,8 @@ OBJECTIVES = {  # objective: (function, defaults of its flags)
     ),
     "connector": (
         pretrain_connector,
-        {"steps": 500, "lr": 1e-3, "batch_size": 8, "seq_len": 256, "eval_every": 250}
-        | {"documents": 60_000},
+        {"steps": 700, "lr": 4e-3, "warmup": 0.03, "optimizer": "muon", "eval_every": 100}
+        | {"batch_size": 8, "seq_len": 256, "documents": 60_000},
     ),
     "prompt": (
         pretrain_prompt,
