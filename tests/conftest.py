@@ -170,3 +170,11 @@ def naive_score(lm, ids, option, prompt=None):
     """The sum over the option's tokens. Nothing reads the last of them."""
     logprobs = whole(lm, (ids + option)[:-1], prompt).log_softmax(-1)
     return sum(logprobs[len(ids) - 1 + t, token].item() for t, token in enumerate(option))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The folder of tiny models and files that `tiny_runs.make_place` makes."""
+    from tiny_runs import make_place
+
+    return make_place(tmp_path_factory.mktemp("place"))

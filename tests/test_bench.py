@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from tiny_runs import PEOPLE, ROOT, make_place, write_lines
+from tiny_runs import PEOPLE, ROOT, write_lines
 
 import adapters
 import bench
@@ -111,11 +111,6 @@ def plan(place, flags, method="neural_recursion"):
         f"plan --method {method} --model {place}/lm/model --device cpu --train {place}/train.jsonl"
     )
     return bench.main(shlex.split(f"{line} {flags}"))
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("place"))
 
 
 @pytest.mark.parametrize("method", ["neural_recursion", "prompt_tuning", "fine_tuning"])

@@ -16,9 +16,9 @@ from tiny_runs import (
     PEOPLE,
     TOWNS,
     command,
-    make_place,
     read_lines,
     run,
+    stored,
     write_lines,
 )
 from tokenizers import processors
@@ -39,19 +39,10 @@ from runs import ASSETS, load_run, read_predictions
 from t5 import T5Encoder
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("place"))
-
-
 def arguments(place, method, flags=""):
     """The parsed flags of a short run."""
     program = pretrain if method in OBJECTIVES else train
     return program.parse(command(place, method, place / "unused", flags)[1:])
-
-
-def stored(folder):
-    return load_file(folder / "adapter_model.safetensors")
 
 
 # What a run trains and leaves

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import QUESTIONS, close, naive_greedy, naive_score, randomise, seeded, vectors, whole
 from safetensors.torch import load_file, save_file
-from tiny_runs import command, make_place, run
+from tiny_runs import command, run
 from tokenizers import processors
 
 from adapters import (
@@ -423,11 +423,6 @@ def test_examples_before_a_question_follow_its_own_prompt(lm, mixed, tokenizer):
 
 
 # Runs
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("place"))
 
 
 STILL = "--lr 0 --steps 1"

@@ -12,10 +12,10 @@ from tiny_runs import (
     TRAINED,
     command,
     die_at_5,
-    make_place,
     read_lines,
     run,
     same_runs,
+    stored,
     write_lines,
 )
 
@@ -32,15 +32,6 @@ from generate import generate, predict, prepare
 from model import LM, Config
 from pause import Pause, Paused
 from runs import load_run, read_predictions
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("place"))
-
-
-def stored(folder):
-    return load_file(folder / "adapter_model.safetensors")
 
 
 def answers(folder):

@@ -18,7 +18,6 @@ from tiny_runs import (
     Dead,
     command,
     die_at_5,
-    make_place,
     read_lines,
     run,
     same_runs,
@@ -92,11 +91,6 @@ def fit(monkeypatch):
             return loop.fit(folder, recipe, model, batch_at, loss_of, evaluate, save), asked
 
     return call
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("place"))
 
 
 # The step

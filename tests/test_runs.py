@@ -23,12 +23,6 @@ from cli import run_program
 from model import LM
 from runs import load_run
 
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("place"))
-
-
 # What only shows
 
 FILES_OF_A_RUN = {"adapter_config.json", "adapter_model.safetensors", "predictions.jsonl", "lock"}

@@ -11,7 +11,6 @@ from tiny_runs import (
     Dead,
     command,
     contents,
-    make_place,
     read_lines,
     run,
     write_lines,
@@ -27,11 +26,6 @@ from runs import load_run, read_predictions, read_record
 from textual import with_candidates
 
 FLAGS = "--candidates 3"
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(scope="module")

@@ -120,6 +120,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+def stored(folder: Path) -> dict:
+    """The tensors of a run's adapter."""
+    return load_file(folder / "adapter_model.safetensors")
+
+
 def same_runs(a, b):
     """Assert that two runs left the same bits. Returns their checkpoint."""
     assert contents(a) == contents(b)
