@@ -351,7 +351,7 @@ def parse(argv: list[str], program: str = "pretrain.py") -> argparse.Namespace:
         "bert": [cli.MODEL, cli.TOKENIZER, *shape, context],
         "connector": [cli.MODEL, cli.TOKENIZER, use, cli.CONNECTOR, cli.PASSES, cli.CONNECTORS]
         + [cli.ATTENTION],
-        "prompt": [cli.MODEL, cli.TOKENIZER, cli.PROMPT],
+        "prompt": [cli.MODEL, cli.TOKENIZER, cli.PROMPT, cli.ATTENTION],
     }
     data_flags = [
         ("--train", str, None, "text: .txt or JSONL; the embedded world's if not given"),

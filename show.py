@@ -39,7 +39,7 @@ def show(text: str, stream: str = "stdout", result: bool = False) -> None:
         setattr(sys, stream, silent)
         if result and not isinstance(error, BrokenPipeError):
             raise OSError(f"standard output: {error}") from None
-        if stream == "stdout":
+        if stream == "stdout" and not result:
             show(f"standard output: {error}; the run goes on without it", "stderr")
 
 

@@ -100,7 +100,7 @@ def load_lm(args) -> tuple[LM, Tokenizer]:
 
 def choose_attention(args):
     """The `attend` of LM.from_pretrained that --attention names; None is the LM's own."""
-    if getattr(args, "attention", "plain") == "plain":  # not every command has the flag
+    if args.attention == "plain":
         return None
     if args.device != "cuda" or find_spec("triton") is None:
         raise ValueError("--attention fused needs --device cuda and triton (pip install triton)")

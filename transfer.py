@@ -398,7 +398,7 @@ def add_shared_flags(command) -> None:
     init = "folder of a trained prompt to start from, or vocab, random, labels, text:WORDS"
     start = ("--init", str, None, f"{init}; vocab if not given")
     length = ("--prompt-length", cli.COUNT, 20, "P of a soft prompt (papers: 100; 20)")
-    cli.add_flags(command, "model", cli.MODEL, cli.TOKENIZER, start, length)
+    cli.add_flags(command, "model", cli.MODEL, cli.TOKENIZER, start, length, cli.ATTENTION)
     files = "files, or folders with files TASK-{}.jsonl"
     for split, needed in (("train", True), ("dev", False), ("test", False)):
         help = files.format(split)

@@ -26,9 +26,10 @@ import os
 import random
 import shutil
 import string
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from show import show
 
 # ------------------------------------------------------------------------------------------------
 # Wordings and words
@@ -410,10 +411,10 @@ def main(argv=None) -> World:
         world = make(args.seed, args.people)
         if args.out:
             world.write(args.out, args.documents)
+        print_samples(world)
     except (ValueError, OSError) as error:
-        print(f"world.py: {error}", file=sys.stderr)
+        show(f"world.py: {error}", "stderr")
         raise SystemExit(2) from None
-    print_samples(world)
     return world
 
 
@@ -421,19 +422,21 @@ def print_samples(world: World) -> None:
     """The world's sizes, a few documents, and a few test questions."""
     import genres
 
-    print(
+    show(
         f"{len(world.people)} people, {len(world.cities)} cities, "
         f"{len(world.companies)} companies, {len(world.countries)} countries, "
-        f"{len(world.triples())} facts, hash {world.hash()[:16]}"
+        f"{len(world.triples())} facts, hash {world.hash()[:16]}",
+        result=True,
     )
     for split in SPLITS:
         rows = world.questions(split)
         two_hop = sum(row["hops"] == 2 for row in rows)
-        print(f"{split}: {len(rows)} questions, {two_hop} of them with two hops")
+        show(f"{split}: {len(rows)} questions, {two_hop} of them with two hops", result=True)
     for row in genres.documents(world, 8):
-        print(f"  {row['genre']:8}", row["text"].replace("\n", "\n           "))
+        indented = row["text"].replace("\n", "\n           ")
+        show(f"  {row['genre']:8} {indented}", result=True)
     for row in random.Random(world.seed).sample(world.questions("test"), 6):
-        print(f"  {row['hops']}-hop    {row['question']} -> {row['answer'][0]}")
+        show(f"  {row['hops']}-hop    {row['question']} -> {row['answer'][0]}", result=True)
 
 
 if __name__ == "__main__":

@@ -241,3 +241,11 @@ def test_worlds_of_other_sizes_have_teachers_of_the_same_split(sizes):
     for person in world.people:
         teacher = world.facts[person]["teacher"]
         assert teacher != person and world.split[teacher] == world.split[person]
+
+
+def test_samples_that_nobody_can_read_are_one_line_and_status_2():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, world_module.__file__, "--people", "40"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("world.py: standard output")
