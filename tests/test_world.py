@@ -245,7 +245,7 @@ def test_worlds_of_other_sizes_have_teachers_of_the_same_split(sizes):
 
 def test_samples_that_nobody_can_read_are_one_line_and_status_2():
     with open("/dev/full", "w") as full:
-        command = [sys.executable, world_module.__file__, "--people", "40"]
+        command = [sys.executable, world_module.__file__]
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert result.stderr.startswith("world.py: standard output")
