@@ -25,7 +25,6 @@ checkpoints.py and families.py beside this file. Dimensions as in model.py.
 import argparse
 import sys
 import warnings
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -282,12 +281,13 @@ class Connector(nn.Module):
     connector(x, prefix=None, keep=False) is called like the LM: (B, T, C) -> (B, T, C), and with
     keep also its Prefix. The norm's gain starts at `scale`, so that at first the output has the
     root mean square of the vectors that it replaces. Token embeddings are 10 to 100 times smaller
-    than hidden states; the frozen LM was not trained on larger inputs.
+    than hidden states; the frozen LM was not trained on larger inputs. A Stack adds the output of a
+    `residual` one to these vectors (not in the paper).
     """
 
-    def __init__(self, layers: nn.ModuleList, scale: float = 1.0):
+    def __init__(self, layers: nn.ModuleList, scale: float = 1.0, residual: bool = False):
         super().__init__()
-        self.layers = layers
+        self.layers, self.residual = layers, residual
         self.norm = nn.RMSNorm(layers.config.dim, layers.config.norm_eps)
         nn.init.constant_(self.norm.weight, scale)
         self.to(next(layers.parameters()).device)
@@ -350,11 +350,12 @@ def save_adapter(folder: str | Path, adapter: nn.Module, lm, **info) -> None:
     elif isinstance(adapter, PromptGenerator):
         (encoder,) = adapter.encoder
         config |= {"peft_type": "PROMPT_GENERATOR", "encoder": hash_tensors(encoder.state_dict())}
-    elif isinstance(adapter, Connector):
-        config |= {"peft_type": "CONNECTOR", "connector_layers": len(adapter.layers)}
-    elif isinstance(adapter, Connectors):
-        config |= {"peft_type": "CONNECTOR", "connector_layers": len(adapter[0].layers)}
-        config |= {"passes": adapter.passes, "connectors": len(adapter)}
+    elif isinstance(adapter, (Connector, Connectors)):
+        one = adapter if isinstance(adapter, Connector) else adapter[0]
+        config |= {"peft_type": "CONNECTOR", "connector_layers": len(one.layers)}
+        config |= {"residual": one.residual}
+        if isinstance(adapter, Connectors):
+            config |= {"passes": adapter.passes, "connectors": len(adapter)}
     else:
         raise TypeError(f"a {type(adapter).__name__} is not an adapter of this file")
     config |= {"token_dim": token_dim}
@@ -394,7 +395,7 @@ def load_adapter(folder: str | Path, lm, encoder=None) -> nn.Module:
     loaders = {
         "PROMPT_TUNING": load_soft_prompt,
         "PREFIX_TUNING": load_deep_prompt,
-        "PROMPT_GENERATOR": partial(load_generator, encoder=encoder),
+        "PROMPT_GENERATOR": lambda *given: load_generator(*given, encoder),
         "CONNECTOR": load_connector,
     }
     check_kind(folder, config, tuple(loaders))
@@ -479,17 +480,16 @@ def load_connector(folder: str | Path, config: dict, lm) -> Connector | Connecto
     from checkpoints import check_tensors, read_tensors
 
     n, passes, count = (config.get(k) for k in ("connector_layers", "passes", "connectors"))
+    residual = config.get("residual") is True
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"{folder}: connector_layers is {n!r}, not a number of layers")
-    if passes is None:
-        connector = Connector(lm.new_layers(n))
-    else:
-        if not isinstance(passes, int) or passes < 3 or count not in (1, passes - 1):
-            raise ValueError(f"{folder}: passes is {passes!r} and connectors is {count!r}")
-        connector = Connectors([Connector(lm.new_layers(n)) for _ in range(count)], passes)
+    wrong = passes is not None and (not isinstance(passes, int) or passes < 3)
+    if wrong or passes is not None and count not in (1, passes - 1):
+        raise ValueError(f"{folder}: passes is {passes!r} and connectors is {count!r}")
+    every = [Connector(lm.new_layers(n), residual=residual) for _ in range(count or 1)]
+    connector = every[0] if passes is None else Connectors(every, passes)
     found = read_tensors(Path(folder) / "adapter_model.safetensors")
-    expected = {name: p.shape for name, p in connector.named_parameters()}
-    check_tensors(found, expected, folder)
+    check_tensors(found, {name: p.shape for name, p in connector.named_parameters()}, folder)
     connector.load_state_dict(found)
     return connector
 

@@ -11,6 +11,10 @@ a second pass in place of the embeddings.
     training-free      lm(rescale(lm(lm.embed(ids))))    no Connector; the second pass reads the
                                                          first one's output at the embeddings' scale
 
+A residual Connector, which is not in the paper, is added to what it replaces in the others:
+
+    neural recursion   lm(x + connector(lm(x)))         x = lm.embed(ids)
+
 Every composition but textual recursion can end its questions with a Pause: Paused(model, pause).
 
 A Stack generates like an LM: every new token runs through all its parts, and every part has its own
@@ -100,22 +104,21 @@ class Stack(nn.Module):
 
     Stack(lm, [c]) is LM-Connector-LM and Stack(lm, [c1, c2]) runs the LM three times; `parts` gives
     any other order. If the first part is the frozen LM, autograd records nothing for it, because
-    nothing trained comes before it.
+    nothing trained comes before it. `embeddings` is only for after_first.
     """
 
-    def __init__(self, lm, connectors=(), parts: list[nn.Module] | None = None):
+    def __init__(self, lm, connectors=(), parts=None, embeddings: Tensor | None = None):
         super().__init__()
-        self.config = lm.config
-        self.lm = lm
+        self.config, self.lm, self.embeddings = lm.config, lm, embeddings
         if parts is None:
             parts = [lm]
             for connector in connectors:
                 parts += [connector, lm]
         self.parts = nn.ModuleList(parts)
 
-    def after_first(self) -> "Stack":
-        """The parts after the first, which read its output instead of embeddings."""
-        return Stack(self.lm, parts=list(self.parts)[1:])
+    def after_first(self, embeddings: Tensor) -> "Stack":
+        """The parts after the first, which read its output. embeddings (B, T, C): what it read."""
+        return Stack(self.lm, parts=list(self.parts)[1:], embeddings=embeddings)
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> (B, T, C), what the first part reads."""
@@ -128,14 +131,19 @@ class Stack(nn.Module):
     def forward(self, x: Tensor, prefix: StackPrefix | None = None, keep: bool = False):
         """x (B, T, C) -> (B, T, C) through every part.
 
-        With keep it returns (output, every part's prefix extended by what that part read).
+        The output of a residual Connector is added to the vectors that it would replace: the
+        embeddings, or the LM's output if no part comes after it. With keep it returns (output,
+        every part's prefix extended by what that part read).
         """
-        extended = []
+        extended, embeddings = [], x if self.embeddings is None else self.embeddings
         for i, part in enumerate(self.parts):
+            replaced = x if i == len(self.parts) - 1 else embeddings
             x = part(x, None if prefix is None else prefix.parts[i], keep)
             if keep:
                 x, part_prefix = x
                 extended.append(part_prefix)
+            if getattr(part, "residual", False):
+                x = replaced + x
         return (x, StackPrefix(extended)) if keep else x
 
     def read(self, x: Tensor, prefix: StackPrefix | None = None, lengths: Tensor | None = None):

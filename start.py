@@ -141,14 +141,23 @@ def start_connector(task: Task) -> adapters.Connector | adapters.Connectors:
             f"--init {args.init} starts a prompt, and {args.method} trains a Connector"
         )
     if folder and folder.is_dir() and "passes" in adapters.read_adapter_config(folder):
-        return load_init(folder, args, lm, adapters.Connectors)
+        return set_residual(load_init(folder, args, lm, adapters.Connectors), args.residual)
 
     def new() -> adapters.Connector:
         if folder:
             return load_init(folder, args, lm, adapters.Connector)
         return recurse.new_connector(lm, args.method, args.connector_layers)
 
-    return recurse.between_passes(args.passes, args.connectors == "shared", new)
+    connector = recurse.between_passes(args.passes, args.connectors == "shared", new)
+    return set_residual(connector, args.residual)
+
+
+def set_residual(connector: nn.Module, switch: str) -> nn.Module:
+    """The same Connector or Connectors, residual if the flag --residual is on."""
+    for part in connector.modules():
+        if isinstance(part, adapters.Connector):
+            part.residual = switch == "on"
+    return connector
 
 
 def start_prompt(task: Task) -> adapters.SoftPrompt:

@@ -177,7 +177,7 @@ def train_adapter(task, trained: nn.Module, loaded=None, batch_at=None, after_st
             return target_loss(model, prefix, batch)
         stack, prefix = recurse.COMPOSITIONS[args.method](lm, adapter)
         x = cache(batch.rows, batch.ids.shape[1])
-        return target_loss(stack.after_first(), prefix, batch, x)
+        return target_loss(stack.after_first(lm.embed(batch.ids)), prefix, batch, x)
 
     def evaluate() -> float | None:
         if not tokens["dev"]:
@@ -362,6 +362,7 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     init += "given, the Connector of this method and size in assets/, if any; prompts: also vocab "
     init += "(embeddings of sampled tokens, the default), labels (of training answers), text:WORDS"
     init = ("--init", str, None, init)
+    residual = "on: a Connector's output is added to what it would replace (paper: off)"
     cli.add_flags(
         parser,
         "model",
@@ -374,6 +375,7 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
         ("--encoder", str, None, "id_pt: folder of a T5 encoder; assets/t5 if not given"),
         ("--encoder-prompt", cli.COUNT, 20, "id_pt: the encoder's own prompt (paper: about 430)"),
         cli.CONNECTOR,
+        ("--residual", ["on", "off"], "off", residual),
         cli.ATTENTION,
         cli.PASSES,
         cli.CONNECTORS,

@@ -81,6 +81,7 @@ def lm(request, make_lm):
 
 
 STACKS = (*CONNECTOR_METHODS, "training_free", "three_passes")
+STACKS += tuple(f"residual {kind}" for kind in (*CONNECTOR_METHODS, "three_passes"))
 
 
 @pytest.fixture(params=["tied", "untied", *STACKS])
@@ -93,11 +94,13 @@ def model(request, make_lm):
 
 def build(kind, lm):
     """One of STACKS, with Connectors that matter, and the same written out as a function of x."""
-    method = "neural_recursion" if kind == "three_passes" else kind
+    what = kind.removeprefix("residual ")
+    method = "neural_recursion" if what == "three_passes" else what
     a, b = (new_connector(lm, method, n) for n in (2, 1))
     for seed, connector in enumerate((a, b)):
         randomise(connector.layers, seed)
-    adapter = Connectors([a, b], 3) if kind == "three_passes" else a
+        connector.residual = what != kind
+    adapter = Connectors([a, b], 3) if what == "three_passes" else a
     stack, _ = COMPOSITIONS[method](lm, adapter)
     scale = lm.embed_tokens.weight.square().mean().sqrt()
 
@@ -110,6 +113,10 @@ def build(kind, lm):
         "connector_lm": lambda x: lm(a(x)),
         "training_free": lambda x: lm(rescale(lm(x))),
         "three_passes": lambda x: lm(b(lm(a(lm(x))))),
+        "residual neural_recursion": lambda x: lm(x + a(lm(x))),
+        "residual lm_connector": lambda x: lm(x) + a(lm(x)),
+        "residual connector_lm": lambda x: lm(x + a(x)),
+        "residual three_passes": lambda x: lm(x + b(lm(x + a(lm(x))))),
     }
     return stack, formulas[kind]
 

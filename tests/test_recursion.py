@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import QUESTIONS, build, close
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_runs import (
     TRAINED,
     command,
@@ -98,6 +98,26 @@ def test_a_connector_may_have_more_layers_than_the_lm(place, tmp_path):
     assert saved == answered
 
 
+@pytest.mark.parametrize("method", recurse.CONNECTOR_METHODS)
+def test_a_residual_connector_starts_beside_the_lm_and_is_loaded_again(place, tmp_path, method):
+    """With no gain it adds nothing to the LM. A Connector that is not residual can start it."""
+    run(command(place, method, tmp_path / "start", "--init random --steps 1 --lr 0"))
+    tensors = stored(tmp_path / "start")
+    tensors["norm.weight"] = torch.zeros_like(tensors["norm.weight"])
+    save_file(tensors, tmp_path / "start" / "adapter_model.safetensors")
+    flags = f"--init {tmp_path}/start --residual on --eval-every 12"
+    run(command(place, method, tmp_path / "none", f"{flags} --steps 1 --lr 0"))
+    stack, _, tokenizer, _ = load_run(tmp_path / "none")
+    rows = read_predictions(tmp_path / "none")
+    ids = [tokenizer.encode(row["input"]).ids for row in rows]
+    assert predict(stack.lm, tokenizer, ids, None, 4) == [row["prediction"] for row in rows]
+    run(command(place, method, tmp_path / "run", f"{flags} --steps 12 --lr 0.1"))
+    saved, answered = answers(tmp_path / "run")
+    assert saved == answered != [row["prediction"] for row in rows]
+    config = adapters.read_adapter_config(tmp_path / "run")
+    assert config["residual"] is True
+
+
 def test_an_adapter_config_with_impossible_passes_is_refused(make_lm, tmp_path):
     lm = make_lm()
     connectors = [recurse.new_connector(lm, "neural_recursion", 1) for _ in "ab"]
@@ -141,7 +161,11 @@ def test_a_prompt_is_pretrained_on_text_and_starts_prompt_tuning(place, tmp_path
 TEXTS = [TokenizedExample(ids, [ids[0] + i, 3]) for i, ids in enumerate(QUESTIONS[::-1])]
 
 
-@pytest.mark.parametrize("method", ["neural_recursion", "lm_connector", "three_passes"])
+kept = ["neural_recursion", "lm_connector", "three_passes"]
+kept += [f"residual {kind}" for kind in kept]
+
+
+@pytest.mark.parametrize("method", kept)
 def test_the_kept_first_pass_gives_the_loss_and_gradient_of_one_inside_the_step(make_lm, method):
     lm = make_lm("learned")
     stack, _ = build(method, lm)
@@ -149,7 +173,8 @@ def test_the_kept_first_pass_gives_the_loss_and_gradient_of_one_inside_the_step(
     for rows in ([2, 0], [1], [3, 1, 0, 2]):
         batch = collate([TEXTS[row] for row in rows], rows)
         x = cache(batch.rows, batch.ids.shape[1])
-        loss = target_loss(stack, None, batch), target_loss(stack.after_first(), None, batch, x)
+        second = stack.after_first(lm.embed(batch.ids))
+        loss = target_loss(stack, None, batch), target_loss(second, None, batch, x)
         trained = [p for p in stack.parameters() if p.requires_grad]
         gradients = [torch.autograd.grad(part, trained) for part in loss]
         close(*loss, 1e-5)
