@@ -35,6 +35,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from show import Parser, run_program
+
 import torch
 import torch.nn.functional as F
 
@@ -49,7 +51,6 @@ from fit import Recipe, linear_weights, make_optimizer
 from generate import generate
 from model import LM, Config
 from runs import ASSETS
-from show import show
 
 
 def llama(
@@ -283,7 +284,7 @@ class Lengths:
 
 def parse_plan(argv: list[str]) -> argparse.Namespace:
     """Parse the flags of train.py, and with them --seq-len and --text."""
-    first = cli.Parser(prog="bench.py plan", add_help=False)
+    first = Parser(prog="bench.py plan", add_help=False)
     first.add_argument("--seq-len", type=cli.COUNT)  # of a question and its answer
     first.add_argument("--text", action="store_true")  # every token is a target, as in pretraining
     more, rest = first.parse_known_args(argv)
@@ -472,7 +473,7 @@ def main(argv: list[str] | None = None):
         return bench_attention.main(argv[1:])
     description = "Speed and memory beside the peers, in one run. `bench.py plan` with flags of "
     description += "train.py estimates the memory of a run instead."
-    parser = cli.Parser(prog="bench.py", description=description)
+    parser = Parser(prog="bench.py", description=description)
     text = "the rows of this workload; may be given several times; all if not given"
     parser.add_argument("--only", choices=WORKLOADS, action="append", help=text)
     parser.add_argument("--runs", type=cli.COUNT, default=5, help="timed pairs per workload")
@@ -507,8 +508,4 @@ def as_line(row: dict, note: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        show(f"bench.py: {error}", "stderr")
-        sys.exit(2)
+    run_program("bench.py", main)

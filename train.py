@@ -33,6 +33,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from show import Parser, only_shows, run_program, show
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -50,7 +52,6 @@ from generate import predict
 from model import LM
 from pause import Paused, pause_parts, save_pause
 from runs import Run, finish_record, read_record, start_record
-from show import only_shows, show
 
 # The methods
 
@@ -356,7 +357,7 @@ def show_candidates(split: str, scores: dict) -> None:
 
 def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     """Parse the flags, with the method's own defaults. A bad flag exits with status 2."""
-    parser = cli.Parser(prog=program, description=__doc__.split("\n")[0])
+    parser = Parser(prog=program, description=__doc__.split("\n")[0])
     parser.add_argument("--method", required=True, choices=METHODS, help="what is trained")
     init = "folder of a trained adapter to start from, or random; if neither this nor --model is "
     init += "given, the Connector of this method and size in assets/, if any; prompts: also vocab "
@@ -404,7 +405,7 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     keep = "GB of memory for the first pass's states, which are the same in every epoch; 0 for none"
     cli.add_flags(parser, "recursion", ("--cache-first-pass", cli.number_type(float, 0), 1.0, keep))
     cli.add_run_flags(parser)
-    first = cli.Parser(prog=program, add_help=False)  # reads the method, which sets other defaults
+    first = Parser(prog=program, add_help=False)  # reads the method, which sets other defaults
     first.add_argument("--method")
     method = first.parse_known_args(argv)[0].method
     if method in METHODS:
@@ -429,4 +430,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    cli.run_program("train.py", main)
+    run_program("train.py", main)

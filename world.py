@@ -18,7 +18,6 @@ prints 640 people, 80 cities, 64 companies, 16 countries, 5056 facts, hash 928da
 and writes facts, questions, 20,000 documents, passages and the prompted tasks to world/.
 """
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -29,7 +28,7 @@ import string
 from dataclasses import dataclass
 from pathlib import Path
 
-from show import show
+from show import Parser, run_program, show
 
 # ------------------------------------------------------------------------------------------------
 # Wordings and words
@@ -399,22 +398,18 @@ def person_facts(
 
 
 def main(argv=None) -> World:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(prog="world.py", description=__doc__.split("\n")[0])
     option = parser.add_argument
     option("--out", help="new folder for the world's files; without it only samples are printed")
-    option("--seed", type=int, default=1, help="another seed, another world (default 1)")
-    option("--people", type=int, default=640, help="with a city per 8, a company per 10 (640)")
-    option("--documents", type=int, default=20000, help="documents in corpus.jsonl (20000)")
-    parser.error = lambda message: parser.exit(2, f"world.py: {message}\n")
+    option("--seed", type=int, default=1, help="another seed, another world")
+    people = "with a city per 8, a company per 10; below 300, some tasks have fewer examples"
+    option("--people", type=int, default=640, help=people)
+    option("--documents", type=int, default=20000, help="documents in corpus.jsonl")
     args = parser.parse_args(argv)
-    try:
-        world = make(args.seed, args.people)
-        if args.out:
-            world.write(args.out, args.documents)
-        print_samples(world)
-    except (ValueError, OSError) as error:
-        show(f"world.py: {error}", "stderr")
-        raise SystemExit(2) from None
+    world = make(args.seed, args.people)
+    if args.out:
+        world.write(args.out, args.documents)
+    print_samples(world)
     return world
 
 
@@ -440,4 +435,4 @@ def print_samples(world: World) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program("world.py", main)
