@@ -78,12 +78,13 @@ def textual_recursion(task: start.Task) -> dict:
     """
     run = Run.from_args(task.args)
     if not task.args.no_cross_fit:  # refuse before anything is written
-        textual.halves(task.examples["train"], task.args.seed)
+        textual.group_questions(task.examples["train"])
     with run:
         prompt = start.start_prompt(task)
         record = start_record(run, prompt, task.lm, hashes(task, prompt))
-        asked, prompt, rounds = textual.sample_rounds(task, train_stage, show_candidates)
-        write_json(run.folder / "run.json", record | {"candidates": rounds})
+        asked, prompt, rounds, halves = textual.sample_rounds(task, train_stage, show_candidates)
+        split = {"halves": "".join(halves)} if halves else {}
+        write_json(run.folder / "run.json", record | {"candidates": rounds} | split)
     return train_adapter(asked, trained=start.next_prompt(task, prompt), loaded=task)
 
 
@@ -209,10 +210,17 @@ def train_adapter(task, trained: nn.Module, loaded=None, batch_at=None, after_st
 
 
 def train_stage(task: start.Task, name: str, before: adapters.SoftPrompt | None) -> nn.Module:
-    """Train a prompt in the folder `name` below --out, or load it if it is trained already."""
+    """Train a prompt in the folder `name` below --out, or load it if it is trained already.
+
+    ValueError if it was trained on other questions, as by a program that cut other halves.
+    """
     folder = Path(task.args.out) / name
     flags = vars(task.args) | {"method": "prompt_tuning", "out": str(folder)}
-    if not (folder / "run.json").is_file() or "results" not in read_record(folder):
+    record = read_record(folder) if (folder / "run.json").is_file() else {}
+    if "results" in record:
+        if record["data_hash"] != hashes(task, None)["data_hash"]:
+            raise ValueError(f"{folder} was trained on other questions; choose another --out")
+    else:
         show(f"{folder}: {len(task.tokens['train'])} training questions")
         stage = replace(task, args=argparse.Namespace(**flags))
         train_adapter(stage, trained=start.next_prompt(stage, before))
