@@ -22,8 +22,9 @@ checkpoints.py and families.py beside this file. Dimensions as in model.py.
     python adapters.py runs/prompt_tuning      prints what an adapter folder holds
 """
 
-import argparse
-import sys
+if __name__ == "__main__":
+    import show  # before torch: it sets how threads wait
+
 import warnings
 from pathlib import Path
 
@@ -496,9 +497,10 @@ def load_connector(folder: str | Path, config: dict, lm) -> Connector | Connecto
 
 def main(argv: list[str] | None = None) -> dict:
     """Prints an adapter folder. Returns its config."""
-    parser = argparse.ArgumentParser(description="Print what an adapter folder holds.")
+    from show import Parser
+
+    parser = Parser(prog="adapters.py", description="Print what an adapter folder holds.")
     parser.add_argument("folder")
-    parser.error = lambda message: parser.exit(2, f"adapters.py: {message}\n")
     args = parser.parse_args(argv)
 
     from checkpoints import read_tensors
@@ -513,8 +515,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"adapters.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    show.run_program("adapters.py", main)

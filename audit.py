@@ -26,6 +26,8 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from show import Parser, only_shows, run_program, show
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -38,7 +40,6 @@ import world
 from checkpoints import atomic_write, write_json
 from generate import drop_eos, generate, prepare
 from runs import load_run, read_predictions
-from show import only_shows, show
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -486,7 +487,7 @@ def new_folder(out: str) -> Path:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the flags. A bad one exits with status 2."""
-    parser = cli.Parser(prog="audit.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="audit.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     moved = ("--model", str, None, "the LM's checkpoint, if it has moved")
     seed = ("--seed", int, 0, "of samples and of the choice of other questions")
@@ -516,4 +517,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    cli.run_program("audit.py", main)
+    run_program("audit.py", main)

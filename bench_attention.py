@@ -21,6 +21,8 @@ import statistics
 import time
 from functools import partial
 
+from show import Parser
+
 import torch
 import torch.nn.functional as F
 
@@ -178,7 +180,7 @@ def prompt_step(who: str):
 
 def main(argv: list[str]) -> list[dict]:
     """Parse the flags of `bench.py attention`, measure, and return the rows."""
-    parser = cli.Parser(prog="bench.py attention", description=__doc__.split("\n")[0])
+    parser = Parser(prog="bench.py attention", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="a GPU")
     for flag, sizes, text in (
         ("--batch", [8, 32, 256], "B, the rows"),

@@ -1,50 +1,20 @@
-"""The command line that the programs share: parser, kinds of values, groups of flags, errors.
+"""The flags that programs share, in groups: their types, their defaults, what is checked first.
 
-    parser = Parser(prog="train.py")
+    parser = Parser(prog="train.py")                of show.py
     add_flags(parser, "model", MODEL, TOKENIZER)    rows of (flag, type or choices, default, help)
     add_training_flags(parser)                      how to train
     add_run_flags(parser)                           where, and on what device
-    run_program("train.py", main)                   bad input prints one line and exits with 2
 
 Needs runs.py.
 """
 
 import argparse
 import math
-import os
-import sys
-import warnings
-from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from runs import Run, find, names_file
-from show import show
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose help shows the defaults and whose errors are one line."""
-
-    def __init__(self, **options):
-        super().__init__(
-            **options,
-            allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-
-    def parse_known_args(self, args: list[str], namespace=None):
-        """Parse the flags. An argument that is not UTF-8 is an error."""
-        for text in args:
-            if any(
-                "\ud800" <= letter <= "\udfff" for letter in text
-            ):  # how Python reads such bytes
-                self.error(f"the argument {text!a} is not UTF-8 text")
-        return super().parse_known_args(args, namespace)
-
-    def error(self, message: str):
-        """Print the message after the program's name, and exit with status 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def number_type(kind: type, low: float, high: float = math.inf):
@@ -73,6 +43,7 @@ def add_flags(parser, title: str, *rows):
     return group
 
 
+CPUINFO = Path("/proc/cpuinfo")  # what Linux knows about the processor
 COUNT = number_type(int, 1)
 MODEL = ("--model", str, None, "checkpoint folder or hub id; the embedded LM if not given")
 TOKENIZER = ("--tokenizer", str, None, "tokenizer.json or its folder, if not the model's own")
@@ -112,12 +83,14 @@ def add_training_flags(parser) -> None:
 def add_run_flags(parser) -> None:
     """Where a run lies, how it continues, and on what it computes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = "arithmetic and frozen weights; on CUDA bfloat16, else float32, if not given; auto: "
+    dtype += "bfloat16 where the processor computes with it"
     group = add_flags(
         parser,
         "run",
         ("--out", str, None, "the run's folder; runs/METHOD if not given"),
         ("--device", ["cpu", "cuda"], device, "where to compute"),
-        ("--dtype", ["float32", "bfloat16"], None, "arithmetic, frozen weights; CUDA: bfloat16"),
+        ("--dtype", ["float32", "bfloat16", "auto"], None, dtype),
     )
     text = "continue from the last checkpoint in --out, bit for bit on a CPU"
     group.add_argument("--resume", action="store_true", help=text)
@@ -129,8 +102,23 @@ def add_late_defaults(
     """Fill in the defaults that depend on other flags, and remember the command line."""
     args.program, args.argv = program, argv
     args.out = args.out or f"runs/{args.method}"
+    if args.dtype == "auto":
+        args.dtype = fastest_dtype(args.device)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     return args
+
+
+def fastest_dtype(device: str) -> str:
+    """bfloat16 if the device multiplies such numbers itself, else float32.
+
+    Other processors convert them to float32 and back, which costs more than it saves.
+    """
+    if device == "cuda":
+        able = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if able else "float32"
+    units = {"avx512_bf16", "amx_bf16", "bf16"}  # of Intel and AMD; the last of ARM
+    able = CPUINFO.is_file() and not units.isdisjoint(CPUINFO.read_text().split())
+    return "bfloat16" if able else "float32"
 
 
 def check_and_seed(args: argparse.Namespace) -> None:
@@ -144,24 +132,3 @@ def check_and_seed(args: argparse.Namespace) -> None:
         if names_file(key, value):
             setattr(args, key, find(value, run.folder, record))
     torch.manual_seed(args.seed)
-
-
-def run_program(program: str, main: Callable[[], object]) -> None:
-    """Run `main`. Bad input prints one line and exits with 2; SIGINT or SIGTERM, with 130."""
-
-    def show_warning(message, *_, **__):
-        show(f"{program}: {message}", "stderr")
-
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed, and no file of the run may get its number
-            setattr(sys, name, open(os.devnull, "w"))
-    warnings.showwarning = show_warning  # without the file and line that raised it
-    try:
-        main()
-    except KeyboardInterrupt:
-        text = "stopped; the same command with --resume goes on from the last checkpoint"
-        show(f"{program}: {text}", "stderr")
-        sys.exit(130)
-    except (ValueError, OSError, SafetensorError) as error:
-        show(f"{program}: {' '.join(str(error).splitlines())}", "stderr")
-        sys.exit(2)

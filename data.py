@@ -30,7 +30,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from unicodedata import normalize
 
@@ -495,7 +495,8 @@ def main(argv: list[str] | None = None) -> list[Example]:
     parser = argparse.ArgumentParser(description="Print what a file of examples holds.")
     parser.add_argument("path", help="a JSONL file of examples")
     parser.add_argument("--tokenizer", help="a checkpoint folder; shows the first example's tokens")
-    parser.error = lambda error: parser.exit(2, f"data.py: {error}\n")  # without the usage
+    cut = partial(re.sub, "(?s)(.{300}).{100,}(.{200})", r"\1 ... \2")
+    parser.error = lambda error: parser.exit(2, cut(f"data.py: {error}") + "\n")
     args = parser.parse_args(argv)
     try:
         examples = read(args.path)

@@ -304,10 +304,9 @@ def _print_rows(rows: list[dict]) -> None:
     header = f"metric  {'task':<{width}}  {'n':>5}  {'a':>6}  {'b':>6}"
     show(f"{header}  {'a - b':>7}  [95 % interval]       p", result=True)
     for row in rows:
-        columns = ("a", "b", "difference", "low", "high")
-        a, b, difference, low, high = (100 * row[column] for column in columns)
+        a, b, gap, low, high = (100 * row[c] for c in ("a", "b", "difference", "low", "high"))
         line = f"{row['metric'].upper():<6}  {row['task'] or 'all':<{width}}  {row['n']:>5}"
-        line += f"  {a:6.2f}  {b:6.2f}  {difference:+7.2f}"
+        line += f"  {a:6.2f}  {b:6.2f}  {gap:+7.2f}"
         show(f"{line}  [{low:+6.2f}, {high:+6.2f}]  {row['p']:.4f}", result=True)
 
 
@@ -362,10 +361,11 @@ def _parse_question(record: dict, source: str):
 
 def score_command(args: argparse.Namespace) -> dict:
     """Answer a file of examples; print and return the summary of the scores."""
+    from show import show
+
     import data
     from checkpoints import atomic_write, write_json
     from runs import score_record
-    from show import show
 
     path = Path(args.out or "") / "predictions.jsonl"
     if args.out and path.exists():
@@ -432,7 +432,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors, and its sub-commands' errors, are one line without the usage."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, re.sub("(?s)(.{300}).{9,}(.{200})", r"\1 ... \2", f"{self.prog}: {message}\n"))
 
 
 def _count(text: str) -> int:

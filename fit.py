@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 
+from show import only_shows, show
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -26,7 +28,6 @@ from torch import Tensor
 from checkpoints import atomic_write
 from data import IGNORE_INDEX, Batch
 from runs import Run, State
-from show import only_shows, show
 
 # Optimisation
 

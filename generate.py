@@ -18,10 +18,11 @@ Needs torch, and only its command line needs other files of the project. Dimensi
 continues the text and prints the mean negative log-probability of its tokens  (3 s)
 """
 
-import argparse
+if __name__ == "__main__":
+    import show  # before torch: it sets how threads wait
+
 import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -470,26 +471,19 @@ def read_shared(lm, ids: list[list[int]], prefix=None):
     return [row[n:] for row in ids], prefix
 
 
-def utf8_text(text: str) -> str:
-    """An argparse type: a text that was UTF-8 on the command line."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{ascii(text)} is not UTF-8 text") from None
-    return text
-
-
 def main(argv: list[str] | None = None) -> dict:
     """Continues one text. Returns {"ids": the new tokens, "nats": the text's loss per token}."""
-    parser = argparse.ArgumentParser(
-        description="Continue a text with a published checkpoint, and print its loss per token."
+    from show import Parser
+
+    parser = Parser(
+        prog="generate.py",
+        description="Continue a text with a published checkpoint, and print its loss per token.",
     )
     parser.add_argument("model", help="checkpoint folder or hub id")
-    parser.add_argument("text", type=utf8_text)
+    parser.add_argument("text")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--seed", type=int, default=0)
-    parser.error = lambda message: parser.exit(2, f"generate.py: {message}\n")
     args = parser.parse_args(argv)
 
     from checkpoints import load_tokenizer
@@ -513,8 +507,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"generate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    show.run_program("generate.py", main)

@@ -28,6 +28,7 @@ from collections.abc import Iterable, Iterator
 
 from world import (
     ASSETS,
+    DRAWS,
     RELATIONS,
     SPLITS,
     SUBJECT_FIELDS,
@@ -99,8 +100,13 @@ class Cast:
         return self.of_kind("person" if self.rng.random() < 0.85 else "place")
 
     def next_relations(self, subject: str, count: int) -> Iterator[str]:
-        """`count` different relations. Over many calls all relations come equally often."""
-        told = []
+        """`count` different relations. Over many calls all relations come equally often.
+
+        ValueError if the subject has fewer.
+        """
+        told, known = [], len(self.world.facts[subject])
+        if count > known:
+            raise ValueError(f"{subject}: {count} relations are asked for, and there are {known}")
         while len(told) < count:
             relation = next(self.relations[subject])
             if relation not in told:  # the deck may begin again in the middle
@@ -321,14 +327,17 @@ def strangers(world: World, purpose: str, rng: random.Random, times: int = 6) ->
     """Casts of small worlds, each world for `times` texts and then never again.
 
     `purpose` seeds them. No person, city or company there has a name of `world`, and no person has
-    the name of an earlier stranger.
+    the name of an earlier stranger. ValueError if `DRAWS` small worlds in a row have such a name.
     """
-    seen = set()
+    seen, last = set(), 0  # the last world whose names were new
     for number in itertools.count():
+        if number - last > DRAWS:
+            raise ValueError(f"{purpose}: all names of strangers are in use; take fewer people")
         other = make(f"{world.seed} {purpose} {number}", people=20, cities=8, companies=8)
         if world.facts.keys().isdisjoint(other.facts) and seen.isdisjoint(other.people):
             seen.update(other.people)
             yield from [Cast(other, rng)] * times
+            last = number
 
 
 def some_passages(cast: Cast, count: int) -> tuple[list[dict], list[tuple[str, str]]]:

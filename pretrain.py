@@ -21,6 +21,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from show import Parser, run_program
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -360,7 +362,7 @@ def parse(argv: list[str], program: str = "pretrain.py") -> argparse.Namespace:
         ("--documents", cli.COUNT, 120_000, "documents of the embedded world"),
         ("--seq-len", cli.COUNT, 128, "tokens in a window of text"),
     ]
-    parser = cli.Parser(prog=program, description=__doc__.split("\n")[0])
+    parser = Parser(prog=program, description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="objective", required=True)
     for name, (objective, defaults) in OBJECTIVES.items():
         summary = objective.__doc__.split("\n")[0]
@@ -392,4 +394,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    cli.run_program("pretrain.py", main)
+    run_program("pretrain.py", main)

@@ -34,6 +34,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from show import show
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -51,7 +53,6 @@ from fit import Adafactor, Recipe, autocast, fit, target_loss
 from model import LM
 from recurse import COMPOSITIONS
 from runs import Run, finish_record, read_predictions, start_record
-from show import show
 
 # ---------------------------------------------------------------------------------- the gradients
 

@@ -13,6 +13,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from show import Parser, run_program, show
+
 import torch
 
 import cli
@@ -27,7 +29,6 @@ from fit import target_loss
 from generate import predict, prepare
 from model import LM
 from runs import ASSETS, read_record
-from show import show
 
 # What an LM knows
 
@@ -174,7 +175,7 @@ EXPERIMENTS = {"lm": lm_checks, "headroom": headroom}
 
 def main(argv: list[str] | None = None) -> dict:
     """Run one experiment. Returns what results/NAME.json holds."""
-    parser = cli.Parser(prog="reproduce.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="reproduce.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="experiment", required=True)
     flags = [cli.MODEL, cli.WORLD, ("--out", str, "runs", "folder for the runs that it needs")]
     own = {
@@ -199,4 +200,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    cli.run_program("reproduce.py", main)
+    run_program("reproduce.py", main)

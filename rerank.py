@@ -14,7 +14,9 @@ model width, H heads, D head width; M is the number of passages of a training qu
     python rerank.py runs/bert/model        prints what a checkpoint holds and which input it reads
 """
 
-import argparse
+if __name__ == "__main__":
+    import show  # before torch: it sets how threads wait
+
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -498,9 +500,10 @@ def __getattr__(name: str):
 
 
 def main(argv: list[str] | None = None) -> BertConfig:
-    parser = argparse.ArgumentParser(description="Print what a BERT checkpoint holds.")
+    from show import Parser
+
+    parser = Parser(prog="rerank.py", description="Print what a BERT checkpoint holds.")
     parser.add_argument("folder")
-    parser.error = lambda message: parser.exit(2, f"rerank.py: {message}\n")
     folder = Path(parser.parse_args(argv).folder)
     bert = Bert.from_pretrained(folder)
     print(f"{bert.config}, {sum(p.numel() for p in bert.parameters()):,} parameters")
@@ -512,8 +515,4 @@ def main(argv: list[str] | None = None) -> BertConfig:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"rerank.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    show.run_program("rerank.py", main)

@@ -30,6 +30,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from show import show
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -41,7 +43,6 @@ from checkpoints import atomic_write, hash_tensors, load_tokenizer, write_json
 from model import LM
 from pause import load_pause
 from recurse import COMPOSITIONS, compose, load_trained
-from show import show
 from textual import TextualRecursion
 
 ASSETS = Path(__file__).parent / "assets"  # the embedded LM and the Connectors pretrained on it

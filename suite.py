@@ -9,7 +9,8 @@ assets/world/templates.txt. Answers follow from the text, or from facts that the
 come equally often, so no answer can be read off a template.
 
 Large tasks have 4,000 training examples and serve as sources; low-resource tasks have 200 and serve
-as targets. A training example is asked in one template, a dev or test example in every one.
+as targets. A training example is asked in one template, a dev or test example in every one. A task
+about the world's own people or places has fewer examples in a small world: all that there are.
 
     python world.py --out world        writes world/suite/TASK-{train,dev,test}.jsonl
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import genres
 from genres import SENSES, TEXTS, TOPICS, Cast, passage, passage_text, record_table, strangers
-from world import ASSETS, RELATIONS, SPLITS, World, read_sections, render
+from world import ASSETS, DRAWS, RELATIONS, SPLITS, World, read_sections, render
 
 FIELDS = set(
     """text first second premise hypothesis record subject relation object question passage
@@ -419,15 +420,20 @@ def listing(options: list[str]) -> str:
 
 
 def examples(world: World, name: str, split: str, count: int = 0) -> list[dict]:
-    """The fields of a task's examples, all or `count`; each label equally often, no text twice."""
+    """The fields of a task's examples, all or `count`; each label equally often, no text twice.
+
+    A small world has fewer texts about its own people and places. The examples are then fewer, or
+    none: they end when `DRAWS` texts in a row are not new.
+    """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
     task, rng = TASKS[name], random.Random(f"{world.seed} suite {name} {split}")
     _, choices, template = TEMPLATES[name][0]
     count = count or (task.size if split == "train" else SIZES[split])
     casts = strangers(world, f"suite {name} {split}", rng, times=30)
-    own, found, labels = Cast(world, rng), {}, Counter()
-    while len(found) < count:
+    own, found, labels, in_vain = Cast(world, rng), {}, Counter(), 0
+    while len(found) < count and in_vain < DRAWS:
+        in_vain += 1
         fields = task.make(own if task.own else next(casts))
         if "choices" in fields:
             fields["options"] = listing(fields["choices"])
@@ -437,7 +443,7 @@ def examples(world: World, name: str, split: str, count: int = 0) -> list[dict]:
         if "label" in fields and labels[fields["label"]] * len(choices) >= count:
             continue
         labels[fields.get("label")] += 1
-        found[text] = fields
+        found[text], in_vain = fields, 0
     return list(found.values())
 
 
@@ -468,12 +474,16 @@ def contents(world: World) -> list:
 
 
 def files(world: World, seed: int) -> dict[str, list[dict]]:
-    """The files of the world beside its facts, questions and documents: {name: rows}."""
+    """The files of the world beside its facts, questions and documents: {name: rows}.
+
+    A split of a task without examples has no file.
+    """
     passages, book = genres.library(world)
     out = {"passages.jsonl": passages}
     out["held-out.jsonl"] = list(genres.documents(world, 2000, seed + 1))
     for split in SPLITS:
         out[f"open-book-{split}.jsonl"] = book[split]
         for name in TASKS:
-            out[f"suite/{name}-{split}.jsonl"] = rows(world, name, split)
+            if found := rows(world, name, split):
+                out[f"suite/{name}-{split}.jsonl"] = found
     return out

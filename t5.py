@@ -14,9 +14,10 @@ file. Dimensions as in model.py: B batch, L tokens of a text, C model width, H h
     python t5.py runs/encoder/model        prints what a checkpoint holds
 """
 
-import argparse
+if __name__ == "__main__":
+    import show  # before torch: it sets how threads wait
+
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -237,17 +238,14 @@ def distance_bucket(distance: Tensor, config: T5Config) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> T5Config:
-    parser = argparse.ArgumentParser(description="Print what a T5 encoder's checkpoint holds.")
+    from show import Parser
+
+    parser = Parser(prog="t5.py", description="Print what a T5 encoder's checkpoint holds.")
     parser.add_argument("folder")
-    parser.error = lambda message: parser.exit(2, f"t5.py: {message}\n")
     encoder = T5Encoder.from_pretrained(parser.parse_args(argv).folder)
     print(f"{encoder.config}, {sum(p.numel() for p in encoder.parameters()):,} parameters")
     return encoder.config
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"t5.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    show.run_program("t5.py", main)

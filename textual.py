@@ -4,8 +4,8 @@ Levine et al. 2022, "Standing on the Shoulders of Giant Frozen Language Models",
 prompt p1 the LM samples n answers to every question, and with another prompt it reads the question
 with these candidates. Stages lie below the folder of the run:
 
-    p1                     a run of prompt tuning on all training questions
-    p1-a, p1-b             the same on either half of them
+    p1-a, p1-b             runs of prompt tuning on either half of the training questions
+    p1                     the same on all of them
     candidates/1-dev       what p1 samples for dev, in files of 128 questions; 1-test likewise
     candidates/1a-train    what p1-a samples for the other half of the training questions
     p2, ...                with --rounds 2, the same again on the questions with their candidates
@@ -13,17 +13,17 @@ with these candidates. Stages lie below the folder of the run:
 The run itself is the last prompt, trained on the questions with the candidates of the last round.
 
 The prompt p1 has seen the training questions, so its candidates for them are better than those for
-new questions, and the last prompt would learn to rely on them. Cross-fitting takes them from a
-prompt of the other half. The paper does not say that it does so; --no-cross-fit does without.
+new questions, and the last prompt would learn to rely on them. Cross-fitting (rerank.cross_fit)
+takes them from a prompt of the other half. run.json says in which half each training question lies.
+The paper does not say that it does so; --no-cross-fit does without.
 
-Needs recurse.py, adapters.py, data.py, eval.py and checkpoints.py. train.py passes its Task and
-trains.
+Needs recurse.py, rerank.py, adapters.py, data.py, eval.py and checkpoints.py. train.py passes its
+Task and trains.
 
     python train.py --method textual_recursion
 """
 
 import json
-import random
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -39,6 +39,7 @@ from adapters import load_adapter
 from checkpoints import atomic_write
 from data import encode_prompts
 from recurse import Candidate, candidates, text_with
+from rerank import cross_fit
 
 QUESTIONS_IN_FILE = 128  # a kill costs at most the candidates of so many questions
 
@@ -141,44 +142,49 @@ def sample_rounds(task, train_prompt: Callable, report: Callable) -> tuple:
     train_prompt(task, name, before) -> SoftPrompt trains a prompt in the folder `name` of the run,
     from the prompt `before` it or None, or loads it if it is trained already. report(split, scores)
     shows how good the candidates are. Returns (the task whose questions hold their candidates, the
-    last prompt, the scores of each round).
+    last prompt, the scores of each round, the half "A" or "B" of each training question or None).
     """
     asked, prompts, rounds = task, {}, []
     for number in range(1, task.args.rounds + 1):
-        ranked = sample_round(task, asked, number, prompts, train_prompt)
+        ranked, halves = sample_round(task, asked, number, prompts, train_prompt)
         asked, scores = read_candidates(task, ranked, report)
         rounds.append(scores)
-    return asked, prompts[""], rounds
+    return asked, prompts[""], rounds, halves
 
 
-def sample_round(task, asked, number: int, prompts: dict, train_prompt) -> dict[str, list]:
+def sample_round(task, asked, number: int, prompts: dict, train_prompt: Callable) -> tuple:
     """Train the prompts of one round on `asked`, and sample candidates for every question.
 
-    `prompts` holds those of the round before, and then of this one. Returns {split: ranked
-    candidates}.
+    `prompts` holds those of the round before, and then of this one: those of the halves under "a"
+    and "b", the prompt of all questions under "". Returns ({split: ranked candidates}, the half of
+    each training question, or None without cross-fitting).
     """
-    everything = range(len(asked.tokens["train"]))
-    parts = {"": (everything, everything)}  # name of a prompt: the rows it learns, those it answers
-    if not task.args.no_cross_fit:
-        a, b = halves(task.examples["train"], task.args.seed)
-        parts |= {"a": (a, b), "b": (b, a)}
-    ranked = {"train": [[] for _ in everything]}
-    for name, (learns, answers) in parts.items():
-        part = half_of(asked, learns) if name else asked
+    names = iter([""] if task.args.no_cross_fit else ["a", "b", ""])  # as cross_fit trains them
+
+    def train(rows) -> str:
+        name = next(names)
+        part = half_of(asked, rows) if name else asked
         folder = f"p{number}-{name}" if name else f"p{number}"
         prompts[name] = train_prompt(part, folder, prompts.get(name))
-        if name or len(parts) == 1:
-            found = sample_split(task, asked, f"{number}{name}", prompts[name], "train", answers)
-            for row, candidates in zip(answers, found):
-                ranked["train"][row] = candidates
+        return name
+
+    def sample(name: str, rows, split: str = "train") -> list[list]:
+        return sample_split(task, asked, f"{number}{name}", prompts[name], split, rows)
+
+    rows, halves = range(len(asked.tokens["train"])), None
+    if task.args.no_cross_fit:
+        ranked = {"train": sample(train(rows), rows)}
+    else:
+        group = group_questions(task.examples["train"]).__getitem__
+        found, halves, _ = cross_fit(rows, train, sample, task.args.seed, group)
+        ranked = {"train": found}
     for split in ("dev", "test"):
-        rows = range(len(task.examples[split]))
-        ranked[split] = sample_split(task, asked, str(number), prompts[""], split, rows)
-    return ranked
+        ranked[split] = sample("", range(len(task.examples[split])), split)
+    return ranked, halves
 
 
-def halves(examples: list[data.Example], seed: int) -> tuple[list[int], list[int]]:
-    """Draw the rows of two halves of the questions, for cross-fitting.
+def group_questions(examples: list[data.Example]) -> list[int]:
+    """Name the group of each question: questions of a group lie in the same half.
 
     Examples with the same input stay together. So do up to 8 neighbours with the same answers: they
     may be one question in several wordings. ValueError if there is only one such group.
@@ -190,16 +196,10 @@ def halves(examples: list[data.Example], seed: int) -> tuple[list[int], list[int
         rows = {root(group, start), root(group, first_with.setdefault(e.input, row)), row}
         for other in rows:
             group[other] = min(rows)
-    roots = [root(group, row) for row in group]
-    order = sorted(set(roots))
-    random.Random(f"{seed} halves").shuffle(order)
-    first = set(order[: len(order) // 2])
-    if not first:
+    group = [root(group, row) for row in group]
+    if len(set(group)) < 2:
         raise ValueError("one question cannot be cut into halves; --no-cross-fit does without")
-    sides = [], []
-    for row, name in enumerate(roots):
-        sides[name in first].append(row)
-    return sides
+    return group
 
 
 def root(group: list[int], row: int) -> int:

@@ -33,6 +33,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from show import Parser, only_shows, run_program, show
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -50,7 +52,6 @@ from generate import predict
 from model import LM
 from pause import Paused, pause_parts, save_pause
 from runs import Run, finish_record, read_record, start_record
-from show import only_shows, show
 
 # The methods
 
@@ -77,12 +78,13 @@ def textual_recursion(task: start.Task) -> dict:
     """
     run = Run.from_args(task.args)
     if not task.args.no_cross_fit:  # refuse before anything is written
-        textual.halves(task.examples["train"], task.args.seed)
+        textual.group_questions(task.examples["train"])
     with run:
         prompt = start.start_prompt(task)
         record = start_record(run, prompt, task.lm, hashes(task, prompt))
-        asked, prompt, rounds = textual.sample_rounds(task, train_stage, show_candidates)
-        write_json(run.folder / "run.json", record | {"candidates": rounds})
+        asked, prompt, rounds, halves = textual.sample_rounds(task, train_stage, show_candidates)
+        split = {"halves": "".join(halves)} if halves else {}
+        write_json(run.folder / "run.json", record | {"candidates": rounds} | split)
     return train_adapter(asked, trained=start.next_prompt(task, prompt), loaded=task)
 
 
@@ -208,10 +210,17 @@ def train_adapter(task, trained: nn.Module, loaded=None, batch_at=None, after_st
 
 
 def train_stage(task: start.Task, name: str, before: adapters.SoftPrompt | None) -> nn.Module:
-    """Train a prompt in the folder `name` below --out, or load it if it is trained already."""
+    """Train a prompt in the folder `name` below --out, or load it if it is trained already.
+
+    ValueError if it was trained on other questions, as by a program that cut other halves.
+    """
     folder = Path(task.args.out) / name
     flags = vars(task.args) | {"method": "prompt_tuning", "out": str(folder)}
-    if not (folder / "run.json").is_file() or "results" not in read_record(folder):
+    record = read_record(folder) if (folder / "run.json").is_file() else {}
+    if "results" in record:
+        if record["data_hash"] != hashes(task, None)["data_hash"]:
+            raise ValueError(f"{folder} was trained on other questions; choose another --out")
+    else:
         show(f"{folder}: {len(task.tokens['train'])} training questions")
         stage = replace(task, args=argparse.Namespace(**flags))
         train_adapter(stage, trained=start.next_prompt(stage, before))
@@ -356,7 +365,7 @@ def show_candidates(split: str, scores: dict) -> None:
 
 def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     """Parse the flags, with the method's own defaults. A bad flag exits with status 2."""
-    parser = cli.Parser(prog=program, description=__doc__.split("\n")[0])
+    parser = Parser(prog=program, description=__doc__.split("\n")[0])
     parser.add_argument("--method", required=True, choices=METHODS, help="what is trained")
     init = "folder of a trained adapter to start from, or random; if neither this nor --model is "
     init += "given, the Connector of this method and size in assets/, if any; prompts: also vocab "
@@ -406,7 +415,7 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     keep = "GB of memory for the first pass's states, which are the same in every epoch; 0 for none"
     cli.add_flags(parser, "recursion", ("--cache-first-pass", cli.number_type(float, 0), 1.0, keep))
     cli.add_run_flags(parser)
-    first = cli.Parser(prog=program, add_help=False)  # reads the method, which sets other defaults
+    first = Parser(prog=program, add_help=False)  # reads the method, which sets other defaults
     first.add_argument("--method")
     method = first.parse_known_args(argv)[0].method
     if method in METHODS:
@@ -431,4 +440,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    cli.run_program("train.py", main)
+    run_program("train.py", main)

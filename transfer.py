@@ -23,6 +23,8 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+from show import Parser, run_program, show
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -38,7 +40,6 @@ from checkpoints import read_tensors, resolve, write_json, write_tensors
 from model import LM
 from promptability import load_task, pieces, read_dev_and_test
 from runs import ASSETS
-from show import show
 
 # ---------------------------------------------------------------------------- search for a source
 
@@ -421,7 +422,7 @@ def add_shared_flags(command) -> None:
 
 def parse(argv: list[str], program: str = "transfer.py") -> Namespace:
     """Parse the command and its flags. A bad flag exits with status 2."""
-    parser = cli.Parser(prog=program, description=__doc__.split("\n")[0])
+    parser = Parser(prog=program, description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (function, defaults) in COMMANDS.items():
         summary = function.__doc__.split("\n")[0]
@@ -458,4 +459,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    cli.run_program("transfer.py", main)
+    run_program("transfer.py", main)

@@ -18,7 +18,6 @@ prints 640 people, 80 cities, 64 companies, 16 countries, 5056 facts, hash 928da
 and writes facts, questions, 20,000 documents, passages and the prompted tasks to world/.
 """
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -29,7 +28,7 @@ import string
 from dataclasses import dataclass
 from pathlib import Path
 
-from show import show
+from show import Parser, run_program, show
 
 # ------------------------------------------------------------------------------------------------
 # Wordings and words
@@ -93,6 +92,7 @@ RELATIONS = read_relations(ASSETS / "relations.txt")
 TWO_HOP = read_sections(ASSETS / "two_hop.txt", SUBJECT_FIELDS)  # "born_in.country" -> questions
 WORDS = read_sections(ASSETS / "words.txt")
 SPLITS = ("train", "dev", "test")
+DRAWS = 10_000  # so many in a row that bring nothing new: there is nothing new left
 TRAIN_WORDINGS = 3  # train questions ask each fact in three wordings; dev and test ask once
 
 
@@ -255,6 +255,8 @@ def write_folder(out: Path, files: dict) -> None:
 
 def deck(rng: random.Random, items: list):
     """Draw without end. Every item comes up once before any item comes up again."""
+    if not items:
+        raise ValueError("nothing can be drawn: there are no items")
     while True:
         yield from rng.sample(items, len(items))
 
@@ -262,6 +264,15 @@ def deck(rng: random.Random, items: list):
 def deal(rng: random.Random, items, count: int) -> list:
     """`count` of the items in random order, each about equally often."""
     return list(itertools.islice(deck(rng, list(items)), count))
+
+
+def draw_other(rng: random.Random, items: list, excluded: set, what: str):
+    """One item that is not excluded. ValueError, which begins with `what`, if there is none."""
+    if all(item in excluded for item in items):
+        raise ValueError(f"{what}: none of the {len(items)} can be drawn")
+    while (item := rng.choice(items)) in excluded:
+        pass
+    return item
 
 
 def table(subjects: list[str], **columns: list[str]) -> dict[str, dict[str, str]]:
@@ -274,7 +285,7 @@ class Names:
     """Invents names. No name is given twice, and many names share their parts."""
 
     def __init__(self, rng: random.Random, people: int):
-        self.rng, self.used, self.pronoun = rng, set(), {}
+        self.rng, self.count, self.used, self.pronoun = rng, people, set(), {}
         self.roots = self.new(min(600, max(40, people // 8)), "onsets", "vowels", "codas")
         self.surnames = self.new(min(3000, max(16, people // 5)), self.roots, "surname_ends")
         self.firsts = {
@@ -289,11 +300,15 @@ class Names:
         return sep.join(self.rng.choice(WORDS[p] if isinstance(p, str) else p) for p in parts)
 
     def unused(self, draw) -> str:
-        """The first draw that is no name yet."""
-        while (name := draw()) in self.used:
-            pass
-        self.used.add(name)
-        return name
+        """The first draw that is no name yet. ValueError if `DRAWS` of them are names already."""
+        for _ in range(DRAWS):
+            if (name := draw()) not in self.used:
+                self.used.add(name)
+                return name
+        raise ValueError(
+            f"people: the parts of the names of {self.count} people make too few names for so many "
+            "cities, companies or countries"
+        )
 
     def new(self, count: int, *parts, sep: str = "") -> list[str]:
         return [self.unused(lambda: self.join(*parts, sep=sep)) for _ in range(count)]
@@ -319,8 +334,12 @@ def make(
     companies: int | None = None,
     countries: int = 16,
 ) -> World:
-    """The world of this seed. By default there is one city per 8 people, one company per 10."""
-    cities = max(8, people // 8) if cities is None else cities
+    """The world of this seed. By default there is one city per 8 people, one company per 10.
+
+    ValueError if a size is too small or too large, or if the people are so few that the parts of
+    their names make too few names for so many cities, companies or countries.
+    """
+    cities = min(2000, max(8, people // 8)) if cities is None else cities
     companies = max(8, people // 10) if companies is None else companies
     limits = {
         "people": (people, 20, 20000),
@@ -374,18 +393,18 @@ def person_facts(
     """The facts of everyone in `split`. Two choices are restricted, to keep questions clean."""
     born_in, lives_in = zip(*(rng.sample(cities, 2) for _ in split))
     fellows = {label: [name for name in split if split[name] == label] for label in SPLITS}
+    companies, seated_in = list(headquarters), {city: set() for city in cities}
+    for company, city in headquarters.items():
+        seated_in[city].add(company)
     works_for, teacher = [], []
     for i, (person, label) in enumerate(split.items()):
         # The employer's seat is a third city. Otherwise an article that names the birthplace or
         # the home would name the answer to works_for.headquarters by accident.
-        while headquarters[company := rng.choice(list(headquarters))] in (born_in[i], lives_in[i]):
-            pass
+        at_home = seated_in[born_in[i]] | seated_in[lives_in[i]]
+        works_for.append(draw_other(rng, companies, at_home, "companies"))
         # The teacher is of the same split. Otherwise a dev or test person would be the answer of a
         # train question.
-        while (other := rng.choice(fellows[label])) == person:
-            pass
-        works_for.append(company)
-        teacher.append(other)
+        teacher.append(draw_other(rng, fellows[label], {person}, "people"))
     return table(
         list(split),
         born_in=born_in,
@@ -399,22 +418,18 @@ def person_facts(
 
 
 def main(argv=None) -> World:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(prog="world.py", description=__doc__.split("\n")[0])
     option = parser.add_argument
     option("--out", help="new folder for the world's files; without it only samples are printed")
-    option("--seed", type=int, default=1, help="another seed, another world (default 1)")
-    option("--people", type=int, default=640, help="with a city per 8, a company per 10 (640)")
-    option("--documents", type=int, default=20000, help="documents in corpus.jsonl (20000)")
-    parser.error = lambda message: parser.exit(2, f"world.py: {message}\n")
+    option("--seed", type=int, default=1, help="another seed, another world")
+    people = "with a city per 8, a company per 10; in small worlds, some tasks have fewer examples"
+    option("--people", type=int, default=640, help=people)
+    option("--documents", type=int, default=20000, help="documents in corpus.jsonl")
     args = parser.parse_args(argv)
-    try:
-        world = make(args.seed, args.people)
-        if args.out:
-            world.write(args.out, args.documents)
-        print_samples(world)
-    except (ValueError, OSError) as error:
-        show(f"world.py: {error}", "stderr")
-        raise SystemExit(2) from None
+    world = make(args.seed, args.people)
+    if args.out:
+        world.write(args.out, args.documents)
+    print_samples(world)
     return world
 
 
@@ -440,4 +455,4 @@ def print_samples(world: World) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program("world.py", main)

@@ -238,6 +238,31 @@ ROWS += [  # a value of 5,000 letters is not shown in full
         ("eval.py score dev.jsonl --model LETTERS", "File name too long"),
         ("eval.py score dev.jsonl --out LETTERS", "File name too long"),
         ("eval.py ask --run run LETTERS", "eval.py ask: 'aaa", "aaa': ", "context"),
+        ("train.py --method LETTERS", "--method: invalid choice: 'aaa", " ... ", "training_free"),
+        ("train.py --method id_pt --lr LETTERS", "--lr: invalid float value: 'aaa", " ... "),
+        ("pretrain.py LETTERS", "objective: invalid choice: 'aaa", " ... "),
+        ("pretrain.py lm --steps LETTERS", "--steps", " ... "),
+        ("transfer.py LETTERS", "command: invalid choice: 'aaa", " ... "),
+        ("transfer.py search --library . --task LETTERS", "File name too long"),
+        ("bench.py --only LETTERS", "--only: invalid choice: 'aaa", " ... "),
+        ("bench.py plan --method LETTERS", "--method: invalid choice: 'aaa", " ... "),
+        ("bench.py plan --method id_pt --seq-len LETTERS", "--seq-len", " ... "),
+        ("bench.py attention --device LETTERS", "bench.py attention: ", "aaa", " ... "),
+        ("audit.py LETTERS", "command: invalid choice: 'aaa", " ... "),
+        ("reproduce.py LETTERS", "experiment: invalid choice: 'aaa", " ... "),
+        ("eval.py LETTERS", "command: invalid choice: 'aaa", " ... ", "score"),
+        ("eval.py score dev.jsonl --limit LETTERS", "--limit", " ... "),
+        ("data.py dev.jsonl --LETTERS", "data.py: unrecognized arguments: --aaa", " ... "),
+        ("generate.py lm/model text --seed LETTERS", "generate.py: ", "--seed", " ... "),
+        ("generate.py LETTERS text", "generate.py: ", "File name too long"),
+        ("adapters.py thesis --LETTERS", "adapters.py: unrecognized", " ... "),
+        ("adapters.py LETTERS", "adapters.py: ", "File name too long"),
+        ("rerank.py lm/model --LETTERS", "rerank.py: unrecognized", " ... "),
+        ("rerank.py LETTERS", "rerank.py: ", "File name too long"),
+        ("t5.py lm/model --LETTERS", "t5.py: unrecognized", " ... "),
+        ("t5.py LETTERS", "t5.py: ", "File name too long"),
+        ("world.py --people LETTERS", "world.py: ", "--people", " ... "),
+        ("world.py --people 20 --out LETTERS", "world.py: ", "File name too long"),
     )
 ]
 if torch.cuda.is_available():
@@ -334,6 +359,11 @@ def test_bad_input_is_one_line_and_status_2(bad, monkeypatch, capsys, line, word
     # world.py names its folder in full, and a run's record its data.
     assert str(bad) not in message or name == "world.py" or "compare" in arguments
     assert snapshot(bad) == before
+
+
+def test_every_program_is_in_the_table():
+    programs = {p.name for p in ROOT.glob("*.py") if "\nif __name__ ==" in p.read_text()}
+    assert {line.split()[0] for line, *_ in ROWS if "a" * 5000 in line} & programs == programs
 
 
 @pytest.mark.parametrize("line, status, word", [("--lr nan", 2, "--lr"), ("--help", 0, "--method")])

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 
+from show import run_program
+
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +21,6 @@ from tiny_runs import ROOT, command, die_at_5, make_place, read_lines, run, same
 
 import eval as metrics
 from checkpoints import load_tokenizer
-from cli import run_program
 from model import LM
 from runs import load_run
 

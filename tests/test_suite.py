@@ -10,7 +10,7 @@ import pytest
 import data
 import suite
 from suite import LARGE, LOW, TASKS, TEMPLATES
-from world import RELATIONS, SPLITS, capital, make
+from world import RELATIONS, SPLITS, capital, make, render
 
 LABELLED = [name for name in TASKS if TEMPLATES[name][0][1]]
 SPLIT_SIZES = {"dev": 60, "test": 150}
@@ -265,3 +265,36 @@ def test_a_wrong_split_or_template_is_refused(world, tmp_path):
     path.write_text("[gist]\nshort: {text}\n")
     with pytest.raises(ValueError, match=r"\[gist\]: a template is name \| choices \| input"):
         suite.read_templates(path)
+
+
+@pytest.mark.parametrize(
+    "sizes", [dict(people=20), dict(people=40), dict(people=20, cities=4, companies=4, countries=2)]
+)
+@pytest.mark.parametrize("seed", [1, 5])
+def test_a_small_world_has_all_examples_that_there_are(sizes, seed):
+    """Each of its tasks ends: with every question about its people of the split."""
+    small = make(seed, **sizes)
+    people = [p for p in small.people if small.split[p] == "train"]
+    asked = {fields["question"] for fields in suite.examples(small, "people_trivia", "train")}
+    wordings = [q for _, questions in RELATIONS["person"].values() for q in questions]
+    assert asked == {render(q, person) for q in wordings for person in people}
+    places = {split: suite.examples(small, "place_trivia", split) for split in SPLITS}
+    named = {
+        split: sum(suite.split_of(p) == split for p in small.cities + small.companies)
+        for split in SPLITS
+    }
+    for split, size in (SPLIT_SIZES | {"train": LOW}).items():
+        assert len(places[split]) == min(size, 24 * named[split])
+
+
+def test_a_split_without_examples_has_no_file(monkeypatch):
+    seed = next(
+        n
+        for n in range(99)
+        for small in [make(n, 20)]
+        if "dev" not in map(suite.split_of, small.cities + small.companies)
+    )
+    monkeypatch.setattr(suite, "TASKS", {"place_trivia": TASKS["place_trivia"]})
+    files = {name for name in suite.files(make(seed, 20), 1) if name.startswith("suite/")}
+    assert "suite/place_trivia-train.jsonl" in files
+    assert "suite/place_trivia-dev.jsonl" not in files

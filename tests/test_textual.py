@@ -154,16 +154,13 @@ def test_wordings_of_a_question_stay_in_one_half():
         for wording in range(3):
             examples.append(data.Example(f"{fact} in {wording}", f"a{fact}", (f"a{fact}",)))
     examples += [data.Example("0 in 1", "a0", ("a0",)), data.Example("new", "a", ("a",))]
-    a, b = textual.halves(examples, 0)
-    assert sorted(a + b) == list(range(len(examples))) and abs(len(a) - len(b)) < 10
-    for rows in (a, b):
-        facts = {examples[row].input.split()[0] for row in rows}
-        assert not facts & {examples[row].input.split()[0] for row in set(range(182)) - set(rows)}
-    assert textual.halves(examples, 0) == (a, b) != textual.halves(examples, 1)
+    groups = textual.group_questions(examples)
+    facts = [example.input.split()[0] for example in examples]
+    assert len(set(groups)) == len(set(facts)) == len(set(zip(facts, groups))) == 61
     same = [data.Example(f"q{i}", "yes", ("yes",)) for i in range(100)]
-    assert min(map(len, textual.halves(same, 0))) > 40
+    assert len(set(textual.group_questions(same))) == 13  # of 8 neighbours each
     with pytest.raises(ValueError, match="--no-cross-fit"):
-        textual.halves(examples[:3], 0)
+        textual.group_questions(examples[:3])
 
 
 def test_candidates_for_training_come_from_a_prompt_of_the_other_half(whole):
@@ -184,6 +181,22 @@ def test_candidates_for_training_come_from_a_prompt_of_the_other_half(whole):
         ]
         assert not {line["id"] for line in learnt} & sampled[name]
     assert sampled["a"] | sampled["b"] == {f"q{i}" for i in range(8)}
+    halves = read_record(whole)["halves"]  # of q0, q1, ...
+    for name, other in (("a", "B"), ("b", "A")):
+        assert sampled[name] == {f"q{i}" for i, half in enumerate(halves) if half == other}
+
+
+def test_a_prompt_of_other_halves_is_refused(place, tmp_path, monkeypatch):
+    """An unfinished run of a program that cut the questions in another way."""
+    line = command(place, "textual_recursion", tmp_path / "run", FLAGS)
+    write = textual.write_candidates
+    monkeypatch.setattr(textual, "write_candidates", lambda *_: (_ for _ in ()).throw(Dead))
+    with pytest.raises(Dead):
+        run(line)
+    monkeypatch.setattr(textual, "write_candidates", write)
+    monkeypatch.setattr(textual, "group_questions", lambda examples: [0, 0, 1, 1, 1, 1, 1, 1])
+    with pytest.raises(ValueError, match="p1-a was trained on other questions"):
+        run([*line, "--resume"])
 
 
 def test_a_half_trains_on_its_questions_only(place, tmp_path, monkeypatch):
@@ -274,7 +287,7 @@ def test_a_killed_run_resumes_to_the_same_files(place, tmp_path, monkeypatch, wh
         with pytest.raises(Dead):
             run(line)
     else:
-        fit["die"] = {"p1-a": 2, "last prompt": 4}[dies]
+        fit["die"] = {"p1-a": 1, "last prompt": 4}[dies]
         with pytest.raises(Dead):
             run(line)
         fit["die"] = None

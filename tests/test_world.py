@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -249,3 +250,34 @@ def test_samples_that_nobody_can_read_are_one_line_and_status_2():
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert result.stderr.startswith("world.py: standard output")
+
+
+@pytest.mark.parametrize("people", ["20", "40", "99"])
+def test_the_command_ends_for_a_small_world(capsys, people):
+    assert len(world_module.main(["--people", people]).people) == int(people)
+    assert capsys.readouterr().out.startswith(f"{people} people")
+
+
+def test_the_default_of_the_cities_suits_every_number_of_people():
+    assert len(make(people=20_000).cities) == 2000
+
+
+@pytest.mark.parametrize("size", ["cities", "companies"])
+def test_more_names_than_there_are_is_an_error(size):
+    with pytest.raises(ValueError, match="people: the parts of the names of 20 people"):
+        make(people=20, **{size: 2000})
+
+
+def test_whatever_is_drawn_until_it_is_new_ends(world, monkeypatch):
+    rng = random.Random(1)
+    with pytest.raises(ValueError, match="companies: none of the 2 can be drawn"):
+        world_module.draw_other(rng, ["a", "b"], {"a", "b", "c"}, "companies")
+    assert {world_module.draw_other(rng, list("abc"), {"b"}, "") for _ in range(99)} == {"a", "c"}
+    with pytest.raises(ValueError, match="nothing can be drawn"):
+        next(world_module.deck(rng, []))
+    person = world.people[0]
+    with pytest.raises(ValueError, match=f"{person}: 8 relations are asked for, and there are 7"):
+        list(genres.Cast(world, rng).next_relations(person, 8))
+    monkeypatch.setattr(genres, "make", lambda *_, **__: world)
+    with pytest.raises(ValueError, match="reading: all names of strangers are in use"):
+        next(genres.strangers(world, "reading", rng))
