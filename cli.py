@@ -10,7 +10,6 @@ Needs runs.py.
 
 import argparse
 import math
-from pathlib import Path
 
 import torch
 
@@ -43,7 +42,6 @@ def add_flags(parser, title: str, *rows):
     return group
 
 
-CPUINFO = Path("/proc/cpuinfo")  # what Linux knows about the processor
 COUNT = number_type(int, 1)
 MODEL = ("--model", str, None, "checkpoint folder or hub id; the embedded LM if not given")
 TOKENIZER = ("--tokenizer", str, None, "tokenizer.json or its folder, if not the model's own")
@@ -84,7 +82,7 @@ def add_run_flags(parser) -> None:
     """Where a run lies, how it continues, and on what it computes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "arithmetic and frozen weights; on CUDA bfloat16, else float32, if not given; auto: "
-    dtype += "bfloat16 where the processor computes with it"
+    dtype += "bfloat16 if it is faster here"
     group = add_flags(
         parser,
         "run",
@@ -109,16 +107,21 @@ def add_late_defaults(
 
 
 def fastest_dtype(device: str) -> str:
-    """bfloat16 if the device multiplies such numbers itself, else float32.
+    """bfloat16 if the device multiplies such matrices at least 1.2 times as fast, else float32.
 
-    Other processors convert them to float32 and back, which costs more than it saves.
+    This is measured: not every processor with instructions for bfloat16 gains by them.
     """
-    if device == "cuda":
-        able = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bfloat16" if able else "float32"
-    units = {"avx512_bf16", "amx_bf16", "bf16"}  # of Intel and AMD; the last of ARM
-    able = CPUINFO.is_file() and not units.isdisjoint(CPUINFO.read_text().split())
-    return "bfloat16" if able else "float32"
+    seconds = {dtype: matmul_seconds(dtype, device) for dtype in ("float32", "bfloat16")}
+    return "bfloat16" if 1.2 * seconds["bfloat16"] < seconds["float32"] else "float32"
+
+
+def matmul_seconds(dtype: str, device: str) -> float:
+    """How long the product of two matrices of 512 x 512 takes, the shortest of five times."""
+    from torch.utils.benchmark import Timer
+
+    x = torch.randn(512, 512).to(device, getattr(torch, dtype))
+    timer = Timer("x @ x", globals={"x": x}, num_threads=torch.get_num_threads())
+    return min(timer.timeit(10).mean for _ in range(5))
 
 
 def check_and_seed(args: argparse.Namespace) -> None:

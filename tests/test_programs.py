@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from tiny_runs import ROOT, command, run
 
 import cli
@@ -61,22 +60,10 @@ def test_what_the_user_says_of_threads_counts(program):
     assert at_torch(program, "--help", OMP_WAIT_POLICY="ACTIVE") == "torch: None\n"
 
 
-# A Ryzen 7950X, a Xeon of the fourth generation, a Neoverse V1, and two without such units.
-@pytest.mark.parametrize(
-    "line, expected",
-    [
-        ("flags\t\t: fpu sse2 avx512bw avx512_bf16 avx512_vbmi2", "bfloat16"),
-        ("flags\t\t: fpu amx_bf16 avx512_fp16 amx_tile", "bfloat16"),
-        ("Features\t: fp asimd i8mm bf16 dgh", "bfloat16"),
-        ("flags\t\t: fpu sse2 avx2 avx512bw", "float32"),
-        (None, "float32"),
-    ],
-)
-def test_auto_asks_the_processor(tmp_path, monkeypatch, line, expected):
-    about = tmp_path / "cpuinfo"
-    if line is not None:
-        about.write_text(f"processor\t: 0\n{line}\n")
-    monkeypatch.setattr(cli, "CPUINFO", about)
+@pytest.mark.parametrize("ratio, expected", [(0.5, "bfloat16"), (0.9, "float32"), (2, "float32")])
+def test_auto_takes_what_multiplies_faster(monkeypatch, ratio, expected):
+    seconds = {"float32": 1.0, "bfloat16": ratio}
+    monkeypatch.setattr(cli, "matmul_seconds", lambda dtype, device: seconds[dtype])
     programs = (train, "--method id_pt"), (pretrain, "lm"), (transfer, "source --train text.txt")
     for program, rest in programs:
         rest = rest.split()
@@ -84,25 +71,15 @@ def test_auto_asks_the_processor(tmp_path, monkeypatch, line, expected):
         assert program.parse([*rest, "--device", "cpu"]).dtype == "float32"
 
 
-@pytest.mark.parametrize("able, expected", [(True, "bfloat16"), (False, "float32")])
-def test_auto_asks_the_gpu(monkeypatch, able, expected):
-    """A card that only emulates such numbers does not count."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        torch.cuda,
-        "is_bf16_supported",
-        lambda including_emulation=True: including_emulation or able,
-    )
-    args = ["--method", "id_pt", "--device", "cuda", "--dtype"]
-    assert train.parse([*args, "auto"]).dtype == expected
+def test_the_measured_time_is_of_this_arithmetic():
+    for dtype in ("float32", "bfloat16"):
+        assert 1e-5 < cli.matmul_seconds(dtype, "cpu") < 1
 
 
 def test_a_record_names_the_arithmetic_that_auto_chose(place, tmp_path, monkeypatch):
-    about = tmp_path / "cpuinfo"
-    monkeypatch.setattr(cli, "CPUINFO", about)
-    about.write_text("flags : amx_bf16")
+    monkeypatch.setattr(cli, "fastest_dtype", lambda device: "bfloat16")
     line = command(place, "prompt_tuning", tmp_path / "run", "--steps 2 --dtype auto")
     assert run(line)["arguments"]["dtype"] == "bfloat16"
-    about.write_text("flags : sse2")  # another machine
+    monkeypatch.setattr(cli, "fastest_dtype", lambda device: "float32")  # another machine
     with pytest.raises(ValueError, match="--dtype bfloat16, not float32"):
         run([*line, "--resume"])
