@@ -1,4 +1,4 @@
-"""Speed and memory: beside the peers, measured in one run, and before a run, estimated.
+"""Speed and memory beside the peers, measured in one run.
 
 prompt      a step of prompt tuning against PEFT on transformers. The frozen LM reads a shared
             prompt once per batch instead of once per example. Counting multiplications alone, a
@@ -15,24 +15,19 @@ pip install -r requirements-dev.txt
 python bench.py                     a row for each workload: our median, the peer's, and the ratio
 python bench.py --only generation   the rows of one workload; --tiny runs every row in seconds
 python bench.py plan --method neural_recursion --model EleutherAI/pythia-1b
-                                    the memory that this command of train.py would need, from
-                                    config.json and the lengths of its questions, or from --seq-len
-                                    tokens in each; --text: of pretrain.py connector
+                                    what this command of train.py would need: see plan.py
 python bench.py attention --device cuda
                                     attention.py beside PyTorch's attention, shape by shape
 """
 
 import argparse
 import json
-import math
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from show import Parser, run_program
@@ -42,12 +37,8 @@ import torch.nn.functional as F
 
 import bench_attention
 import cli
-import recurse
-import start
-import train
-from adapters import Connector, SoftPrompt
-from checkpoints import HUB_FILES, load_tokenizer, read_config, resolve, skip_init
-from fit import Recipe, linear_weights, make_optimizer
+import plan
+from adapters import SoftPrompt
 from generate import generate
 from model import LM, Config
 from runs import ASSETS
@@ -256,206 +247,10 @@ def run_alone(kind: str, who: str, folder: str, *rest) -> dict:
     if kind == "generate":
         model = load(folder)
         go(model, [[1]], 1, 1)  # touches every weight, so the peak below is what comes on top
-    before = memory("VmRSS")
+    before = plan.memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
     seconds = timed(step)
-    return {"seconds": seconds, "peak": memory("VmHWM") - before}
-
-
-def memory(mark: str) -> int:
-    """Bytes of memory in use: VmRSS now, VmHWM at the peak."""
-    return 1024 * int(re.search(rf"{mark}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-
-# The memory of a run, before anything is loaded
-
-
-@dataclass
-class Lengths:
-    """The longest of what a run reads, in tokens, and the fewest answer choices of a question."""
-
-    text: int  # of a training text
-    targets: int  # of a training text
-    question: int
-    new: int  # after a question: new tokens, or those of its longest option
-    options: int
-    kept: int  # positions of the first pass that are computed once and kept
-
-
-def parse_plan(argv: list[str]) -> argparse.Namespace:
-    """Parse the flags of train.py, and with them --seq-len and --text."""
-    first = Parser(prog="bench.py plan", add_help=False)
-    first.add_argument("--seq-len", type=cli.COUNT)  # of a question and its answer
-    first.add_argument("--text", action="store_true")  # every token is a target, as in pretraining
-    more, rest = first.parse_known_args(argv)
-    args = train.parse(rest, "bench.py plan")
-    args.seq_len, args.text = more.seq_len, more.text
-    if args.text and args.seq_len is None:
-        args.seq_len = 128  # as in pretrain.py
-    return args
-
-
-def read_lengths(args: argparse.Namespace, lm: LM, folder: str | Path) -> Lengths:
-    """The lengths that --seq-len assumes, or else those of the questions of the run."""
-    if args.seq_len:
-        T, new = args.seq_len, args.max_new_tokens
-        return Lengths(T, T if args.text else min(T, new), T, new, 0, 0)
-    files = [name for name in HUB_FILES if "safetensors" not in name]
-    tokenizer = load_tokenizer(args.tokenizer or resolve(folder, files), lm.config.vocab_size)
-    task = start.load_task(args, lm, tokenizer)
-    tokens, first_pass = task.tokens, train.first_pass(task)
-    asked = [e for split in ("dev", "test") for e in tokens[split]]
-    ends = [max(map(len, e.options), default=args.max_new_tokens) for e in asked]
-    return Lengths(
-        text=max(len(e.input) + len(e.target) - 1 for e in tokens["train"]),
-        targets=max(len(e.target) for e in tokens["train"]),
-        question=max((len(e.input) for e in asked), default=0),
-        new=max(ends, default=0),
-        options=min((len(e.options) for e in asked), default=0),
-        kept=0 if first_pass is None else first_pass.positions,
-    )
-
-
-def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
-    """Print and return the bytes that this command will hold at most, by what holds them.
-
-    The weights are counted from config.json. A step and an evaluation do not come at the same time,
-    so the table has what a step holds, and what an evaluation holds beyond that.
-    """
-    if args.method == "id_pt":
-        raise ValueError("plan: the encoder and the generator of id_pt are not counted yet")
-    folder = args.model or ASSETS / "lm"
-    config = Config(**read_config(resolve(folder, ["config.json"])))
-    with torch.device("meta"), skip_init():
-        lm = LM(config)
-        module = planned(args, lm)
-    lengths = read_lengths(args, lm, folder)
-    trained = count(module.parameters())
-    frozen = 0 if args.method == "fine_tuning" else count(lm.parameters())
-    size = 2 if args.dtype == "bfloat16" else 4  # what is trained is in float32 all the same
-    step = {"its gradients": 4 * trained} | step_memory(args, config, lengths, size)
-    evaluation = evaluation_memory(args, config, lengths, size)
-    table = {
-        "frozen weights": size * frozen,
-        "trained": 4 * trained,
-        "the best so far": 4 * trained,
-        f"optimiser ({args.optimizer})": optimizer_memory(args.optimizer, module),
-        **step,
-        "evaluation beyond this": max(0, evaluation - sum(step.values())),
-    }
-    if lengths.kept:
-        table["first pass, kept"] = size * config.dim * lengths.kept
-    if args.device == "cpu":
-        recipe = Recipe(steps=1, lr=1.0, optimizer=args.optimizer)
-        make_optimizer(torch.nn.Linear(1, 1), recipe)  # torch imports more for it
-        table["Python and libraries"] = memory("VmRSS")  # this process has loaded the same ones
-        # malloc keeps freed blocks: 0.2 to 0.65 of the others, in runs that were measured.
-        table["allocator, about"] = max(sum(step.values()), evaluation) // 2
-    print(f"{args.method}: {trained:,} parameters trained, {frozen:,} frozen; ", end="")
-    print(f"{args.batch_size} texts of at most {lengths.text} tokens, {args.dtype}")
-    for what, bytes_held in (table | {"in all": sum(table.values())}).items():
-        print(f"{what:22} {bytes_held / 1e9:8.2f} GB")
-    if args.device == "cuda":
-        print("not counted: the CUDA context, and freed memory that torch's allocator keeps")
-    return table
-
-
-def count(parameters: Iterable[torch.Tensor]) -> int:
-    """The number of entries of all parameters."""
-    return sum(p.numel() for p in parameters)
-
-
-def optimizer_memory(optimizer: str, trained: torch.nn.Module) -> int:
-    """Bytes of the moments: two of each entry with AdamW, one with Adafactor or Muon."""
-    entries, linear = count(trained.parameters()), count(linear_weights(trained))
-    moments = {"adamw": 2 * entries, "adafactor": entries, "muon": 2 * entries - linear}
-    return 4 * moments[optimizer]
-
-
-def planned(args, lm: LM) -> torch.nn.Module:
-    """What the method trains, or as many parameters."""
-    parts = torch.nn.ModuleList()
-    if args.method == "deep_prompt":
-        parts.append(SoftPrompt(torch.empty(deep_parameters(args, lm.config), 1)))
-    elif args.method in recurse.PROMPT_METHODS:
-        parts.append(SoftPrompt(torch.empty(args.prompt_length, lm.config.dim)))
-    elif args.method == "fine_tuning":
-        parts.append(lm)
-    elif args.method != "training_free":
-        gaps = args.passes - 1 if args.connectors == "each" else 1
-        parts.extend(Connector(lm.new_layers(args.connector_layers)) for _ in range(gaps))
-    if args.pause_text == "trained":
-        parts.append(SoftPrompt(torch.empty(args.pause, lm.config.dim)))
-    return parts
-
-
-def deep_parameters(args, c: Config) -> int:
-    """Count what a deep prompt trains."""
-    P, width = args.prompt_length, c.n_kv_heads * c.head_dim
-    if args.reparam_dim is None:
-        return P * 2 * c.n_layers * width
-    mlp = (width + 1) * args.reparam_dim + (args.reparam_dim + 1) * 2 * c.n_layers * width
-    return P * width + mlp
-
-
-def step_memory(args, c: Config, lengths: Lengths, size: int) -> dict[str, int]:
-    """What a training step holds beside the gradients."""
-    trained_layers, frozen_layers = args.connector_layers, c.n_layers
-    tokens = args.batch_size * lengths.text
-    if args.method in recurse.PROMPT_METHODS:
-        trained_layers = 0
-    if args.method in ("prompt_tuning", "textual_recursion"):
-        tokens += args.prompt_length  # read once per batch
-    elif args.method == "fine_tuning":
-        trained_layers, frozen_layers = c.n_layers, 0
-    elif args.method == "lm_connector":  # the gradient ends in the Connector
-        frozen_layers = 0
-    elif args.method == "training_free":  # no step
-        return {}
-    elif args.method == "neural_recursion":  # the first pass keeps nothing
-        trained_layers *= args.passes - 1
-        frozen_layers *= args.passes - 1
-    kept = trained_layers * activations(c, trained=True)
-    kept += frozen_layers * activations(c, trained=False)
-    targets = args.batch_size * lengths.targets
-    return {
-        "activations": size * tokens * kept,
-        "logits": 3 * 4 * targets * c.vocab_size,  # with log softmax and gradient
-    }
-
-
-def evaluation_memory(args, c: Config, lengths: Lengths, size: int) -> int:
-    """What a batch of questions holds: in all its rows at most --eval-tokens positions."""
-    if args.text or not lengths.question:  # a loss without gradients, or nothing: less than a step
-        return 0
-    P = args.prompt_length if args.method in recurse.PROMPT_METHODS else 0
-    length = P + lengths.question + lengths.new
-    rows = min(128, max(1, args.eval_tokens // length))  # as in generate.predict
-    gaps = args.passes - 1
-    passes = {"neural_recursion": (gaps + 1) * c.n_layers + gaps * args.connector_layers}
-    passes["training_free"] = 2 * c.n_layers
-    passes |= dict.fromkeys((*recurse.PROMPT_METHODS, "fine_tuning"), c.n_layers)
-    layers = passes.get(args.method, c.n_layers + args.connector_layers)
-    cache = 2 * c.n_kv_heads * c.head_dim * layers * size
-    cached = 2 * rows * length  # positions, before and after a row ends
-    read, scored = rows * length, rows  # positions that a layer reads at once, and with logits
-    if lengths.options:  # each question is read once, then its cache is copied for every option
-        questions = math.ceil(rows / lengths.options)
-        cached = (questions + rows) * length
-        read = questions * length + rows * lengths.new
-        scored = min(rows * lengths.new, max(1, 2**25 // c.vocab_size))  # generate.token_logprobs
-    held = cached * cache + read * size * activations(c, trained=True)
-    return held + 2 * 4 * scored * c.vocab_size
-
-
-def activations(c: Config, trained: bool) -> int:
-    """Count the values that a token leaves in one layer for the backward pass."""
-    query, key = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    values = 2 * c.dim + 2 * query + 2 * key  # inputs of the norms; q, k, v and attention's output
-    values += c.hidden_dim * (3 if c.gated else 1)  # the activation's input, the gate's factors
-    if trained:
-        values += 2 * c.dim + query + c.hidden_dim  # inputs of the weights
-    return values
+    return {"seconds": seconds, "peak": plan.memory("VmHWM") - before}
 
 
 # The command line
@@ -465,14 +260,14 @@ WORKLOADS = {"prompt": prompt_rows, "generation": generation_rows, "loading": lo
 
 
 def main(argv: list[str] | None = None):
-    """Measure and return the rows, or estimate memory and return the table."""
+    """Measure and return the rows, or estimate memory and return the table of plan.py."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["plan"]:
-        return estimate_memory(parse_plan(argv[1:]))
+        return plan.main(argv[1:])
     if argv[:1] == ["attention"]:
         return bench_attention.main(argv[1:])
     description = "Speed and memory beside the peers, in one run. `bench.py plan` with flags of "
-    description += "train.py estimates the memory of a run instead."
+    description += "train.py estimates the memory and the operations of a run instead."
     parser = Parser(prog="bench.py", description=description)
     text = "the rows of this workload; may be given several times; all if not given"
     parser.add_argument("--only", choices=WORKLOADS, action="append", help=text)

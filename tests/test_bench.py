@@ -9,15 +9,18 @@ import sys
 import pytest
 import torch
 from tiny_runs import PEOPLE, ROOT, write_lines
+from torch.utils import flop_counter
 
 import adapters
 import bench
+import plan
 import recurse
 import start
 import train
 from data import train_tokenizer
 from fit import Recipe, make_optimizer
 from model import LM, Config
+from t5 import T5Config, T5Encoder
 
 
 def kept_for_backward(compute, *modules):
@@ -35,31 +38,49 @@ def kept_for_backward(compute, *modules):
     return sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in known)
 
 
+def operations_of(compute):
+    """Floating-point operations of all products of matrices in compute()."""
+    known, sdpa = flop_counter.flop_registry, "_scaled_dot_product_flash_attention"
+    for name in ("", "_backward"):  # it lacks attention on a CPU, which counts the same
+        cuda, cpu = (getattr(torch.ops.aten, f"{sdpa}{on}{name}") for on in ("", "_for_cpu"))
+        known.setdefault(cpu, known[cuda])
+    with flop_counter.FlopCounterMode(display=False) as counter:
+        compute()
+    return counter.get_total_flops()
+
+
 def new_adapter(method, lm):
     """What the method trains around the LM; None if it trains the LM itself."""
     if method == "fine_tuning":
         return None
     if method == "deep_prompt":
         return adapters.DeepPrompt(lm.read(torch.randn(7, lm.config.dim)))
+    if method == "id_pt":
+        encoder = T5Encoder(ENCODER).requires_grad_(False)
+        return adapters.PromptGenerator(encoder, torch.randn(6, 32), 7, lm.config.dim)
     if method in recurse.PROMPT_METHODS:
         return adapters.SoftPrompt(torch.randn(7, lm.config.dim))
     return recurse.new_connector(lm, method, 2)
 
 
-PLANNED = [method for method in train.METHODS if method not in ("id_pt", "training_free")]
+PLANNED = [method for method in train.METHODS if method != "training_free"]
+ENCODER = T5Config(60, 32, 3, 4, 8, 80)
 NEOX = {"family": "gpt_neox", "layer_norm": True, "gated": False, "activation": "gelu"}
 NEOX |= {"mlp_bias": True, "qkv_bias": True, "o_bias": True, "parallel": True, "tied": False}
 
 
 @pytest.mark.parametrize("method", PLANNED)
 @pytest.mark.parametrize("family", [{}, NEOX])
-def test_the_plan_counts_what_a_step_holds(tmp_path, capsys, method, family):
-    LM(Config(60, 48, 3, 4, 4 if family else 2, 12, 96, 64, **family)).save(tmp_path / "lm")
-    flags = (
-        f"plan --method {method} --model {tmp_path}/lm --batch-size 5 --seq-len 40 --device cpu "
-    )
-    flags += f"--prompt-length 7 --max-new-tokens 3 --out {tmp_path}/out"
-    table = bench.main(flags.split())
+def test_the_plan_counts_what_a_step_holds_and_computes(tmp_path, capsys, method, family):
+    LM(Config(60, 48, 3, 4, 4 if family else 2, 12, 96, 128, **family)).save(tmp_path / "lm")
+    T5Encoder(ENCODER).save(tmp_path / "t5")
+    flags = f"--method {method} --model {tmp_path}/lm --batch-size 5 --seq-len 40 --device cpu "
+    flags += f"--prompt-length 7 --max-new-tokens 3 --out {tmp_path}/out --candidates 6 --steps 9 "
+    flags += f"--encoder {tmp_path}/t5 --encoder-prompt 6"
+    table = bench.main(["plan", *flags.split()])
+    _, operations, _ = plan.estimate(plan.parse(flags.split()))
+    # A candidate has a separator, and four more tokens stand around all of them.
+    T = 40 + 6 * (3 + 1) + 4 if method == "textual_recursion" else 40
     assert not (tmp_path / "out").exists()
     lm = LM.from_pretrained(tmp_path / "lm")
     if method == "fine_tuning":
@@ -69,14 +90,23 @@ def test_the_plan_counts_what_a_step_holds(tmp_path, capsys, method, family):
 
     def step():
         model, prefix = recurse.COMPOSITIONS[method](lm, adapter)
-        return model(model.embed(torch.randint(60, (5, 40))), prefix)
+        ids = torch.randint(60, (5, T))
+        return model(model.embed(ids), prefix(ids.tolist()) if callable(prefix) else prefix)
+
+    def whole_step():
+        lm.logits(step()[:, -3:]).sum().backward()
 
     count = sum(p.numel() for p in trained.parameters())
     frozen = 0 if adapter is None else sum(p.numel() for p in lm.parameters())
     held = [table[key] for key in ("trained", "frozen weights", "optimiser (adamw)", "logits")]
     assert held == [4 * count, 4 * frozen, 8 * count, 3 * 4 * 15 * 60]
-    kept = kept_for_backward(step, lm, trained)
-    assert table["activations"] == pytest.approx(kept, rel=0.15)
+    parts = [lm, trained, *getattr(adapter, "encoder", [])]
+    kept = kept_for_backward(step, *parts)
+    planned = table["activations"] + table.get("encoder, generator", 0)
+    assert planned == pytest.approx(kept, rel=0.15)
+    assert operations["a step"] == pytest.approx(operations_of(whole_step), rel=0.12)
+    prompts = 4 if method == "textual_recursion" else 1  # of all, of either half, and the last
+    assert operations["all steps"] == 9 * prompts * operations["a step"]
     out, total = capsys.readouterr().out, sum(table.values()) / 1e9
     assert f"{count:,} parameters trained, {frozen:,} frozen" in out
     assert f"in all                 {total:8.2f} GB" in out
@@ -106,10 +136,9 @@ def test_the_plan_of_a_pretraining_counts_every_token_as_a_target(tmp_path):
     assert bench.main(flags.split())["logits"] == 3 * 4 * 5 * 40 * 60
 
 
-def plan(place, flags, method="neural_recursion"):
-    line = (
-        f"plan --method {method} --model {place}/lm/model --device cpu --train {place}/train.jsonl"
-    )
+def plan_of(place, flags, method="neural_recursion"):
+    line = f"plan --method {method} --model {place}/lm/model --device cpu"
+    line += f" --train {place}/train.jsonl --encoder {place}/t5/model"
     return bench.main(shlex.split(f"{line} {flags}"))
 
 
@@ -123,7 +152,7 @@ def test_the_plan_reads_the_lengths_of_the_questions(place, tmp_path, capsys, me
     args = train.parse(["--method", method, "--model", f"{place}/lm/model", *flags.split()])
     longest = start.load_task(args, *start.load_lm(args)).tokens["train"][1]
     T, S = len(longest.input) + len(longest.target) - 1, len(longest.target)
-    table, assumed = plan(place, flags, method), plan(place, f"--seq-len {T}", method)
+    table, assumed = plan_of(place, flags, method), plan_of(place, f"--seq-len {T}", method)
     assert table["activations"] == assumed["activations"]
     assert table["logits"] == 3 * 4 * 32 * S * 300
     assert f"at most {T} tokens" in capsys.readouterr().out
@@ -134,19 +163,17 @@ def test_the_plan_counts_evaluation(place, method):
     """It grows with the budget of tokens, with the prompt, and not without questions to answer."""
     rest = f"--dev {place}/dev.jsonl --batch-size 1 --eval-tokens"
     cases = ("", f"{rest} 500", f"{rest} 1000", f"{rest} 1000 --prompt-length 40")
-    beyond = [plan(place, flags, method)["evaluation beyond this"] for flags in cases]
+    beyond = [plan_of(place, flags, method)["evaluation beyond this"] for flags in cases]
     assert 0 == beyond[0] < beyond[1] < beyond[2]
     assert (method in recurse.PROMPT_METHODS) == (beyond[3] != beyond[2])
 
 
 def test_the_plan_counts_the_mlp_of_a_deep_prompt(place, capsys):
-    plan(place, "--prompt-length 4 --reparam-dim 8", "deep_prompt")
+    plan_of(place, "--prompt-length 4 --reparam-dim 8", "deep_prompt")
     lm = LM.from_pretrained(place / "lm" / "model")
     deep = adapters.DeepPrompt(lm.read(torch.randn(4, lm.config.dim)), hidden=8)
     count = sum(p.numel() for p in deep.parameters())
     assert f"deep_prompt: {count:,} parameters trained" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="id_pt are not counted yet"):
-        plan(place, "", "id_pt")
 
 
 def test_the_plan_counts_the_options_of_a_question(place, tmp_path):
@@ -155,19 +182,28 @@ def test_the_plan_counts_the_options_of_a_question(place, tmp_path):
     file = write_lines(tmp_path / "rows.jsonl", rows)
     flags = "--batch-size 1 --eval-tokens 2000 --max-new-tokens 1"
     alone = write_lines(tmp_path / "alone.jsonl", [{"input": "where", "target": towns[0]}])
-    one, many = (plan(place, f"{flags} --dev {f}") for f in (alone, file))
+    one, many = (plan_of(place, f"{flags} --dev {f}") for f in (alone, file))
     # Every position of an option has logits, and the last token of a question only.
     assert many["evaluation beyond this"] > one["evaluation beyond this"]
 
 
 @pytest.mark.parametrize(
-    "answers, low, high", [("free", 0.7, 1.5), ("options", 0.7, 1.5), ("none", 0.5, 1.5)]
+    "method, answers, low, high",
+    [
+        ("neural_recursion", "free", 0.7, 1.5),
+        ("neural_recursion", "options", 0.7, 1.5),
+        ("neural_recursion", "none", 0.5, 1.5),
+        ("id_pt", "free", 0.7, 1.5),
+        ("textual_recursion", "free", 0.7, 1.5),
+    ],
 )
-def test_the_plan_is_near_the_peak_of_a_whole_run(tmp_path, answers, low, high):
+def test_the_plan_is_near_the_peak_of_a_whole_run(tmp_path, method, answers, low, high):
     rng, words = random.Random(0), [f"w{i}" for i in range(500)]
     tokenizer = train_tokenizer([" ".join(rng.choices(words, k=200)) for _ in range(50)], 1000)
     lm = LM(Config(1000, 256, 6, 4, 4, 64, 704, 512, eos=(0,)))
     lm.save(tmp_path / "lm", tokenizer=tokenizer)
+    T5Encoder(T5Config(1000, 256, 4, 4, 64, 704)).save(tmp_path / "t5")
+    tokenizer.save(str(tmp_path / "t5" / "tokenizer.json"))
 
     def rows(length):
         for _ in range(24):
@@ -177,10 +213,9 @@ def test_the_plan_is_near_the_peak_of_a_whole_run(tmp_path, answers, low, high):
     write_lines(tmp_path / "train.jsonl", rows(20))
     write_lines(tmp_path / "dev.jsonl", rows(150))
     dev = "" if answers == "none" else "--dev dev.jsonl"
-    flags = f"--method neural_recursion --model lm --train train.jsonl {dev} --steps 2 "
-    flags += (
-        "--batch-size 4 --device cpu --connector-layers 1 --max-new-tokens 4 --eval-tokens 4000"
-    )
+    flags = f"--method {method} --encoder t5 --candidates 8 --model lm --train train.jsonl {dev} "
+    flags += "--steps 2 --batch-size 4 --device cpu --connector-layers 1 --max-new-tokens 4 "
+    flags += "--eval-tokens 4000"
     code = "import resource, sys, train; train.main(sys.argv[1:])\n"
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
 
@@ -193,3 +228,19 @@ def test_the_plan_is_near_the_peak_of_a_whole_run(tmp_path, answers, low, high):
     peak = int(call("-c", code)[-1])
     (total,) = [line.split()[2] for line in call(ROOT / "bench.py", "plan") if "in all" in line]
     assert low < float(total) * 1e9 / peak < high
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_every_method_has_a_plan(place, method):
+    flags = ["--method", method, "--model", f"{place}/lm/model", "--device", "cpu"]
+    flags += ["--train", f"{place}/train.jsonl", "--dev", f"{place}/dev.jsonl"]
+    flags += ["--encoder", f"{place}/t5/model", "--prompt-length", "4"]
+    table, operations, _ = plan.estimate(plan.parse(flags))
+    assert table["frozen weights"] + table["trained"] > 0 and min(table.values()) >= 0
+    assert min(operations.values()) > 0 and operations["an answer"] > 0
+    assert ("a step" in operations) == (method != "training_free")
+
+
+def test_a_plan_without_an_encoder_names_the_flag(place):
+    with pytest.raises(ValueError, match="--encoder"):
+        plan_of(place, "--encoder nowhere", "id_pt")

@@ -20,7 +20,7 @@ TIERS = {  # imports at the top of a file go strictly down
     "runs": 5,
     **dict.fromkeys(["fit", "cli", "start"], 6),
     **dict.fromkeys(["train", "audit"], 7),
-    **dict.fromkeys(["pretrain", "promptability", "bench_attention"], 8),
+    **dict.fromkeys(["pretrain", "promptability", "bench_attention", "plan"], 8),
     **dict.fromkeys(["bench", "transfer"], 9),
     "reproduce": 10,
 }
