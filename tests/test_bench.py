@@ -188,13 +188,22 @@ def test_the_plan_counts_the_options_of_a_question(place, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "answers, low, high", [("free", 0.7, 1.5), ("options", 0.7, 1.5), ("none", 0.5, 1.5)]
+    "method, answers, low, high",
+    [
+        ("neural_recursion", "free", 0.7, 1.5),
+        ("neural_recursion", "options", 0.7, 1.5),
+        ("neural_recursion", "none", 0.5, 1.5),
+        ("id_pt", "free", 0.7, 1.5),
+        ("textual_recursion", "free", 0.7, 1.5),
+    ],
 )
-def test_the_plan_is_near_the_peak_of_a_whole_run(tmp_path, answers, low, high):
+def test_the_plan_is_near_the_peak_of_a_whole_run(tmp_path, method, answers, low, high):
     rng, words = random.Random(0), [f"w{i}" for i in range(500)]
     tokenizer = train_tokenizer([" ".join(rng.choices(words, k=200)) for _ in range(50)], 1000)
     lm = LM(Config(1000, 256, 6, 4, 4, 64, 704, 512, eos=(0,)))
     lm.save(tmp_path / "lm", tokenizer=tokenizer)
+    T5Encoder(T5Config(1000, 256, 4, 4, 64, 704)).save(tmp_path / "t5")
+    tokenizer.save(str(tmp_path / "t5" / "tokenizer.json"))
 
     def rows(length):
         for _ in range(24):
@@ -204,7 +213,7 @@ def test_the_plan_is_near_the_peak_of_a_whole_run(tmp_path, answers, low, high):
     write_lines(tmp_path / "train.jsonl", rows(20))
     write_lines(tmp_path / "dev.jsonl", rows(150))
     dev = "" if answers == "none" else "--dev dev.jsonl"
-    flags = f"--method neural_recursion --model lm --train train.jsonl {dev} "
+    flags = f"--method {method} --encoder t5 --candidates 8 --model lm --train train.jsonl {dev} "
     flags += "--steps 2 --batch-size 4 --device cpu --connector-layers 1 --max-new-tokens 4 "
     flags += "--eval-tokens 4000"
     code = "import resource, sys, train; train.main(sys.argv[1:])\n"
