@@ -255,7 +255,7 @@ def tokenize(
             for text in (example.target, *example.options):
                 targets.append(_target_tokens(tokenizer, input, text, next(wholes)) + ending)
             _check_tokens(input, targets, example.options, max_len)
-            _check_vocabulary(sum(targets, input), tokenizer, vocab_size)
+            check_vocabulary(sum(targets, input), tokenizer, vocab_size)
         except ValueError as error:
             raise ValueError(f"{example.source}: {error}") from None
         tokenized.append(TokenizedExample(input, targets[0], targets[1:]))
@@ -294,8 +294,8 @@ def _check_tokens(input: list[int], targets: list, options: Sequence[str], max_l
             raise ValueError(f"the options {other!r} and {option!r} have the same tokens{note}")
 
 
-def _check_vocabulary(ids: Sequence[int], tokenizer: Tokenizer, vocab_size: int | None) -> None:
-    # A tokenizer may have added tokens that the LM does not have.
+def check_vocabulary(ids: Sequence[int], tokenizer: Tokenizer, vocab_size: int | None) -> None:
+    """ValueError if an id is not below `vocab_size`: a tokenizer may add tokens of its own."""
     last = int(np.max(ids, initial=0))
     if vocab_size is not None and last >= vocab_size:
         token = f"the token {tokenizer.id_to_token(last)!r} has the id {last}"
@@ -415,7 +415,7 @@ def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, vocab_size=None) ->
     ValueError if a token is outside the LM's vocabulary of `vocab_size`."""
     documents = [e.ids for e in tokenizer.encode_batch_fast(list(texts))]
     tokens = np.fromiter((t for d in documents for t in d), dtype=np.int32)
-    _check_vocabulary(tokens, tokenizer, vocab_size)
+    check_vocabulary(tokens, tokenizer, vocab_size)
     return Corpus(tokens, np.cumsum([0] + [len(d) for d in documents]))
 
 

@@ -117,6 +117,10 @@ def prepare(lm, tokenizer, examples, prefix=None, max_new_tokens: int = 16, shot
     tokenized = iter(data.tokenize(choices, tokenizer, eos, left, V))
     ids, options = [], []
     for e, row in zip(examples, data.encode_prompts(tokenizer, [e.input for e in examples])):
+        try:
+            data.check_vocabulary(row, tokenizer, V)
+        except ValueError as error:
+            raise ValueError(f"{e.source}: {error}") from None
         ids.append(row + pause_ids)
         options.append(next(tokenized).options if e.options else [])
         if not e.options and len(row) + max_new_tokens - 1 > left:  # the last is never read

@@ -5,8 +5,10 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
+from conftest import TINY
 from tiny_runs import ROOT, write_lines
 from tokenizers import (
     AddedToken,
@@ -19,7 +21,7 @@ from tokenizers import (
 )
 
 import data
-from questions import check_answers, check_targets, read_questions, read_shots
+from questions import check_answers, check_targets, prepare, read_questions, read_shots
 
 UNKNOWING = {
     "word": lambda: models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"),
@@ -211,6 +213,20 @@ def test_answers_longer_than_the_limit_are_counted():
         expected = f"{count} of 4 questions cannot be scored as right: their answers have more than"
         expected += f" --max-new-tokens {limit} tokens (first: a.jsonl:{first})"
         assert lines == ([expected] if count else []), (limit, lines)
+
+
+@pytest.mark.parametrize("text", ["a <pad>", "word", "<pad>"])
+def test_a_question_with_an_added_token_that_the_lm_lacks_is_named(make_lm, text):
+    tokenizer = data.train_tokenizer(["Paris"], 257)
+    lm = make_lm(replace(TINY["tied"], vocab_size=tokenizer.get_vocab_size()))
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.add_tokens(["word"])
+    (good,) = examples("a", input="who")
+    prepare(lm, tokenizer, [good], max_new_tokens=2)
+    for options in ((), ("a", "b")):
+        bad = replace(good, input=text, source="a.jsonl:2", options=options)
+        with pytest.raises(ValueError, match="^a.jsonl:2: the token .*, outside the LM's vocab"):
+            prepare(lm, tokenizer, [good, bad], max_new_tokens=2)
 
 
 # Files
