@@ -38,7 +38,8 @@ import eval as metrics
 import recurse
 import world
 from checkpoints import atomic_write, write_json
-from generate import drop_eos, generate, prepare
+from generate import drop_eos, generate
+from questions import prepare
 from runs import load_run, read_predictions
 
 
@@ -89,9 +90,9 @@ def ask_again(args: argparse.Namespace) -> tuple:
     model, prefix, tokenizer, record = load_run(args.run, model=args.model)
     examples, rows = asked_questions(args.run)
     new, stop = record["arguments"]["max_new_tokens"], record["arguments"]["stop"]
-    ids, options, prefix = prepare(model, tokenizer, examples, prefix, new)
-    asked = (model, tokenizer, ids, prefix, new, options, metrics.stops(examples, stop))
-    return asked, examples, rows, record
+    stops = metrics.stops(examples, stop)
+    ids, options, prefix = prepare(model, tokenizer, examples, prefix, new, stops=stops)
+    return (model, tokenizer, ids, prefix, new, options, stops), examples, rows, record
 
 
 # ------------------------------------------------------------------------------- the hard subset
@@ -490,8 +491,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="audit.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     moved = ("--model", str, None, "the LM's checkpoint, if it has moved")
-    seed = ("--seed", int, 0, "of samples and of the choice of other questions")
-    others = "other runs, tested on the same questions, to set beside it"
+    seed = ("--seed", cli.SEED, 0, "of samples and of the choice of other questions")
     threshold = ("--threshold", float, None, "also show the scores at this log-probability")
     limit = ("--limit", cli.COUNT, None, "the first so many two-hop questions; all if not given")
     for name, function, text, *flags in (
@@ -506,7 +506,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         out = "the file" if name == "hard" else "a new folder for the table and the picture"
         command.add_argument("--out", required=True, help=out)
         if name != "bridge":
-            command.add_argument("--runs", nargs="*", default=[], help=others)
+            command.add_argument("--runs", nargs="*", default=[], help="of the same questions")
     return parser.parse_args(argv)
 
 

@@ -21,7 +21,7 @@ def number_type(kind: type, low: float, high: float = math.inf):
 
     def convert(text: str):
         value = kind(text)
-        if low <= value <= high and math.isfinite(value):
+        if low <= value <= high and value < math.inf:
             return value
         if high < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
@@ -43,6 +43,7 @@ def add_flags(parser, title: str, *rows):
 
 
 COUNT = number_type(int, 1)
+SEED = number_type(int, 0, 2**63 - 1)
 MODEL = ("--model", str, None, "checkpoint folder or hub id; the embedded LM if not given")
 TOKENIZER = ("--tokenizer", str, None, "tokenizer.json or its folder, if not the model's own")
 ATTENTION = ("--attention", ["plain", "fused"], "plain", "fused: attention.py, needs CUDA, triton")
@@ -74,7 +75,7 @@ def add_training_flags(parser) -> None:
         ("--clip", number_type(float, 1e-12), 1.0, "largest gradient norm"),
         ("--eval-every", COUNT, 200, "steps between dev scores; each writes a checkpoint"),
         ("--log-every", COUNT, 10, "steps between lines of metrics.jsonl"),
-        ("--seed", number_type(int, 0, 2**63 - 1), 0, "of initialisation and batch order"),
+        ("--seed", SEED, 0, "of initialisation and batch order"),
     )
 
 

@@ -7,7 +7,8 @@ A file of examples has one JSON object a line, in one of three forms:
     {"inputs_pretokenized": ..., "targets_pretokenized": ..., "answer_choices": [...]}   P3
 
 - A question is put into the format of `question_text`. An input is used as it is.
-- If an example has options, they all differ and its target is one of them.
+- If an example has options, they all differ. Its target and all its answers are among them, and its
+  target is among its answers. So several options may be right.
 - Every form may have "options" or "answer_choices", "task" (scores are reported per task) and "id".
 - White space around targets, answers and options is dropped. A key whose value is null is absent.
 
@@ -25,6 +26,7 @@ prints the number of examples, their tasks, and the first example with its token
 """
 
 import argparse
+import io
 import json
 import re
 import sys
@@ -110,7 +112,12 @@ def parse_record(record: dict, source: str) -> Example:
         hint = "(eval.py ask --input needs none)"
         raise ValueError(f"{source}: needs a list of texts under the key {keys} {hint}")
     target, answers = target.strip(), [answer.strip() for answer in answers]
-    options = _parse_options(record, target, source)
+    options = _parse_options(record, source)
+    if options:
+        _check_among(target, options, f"{source}: the target", "options")
+        for answer in answers:
+            _check_among(answer, options, f"{source}: the answer", "options")
+        _check_among(target, answers or [target], f"{source}: the target", "answers")
     if "question" in record:
         text = question_text(text)
     if target not in answers:
@@ -119,18 +126,21 @@ def parse_record(record: dict, source: str) -> Example:
     return Example(text, target, tuple(answers), task, id, source, options)
 
 
-def _parse_options(record: dict, target: str, source: str) -> tuple[str, ...]:
+def _parse_options(record: dict, source: str) -> tuple[str, ...]:
     options = record.get("options") or []
     if not isinstance(options, list) or not all(map(_is_text, options)):
         raise ValueError(f"{source}: needs a list of texts under the key options or answer_choices")
     options = tuple(option.strip() for option in options)
-    if options and target not in options:
-        listed = ", ".join(options) + _form_note(target, options)
-        raise ValueError(f"{source}: the target {target!r} is not among the options {listed}")
     twice = [option for option in options if options.count(option) > 1]
     if twice:
         raise ValueError(f"{source}: the option {twice[0]!r} occurs twice")
     return options
+
+
+def _check_among(text: str, others: Sequence[str], what: str, name: str) -> None:
+    if text not in others:
+        listed = ", ".join(others) + _form_note(text, others)
+        raise ValueError(f"{what} {text!r} is not among the {name} {listed}")
 
 
 def _form_note(text: str, others: Sequence[str]) -> str:
@@ -160,42 +170,41 @@ def read_texts(path: str | Path) -> list[str]:
     If the lines of a JSONL file are examples, a document is the input, a space and the target.
     FileNotFoundError if there is no such file, ValueError if it holds no text.
     """
-    if Path(path).suffix == ".txt":
-        documents = [d.strip() for d in re.split(r"\n\s*\n", _read_utf8(path)) if d.strip()]
-    elif all("text" in record for _, record in json_lines(path)):
-        documents = []
-        for source, record in json_lines(path):
+    if Path(path).suffix.lower() == ".txt":
+        text = decode_utf8(Path(path).read_bytes(), path)
+        documents = [d.strip() for d in re.split(r"\n\s*\n", text) if d.strip()]
+    else:
+        records = list(json_lines(path))
+        if not all("text" in record for _, record in records):
+            examples = [parse_record(record, source) for source, record in records]
+            records = [(e.source, {"text": f"{e.input} {e.target}"}) for e in examples]
+        for source, record in records:
             if not _is_text(record["text"]):
                 raise ValueError(f"{source}: the key text holds no text")
-            documents.append(record["text"])
-    else:
-        documents = [f"{example.input} {example.target}" for example in read(path)]
+        documents = [record["text"] for _, record in records]
     if not documents:
         raise ValueError(f"{path}: holds no text")
     return documents
 
 
-def read_lines(path: str | Path) -> list[str]:
-    """Read the lines of a text file that are not blank, stripped. ValueError if it is not UTF-8."""
-    return [line.strip() for line in _read_utf8(path).split("\n") if line.strip()]
-
-
-def _read_utf8(path: str | Path) -> str:
+def decode_utf8(content: bytes, path: str | Path) -> str:
+    """Decode the text of a file, without byte order marks. ValueError if it is not UTF-8."""
     try:
-        text = Path(path).read_bytes().decode("utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
     # str.splitlines would also split at U+2028 and form feeds. Joined files have several marks.
     return re.sub(f"^{BOM}", "", text.replace("\r\n", "\n"), flags=re.MULTILINE)
 
 
-def json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield ("file:line", record without absent keys) for each line that is not blank."""
+def json_lines(path: str | Path, content: bytes | None = None) -> Iterator[tuple[str, dict]]:
+    """Yield ("file:line", record without absent keys) for each line that is not blank. `content` is
+    what the file holds, if that was read already."""
     path = Path(path)
-    if not path.is_file():
+    if path.is_dir() or not path.exists():
         problem = "is a folder, not a file" if path.is_dir() else "no such file"
         raise FileNotFoundError(f"{path}: {problem}")
-    with open(path, "rb") as file:
+    with open(path, "rb") if content is None else io.BytesIO(content) as file:
         for number, line in enumerate(file, 1):
             line = line.removeprefix(BOM.encode())
             if not line.strip():
@@ -246,7 +255,7 @@ def tokenize(
             for text in (example.target, *example.options):
                 targets.append(_target_tokens(tokenizer, input, text, next(wholes)) + ending)
             _check_tokens(input, targets, example.options, max_len)
-            _check_vocabulary(sum(targets, input), tokenizer, vocab_size)
+            check_vocabulary(sum(targets, input), tokenizer, vocab_size)
         except ValueError as error:
             raise ValueError(f"{example.source}: {error}") from None
         tokenized.append(TokenizedExample(input, targets[0], targets[1:]))
@@ -285,8 +294,8 @@ def _check_tokens(input: list[int], targets: list, options: Sequence[str], max_l
             raise ValueError(f"the options {other!r} and {option!r} have the same tokens{note}")
 
 
-def _check_vocabulary(ids: Sequence[int], tokenizer: Tokenizer, vocab_size: int | None) -> None:
-    # A tokenizer may have added tokens that the LM does not have.
+def check_vocabulary(ids: Sequence[int], tokenizer: Tokenizer, vocab_size: int | None) -> None:
+    """ValueError if an id is not below `vocab_size`: a tokenizer may add tokens of its own."""
     last = int(np.max(ids, initial=0))
     if vocab_size is not None and last >= vocab_size:
         token = f"the token {tokenizer.id_to_token(last)!r} has the id {last}"
@@ -406,7 +415,7 @@ def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, vocab_size=None) ->
     ValueError if a token is outside the LM's vocabulary of `vocab_size`."""
     documents = [e.ids for e in tokenizer.encode_batch_fast(list(texts))]
     tokens = np.fromiter((t for d in documents for t in d), dtype=np.int32)
-    _check_vocabulary(tokens, tokenizer, vocab_size)
+    check_vocabulary(tokens, tokenizer, vocab_size)
     return Corpus(tokens, np.cumsum([0] + [len(d) for d in documents]))
 
 
@@ -434,60 +443,6 @@ def windows(corpus: Corpus, size: int, seq_len: int, seed: int, step: int) -> Ba
     stream = torch.from_numpy(stream.astype(np.int64))
     ids, targets = stream[:-1].view(size, seq_len), stream[1:].view(size, seq_len)
     return Batch(ids, torch.full((size,), seq_len), targets, list(range(first, first + size)))
-
-
-def mask_tokens(
-    batch: Batch, special: dict[str, int], vocab_size: int, seed: int, step: int, fraction=0.15
-) -> Batch:
-    """Turn windows of text into BERT's masked language modelling (Devlin et al. 2019, 3.1).
-
-    A row becomes [CLS] beginning [SEP] rest, cut at a random place. `fraction` of the text's tokens
-    become prediction targets. The model reads 80 % of these as [MASK], 10 % as a random token below
-    `vocab_size`, and 10 % unchanged. `special` holds the ids of "[CLS]", "[SEP]" and "[MASK]".
-    """
-    rng, (B, T) = np.random.default_rng([seed, step]), batch.ids.shape
-    cls, sep, mask = [special["[CLS]"]], [special["[SEP]"]], special["[MASK]"]
-    rows = zip(batch.ids.numpy(), rng.integers(1, T, B))
-    whole = np.stack([np.concatenate([cls, row[:cut], sep, row[cut:]]) for row, cut in rows])
-    u = rng.random(whole.shape) / fraction  # below 1 with probability `fraction`: a target
-    u = np.where(np.isin(whole, list(special.values())), 1.0, u)
-    random_tokens = rng.integers(0, vocab_size, whole.shape)
-    ids = np.where(u < 0.8, mask, np.where(u < 0.9, random_tokens, whole))
-    targets = np.where(u < 1, whole, IGNORE_INDEX)
-    lengths = torch.full((B,), T + 2)
-    return Batch(torch.from_numpy(ids), lengths, torch.from_numpy(targets), batch.rows)
-
-
-def corrupt_spans(
-    batch: Batch, sentinels: list[int], seed: int, step: int, fraction=0.15, mean_length=3.0
-) -> Batch:
-    """Turn windows of text into T5's span corruption (Raffel et al. 2020, section 3.1.4).
-
-    Spans of `mean_length` tokens on average, `fraction` of the text in total, are each replaced by
-    a sentinel. The targets are a text of their own: sentinel, span, sentinel, span, ..., sentinel.
-    """
-    rng, (B, T) = np.random.default_rng([seed, step]), batch.ids.shape
-    removed = max(1, round(T * fraction))
-    count = min(max(1, round(removed / mean_length)), T - removed, len(sentinels) - 1)
-    inputs, targets = [], []
-    for row in batch.ids.numpy():
-        lengths = [_random_lengths(rng, total, count) for total in (T - removed, removed)]
-        ends = np.cumsum(np.stack(lengths, 1).ravel())
-        parts = np.split(row, ends[:-1])  # kept, span, kept, span, ...
-        input, target = [], []
-        for kept, span, sentinel in zip(parts[::2], parts[1::2], sentinels):
-            input += [kept, [sentinel]]
-            target += [[sentinel], span]
-        inputs.append(np.concatenate(input))
-        targets.append(np.concatenate([*target, [sentinels[count]]]))
-    ids, targets = torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(targets))
-    return Batch(ids, torch.full((B,), ids.shape[1]), targets, batch.rows)
-
-
-def _random_lengths(rng: np.random.Generator, total: int, count: int) -> np.ndarray:
-    """Draw `count` whole numbers of at least 1 that sum to `total`, uniformly over such lists."""
-    ends = np.sort(rng.choice(total - 1, count - 1, replace=False)) + 1
-    return np.diff(ends, prepend=0, append=total)
 
 
 def main(argv: list[str] | None = None) -> list[Example]:

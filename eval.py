@@ -31,7 +31,6 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,7 +180,7 @@ def score(examples: Sequence, predictions: Sequence[str | int]) -> list[dict]:
 def _score_one(e, prediction: str | int) -> tuple[str, float, float]:
     """Return the prediction as a text, its exact match and its F1."""
     if isinstance(prediction, str):
-        form = "NFD" if is_question(e.input) else None
+        form = unicode_form(e)
         em = exact_match(prediction, e.answers, form)
         return prediction, em, token_f1(prediction, e.answers, form)
     # Options may differ only in what `normalise` deletes: "-5" and "5". Words that a wrong option
@@ -197,17 +196,21 @@ def is_question(text: str) -> bool:
     return text.startswith("Q: ") and text.rstrip(" ").endswith("?\nA:")
 
 
+def unicode_form(e) -> str | None:
+    """Return the Unicode form in which answers to an example are compared: see `normalise`."""
+    return "NFD" if is_question(e.input) else None
+
+
 def stops(examples: Sequence, stop: str | None = None) -> list[str]:
     """Return the text that ends the answer to each example; "" is none.
 
     It is `stop` for all of them. If `stop` is None, it is a newline for questions in the project's
-    format, unless an accepted answer has several lines, and "" for other inputs. The two letters
-    \\n in `stop` stand for a newline, which is hard to type.
+    format, and "" for other inputs, whatever the accepted answers are: they are not always known.
+    The two letters \\n in `stop` stand for a newline, which is hard to type.
     """
     if stop is not None:
         return [stop.replace("\\n", "\n")] * len(examples)
-    one_line = [is_question(e.input) and "\n" not in "".join(e.answers) for e in examples]
-    return ["\n" if ends else "" for ends in one_line]
+    return ["\n" if is_question(e.input) else "" for e in examples]
 
 
 def summary(records: list[dict]) -> dict:
@@ -237,6 +240,8 @@ def compare(run_a, run_b, iters: int = 10_000, seed: int = 0) -> list[dict]:
     scores from 0 to 1 (see `paired_bootstrap`). Examples are paired by task and id. ValueError if
     a run has no predictions, or if the runs have different examples, inputs or answers.
     """
+    from show import show
+
     from runs import read_predictions
 
     records_a, records_b = read_predictions(run_a), read_predictions(run_b)
@@ -259,7 +264,28 @@ def compare(run_a, run_b, iters: int = 10_000, seed: int = 0) -> list[dict]:
             row |= {"difference": difference, "low": low, "high": high, "p": p}
             rows.append(row)
     _print_rows(rows)
+    for note in _notes(run_a, run_b, pairs):
+        show(note, result=True)
     return rows
+
+
+def _notes(run_a, run_b, pairs: list[tuple[dict, dict]]) -> list[str]:
+    """Return what the table does not say: that a is b, or that they were asked in other ways."""
+    notes, differences = [], []
+    if (Path(run_a) / "predictions.jsonl").samefile(Path(run_b) / "predictions.jsonl"):
+        notes.append(f"a and b are the same file: {run_a} and {run_b}")
+    elif all(x == y for x, y in pairs):
+        notes.append("a and b hold the same predictions")
+    given = [_record(run)[0].get("arguments", {}) for run in (run_a, run_b)]
+    inputs = [argparse.Namespace(input=x["input"]) for x, _ in pairs]
+    for key in ("stop", "shots", "max_new_tokens"):
+        a, b = (arguments.get(key) for arguments in given)
+        same = a == b or key == "stop" and stops(inputs, a) == stops(inputs, b)
+        if all(given) and not same:
+            differences.append(f"--{key.replace('_', '-')} {a!r} and {b!r}")
+    if differences:
+        notes.append(f"a and b were not asked in the same way: {', '.join(differences)}")
+    return notes
 
 
 def _pair(records_a: list[dict], records_b: list[dict], run_a, run_b) -> list[tuple[dict, dict]]:
@@ -286,15 +312,21 @@ def _pair(records_a: list[dict], records_b: list[dict], run_a, run_b) -> list[tu
 
 def _answered(run) -> str:
     """Return the folder, with the file or split that it answered if a record of it says so."""
+    record, splits = _record(run)
+    if not record:
+        return str(run)
+    split = next((s for s in splits if s in record.get("results", {})), splits[0])
+    return f"{run} ({record.get('arguments', {}).get(split) or split})"
+
+
+def _record(run) -> tuple[dict, list[str]]:
+    """Return score.json or run.json, {} if there is none, and the names of what it may answer."""
     from checkpoints import read_json
 
     for name, splits in (("score.json", ["file"]), ("run.json", ["test", "dev"])):
         if (Path(run) / name).is_file():
-            record = read_json(Path(run) / name)
-            given, results = record.get("arguments", {}), record.get("results", {})
-            split = next((s for s in splits if s in results), splits[0])
-            return f"{run} ({given.get(split) or split})"
-    return str(run)
+            return read_json(Path(run) / name), splits
+    return {}, []
 
 
 def _print_rows(rows: list[dict]) -> None:
@@ -317,46 +349,23 @@ def ask_command(args: argparse.Namespace) -> list[str]:
     """Answer questions with a run or the bare LM; print and return the answers."""
     from show import show
 
-    model, prefix, tokenizer, record = _load(args)
+    import questions
+
+    model, prefix, tokenizer, record = questions.load_model(args)
     # False if the inputs that the run was trained on had another format.
-    examples = _read_questions(args, record.get("question_format", True))
+    form = record.get("question_format", True)
+    examples = [questions.plain_question(text, form) for text in args.question]
+    if args.input:
+        examples += questions.read_questions(args.input, form)
+    if not examples or not all(e.id.strip() for e in examples):
+        how = "give one in quotation marks, or a file of questions with --input"
+        raise ValueError(f"no question, or an empty one: {how}")
     answers = []
-    for e, answer in zip(examples, _answer(args, model, prefix, tokenizer, examples)):
+    for e, answer in zip(examples, questions.answer(args, model, prefix, tokenizer, examples)):
         answers.append(answer if isinstance(answer, str) else e.options[answer])
         line = _one_line(answers[-1])
         show(line if len(examples) == 1 else f"{_one_line(e.id)}\t{line}", result=True)
     return answers
-
-
-def _read_questions(args: argparse.Namespace, question_format: bool) -> list:
-    """Return an Example for each question, without its answers. Its `id` is what was asked."""
-    import data
-
-    texts, examples = list(args.question), []
-    if args.input and Path(args.input).suffix in (".jsonl", ".json", ".ndjson"):
-        examples = [
-            _parse_question(record, source) for source, record in data.json_lines(args.input)
-        ]
-    elif args.input:
-        texts += data.read_lines(args.input)
-    if not texts + examples or not all(text.strip() for text in texts):
-        how = "give one in quotation marks, or a file of questions with --input"
-        raise ValueError(f"no question, or an empty one: {how}")
-    asked = []
-    for text in texts:
-        input = data.question_text(text) if question_format else text
-        asked.append(data.Example(input, "", (), id=text, source=repr(text)))
-    return asked + examples
-
-
-def _parse_question(record: dict, source: str):
-    """Make an Example of a record that need not say the answer. If it does, that is dropped."""
-    from data import parse_record
-
-    options = record["options"] if isinstance(record.get("options"), list) else []
-    filler = next((o for o in options if isinstance(o, str) and o.strip()), "?")
-    example = parse_record(record | {"target": filler, "answer": filler, "answers": None}, source)
-    return replace(example, answers=(), id=record.get("question", example.input))
 
 
 def score_command(args: argparse.Namespace) -> dict:
@@ -364,19 +373,22 @@ def score_command(args: argparse.Namespace) -> dict:
     from show import show
 
     import data
+    import questions
     from checkpoints import atomic_write, write_json
-    from runs import score_record
 
     path = Path(args.out or "") / "predictions.jsonl"
+    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
+        raise FileExistsError(f"--out {args.out}: is not a folder")
     if args.out and path.exists():
         raise FileExistsError(f"{path} exists; choose another --out")
-    model, prefix, tokenizer, _ = _load(args)
+    model, prefix, tokenizer, _ = questions.load_model(args)
     examples = data.read(args.file)
     examples = [examples[row] for row in data.sample(len(examples), args.limit, args.seed)]
-    records = score(examples, _answer(args, model, prefix, tokenizer, examples))
+    records = score(examples, questions.answer(args, model, prefix, tokenizer, examples))
     result = summary(records)
     if args.out:
-        write_json(path.with_name("score.json"), score_record(args, model, result))
+        record = questions.score_record(args, model, tokenizer, result)
+        write_json(path.with_name("score.json"), record)
         with atomic_write(path) as unfinished:
             lines = [json.dumps(record) + "\n" for record in records]
             unfinished.write_text("".join(lines), encoding="utf-8")
@@ -396,38 +408,6 @@ def _one_line(text: str) -> str:
     return " ".join(line.strip() for line in text.expandtabs(1).splitlines())
 
 
-def _load(args: argparse.Namespace):
-    """Return (model, prefix, tokenizer, record) of a run, or of a bare LM, whose record is {}."""
-    if args.run:
-        from runs import load_run
-
-        return load_run(args.run, model=args.model)
-    from checkpoints import load_tokenizer
-    from model import LM
-
-    lm = LM.from_pretrained(args.model or Path(__file__).parent / "assets" / "lm")
-    return lm, None, load_tokenizer(lm.folder, lm.config.vocab_size), {}
-
-
-def _answer(args: argparse.Namespace, model, prefix, tokenizer, examples: list) -> list[str | int]:
-    """Answer examples as the flags say. The result is what `score` takes."""
-    from generate import SHOT_END, prepare, read_shots
-    from recurse import route
-
-    if (args.shots is None) != (args.shots_from is None):
-        raise ValueError("--shots and --shots-from need each other")
-    shots, ends, new = [], stops(examples, args.stop), args.max_new_tokens
-    if args.shots:
-        shots = read_shots(args.shots_from, args.shots, args.seed, examples)
-        if args.stop is None:  # otherwise the model goes on with an example of its own
-            ends = [end or SHOT_END for end in ends]
-    ids, options, prefix = prepare(model, tokenizer, examples, prefix, new, shots)
-    if getattr(args, "out", None):  # before the work: the folder may be one that cannot be made
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-    asked = (model, tokenizer, ids, prefix, new, options, ends, args.eval_tokens)
-    return route(args.threshold, *asked)[0]
-
-
 class Parser(argparse.ArgumentParser):
     """A parser whose errors, and its sub-commands' errors, are one line without the usage."""
 
@@ -441,7 +421,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
-_count.__name__ = "int"  # argparse puts it into its messages
+def _seed(text: str) -> int:
+    if not 0 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {2**63 - 1}")
+    return int(text)
+
+
+_count.__name__ = _seed.__name__ = "int"  # argparse puts it into its messages
 
 
 def _utf8(text: str) -> str:
@@ -460,7 +446,7 @@ def _parser() -> Parser:
     command.add_argument("run_b", help="run folder of system b, or --out of score")
     resamples = "bootstrap resamples (default 10000; Koehn 2004: 1000)"
     command.add_argument("--iters", type=_count, default=10_000, help=resamples)
-    command.add_argument("--seed", type=int, default=0, help="of the resampling (default 0)")
+    command.add_argument("--seed", type=_seed, default=0, help="of the resampling (default 0)")
 
     command = commands.add_parser("ask", help="answer questions with a run or the bare LM")
     command.set_defaults(function=ask_command)
@@ -484,12 +470,13 @@ def _add_answer_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--run", help="run folder; the bare LM if not given")
     model = "the LM's checkpoint, if a run's has moved; the embedded LM if neither is given"
     command.add_argument("--model", help=model)
-    stop = "text that ends an answer; a newline for questions if not given, '' for none"
+    stop = "text that ends an answer, '' for none; if not given, the run's, a newline for questions"
     command.add_argument("--stop", type=_utf8, help=stop)
     command.add_argument("--shots", type=_count, help="examples that stand before every question")
     command.add_argument("--shots-from", help="the file that they are sampled from")
-    command.add_argument("--seed", type=int, default=0, help="of samples of examples (default 0)")
-    command.add_argument("--max-new-tokens", type=_count, default=16, help="tokens (default 16)")
+    command.add_argument("--seed", type=_seed, default=0, help="of samples of examples (default 0)")
+    new = "tokens of an answer; if not given, as many as the run's, or 16"
+    command.add_argument("--max-new-tokens", type=_count, help=new)
     budget = "tokens in a batch, options included (default 8192)"
     command.add_argument("--eval-tokens", type=_count, default=8192, help=budget)
     one = "neural_recursion: one pass answers if its log-probability is at least this"

@@ -8,7 +8,6 @@ prefix has the methods of model.Prefix: rows, row_lengths, select, preallocate a
     generate           prefill, then one token per step; finished rows leave the batch
     option_scores      log-probabilities of answer choices; each question is read once
     vote               the answer that most of several prompts give
-    prepare            examples of data.py, and examples before them -> the arguments of predict
     predict            answers: texts, or choices among options; in batches within a memory budget
 
 Needs torch, and only its command line needs other files of the project. Dimensions as in model.py.
@@ -22,10 +21,9 @@ if __name__ == "__main__":
     import show  # before torch: it sets how threads wait
 
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -391,86 +389,6 @@ def batches(order: list[int], rows, widths, max_rows: int, max_tokens: int) -> I
         yield batch
 
 
-SHOT_END = "\n\n"  # follows each of the examples that stand before a question
-
-
-def prepare(lm, tokenizer, examples, prefix=None, max_new_tokens: int = 16, shots=()):
-    """Tokenises examples of data.py for `predict`. Returns (ids, options, prefix).
-
-    `shots` are examples that stand, with their answers, before every question. They are read here,
-    once, and the prefix is extended by them, if it is the same for all questions. ValueError, with
-    the example's name, if one of its options or max_new_tokens exceed the context or its target is
-    refused. A TextualRecursion first adds its candidates; a Paused adds filler behind a question.
-    """
-    import data
-
-    check_targets(tokenizer, [*shots, *examples])
-    config, pause_ids = lm.config, getattr(lm, "pause_ids", [])
-    if hasattr(lm, "read_back"):
-        examples = lm.read_back(examples)
-    longest = max(prefix_lengths(prefix, len(examples)), default=0)
-    left = config.max_len - longest - len(pause_ids)
-    before = "".join(f"{shot.input} {shot.target}{SHOT_END}" for shot in shots)
-    after, V = getattr(lm, "pause_text", ""), config.vocab_size - len(pause_ids)
-    examples = [replace(e, input=before + e.input + after) for e in examples]
-    eos = config.eos[0] if config.eos else None
-    choices = [e for e in examples if e.options]
-    tokenized = iter(data.tokenize(choices, tokenizer, eos, left, V))
-    ids, options = [], []
-    for e, row in zip(examples, data.encode_prompts(tokenizer, [e.input for e in examples])):
-        ids.append(row + pause_ids)
-        options.append(next(tokenized).options if e.options else [])
-        if not e.options and len(row) + max_new_tokens - 1 > left:  # the last is never read
-            raise ValueError(
-                f"{e.source}: {len(row)} tokens and {max_new_tokens} new ones exceed the {left} "
-                "that the LM's context leaves"
-            )
-    if shots and not (callable(prefix) or isinstance(prefix, list)):
-        ids, prefix = read_shared(lm, ids, prefix)
-    return ids, options, prefix
-
-
-def check_targets(tokenizer, examples) -> None:
-    """ValueError, which names the example, if the tokens of its target spell nothing.
-
-    They are special or stand for unknown text (<unk>), so no answer of `predict` is right. Examples
-    with options are not checked, because a choice is right by its index.
-    """
-    unknown = getattr(tokenizer.model, "unk_token", None)
-    labelled = [e for e in examples if e.answers and not e.options]
-    known = []
-    for row in tokenizer.encode_batch([e.target for e in labelled], add_special_tokens=False):
-        pairs = zip(row.ids, row.tokens)
-        # Unigram does not tell its unk_token, but the token shows the text, and not <unk>.
-        known.append([i for i, t in pairs if t != unknown and t == tokenizer.id_to_token(i)])
-    for e, text in zip(labelled, tokenizer.decode_batch(known)):
-        if not text.strip():
-            raise ValueError(f"{e.source}: the tokenizer has no tokens for the answer {e.target!r}")
-
-
-def read_shots(path, count: int, seed: int, asked) -> list:
-    """Samples `count` examples of a file that are not among the examples `asked`, with `seed`."""
-    import data
-
-    inputs = {e.input for e in asked}
-    pool = [e for e in data.read(path) if e.input not in inputs]
-    if len(pool) < count:
-        raise ValueError(f"{path}: {len(pool)} examples that are not asked, fewer than {count}")
-    return [pool[row] for row in data.sample(len(pool), count, seed)]
-
-
-@torch.no_grad()
-def read_shared(lm, ids: list[list[int]], prefix=None):
-    """Reads the tokens that all questions begin with. Returns the rest of each, and the prefix."""
-    check_ids(ids, lm.config.vocab_size)
-    # Every question keeps a token: its logits give the first token of the answer.
-    n = min(len(os.path.commonprefix(ids)), min(map(len, ids)) - 1)
-    shared = torch.tensor([ids[0][:n]], device=next(lm.parameters()).device)
-    if n > 0:
-        prefix = lm.read(lm.embed(shared), prefix)
-    return [row[n:] for row in ids], prefix
-
-
 def main(argv: list[str] | None = None) -> dict:
     """Continues one text. Returns {"ids": the new tokens, "nats": the text's loss per token}."""
     from show import Parser
@@ -485,6 +403,8 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"argument --seed: {args.seed} is not between 0 and {2**63 - 1}")
 
     from checkpoints import load_tokenizer
     from model import LM

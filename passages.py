@@ -66,7 +66,7 @@ def read_passages(path: str | Path) -> list[Passage]:
     FileNotFoundError if there is no file. ValueError, which names file and line, if a line is
     malformed, a text is empty or an id occurs twice.
     """
-    reader = _json_passages if Path(path).suffix == ".jsonl" else _tsv_passages
+    reader = _json_passages if Path(path).suffix.lower() == ".jsonl" else _tsv_passages
     passages, source_of = [], {}
     for source, passage in reader(Path(path)):
         if not passage.text.strip():

@@ -33,8 +33,8 @@ class Pause(nn.Module):
 class Paused(nn.Module):
     """A model, with the LM's interface, whose questions end with a Pause.
 
-    generate.prepare appends `pause_text` to a question and `pause_ids` to its tokens. These ids lie
-    beyond the vocabulary: they are read as the pause's trained vectors, and never predicted.
+    questions.prepare appends `pause_text` to a question and `pause_ids` to its tokens. These ids
+    lie beyond the vocabulary: they are read as the pause's trained vectors, and never predicted.
     """
 
     def __init__(self, model, pause: Pause):

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from show import Parser, run_program
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ from checkpoints import load_tokenizer, resolve
 from fit import Recipe, fit, target_loss
 from model import LM, Config
 from rerank import Bert, BertConfig, token_type_ids
-from runs import ASSETS, Run, arguments, finish_record, start_record
+from runs import ASSETS, Run, arguments, finish_record, hash_tokenizer, start_record
 from t5 import T5Config, T5Encoder
 
 # The objectives
@@ -91,7 +92,7 @@ def pretrain_encoder(args) -> dict:
         save_encoder(args, encoder, tokenizer)
 
     def corrupt(batch: data.Batch, seed: int, step: int) -> data.Batch:
-        return data.corrupt_spans(batch, sentinels, seed, step)
+        return corrupt_spans(batch, sentinels, seed, step)
 
     return train_on_text(args, text, both, loss_of, save, args.seq_len, corrupt=corrupt)
 
@@ -118,7 +119,7 @@ def pretrain_bert(args) -> dict:
         save_encoder(args, bert, tokenizer)
 
     def corrupt(batch: data.Batch, seed: int, step: int) -> data.Batch:
-        return data.mask_tokens(batch, special, min(ids), seed, step)  # random ids: the LM's own
+        return mask_tokens(batch, special, min(ids), seed, step)  # random ids: the LM's own
 
     longest = args.context - 2  # [CLS] and [SEP] come to the text
     return train_on_text(args, text, both, loss_of, save, longest, corrupt=corrupt)
@@ -195,6 +196,63 @@ OBJECTIVES = {  # objective: (function, defaults of its flags)
 }
 
 
+# The tasks of BERT and T5
+
+
+def mask_tokens(
+    batch: data.Batch, special: dict[str, int], vocab_size: int, seed: int, step: int, fraction=0.15
+) -> data.Batch:
+    """Turn windows of text into BERT's masked language modelling (Devlin et al. 2019, 3.1).
+
+    A row becomes [CLS] beginning [SEP] rest, cut at a random place. `fraction` of the text's tokens
+    become prediction targets. The model reads 80 % of these as [MASK], 10 % as a random token below
+    `vocab_size`, and 10 % unchanged. `special` holds the ids of "[CLS]", "[SEP]" and "[MASK]".
+    """
+    rng, (B, T) = np.random.default_rng([seed, step]), batch.ids.shape
+    cls, sep, mask = [special["[CLS]"]], [special["[SEP]"]], special["[MASK]"]
+    rows = zip(batch.ids.numpy(), rng.integers(1, T, B))
+    whole = np.stack([np.concatenate([cls, row[:cut], sep, row[cut:]]) for row, cut in rows])
+    u = rng.random(whole.shape) / fraction  # below 1 with probability `fraction`: a target
+    u = np.where(np.isin(whole, list(special.values())), 1.0, u)
+    random_tokens = rng.integers(0, vocab_size, whole.shape)
+    ids = np.where(u < 0.8, mask, np.where(u < 0.9, random_tokens, whole))
+    targets = np.where(u < 1, whole, data.IGNORE_INDEX)
+    lengths = torch.full((B,), T + 2)
+    return data.Batch(torch.from_numpy(ids), lengths, torch.from_numpy(targets), batch.rows)
+
+
+def corrupt_spans(
+    batch: data.Batch, sentinels: list[int], seed: int, step: int, fraction=0.15, mean_length=3.0
+) -> data.Batch:
+    """Turn windows of text into T5's span corruption (Raffel et al. 2020, section 3.1.4).
+
+    Spans of `mean_length` tokens on average, `fraction` of the text in total, are each replaced by
+    a sentinel. The targets are a text of their own: sentinel, span, sentinel, span, ..., sentinel.
+    """
+    rng, (B, T) = np.random.default_rng([seed, step]), batch.ids.shape
+    removed = max(1, round(T * fraction))
+    count = min(max(1, round(removed / mean_length)), T - removed, len(sentinels) - 1)
+    inputs, targets = [], []
+    for row in batch.ids.numpy():
+        lengths = [_random_lengths(rng, total, count) for total in (T - removed, removed)]
+        ends = np.cumsum(np.stack(lengths, 1).ravel())
+        parts = np.split(row, ends[:-1])  # kept, span, kept, span, ...
+        input, target = [], []
+        for kept, span, sentinel in zip(parts[::2], parts[1::2], sentinels):
+            input += [kept, [sentinel]]
+            target += [[sentinel], span]
+        inputs.append(np.concatenate(input))
+        targets.append(np.concatenate([*target, [sentinels[count]]]))
+    ids, targets = torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(targets))
+    return data.Batch(ids, torch.full((B,), ids.shape[1]), targets, batch.rows)
+
+
+def _random_lengths(rng: np.random.Generator, total: int, count: int) -> np.ndarray:
+    """Draw `count` whole numbers of at least 1 that sum to `total`, uniformly over such lists."""
+    ends = np.sort(rng.choice(total - 1, count - 1, replace=False)) + 1
+    return np.diff(ends, prepend=0, append=total)
+
+
 # What they share
 
 
@@ -252,6 +310,7 @@ def load_texts(args) -> list[str]:
 class Text:
     """The tokens to train on, and those of other documents that measure the loss."""
 
+    tokenizer: Tokenizer
     train: data.Corpus
     held_out: data.Corpus
 
@@ -272,7 +331,7 @@ def tokenize_corpus(args, tokenizer: Tokenizer, texts: list[str], vocab_size=Non
             "held-out text with --dev"
         )
     corpora = [data.encode_texts(part, tokenizer, vocab_size) for part in (texts, held_out)]
-    return Text(*corpora)
+    return Text(tokenizer, *corpora)
 
 
 def train_on_text(
@@ -315,6 +374,8 @@ def train_on_text(
     tokens = text.train.tokens.tobytes() + text.held_out.tokens.tobytes()
     digest, run = hashlib.sha256(tokens).hexdigest(), Run.from_args(args)
     hashes = {"data_hash": digest, "tokens_hash": digest, "init_hash": None}
+    hashes["tokenizer_hash"] = hash_tokenizer(text.tokenizer)
+    hashes["eos"] = list(frozen.config.eos) if frozen else None
     hashes["fingerprint"] = frozen.fingerprint() if frozen else None
     with run:
         record = start_record(run, trained, frozen, hashes)

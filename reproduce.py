@@ -26,8 +26,9 @@ import train
 import world
 from checkpoints import load_tokenizer, write_json
 from fit import target_loss
-from generate import predict, prepare
+from generate import predict
 from model import LM
+from questions import prepare
 from runs import ASSETS, read_record
 
 # What an LM knows
@@ -54,8 +55,9 @@ def lm_checks(args) -> dict:
 
 def exact_matches(lm: LM, tokenizer, examples: list, stop: str | None = None) -> dict:
     """EM in percent and the number of examples of each task. The LM answers greedily."""
-    ids, options, _ = prepare(lm, tokenizer, examples)
-    answers = predict(lm, tokenizer, ids, None, 16, options, metrics.stops(examples, stop))
+    stops = metrics.stops(examples, stop)
+    ids, options, _ = prepare(lm, tokenizer, examples, stops=stops)
+    answers = predict(lm, tokenizer, ids, None, 16, options, stops)
     tasks = metrics.summary(metrics.score(examples, answers))["tasks"]
     return {task: [round(100 * row["em"], 1), row["n"]] for task, row in tasks.items()}
 

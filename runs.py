@@ -26,8 +26,9 @@ import math
 import os
 import platform
 import shlex
+import warnings
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from show import show
@@ -37,12 +38,13 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoints import atomic_write, hash_tensors, load_tokenizer, write_json
 from model import LM
 from pause import load_pause
-from recurse import COMPOSITIONS, compose, load_trained
+from recurse import COMPOSITIONS, compose, load_trained, without_bos
 from textual import TextualRecursion
 
 ASSETS = Path(__file__).parent / "assets"  # the embedded LM and the Connectors pretrained on it
@@ -52,6 +54,8 @@ ASSETS = Path(__file__).parent / "assets"  # the embedded LM and the Connectors 
 HASHES = {  # keys of run.json that identify what a run reads
     "data_hash": "on other data",
     "tokens_hash": "with another tokenizer",
+    "tokenizer_hash": "with another tokenizer",
+    "eos": "with other end tokens",
     "fingerprint": "on another LM",
     "init_hash": "from another adapter",
     "encoder_hash": "with another encoder",
@@ -92,9 +96,24 @@ def arguments(args) -> dict:
     return kept
 
 
+def hash_tokenizer(tokenizer: Tokenizer) -> str:
+    """Hash what a tokenizer does, as hex SHA-256: its vocabulary, tokens and texts of a sample.
+
+    How a file stores it may change with the version of the library, so its bytes are not hashed.
+    The sample is every token's text, and letters that tokenizers normalise.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[::-1])
+    texts = tokenizer.decode_batch([[i] for _, i in vocabulary], skip_special_tokens=False)
+    texts = [" ".join(texts[i : i + 64]) for i in range(0, len(texts), 64)]
+    texts += ["", "The U.S.A.  isn't  \u00c9mile\u0301 \ufb01 \u00bd \u65e5\n\tA 12,345 \U0001f600"]
+    ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    does = [vocabulary, ids, tokenizer.decode_batch(ids)]
+    return hashlib.sha256(json.dumps(does).encode()).hexdigest()
+
+
 def has_hash(record: dict, key: str) -> bool:
     """Whether a record holds this hash, or knows that there is none. Early records lack some."""
-    return record.get(key) is not None or "tokens_hash" in record
+    return record.get(key) is not None or key in record and "tokens_hash" in record
 
 
 def places(path: str, folder: str | Path, record: dict) -> list[str]:
@@ -156,6 +175,8 @@ class Run:
         """
         if not self.folder.exists():
             return
+        if not self.folder.is_dir():
+            raise FileExistsError(f"--out {self.folder}: is not a folder")
         if not self.resume:
             raise FileExistsError(
                 f"{self.folder} exists; continue it with --resume, or choose another --out"
@@ -331,29 +352,6 @@ def print_result(split: str, result: dict) -> None:
             show(f"{split:5} {task:12} {scores}   ({row['n']} questions)")
 
 
-def score_record(args, model, results: dict) -> dict:
-    """What `eval.py score --out` stores beside the predictions, in score.json.
-
-    Keys: command, arguments (as they were given), fingerprint (of the LM), adapter_hash,
-    file_hash, shots_hash, versions, hardware, results. `model` is what load_run returns.
-    """
-    ignored = ("function", "command", "argv", "out", "eval_tokens")  # they change no answer
-    adapter = Path(args.run) / "adapter_model.safetensors" if args.run else None
-    files = {"adapter_hash": adapter, "file_hash": args.file, "shots_hash": args.shots_from}
-    hashes = {}
-    for key, path in files.items():
-        known = path is not None and Path(path).is_file()  # of an LM trained itself: no adapter
-        hashes[key] = hashlib.sha256(Path(path).read_bytes()).hexdigest() if known else None
-    return {
-        "command": shlex.join(["python", "eval.py", *args.argv]),
-        "arguments": {key: value for key, value in vars(args).items() if key not in ignored},
-        "fingerprint": getattr(model, "lm", model).fingerprint(),
-        **hashes,
-        **environment("cpu"),
-        "results": results,
-    }
-
-
 # What a run trained
 
 
@@ -381,13 +379,15 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     """Load what a run trained. Returns (model, prefix, tokenizer, record).
 
     model      the LM, or a Stack, a TextualRecursion or a Paused with the LM's interface; float32,
-               whatever the run used. generate.prepare makes what it reads of a question
+               whatever the run used. questions.prepare makes what it reads of a question
     prefix     the trained prompt as a Prefix, or None
     tokenizer  the one that the run used
     record     run.json
 
-    The argument `model` says where the LM is now, if it was moved. ValueError if it is another LM,
-    or if the run trained no LM or adapter but an encoder.
+    The argument `model` says where the LM is now, if it was moved. ValueError if it is another LM
+    or has another tokenizer, or if the run trained no LM or adapter but an encoder. Answers end
+    with the end tokens that the run recorded, so they stay the same if the LM's configuration names
+    others now; a warning says so. (--resume refuses that, as it could not continue bit for bit.)
     """
     folder, record = Path(folder), read_record(folder)
     args, trained_lm = record["arguments"], folder / "model"
@@ -396,7 +396,8 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
         if model is not None:
             raise ValueError(f"{folder}: {method} trained an LM of its own; --model says another")
         lm, adapter = LM.from_pretrained(trained_lm, device), None
-        tokenizer = load_tokenizer(trained_lm, lm.config.vocab_size)
+        tokenizer = _load_tokenizer(folder, record, lm)
+        _set_eos(folder, record, lm)
         if method == "prompt_tuning":  # trained together with the LM
             adapter, tokenizer = load_trained(folder, lm, tokenizer)
         else:
@@ -405,9 +406,8 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
         raise ValueError(f"{folder}/run.json: {args['method']} trains nothing that answers")
     else:
         lm, adapter = _load_base(folder, record, device, model), None
-        path = find(args.get("tokenizer") or str(lm.folder), folder, record)
-        path = path if os.path.exists(path) else lm.folder
-        tokenizer = load_tokenizer(path, lm.config.vocab_size)
+        tokenizer = _load_tokenizer(folder, record, lm)
+        _set_eos(folder, record, lm)
         path = find(args.get("encoder") or str(ASSETS / "t5"), folder, record)
         if method != "training_free":
             encoder = path if method == "id_pt" else None
@@ -437,6 +437,30 @@ def _load_base(folder: Path, record: dict, device: str, model: str | Path | None
         f"{folder}: was trained on another LM than {path} (its fingerprint differs); --model says "
         "where its own is"
     )
+
+
+def _load_tokenizer(folder: Path, record: dict, lm: LM) -> Tokenizer:
+    """Load the tokenizer that a run used. Its hash decides whether it is the one."""
+    args, own = record["arguments"], (folder / "model").is_dir()  # saved with the LM it trained
+    stored = str(lm.folder) if own else args.get("tokenizer") or str(lm.folder)
+    for path in [*filter(os.path.exists, places(stored, folder, record)), lm.folder]:
+        tokenizer = load_tokenizer(path, lm.config.vocab_size)
+        used = without_bos(tokenizer) if args.get("placement") == "after_bos" else tokenizer
+        if record.get("tokenizer_hash") in (None, hash_tokenizer(used)):
+            return tokenizer
+    raise ValueError(
+        f"{folder}: was trained with another tokenizer than its LM has now (its tokenizer_hash "
+        "differs)"
+    )
+
+
+def _set_eos(folder: Path, record: dict, lm: LM) -> None:
+    """Let the LM end answers with the tokens that the run recorded. Early runs recorded none."""
+    now, then = list(lm.config.eos), record.get("eos")
+    if then is not None and then != now:
+        text = f"{folder}: its LM ended answers with the tokens {then}, and these are used; the LM"
+        warnings.warn(f"{text}'s configuration names {now} now", stacklevel=3)
+        lm.config = replace(lm.config, eos=tuple(then))
 
 
 PREDICTION_KEYS = {

@@ -20,12 +20,13 @@ from torch import Tensor
 
 import adapters
 import data
+import eval as metrics
 import recurse
 import world
 from checkpoints import load_tokenizer, resolve
-from generate import check_targets
 from model import LM
 from pause import Pause, load_pause, pause_parts
+from questions import check_answers, check_targets
 from runs import ASSETS, names_file
 
 
@@ -61,8 +62,10 @@ def load_task(args, lm: LM, tokenizer: Tokenizer, examples: dict | None = None) 
     eos = lm.config.eos[0] if lm.config.eos else None
     if examples is None:
         examples = {split: load_split(args, split) for split in ("train", "dev", "test")}
-    for part in examples.values():
-        check_targets(tokenizer, part)
+    check_targets(tokenizer, examples["train"], lm.config.eos)
+    for split in ("dev", "test"):
+        stops = metrics.stops(examples[split], args.stop)
+        check_answers(tokenizer, examples[split], lm.config.eos, stops, args.max_new_tokens)
     V = lm.config.vocab_size
     tokens, pause_ids = {}, list(range(V, V + k))  # those of pause.Paused
     for split, part in examples.items():

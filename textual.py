@@ -66,7 +66,7 @@ def with_candidates(tokenizer, examples, ranked, left: int, max_new_tokens: int)
 class TextualRecursion(nn.Module):
     """An LM, with the LM's interface, whose questions are first answered by earlier prompts.
 
-    `generate.prepare` calls `read_back` on its examples. The prefix of the last prompt belongs to
+    `questions.prepare` calls `read_back` on its examples. The prefix of the last prompt belongs to
     the texts that come out.
     """
 

@@ -51,7 +51,7 @@ from fit import Recipe, autocast, fit, target_loss
 from generate import predict
 from model import LM
 from pause import Paused, pause_parts, save_pause
-from runs import Run, finish_record, read_record, start_record
+from runs import Run, finish_record, hash_tokenizer, read_record, start_record
 
 # The methods
 
@@ -298,6 +298,8 @@ def hashes(task: start.Task, trained: nn.Module | None) -> dict[str, str | None]
     return {
         "data_hash": hashlib.sha256(texts.encode()).hexdigest(),
         "tokens_hash": hashlib.sha256(tokens.encode()).hexdigest(),
+        "tokenizer_hash": hash_tokenizer(task.tokenizer),
+        "eos": list(task.lm.config.eos),
         "fingerprint": task.lm.fingerprint(),
         "init_hash": adapter,
         "encoder_hash": encoder,

@@ -267,6 +267,8 @@ def test_score_records_what_its_scores_are_of(place, tmp_path, capsys):
     assert [record["file_hash"], record["shots_hash"]] == hashes
     assert record["fingerprint"] == LM.from_pretrained(place / "lm").fingerprint()
     assert record["adapter_hash"] is None and record["results"] == result
+    assert record["eos"] == [0]
+    assert record["tokenizer_hash"] == runs.hash_tokenizer(own_tokenizer(place))
     start = f"python eval.py score --model {place}/lm {flags.removeprefix('score ')}"
     assert record["command"] == f"{start} --out {tmp_path}/out"
     assert record["versions"] and record["hardware"]["threads"] == 1
@@ -339,14 +341,14 @@ def test_a_target_that_the_tokenizer_cannot_spell_is_refused(tmp_path, shots, ca
     """Here every word but w0 ... w66 is unknown. An example without an answer is none to refuse."""
     lm = LM(Config(67, 32, 2, 4, 2, 12, 48, 100, eos=(2,)))
     randomise(lm, 3).save(tmp_path / "lm", tokenizer=words_tokenizer(67))
-    rows = [{"input": f"w{i}", "target": target} for i, target in enumerate(("w5 town", "town"))]
+    rows = [{"input": f"w{i}", "target": target} for i, target in enumerate(("w5 w6", "w5 town"))]
     file = write_lines(tmp_path / "rows.jsonl", rows)
     good = write_lines(tmp_path / "good.jsonl", [{"input": "w9", "target": "w5"}])
     flags = f"score {good} --shots 2 --shots-from {file}" if shots else f"score {file}"
     with pytest.raises(SystemExit):
         command(tmp_path, f"{flags} --out {tmp_path}/out")
     error = capsys.readouterr().err
-    assert "rows.jsonl:2: the tokenizer has no tokens for the answer 'town'" in error
+    assert "rows.jsonl:2: the tokenizer has no tokens for the answer 'w5 town'" in error
     assert not (tmp_path / "out").exists()
     assert command(tmp_path, f"score {good} --max-new-tokens 1")["n"] == 1
     assert len(command(tmp_path, f"ask --input {file} --max-new-tokens 1")) == 2
@@ -379,6 +381,59 @@ def test_model_says_where_the_lm_of_a_run_is(place, monkeypatch, line, capsys):
     evaluation.main([*line.split(), *question, "--run", "run", "--model", "moved"])
     assert seen == [("run", "moved")]
     assert capsys.readouterr().err == f"eval.py {line.split()[0]}: the run is old\n"
+
+
+RUN = {"stop": "k", "max_new_tokens": 3}
+
+
+@pytest.mark.parametrize(
+    "flags, stop, new",
+    [("", "k", 3), ("--stop .", ".", 3), ("--max-new-tokens 7", "k", 7), ("--stop=", "", 3)],
+)
+@pytest.mark.parametrize("line", ["score short.jsonl --out {}", "ask"])
+def test_a_run_is_asked_as_it_was_scored(place, tmp_path, monkeypatch, line, flags, stop, new):
+    """Its stop and the length of its answers are the run's, unless the flags name others."""
+    lm, tokenizer = LM.from_pretrained(place / "lm"), own_tokenizer(place)
+    loaded = lm, None, tokenizer, {"arguments": RUN}
+    monkeypatch.setattr(runs, "load_run", lambda *_, **__: loaded)
+    write_lines(place / "short.jsonl", [{"question": "who was 1", "answer": ["a"]}])
+    calls = answering(monkeypatch, "a")
+    monkeypatch.chdir(place)
+    question = ["who was 1"] if line == "ask" else []
+    argv = [*line.format(tmp_path / "out").split(), *question, "--run", "run", *flags.split()]
+    evaluation.main(argv)
+    assert calls[0][4] == [stop] and calls[0][2] == new
+    if line != "ask":
+        arguments = json.loads((tmp_path / "out" / "score.json").read_text())["arguments"]
+        assert (arguments["stop"], arguments["max_new_tokens"]) == (stop, new)
+
+
+def test_answers_do_not_decide_where_an_answer_ends(place, tmp_path, monkeypatch, capsys):
+    """`ask` and `score` see the same inputs, and `ask` no answers."""
+    rows = [
+        {"question": "who", "answer": ["one\ntwo", "a"]},
+        {"input": "It is", "target": "one\ntwo"},
+        {"input": "Q: who?\nA:", "target": "a"},
+    ]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    calls = answering(monkeypatch, "a")
+    command(place, f"score {path}")
+    command(place, f"ask --input {path}")
+    assert calls[0][0] == calls[1][0] and calls[0][4] == calls[1][4] == ["\n", "", "\n"]
+
+
+def test_score_warns_once_of_answers_that_are_too_long(place, tmp_path, capsys):
+    answers = ["a", "was it who was it who", "was", "who was it who was it"]
+    rows = [{"question": f"who {i}", "answer": [text]} for i, text in enumerate(answers)]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    command(place, f"score {path} --max-new-tokens 4")
+    error = capsys.readouterr().err
+    start = "eval.py score: 2 of 4 questions cannot be scored as right: their answers have more th"
+    assert error.startswith(start) and error.endswith("(first: rows.jsonl:2)\n")
+    assert len(error.splitlines()) == 1
+    command(place, f"ask --input {path} --max-new-tokens 4")
+    command(place, f"score {path} --max-new-tokens 40")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("question", ["\udcff", "who was Caf\udce9"])

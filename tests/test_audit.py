@@ -15,7 +15,8 @@ import data
 import eval as metrics
 import recurse
 import world
-from generate import predict, prepare
+from generate import predict
+from questions import prepare
 from recurse import Candidate, route
 from runs import load_run, read_predictions
 

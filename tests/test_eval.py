@@ -330,10 +330,11 @@ def test_a_question_is_one_also_with_spaces_behind_it():
 def test_stops_are_a_newline_for_questions_unless_something_else_is_asked_for():
     question, lines = data.question_text("who"), ("one\ntwo", "three")
     examples = [data.Example(question, "a", ("a",)), data.Example("It is", "a", ("a",))]
-    examples.append(data.Example(question, "one\ntwo", lines))  # its answer has two lines
-    assert stops(examples) == ["\n", "", ""]
+    examples.append(data.Example(question, "one\ntwo", lines))  # `ask` does not know its answer
+    examples.append(data.Example(question, "", ()))
+    assert stops(examples) == ["\n", "", "\n", "\n"]
     for stop, expected in (("", ""), (".", "."), ("\\n", "\n"), ("\n\n", "\n\n"), ("Q:", "Q:")):
-        assert stops(examples, stop) == [expected] * 3
+        assert stops(examples, stop) == [expected] * 4
 
 
 def with_splits(run, *splits):
@@ -367,6 +368,66 @@ def test_the_same_questions_are_compared_whatever_their_split_is_called(tmp_path
     for run in (a, b):  # a run that has no results yet, and an early one
         with_splits(run)
     assert compare(a, b, iters=10)[0]["n"] == 3
+
+
+def with_settings(run, name="run.json", **arguments):
+    record = {"arguments": {"method": "fine_tuning"} | arguments, "results": {}}
+    (run / name).write_text(json.dumps(record))
+
+
+SAME = {"stop": None, "shots": None, "max_new_tokens": 16}
+
+
+@pytest.mark.parametrize(
+    "a, b, note",
+    [
+        ({}, {}, None),
+        ({"stop": "."}, {"stop": "."}, None),
+        ({"stop": "\\n"}, {"stop": "\n"}, None),
+        ({"stop": "."}, {}, "--stop '.' and None"),
+        ({"stop": ""}, {"stop": "."}, "--stop '' and '.'"),
+        ({"shots": 5}, {}, "--shots 5 and None"),
+        ({"max_new_tokens": 4}, {}, "--max-new-tokens 4 and 16"),
+        ({"stop": ".", "shots": 2}, {"shots": 3}, "--stop '.' and None, --shots 2 and 3"),
+    ],
+)
+@pytest.mark.parametrize("names", [("score.json",) * 2, ("run.json", "score.json")])
+def test_compare_says_in_a_line_what_was_asked_in_another_way(tmp_path, capsys, a, b, note, names):
+    runs = [write_run(tmp_path / n, score([example("0")], [p])) for n, p in zip("ab", "xy")]
+    for run, name, settings in zip(runs, names, (a, b)):
+        with_settings(run, name, **SAME | settings)
+    compare(*runs, iters=5)
+    lines = capsys.readouterr().out.splitlines()[3:]
+    assert lines == ([f"a and b were not asked in the same way: {note}"] if note else [])
+
+
+def test_a_newline_for_questions_is_the_stop_that_is_not_given(tmp_path, capsys):
+    e = moved("0", data.question_text("who"))
+    runs = [write_run(tmp_path / n, score([e], [p])) for n, p in zip("ab", "xy")]
+    for run, stop in zip(runs, (None, "\\n")):
+        with_settings(run, **SAME | {"stop": stop})
+    compare(*runs, iters=5)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    (runs[0] / "run.json").unlink()  # a folder of predictions alone: nothing is known
+    with_settings(runs[1], **SAME | {"stop": "."})
+    compare(*runs, iters=5)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_compare_says_if_a_is_b(tmp_path, capsys):
+    records = score([example("0"), example("1")], ["Paris", "x"])
+    a, copy = write_run(tmp_path / "a", records), write_run(tmp_path / "copy", records[::-1])
+    (tmp_path / "link").symlink_to(a)
+    other = write_run(tmp_path / "other", score([example("0"), example("1")], ["Paris", "y"]))
+    for b in (a, tmp_path / "link", tmp_path / "copy" / ".." / "a"):
+        compare(a, b, iters=5)
+        assert capsys.readouterr().out.splitlines()[3:] == [
+            f"a and b are the same file: {a} and {b}"
+        ]
+    compare(a, copy, iters=5)
+    assert capsys.readouterr().out.splitlines()[3:] == ["a and b hold the same predictions"]
+    compare(a, other, iters=5)  # the same scores
+    assert capsys.readouterr().out.splitlines()[3:] == []
 
 
 @pytest.mark.parametrize("empty", ["a", "b", "ab"])

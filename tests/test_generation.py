@@ -17,13 +17,13 @@ from conftest import (
     vectors,
     whole,
 )
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.profiler import ProfilerActivity, profile
 
 import data
 import generate as generation  # not its function of that name
-from generate import Sample, generate, main, option_scores, predict, prepare, sample_next_token
+from generate import Sample, generate, main, option_scores, predict, sample_next_token
 from model import LM, Config
+from questions import prepare
 
 OPTIONS = [[[4], [5, 6, 7], [8, 9]], [[10, 11]], [[12], [13]], [[1, 2, 3, 4, 5], [6], [7], [8]]]
 
@@ -304,34 +304,6 @@ def test_spaces_before_an_answer_do_not_end_it(make_lm, monkeypatch, text, stop,
 
     monkeypatch.setattr(generation, "generate", generated)
     assert generation.continue_texts(make_lm(), Letters(), [[1]], None, 99, stop) == [(answer, 0.0)]
-
-
-UNKNOWING = {
-    "word": lambda: models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"),
-    "wordpiece": lambda: models.WordPiece({"<unk>": 0, "a": 1}, unk_token="<unk>"),
-    "bpe": lambda: models.BPE({"<unk>": 0, "a": 1, "\u2581": 2}, [], unk_token="<unk>"),
-    "unigram": lambda: models.Unigram([("<unk>", 0.0), ("a", -1.0), ("\u2581", -1.0)], 0),
-    "dropping": lambda: models.BPE({"<unk>": 0, "a": 1}, []),
-}
-
-
-@pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize("kind", UNKNOWING)
-def test_a_target_that_no_answer_can_equal_is_named(kind, special):
-    tokenizer = Tokenizer(UNKNOWING[kind]())
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if kind in ("bpe", "unigram"):  # the space before a word is a token of its own
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-        tokenizer.decoder = decoders.Metaspace()
-    if special:
-        tokenizer.add_special_tokens(["<unk>"])
-    known = [data.Example("q", "a", ("a",)), data.Example("q", "b", ())]  # one without answers
-    known.append(data.Example("q", "b", ("b",), options=("b", "a")))
-    generation.check_targets(tokenizer, known)
-    for target in ("\u65e5", "\u65e5 \u672c"):
-        bad = data.Example("q", target, (target,), source="a.jsonl:7")
-        with pytest.raises(ValueError, match=f"^a.jsonl:7: .* no tokens for the answer '{target}'"):
-            generation.check_targets(tokenizer, [*known, bad])
 
 
 @pytest.mark.parametrize("budget", [60, 100, 250])

@@ -32,8 +32,9 @@ import start
 import train
 from checkpoints import load_tokenizer
 from fit import target_loss
-from generate import option_scores, predict, prepare
+from generate import option_scores, predict
 from model import LM, Config
+from questions import prepare
 from rerank import Bert
 from runs import ASSETS, load_run, read_predictions
 from t5 import T5Encoder

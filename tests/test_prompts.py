@@ -26,8 +26,9 @@ from adapters import (
 from checkpoints import load_tokenizer
 from data import Example, TokenizedExample, collate, encode_prompts
 from fit import target_loss
-from generate import generate, option_scores, pad, predict, prepare, stack_prefixes, vote
+from generate import generate, option_scores, pad, predict, stack_prefixes, vote
 from model import LM, Prefix
+from questions import prepare
 from recurse import (
     COMPOSITIONS,
     load_prefix,

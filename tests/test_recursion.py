@@ -28,9 +28,10 @@ import train
 from checkpoints import skip_init
 from data import TokenizedExample, collate
 from fit import target_loss
-from generate import generate, predict, prepare
+from generate import generate, predict
 from model import LM, Config
 from pause import Pause, Paused
+from questions import prepare
 from runs import load_run, read_predictions
 
 

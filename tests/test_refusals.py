@@ -8,10 +8,13 @@ import runpy
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import words_tokenizer
 from tiny_runs import ROOT, SHAPE, command, make_place, run, write_lines
+from tokenizers import Tokenizer
 
 import adapters
 import recurse
@@ -78,7 +81,20 @@ RECUR --out run --resume --lr 0.5                       | --lr | 0.5
 RECUR --out run --resume --init random                  | --init
 RECUR --out run --resume --train dev.jsonl              | other data
 RECUR --out run --resume --model replaced               | another LM
+RECUR --model lm-retokenised --out retokenised --resume | retokenised was | another tokenizer
+RECUR --model lm-ended --out ended --resume             | ended was started with other end tokens
 RECUR --out thesis --resume                             | thesis is not a run's folder
+RECUR --out train.jsonl                                 | --out train.jsonl: is not a folder
+RECUR --out /dev/full --resume                          | --out /dev/full: is not a folder
+RECUR --out run --resume --stop .                       | --stop
+RECUR --train unknown.jsonl --model word | unknown.jsonl:2: | 'w5 town'
+RECUR --train words.jsonl --dev unknown.jsonl --model word | unknown.jsonl:2: | 'w5 town'
+RECUR --train words.jsonl --dev '' --test unknown.jsonl --model word | unknown.jsonl:2: | 'w5 town'
+RECUR --train special.jsonl                             | special.jsonl:1: | x<|endoftext|>y
+RECUR --dev lines.jsonl                                 | lines.jsonl:1: | holds '\n' | --stop
+RECUR --test dev.jsonl --stop n                         | dev.jsonl:2: | holds 'n' | --stop
+RECUR --train disagree.jsonl                            | :1: the target 'b' is not among the ans
+RECUR --seed -1                                         | --seed | -1
 RECUR --out torn --resume                               | state.safetensors | corrupt
 RECUR --out spoilt --resume                             | run.json | not a run record
 PROMPT --prompt-length 90                               | train.jsonl:1 | context
@@ -157,6 +173,20 @@ eval.py compare run nowhere                             | nowhere/predictions.js
 eval.py compare run fewer                               | 5 in run ( | 4 in fewer, and 4 are
 eval.py compare run fewer                               | id 'q4' of task 'b' is in run but not in
 eval.py compare run run --iters 0                       | --iters | 0 is not a number from 1 up
+eval.py compare run run --seed -1                       | --seed | -1 is not between 0 and
+eval.py ask --run run --seed -1 who                     | --seed | -1 is not between 0 and
+eval.py score dev.jsonl --seed 9223372036854775808      | --seed | is not between 0 and
+eval.py score dev.jsonl --seed x                        | --seed | invalid int value: 'x'
+eval.py score dev.jsonl --out train.jsonl               | --out train.jsonl: is not a folder
+eval.py score dev.jsonl --out /dev/full                 | --out /dev/full: is not a folder
+eval.py score lines.jsonl                               | lines.jsonl:1: | holds '\n' | --stop
+eval.py score dev.jsonl --stop o                        | dev.jsonl:1: | holds 'o' | --stop
+eval.py score special.jsonl                             | special.jsonl:1: | x<|endoftext|>y
+eval.py score dev.jsonl --shots 1 --shots-from special.jsonl | special.jsonl:1: | x<|endoftext|>y
+eval.py score alias.jsonl                               | :1: the answer 'B' is not among the opt
+eval.py ask --run retokenised who                       | retokenised: | another tokenizer
+eval.py score dev.jsonl --run retokenised               | retokenised: | another tokenizer
+eval.py ask --run own who                               | own: | another tokenizer
 eval.py ask --run run                                   | no question
 eval.py ask --run run ' '                               | no question, or an empty one
 eval.py ask --run nowhere who                           | nowhere: no run.json
@@ -186,6 +216,8 @@ eval.py ask --run paused --threshold 0 who              | --pause
 
 audit.py                                                | command
 audit.py hard run                                       | --out
+audit.py hard run --out new --seed -1                   | --seed | -1 is not between 0 and
+audit.py passes retokenised --out new                   | retokenised: | another tokenizer
 audit.py hard run --out thesis                          | thesis exists
 audit.py hard mine --out new --samples 0                | --samples
 audit.py hard run --out new --runs fewer nowhere        | nowhere/predictions.jsonl: no such file
@@ -201,6 +233,8 @@ generate.py nowhere text                                | nowhere
 generate.py lm/model text --max-new-tokens 0            | max_new_tokens cannot be 0
 generate.py lm/model text --max-new-tokens 96           | context of 96
 generate.py lm/model text --temperature -1              | temperature cannot be -1
+generate.py lm/model text --seed -1                     | --seed | -1 is not between 0 and
+generate.py lm/model text --seed 9223372036854775808    | --seed | is not between 0 and
 adapters.py                                             | folder
 adapters.py thesis                                      | thesis: no adapter_config.json
 adapters.py cut                                         | adapter_model.safetensors
@@ -284,6 +318,12 @@ FILES = {
     "holes.jsonl": '{"input": null, "question": null, "target": "b"}\n',
     "little.jsonl": '{"text": "a"}\n',
     "blank.txt": "\n\n",
+    "unknown.jsonl": '{"input": "w1", "target": "w5"}\n{"input": "w2", "target": "w5 town"}\n',
+    "words.jsonl": '{"input": "w1", "target": "w5"}\n',
+    "special.jsonl": '{"input": "who", "target": "x<|endoftext|>y"}\n',
+    "lines.jsonl": '{"question": "who", "answer": ["one\\ntwo"]}\n',
+    "disagree.jsonl": '{"input": "a", "target": "b", "answers": ["c"], "options": ["b", "c"]}\n',
+    "alias.jsonl": '{"question": "a", "answer": ["b", "B"], "options": ["b", "c"]}\n',
     "thesis/chapter.tex": "mine",
 }
 
@@ -330,12 +370,32 @@ def make_runs(place):
     other = LM(lm.config)
     other.save("replaced", tokenizer=tokenizer, replace=True)
     adapters.save_adapter("foreign", recurse.new_connector(other, "neural_recursion", 1), other)
+    words = LM(replace(lm.config, vocab_size=67, eos=(2,), bos=None))
+    words.save("word", tokenizer=words_tokenizer(67))
+    make_changed_runs(place, lm, tokenizer)
     three = [recurse.new_connector(lm, "neural_recursion", 1) for _ in "ab"]
     adapters.save_adapter("three", adapters.Connectors(three, 3), lm)
     adapters.save_adapter("prompt", adapters.SoftPrompt(torch.zeros(90, 32)), lm)
     adapters.save_adapter("cut", adapters.SoftPrompt(torch.zeros(90, 32)), lm)
     weights = place / "cut" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
+
+
+def make_changed_runs(place, lm, tokenizer):
+    """Runs whose LM has since got another tokenizer, or other end tokens. Weights are the same."""
+    other = json.loads(tokenizer.to_str())
+    vocabulary = other["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    other = Tokenizer.from_str(json.dumps(other))
+    for name in ("retokenised", "ended"):
+        lm.save(f"lm-{name}", tokenizer=tokenizer)
+        run(shlex.split(f"{SHORT['RECUR']} --model lm-{name} --out {name}"))
+    other.save("lm-retokenised/tokenizer.json")
+    settings = json.loads((place / "lm-ended" / "config.json").read_text())
+    settings["eos_token_id"] = [0, 5]
+    (place / "lm-ended" / "config.json").write_text(json.dumps(settings))
+    run(shlex.split(f"{SHORT['TRAIN']} fine_tuning --out own"))
+    other.save("own/model/tokenizer.json")
 
 
 def snapshot(folder):

@@ -281,3 +281,76 @@ def test_a_run_that_trained_its_own_lm_takes_no_other(place, tmp_path):
     assert load_run(moved)[0].folder == moved / "model"
     with pytest.raises(ValueError, match="trained an LM of its own"):
         load_run(moved, model=place / "lm" / "model")
+
+
+def with_end_tokens(folder, eos, name="generation_config.json"):
+    path = folder / name
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(settings | {"eos_token_id": eos}))
+
+
+@pytest.mark.parametrize(
+    "method, name",
+    [
+        ("connector_lm", "config.json"),
+        ("fine_tuning", "generation_config.json"),
+        ("pretrain_prompt", "generation_config.json"),
+    ],
+)
+def test_a_run_ends_answers_with_its_own_end_tokens(place, tmp_path, method, name, capsys):
+    """Whatever the LM's files say now. A line says so. --resume does not continue with others."""
+    shutil.copytree(place, tmp_path / "here")
+    line = command(tmp_path / "here", method, tmp_path / "run", "--steps 1")
+    record = run(line)
+    assert record["eos"] == [0]
+    folder = tmp_path / "here" / "lm" / "model"
+    model, _, tokenizer, _ = load_run(tmp_path / "run")
+    assert model.config.eos == (0,)
+    with_end_tokens(tmp_path / "run" / "model" if method == "fine_tuning" else folder, [0, 7], name)
+    with pytest.warns(UserWarning, match=r"tokens \[0\], and these are used; .* \[0, 7\] now"):
+        model = load_run(tmp_path / "run")[0]
+    assert model.config.eos == (0,) and getattr(model, "lm", model).config.eos == (0,)
+    with_end_tokens(folder, [0, 7], name)
+    with pytest.raises(ValueError, match=f"{tmp_path}/run was started with other end tokens"):
+        run([*line, "--resume"])
+    with_end_tokens(folder, [0], name)
+    run([*line, "--resume"])
+
+
+def test_a_run_takes_no_other_tokenizer(place, tmp_path):
+    """The LM's weights are the same. A copy of the run's own, where --tokenizer said, is taken."""
+    here, out = tmp_path / "here", tmp_path / "run"
+    shutil.copytree(place, here)
+    own = here / "lm" / "model" / "tokenizer.json"
+    text = json.loads(own.read_text())
+    run(command(here, "connector_lm", out, "--steps 1"))
+    after_bos = command(here, "prompt_tuning", tmp_path / "after", "--steps 1")
+    run([*after_bos, "--placement", "after_bos"])
+    for folder in (out, tmp_path / "after"):
+        load_run(folder)
+    changes = []
+    for key, value in (
+        ("normalizer", {"type": "Lowercase"}),
+        ("post_processor", None),  # without BOS
+        ("model", text["model"] | {"merges": text["model"]["merges"][:3]}),
+        ("decoder", None),
+    ):
+        own.write_text(json.dumps(text | {key: value}))
+        for folder in (out, tmp_path / "after"):
+            try:
+                load_run(folder)
+            except ValueError as error:
+                assert str(error).startswith(f"{folder}: was trained with another tokenizer")
+                changes.append((key, folder.name))
+    keys = ("normalizer", "post_processor", "model", "decoder")
+    both = [(key, name) for key in keys for name in ("run", "after")]
+    both.remove(("post_processor", "after"))  # a prompt behind BOS puts it there itself
+    assert changes == both
+    own.write_text(json.dumps(text, indent=3) + "\n")  # the same tokenizer, written otherwise
+    load_run(out)
+    record = json.loads((out / "run.json").read_text())
+    for key in ("tokenizer_hash", "eos"):  # an early run's
+        del record[key]
+    (out / "run.json").write_text(json.dumps(record))
+    own.write_text(json.dumps(text | {"decoder": None}))
+    load_run(out)

@@ -20,7 +20,8 @@ import adapters
 import data
 import eval as metrics
 import textual
-from generate import Sample, predict, prepare
+from generate import Sample, predict
+from questions import prepare
 from recurse import Candidate, candidates, rank, text_with
 from runs import load_run, read_predictions, read_record
 from textual import with_candidates

@@ -1,0 +1,316 @@
+"""Questions that a model answers: read, checked, and made into what generate.predict takes.
+
+read_questions     the file of `eval.py ask --input`, whose answers are not needed
+prepare            examples of data.py, and examples before them -> the arguments of predict
+check_targets      refuses targets that no tokens spell, which training would teach
+check_answers      refuses answers that `predict` could never return, which would score 0
+load_model         the run or the bare LM that the flags of `ask` and `score` name
+answer             answers as these flags say
+score_record       what `score --out` writes down about its scores
+
+ids, options, prefix = prepare(lm, tokenizer, data.read("questions.jsonl"))
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from unicodedata import category, normalize
+
+import torch
+from tokenizers import Tokenizer, models
+
+import data
+import eval as metrics
+from generate import check_ids, find_stop, prefix_lengths
+
+SHOT_END = "\n\n"  # follows each of the examples that stand before a question
+
+# Files
+
+
+def read_questions(path: str | Path, question_format: bool = True) -> list[data.Example]:
+    """Read examples without their answers. The `id` of each is what was asked.
+
+    The file is JSONL if its name ends so, in letters of any case. A name without a suffix, such as
+    /dev/stdin, is JSONL if the first line is a JSON object. Otherwise each line is a question. With
+    `question_format` these are put into the format of data.question_text.
+    """
+    path = Path(path)
+    content = path.read_bytes()  # once: standard input cannot be read again
+    if _is_json(path, content):
+        records = data.json_lines(path, content)
+        return [parse_question(record, source) for source, record in records]
+    lines = data.decode_utf8(content, path).split("\n")
+    return [plain_question(line.strip(), question_format) for line in lines if line.strip()]
+
+
+def _is_json(path: Path, content: bytes) -> bool:
+    if path.suffix:
+        return path.suffix.lower() in (".jsonl", ".json", ".ndjson")
+    first = content.removeprefix(data.BOM.encode()).lstrip().split(b"\n")[0]
+    try:
+        return isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def plain_question(text: str, question_format: bool) -> data.Example:
+    """Make an Example of a question without options and answers."""
+    input = data.question_text(text) if question_format else text
+    return data.Example(input, "", (), id=text, source=repr(text))
+
+
+def parse_question(record: dict, source: str) -> data.Example:
+    """Make an Example of a record that need not say the answer. If it does, that is dropped."""
+    options = record["options"] if isinstance(record.get("options"), list) else []
+    filler = next((o for o in options if isinstance(o, str) and o.strip()), "?")
+    unlabelled = record | {"target": filler, "answer": filler, "answers": None}
+    example = data.parse_record(unlabelled, source)
+    return replace(example, answers=(), id=record.get("question", example.input))
+
+
+def read_shots(path, count: int, seed: int, asked) -> list[data.Example]:
+    """Sample `count` examples of a file that are not among the examples `asked`, with `seed`.
+
+    White space, case and Unicode form make no other example.
+    """
+
+    def key(e) -> str:
+        return " ".join(normalize("NFKC", e.input).casefold().split())
+
+    inputs = {key(e) for e in asked}
+    pool = [e for e in data.read(path) if key(e) not in inputs]
+    if len(pool) < count:
+        raise ValueError(f"{path}: {len(pool)} examples that are not asked, fewer than {count}")
+    return [pool[row] for row in data.sample(len(pool), count, seed)]
+
+
+# Tokens
+
+
+def prepare(lm, tokenizer, examples, prefix=None, max_new_tokens: int = 16, shots=(), stops=None):
+    """Tokenise examples of data.py for `predict`. Returns (ids, options, prefix).
+
+    `shots` are examples that stand, with their answers, before every question. They are read here,
+    once, and the prefix is extended by them, if it is the same for all questions. ValueError, with
+    the example's name, if one of its options or max_new_tokens exceed the context, or what
+    `check_answers` refuses. A TextualRecursion first adds its candidates; a Paused adds filler
+    behind a question.
+    """
+    config, pause_ids = lm.config, getattr(lm, "pause_ids", [])
+    check_targets(tokenizer, shots, config.eos)
+    stops = stops or [""] * len(examples)
+    check_answers(tokenizer, examples, config.eos, stops, max_new_tokens)
+    if hasattr(lm, "read_back"):
+        examples = lm.read_back(examples)
+    longest = max(prefix_lengths(prefix, len(examples)), default=0)
+    left = config.max_len - longest - len(pause_ids)
+    before = "".join(f"{shot.input} {shot.target}{SHOT_END}" for shot in shots)
+    after, V = getattr(lm, "pause_text", ""), config.vocab_size - len(pause_ids)
+    examples = [replace(e, input=before + e.input + after) for e in examples]
+    eos = config.eos[0] if config.eos else None
+    choices = [e for e in examples if e.options]
+    tokenized = iter(data.tokenize(choices, tokenizer, eos, left, V))
+    ids, options = [], []
+    for e, row in zip(examples, data.encode_prompts(tokenizer, [e.input for e in examples])):
+        try:
+            data.check_vocabulary(row, tokenizer, V)
+        except ValueError as error:
+            raise ValueError(f"{e.source}: {error}") from None
+        ids.append(row + pause_ids)
+        options.append(next(tokenized).options if e.options else [])
+        if not e.options and len(row) + max_new_tokens - 1 > left:  # the last is never read
+            raise ValueError(
+                f"{e.source}: {len(row)} tokens and {max_new_tokens} new ones exceed the {left} "
+                "that the LM's context leaves"
+            )
+    if shots and not (callable(prefix) or isinstance(prefix, list)):
+        ids, prefix = read_shared(lm, ids, prefix)
+    return ids, options, prefix
+
+
+@torch.no_grad()
+def read_shared(lm, ids: list[list[int]], prefix=None):
+    """Read the tokens that all questions begin with. Returns the rest of each, and the prefix."""
+    check_ids(ids, lm.config.vocab_size)
+    # Every question keeps a token: its logits give the first token of the answer.
+    n = min(len(os.path.commonprefix(ids)), min(map(len, ids)) - 1)
+    shared = torch.tensor([ids[0][:n]], device=next(lm.parameters()).device)
+    if n > 0:
+        prefix = lm.read(lm.embed(shared), prefix)
+    return [row[n:] for row in ids], prefix
+
+
+# Answers that can be given. A choice among options is right by its index, so it is not checked.
+
+
+def check_targets(tokenizer: Tokenizer, examples, eos=()) -> None:
+    """ValueError, which names the example, if the tokens of its target do not spell it.
+
+    Some of them are special, stand for unknown text (<unk>) or end an answer, or the tokenizer
+    drops letters. It may change case, accents, spaces and Unicode form.
+    """
+    targets = {e.target: e for e in reversed(examples) if e.answers and not e.options}
+    for target, e in reversed(targets.items()):
+        problem = _misspelt(tokenizer, target, eos)
+        if problem:
+            raise ValueError(f"{e.source}: {problem}")
+
+
+def check_answers(tokenizer: Tokenizer, examples, eos, stops: list[str], limit: int) -> None:
+    """ValueError, which names the example, if `predict` can return none of the accepted answers.
+
+    No tokens spell them (see `check_targets`), or they hold the text of stops[b]. One answer of
+    several is enough. Warnings count the examples whose answers have more than `limit` tokens, and
+    those whose answers the tokenizer changes so much that they no longer match.
+    """
+    notes, free = {}, [(e, s) for e, s in zip(examples, stops) if e.answers and not e.options]
+    for e, stop in free:
+        problems = []
+        for answer in e.answers:
+            problem = _problem(tokenizer, answer, metrics.unicode_form(e), eos, stop, limit)
+            if problem is None:
+                break
+            problems.append(problem)
+        else:
+            is_error, message = min(problems, key=lambda problem: problem[0])
+            if is_error:
+                raise ValueError(f"{e.source}: {message}")
+            notes.setdefault(message, []).append(e.source)
+    for message, sources in notes.items():
+        scored = f"{len(sources)} of {len(free)} questions cannot be scored as right"
+        warnings.warn(f"{scored}: {message} (first: {sources[0]})", stacklevel=2)
+
+
+def _problem(tokenizer, answer: str, form, eos, stop: str, limit: int) -> tuple[bool, str] | None:
+    """Why `predict` cannot return an answer, and whether that is an error. None if it can."""
+
+    def can(**limits) -> bool:
+        texts = _returned(tokenizer, answer, **limits)
+        return any(metrics.exact_match(text, [answer], form) for text in texts if text)
+
+    if can(eos=eos, stop=stop, limit=limit):
+        return None
+    message = _misspelt(tokenizer, answer, eos)
+    if message:
+        return True, message
+    if not any(_same(text, answer) for text in _returned(tokenizer, answer, eos, stop)):
+        return True, f"the answer {answer!r} holds {stop!r}, which ends it; --stop sets another end"
+    if can(eos=eos, stop=stop):
+        return False, f"their answers have more than --max-new-tokens {limit} tokens"
+    return False, "the tokenizer changes the letters of their answers"
+
+
+def _misspelt(tokenizer, text: str, eos) -> str | None:
+    """Say why the tokens of a text do not spell it. None if they do."""
+    if any(_same(given, text) for given in _returned(tokenizer, text, eos)):
+        return None
+    if any(_same(given, text) for given in _returned(tokenizer, text)):
+        return f"the answer {text!r} holds a token that ends an answer"
+    *_, given = _returned(tokenizer, text)
+    spelt = f" (they spell {given!r})" if given else ""
+    return f"the tokenizer has no tokens for the answer {text!r}{spelt}"
+
+
+def _returned(tokenizer, answer: str, eos=(), stop: str = "", limit: int | None = None):
+    """Yield what `predict` returns if the LM gives the tokens of an answer.
+
+    First those of the answer behind a space, then without: tokenizers differ in which they need.
+    """
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    unigram = isinstance(tokenizer.model, models.Unigram)  # it does not tell its unk_token
+    for text in (f" {answer}", answer):
+        row, known = tokenizer.encode(text, add_special_tokens=False), []
+        for index, token in zip(row.ids[:limit], row.tokens):
+            if index in eos:
+                break
+            shows_text = unigram and token != tokenizer.id_to_token(index)  # instead of <unk>
+            if token != unknown and not shows_text:
+                known.append(index)
+        text = tokenizer.decode(known)
+        yield text[: find_stop(text, stop)].strip()
+
+
+def _same(given: str, answer: str) -> bool:
+    """Whether two texts differ in nothing but what a tokenizer or the scores normalise."""
+    if not given:
+        return False
+    return metrics.exact_match(given, [answer], "NFD") == 1 or _fold(given) == _fold(answer)
+
+
+def _fold(text: str) -> str:
+    """Drop case, accents, spaces and control characters, and compatibility forms such as "ﬁ"."""
+    letters = normalize("NFKD", normalize("NFKD", text).casefold())
+    return "".join(c for c in letters if category(c)[0] not in "MZC")
+
+
+# The commands `ask` and `score` of eval.py
+
+
+def load_model(args) -> tuple:
+    """Return (model, prefix, tokenizer, record) of a run, or of a bare LM, whose record is {}.
+
+    Flags that were not given become those of the run: --stop and --max-new-tokens.
+    """
+    if args.run:
+        from runs import load_run
+
+        loaded = load_run(args.run, model=args.model)
+    else:
+        from checkpoints import load_tokenizer
+        from model import LM
+
+        lm = LM.from_pretrained(args.model or Path(__file__).parent / "assets" / "lm")
+        loaded = lm, None, load_tokenizer(lm.folder, lm.config.vocab_size), {}
+    given = loaded[-1].get("arguments", {})
+    args.stop = given.get("stop") if args.stop is None else args.stop
+    args.max_new_tokens = args.max_new_tokens or given.get("max_new_tokens", 16)
+    return loaded
+
+
+def answer(args, model, prefix, tokenizer, examples: list) -> list[str | int]:
+    """Answer examples as the flags say. The result is what eval.score takes."""
+    from recurse import route
+
+    if (args.shots is None) != (args.shots_from is None):
+        raise ValueError("--shots and --shots-from need each other")
+    shots, ends, new = [], metrics.stops(examples, args.stop), args.max_new_tokens
+    if args.shots:
+        shots = read_shots(args.shots_from, args.shots, args.seed, examples)
+        if args.stop is None:  # otherwise the model goes on with an example of its own
+            ends = [end or SHOT_END for end in ends]
+    ids, options, prefix = prepare(model, tokenizer, examples, prefix, new, shots, ends)
+    if getattr(args, "out", None):  # before the work: the folder may be one that cannot be made
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    asked = (model, tokenizer, ids, prefix, new, options, ends, args.eval_tokens)
+    return route(args.threshold, *asked)[0]
+
+
+def score_record(args, model, tokenizer, results: dict) -> dict:
+    """What `score --out` stores beside the predictions, in score.json.
+
+    Keys: command, arguments (--stop and --max-new-tokens as they were used), fingerprint (of the
+    LM), tokenizer_hash, eos (the tokens that ended answers), adapter_hash, file_hash, shots_hash,
+    versions, hardware, results.
+    """
+    from runs import environment, hash_tokenizer
+
+    ignored = ("function", "command", "argv", "out", "eval_tokens")  # they change no answer
+    adapter = Path(args.run) / "adapter_model.safetensors" if args.run else None
+    files = {"adapter_hash": adapter, "file_hash": args.file, "shots_hash": args.shots_from}
+    hashes = {"tokenizer_hash": hash_tokenizer(tokenizer), "eos": list(model.config.eos)}
+    for key, path in files.items():
+        known = path is not None and Path(path).is_file()  # of an LM trained itself: no adapter
+        hashes[key] = hashlib.sha256(Path(path).read_bytes()).hexdigest() if known else None
+    return {
+        "command": shlex.join(["python", "eval.py", *args.argv]),
+        "arguments": {key: value for key, value in vars(args).items() if key not in ignored},
+        "fingerprint": getattr(model, "lm", model).fingerprint(),
+        **hashes,
+        **environment("cpu"),
+        "results": results,
+    }
