@@ -4,6 +4,7 @@ Only if the line is the result that was asked for is it an error.
 
     show("step 10")                                  a line, or nothing if nobody can read it
     show(answer, result=True)                        OSError if it cannot be written
+    show_table(title, columns, rows)                 Markdown
     with only_shows("curve.png"): draw(...)          if it fails, one line says why
 """
 
@@ -51,3 +52,10 @@ def only_shows(what: str) -> Iterator[None]:
     except Exception as error:  # from any library, and no result may be lost by it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         show(f"no {what}: {reason}")
+
+
+def show_table(title: str, columns: list[str], rows: list[list]) -> None:
+    """Print a Markdown table."""
+    show(f"\n{title}\n")
+    for row in [columns, ["---"] * len(columns), *rows]:
+        show(f"| {' | '.join(map(str, row))} |")
