@@ -22,7 +22,7 @@ import train
 from generate import predict, prepare
 from runs import load_run
 from show import only_shows, show, show_table
-from study import Job, Row, Study, em, show_orderings, show_runs
+from study import Job, Row, Study, em, show_grid, show_orderings, show_runs
 
 # The runs
 
@@ -143,8 +143,8 @@ def recursion(args) -> dict:
 
 def report(study: Study) -> dict:
     """Print all tables and draw the picture. Returns what results/recursion.json holds."""
-    results = {"runs": show_runs(study), "orderings": show_orderings(study, ORDERINGS)}
-    results["rates"] = {name: study.best_rate(name) for name in RATES}
+    results = {"rates": show_grid(study), "runs": show_runs(study)}
+    results["orderings"] = show_orderings(study, ORDERINGS)
     results["candidates"] = show_candidates(study)
     results |= show_analyses(study)
     results["saturation"] = saturation(study)
@@ -293,7 +293,8 @@ def show_candidates(study: Study) -> list[dict]:
         percents = [f"{100 * value:.1f}" for value in values]
         table.append([r["row"], r["slice"], *percents, f"{r['distinct']:.1f}"])
     columns = ["", "slice", "recall@n", "likeliest", "most frequent", "EM", "different ones"]
-    show_table("candidates, and what reading them gives: test, in percent", columns, table)
+    if table:
+        show_table("candidates, and what reading them gives: test, in percent", columns, table)
     return results
 
 
@@ -349,6 +350,9 @@ def draw(figure, results: dict) -> None:
     for key, label in (("oracle", "oracle"), ("em", "by confidence"), ("random", "at random")):
         y = [100 * row[key] for row in curve]
         by_passes.plot([row["passes"] for row in curve], y, label=label)
+    for row in [row for row in rows if row["samples"] == 16]:  # it has two passes, too
+        by_passes.plot([2], [100 * row["em"]], "o", label="textual, 16 candidates")
+        by_passes.plot([1], [100 * row["majority"]], "o", label="most frequent of 16 samples")
     by_passes.set(xlabel="passes for a question", ylabel="test EM")
     for axes in (candidates, by_passes):
         axes.legend(fontsize=7)

@@ -114,8 +114,9 @@ class Study:
         return [Job(row, seed, self.folder / f"{row.name}-{seed}") for seed in range(row.seeds)]
 
     def finished(self, name: str) -> list[Job]:
-        """The finished jobs of a row."""
-        return [job for job in self.jobs(self.rows[name]) if job.record()]
+        """The finished jobs of a row; none if there is no such row."""
+        rows = [row for row in self.rows.values() if row.name == name]
+        return [job for row in rows for job in self.jobs(row) if job.record()]
 
     def grid(self, name: str) -> list[Job]:
         """A row with each of its learning rates, for a quarter of the steps, without test."""
@@ -292,6 +293,23 @@ def show_runs(study: Study) -> dict[str, list[dict]]:
                 table.append([row.name, len(records), records[0].get("lr", ""), *cells])
         if table:
             show_table(f"{title}: EM dev / test", ["", "seeds", "rate", *SLICES], table)
+    return results
+
+
+def show_grid(study: Study) -> dict[str, dict]:
+    """Print dev EM of every learning rate that was tried, in percent. Returns {row: {rate: EM}}."""
+    results = {}
+    for name, rates in study.rates.items():
+        pairs = zip(rates, (job.record() for job in study.grid(name)))
+        tried = {rate: 100 * em(record, "dev", "all") for rate, record in pairs if record}
+        if tried:
+            results[name] = tried
+    table = []
+    for name, tried in results.items():
+        texts = [f"{rate}: {value:.1f}" for rate, value in tried.items()]
+        table.append([name, ", ".join(texts), study.best_rate(name)])
+    if table:
+        show_table("learning rates: dev EM of short runs", ["", "tried", "chosen"], table)
     return results
 
 
