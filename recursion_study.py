@@ -350,12 +350,13 @@ def draw(figure, results: dict) -> None:
     for key, label in (("oracle", "oracle"), ("em", "by confidence"), ("random", "at random")):
         y = [100 * row[key] for row in curve]
         by_passes.plot([row["passes"] for row in curve], y, label=label)
-    for row in [row for row in rows if row["samples"] == 16]:  # it has two passes, too
-        by_passes.plot([2], [100 * row["em"]], "o", label="textual, 16 candidates")
-        by_passes.plot([1], [100 * row["majority"]], "o", label="most frequent of 16 samples")
+    for row in [row for row in rows if row["samples"] == 16]:
+        for key, style, label in (("em", ":", "textual"), ("majority", "--", "most frequent")):
+            text = f"{label}, 16 samples"
+            by_passes.axhline(100 * row[key], linestyle=style, color="gray", label=text)
     by_passes.set(xlabel="passes for a question", ylabel="test EM")
     for axes in (candidates, by_passes):
         axes.legend(fontsize=7)
     x, y = zip(*results["saturation"]) if results["saturation"] else ((), ())
-    steps.plot(x, [100 * score for score in y])
+    steps.plot(x, [100 * score for score in y], marker="o")
     steps.set(xlabel="steps of prompt tuning", ylabel="dev EM")
