@@ -2,8 +2,9 @@
 
     python reproduce.py lm            what an LM knows of the world, and how well it reads
     python reproduce.py headroom      what each task of the suite leaves to be learnt
+    python reproduce.py recursion     LM recursion, its relatives and its controls
 
-`headroom` trains on every task, in runs/headroom; if it is stopped, the same command goes on.
+The last two train in runs/headroom and runs/recursion. If one is stopped, the same command goes on.
 """
 
 import json
@@ -13,7 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from show import Parser, run_program, show
+from show import Parser, run_program, show, show_table
 
 import torch
 
@@ -29,6 +30,7 @@ from fit import target_loss
 from generate import predict
 from model import LM
 from questions import prepare
+from recursion_study import recursion
 from runs import ASSETS, read_record
 
 # What an LM knows
@@ -162,17 +164,9 @@ def write_rows(file: Path, rows: list[dict]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-# Tables and the command line
+# The command line
 
-
-def show_table(title: str, columns: list[str], rows: list[list]) -> None:
-    """Print a Markdown table."""
-    show(f"\n{title}\n")
-    for row in [columns, ["---"] * len(columns), *rows]:
-        show(f"| {' | '.join(map(str, row))} |")
-
-
-EXPERIMENTS = {"lm": lm_checks, "headroom": headroom}
+EXPERIMENTS = {"lm": lm_checks, "headroom": headroom, "recursion": recursion}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -188,16 +182,33 @@ def main(argv: list[str] | None = None) -> dict:
             ("--count", cli.COUNT, 300, "examples of each file"),
             ("--steps", cli.COUNT, 200, "steps of each training run"),
         ],
+        "recursion": [
+            ("--count", cli.COUNT, None, "questions of each split; all if not given"),
+            ("--steps", cli.COUNT, 1200, "steps of a training run; of a few, three times as many"),
+            ("--pretrained", str, str(ASSETS), "folder of pretrained Connectors, METHOD_LAYERS"),
+            ("--minutes", cli.number_type(float, 0), None, "start nothing after so many"),
+            ("--only", str, "", "only rows with this text in their name or their table's title"),
+        ],
+    }
+    switches = {
+        "--grid": "choose learning rates by short runs of seed 0, first",
+        "--plan": "print the cost sheet and end",
     }
     for name, experiment in EXPERIMENTS.items():
         summary = experiment.__doc__.split("\n")[0]
-        cli.add_flags(commands.add_parser(name, help=summary), name, *flags, *own[name])
+        command = commands.add_parser(name, help=summary)
+        cli.add_flags(command, name, *flags, *own[name])
+        for switch, text in switches.items() if name == "recursion" else ():
+            command.add_argument(switch, action="store_true", help=text)
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    start = time.perf_counter()
-    results = EXPERIMENTS[args.experiment](args)
-    record = {"arguments": vars(args), "seconds": round(time.perf_counter() - start)}
-    Path("results").mkdir(exist_ok=True)
-    write_json(Path("results") / f"{args.experiment}.json", record | {"results": results})
+    world_name = "" if args.world_seed == 1 else f"-world-{args.world_seed}"
+    file = Path("results") / f"{args.experiment}{world_name}.json"
+    start, record = time.perf_counter(), {"arguments": vars(args).copy()}
+    args.picture = file.with_suffix(".png")
+    if results := EXPERIMENTS[args.experiment](args):
+        record["seconds"] = round(time.perf_counter() - start)
+        file.parent.mkdir(exist_ok=True)
+        write_json(file, record | {"results": results})
     return results
 
 

@@ -2,6 +2,7 @@
 
     show("step 10")                                  a line, or nothing if nobody can read it
     show(answer, result=True)                        OSError if it cannot be written
+    show_table(title, columns, rows)                 Markdown
     with only_shows("curve.png"): draw(...)          if it fails, one line says why
     Parser(prog="train.py")                          a bad flag is one line and status 2
     run_program("train.py", main)                    so is any other bad input
@@ -65,6 +66,13 @@ def only_shows(what: str) -> Iterator[None]:
     except Exception as error:  # from any library, and no result may be lost by it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         show(f"no {what}: {reason}")
+
+
+def show_table(title: str, columns: list[str], rows: list[list]) -> None:
+    """Print a Markdown table."""
+    show(f"\n{title}\n")
+    for row in [columns, ["---"] * len(columns), *rows]:
+        show(f"| {' | '.join(map(str, row))} |")
 
 
 class Parser(argparse.ArgumentParser):

@@ -22,7 +22,9 @@ TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["train", "audit"], 7),
     **dict.fromkeys(["pretrain", "promptability", "bench_attention", "plan"], 8),
     **dict.fromkeys(["bench", "transfer"], 9),
-    "reproduce": 10,
+    "study": 6,
+    "recursion_study": 10,
+    "reproduce": 11,
 }
 FILES = sorted(ROOT.glob("*.py"))
 TREES = {path.stem: ast.parse(path.read_text()) for path in FILES}

@@ -1,0 +1,365 @@
+"""LM recursion beside its relatives: every run of the study, its cost, and which orderings hold.
+
+Counterparts of figure 6 and of tables 4, 5 and 6 of Levine et al. 2022, "Standing on the Shoulders
+of Giant Frozen Language Models", on the embedded world, and the controls that the paper leaves out.
+GROUPS lists the runs, the most important first. study.py makes them, in runs/recursion.
+
+    python reproduce.py recursion --plan       the cost sheet
+    python reproduce.py recursion --grid       all runs, or what is missing of them, and the tables
+
+Two processes can share the work: start the second command twice, each with OMP_NUM_THREADS=1.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+from show import only_shows, show, show_table
+
+import audit
+import data
+import eval as metrics
+import pretrain
+import recurse
+import train
+from generate import predict
+from questions import prepare
+from runs import load_run
+from study import Job, Row, Study, em, show_grid, show_orderings, show_runs
+
+# The runs
+
+NEURAL, PROMPT, TEXTUAL, TUNED = (
+    f"train.py --method {method}"
+    for method in ("neural_recursion", "prompt_tuning", "textual_recursion", "fine_tuning")
+)
+AFTER, BEFORE = "train.py --method lm_connector", "train.py --method connector_lm"
+STORED, RANDOM, ONE = "--init {pretrained}", "--init random", "--connector-layers 1"
+NEURAL_2 = f"{NEURAL} {STORED}/neural_recursion_2"
+AFTER_2, BEFORE_2 = f"{AFTER} {STORED}/lm_connector_2", f"{BEFORE} {STORED}/connector_lm_2"
+RATES = {  # row: learning rates; the first is used where --grid has chosen none
+    "neural-2": ("1e-3", "3e-4", "3e-3"),
+    "neural-2-random": ("1e-3", "3e-4", "3e-3"),
+    "before-2": ("1e-3", "3e-4", "3e-3"),
+    "before-2-random": ("1e-3", "3e-4", "3e-3"),
+    "after-2": ("1e-3", "3e-4", "3e-3"),
+    "after-2-random": ("1e-3", "3e-4", "3e-3"),
+    "prompt": ("0.024", "0.008", "0.072"),  # a quarter of the embeddings' standard deviation
+    "fine-tuning": ("3e-4", "1e-4", "1e-3"),
+}
+# neural: LM-Connector-LM; before: Connector-LM; after: LM-Connector; then the Connector's layers.
+# Connectors and prompts of the rows with "random" are not pretrained, nor are those of "prompt".
+GROUPS = {
+    "headline, as in table 4": [
+        Row("neural-2", 3, "neural-2", NEURAL_2),
+        Row("prompt", 3, "prompt", PROMPT),
+        Row("before-2", 3, "before-2", BEFORE_2),
+        Row("before-2-random", 3, "before-2-random", f"{BEFORE} {RANDOM}"),
+        Row("textual-16", 3, "prompt", f"{TEXTUAL} --candidates 16"),
+        Row("neural-2-pause-3", 3, "neural-2", f"{NEURAL_2} --pause 3"),
+    ],
+    "Connectors, as in table 6": [
+        Row("neural-2-random", 1, "neural-2-random", f"{NEURAL} {RANDOM}"),
+        Row("neural-1", 1, "neural-2", f"{NEURAL} {ONE} {STORED}/neural_recursion_1"),
+        Row("neural-1-random", 1, "neural-2-random", f"{NEURAL} {ONE} {RANDOM}"),
+        Row("after-2", 1, "after-2", AFTER_2),
+        Row("after-2-random", 1, "after-2-random", f"{AFTER} {RANDOM}"),
+        Row("after-1", 1, "after-2", f"{AFTER} {ONE} {STORED}/lm_connector_1"),
+        Row("after-1-random", 1, "after-2-random", f"{AFTER} {ONE} {RANDOM}"),
+        Row("before-1", 1, "before-2", f"{BEFORE} {ONE} {STORED}/connector_lm_1"),
+        Row("before-1-random", 1, "before-2-random", f"{BEFORE} {ONE} {RANDOM}"),
+        Row("text-prompt", 1, "", "pretrain.py prompt --steps 700 --documents 60000"),
+        Row("prompt-pretrained", 1, "prompt", f"{PROMPT} --init {{out}}/text-prompt-0"),
+    ],
+    "controls": [
+        Row("lm-alone", 1, "", "eval.py score {test}"),
+        Row("training-free", 1, "", "train.py --method training_free"),
+        Row("before-8-random", 1, "before-2-random", f"{BEFORE} {RANDOM} --connector-layers 8"),
+        Row("fine-tuning", 1, "fine-tuning", TUNED),
+        Row("prompt-long", 1, "prompt", f"{PROMPT} --steps {{long}}"),
+        Row("neural-2-passes-3", 1, "neural-2", f"{NEURAL_2} --passes 3"),
+        Row("neural-2-passes-3-each", 1, "neural-2", f"{NEURAL_2} --passes 3 --connectors each"),
+    ],
+    "what a recursion does": [
+        Row("hard", 1, "", "audit.py hard {out}/prompt-long-0 --samples 64"),
+        Row("passes", 1, "", "audit.py passes {out}/neural-2-0"),
+        Row("neural-2-routed", 1, "", "route {out}/neural-2-0 {dev} {test}"),
+        Row("bridge", 1, "", "audit.py bridge {out}/neural-2-0 --limit 300"),
+    ],
+    "textual recursion, as in table 5": [
+        Row("textual-1", 1, "prompt", f"{TEXTUAL} --candidates 1"),
+        Row("textual-8", 1, "prompt", f"{TEXTUAL} --candidates 8"),
+        Row("textual-64", 1, "prompt", f"{TEXTUAL} --candidates 64"),
+        Row("textual-16-whole", 1, "prompt", f"{TEXTUAL} --candidates 16 --no-cross-fit"),
+    ],
+    "filler after the question, which is not in the paper": [
+        Row("neural-2-pause-1", 1, "neural-2", f"{NEURAL_2} --pause 1"),
+        Row("neural-2-pause-7", 1, "neural-2", f"{NEURAL_2} --pause 7"),
+        Row("prompt-pause-3", 1, "prompt", f"{PROMPT} --pause 3"),
+        Row("before-2-pause-3", 1, "before-2", f"{BEFORE_2} --pause 3"),
+        Row("after-2-pause-3", 1, "after-2", f"{AFTER_2} --pause 3"),
+        Row("fine-tuning-pause-3", 1, "fine-tuning", f"{TUNED} --pause 3"),
+        Row("neural-2-pause-3-long", 1, "neural-2", f"{NEURAL_2} --pause 3 --steps {{long}}"),
+    ],
+}
+ORDERINGS = [  # the claim is that the first row has the higher EM
+    ("neural > textual", "neural-2", "textual-16"),
+    ("textual > prompt tuning", "textual-16", "prompt"),
+    ("neural > prompt tuning", "neural-2", "prompt"),
+    ("pretrained > random, 2 layers", "neural-2", "neural-2-random"),
+    ("pretrained > random, 1 layer", "neural-1", "neural-1-random"),
+    ("two layers > one", "neural-2", "neural-1"),
+    ("LM-Connector-LM > Connector-LM", "neural-2", "before-2"),
+    ("Connector-LM > LM-Connector", "before-2", "after-2"),
+    ("16 candidates > 1", "textual-16", "textual-1"),
+    ("64 candidates > 16", "textual-64", "textual-16"),
+    # not in the paper
+    ("two passes > equal compute in one", "neural-2", "before-8-random"),
+    ("the same, both random", "neural-2-random", "before-8-random"),
+    ("trained > training-free loop", "neural-2", "training-free"),
+    ("textual > prompt of three times the steps", "textual-16", "prompt-long"),
+    ("cross-fitting > the paper's way", "textual-16", "textual-16-whole"),
+    ("three passes > two", "neural-2-passes-3", "neural-2"),
+    ("passes by difficulty > two for all", "neural-2-routed", "neural-2"),
+    ("neural, filler 3 > 0", "neural-2-pause-3", "neural-2"),
+    ("with filler, neural > Connector-LM", "neural-2-pause-3", "before-2-pause-3"),
+    ("neural with filler > textual", "neural-2-pause-3", "textual-16"),
+    ("neural with filler > fine-tuning", "neural-2-pause-3", "fine-tuning-pause-3"),
+]
+
+
+def recursion(args) -> dict:
+    """LM recursion and its relatives: what they answer, what they cost, which orderings hold."""
+    route = SimpleNamespace(main=answer_by_difficulty)
+    programs = {"train.py": train, "pretrain.py": pretrain, "audit.py": audit, "eval.py": metrics}
+    folder = Path(args.out) / "recursion"
+    study = Study(args, folder, GROUPS, RATES, programs | {"route": route})
+    cost = show_cost(study)
+    if args.plan:
+        return {}
+    with study.alone():
+        study.write_questions()
+    study.make()
+    with study.alone():
+        return report(study) | {"cost": cost}
+
+
+def report(study: Study) -> dict:
+    """Print all tables and draw the picture. Returns what results/recursion.json holds."""
+    results = {"rates": show_grid(study), "runs": show_runs(study)}
+    results["orderings"] = show_orderings(study, ORDERINGS)
+    results["candidates"] = show_candidates(study)
+    results |= show_analyses(study)
+    results["saturation"] = saturation(study)
+    results["missing"] = study.missing()
+    show("")
+    for name, reason in results["missing"].items():
+        show(f"{name} is not made: {reason}")
+    study.args.picture.parent.mkdir(exist_ok=True)
+    with only_shows("picture"), audit.picture(study.args.picture, 12, 3.5) as figure:
+        draw(figure, results)
+    return results
+
+
+def answer_by_difficulty(line: list[str]) -> dict:
+    """Answer test questions with one pass or two, at the threshold that is best on dev.
+
+    `line` is [a run of neural recursion, dev file, test file, "--out", folder].
+    """
+    run, dev, test, *out = line
+    threshold = best_threshold(run, data.read(dev))
+    return metrics.main(["score", test, "--run", run, f"--threshold={threshold}", *out])
+
+
+def best_threshold(run: str, examples: list[data.Example]) -> float:
+    """The threshold of `recurse.route` with the highest EM; of equal ones the lowest."""
+    model, prefix, tokenizer, record = load_run(run)
+    new, stop = record["arguments"]["max_new_tokens"], record["arguments"]["stop"]
+    stops = metrics.stops(examples, stop)
+    ids, options, prefix = prepare(model, tokenizer, examples, prefix, new, stops=stops)
+    asked = (model, tokenizer, ids, prefix, new, options, stops)
+    pairs = recurse.first_pass(*asked)
+    answers, confidence = [answer for answer, _ in pairs], [logprob for _, logprob in pairs]
+    scored = (metrics.score(examples, texts) for texts in (answers, predict(*asked)))
+    first, second = ([row["em"] for row in rows] for rows in scored)
+    costs = [1.0] * len(examples)
+    curve = audit.routing_curve(first, second, confidence, costs, costs)
+    threshold = max(curve, key=lambda row: row["em"])["threshold"]
+    return 1.0 if threshold is None else threshold  # a log-probability is 0 at most
+
+
+# What it costs. Measured on one core of the machine of RESULTS.md, in milliseconds.
+
+STEP = 34  # 32 questions of 18 tokens, once forward through the layers of the embedded LM
+ANSWER = 1.5  # one question through them, and its greedy answer
+SAMPLE = (8, 0.8)  # one question, and each sample of its answer
+QUESTIONS = {"train": 16128, "dev": 1344, "test": 2240}
+
+
+def passes(run) -> tuple[float, float]:
+    """How often as much as the LM's 6 layers is read forward in a step, and in an answer.
+
+    Backward costs as much as forward, and in trained layers twice as much. A first pass that is
+    kept costs nothing in a step.
+    """
+    c, more = run.connector_layers / 6, run.passes - 1
+    return {
+        "neural_recursion": (more * (2 + 3 * c), run.passes + more * c),
+        "lm_connector": (3 * c, 1 + c),
+        "connector_lm": (2 + 3 * c, 1 + c),
+        "fine_tuning": (3, 1),
+        "training_free": (0, 2),
+    }.get(run.method, (2.4, 1))  # every question attends to the prompt, too
+
+
+def training_seconds(run) -> float:
+    """Expected seconds of a core for the steps of train.py, and for the dev scores along them."""
+    step, answer = passes(run)
+    length = 1 + run.pause / 6  # relative to 18 tokens; a filler has 3
+    if run.method == "textual_recursion":
+        length += (3 + 6 * run.candidates**0.5) / 18  # about so many tokens do candidates take
+    scored = 240 * (run.steps // run.eval_every) * ANSWER * answer
+    return length * (run.steps * STEP * step + scored) / 1000
+
+
+def seconds(study: Study, job: Job) -> float:
+    """Expected seconds of a core for a job."""
+    train_, dev, test = (min(n, study.args.count or n) for n in QUESTIONS.values())
+    base, each = SAMPLE
+    if job.program == "audit.py":
+        samples = test * (base + 64 * each) / 1000
+        return {"hard": samples, "passes": 4 * test * ANSWER / 1000}.get(job.row.name, 100.0)
+    if not job.trains:
+        return 4 * (dev + test) * ANSWER / 1000
+    line = study.line(job)
+    if job.program == "pretrain.py":
+        run = pretrain.parse(line)
+        batches = run.batch_size * run.seq_len / (32 * 18)
+        return 60 + run.steps * batches * 2.4 * STEP / 1000  # a minute makes the documents
+    run = train.parse(line)
+    total = training_seconds(run)
+    if run.method == "textual_recursion":
+        total += (train_ + dev + test) * (base + run.candidates * each) / 1000
+        prompt = train.parse([*line, "--method", "prompt_tuning"])
+        total += (1 if run.no_cross_fit else 3) * training_seconds(prompt)
+    if run.method in ("neural_recursion", "lm_connector"):
+        total += train_ / 32 * STEP / 1000  # the first pass, once
+    asked = dev if job.short else dev + test
+    return total + asked * ANSWER * passes(run)[1] * (1 + run.pause / 6) / 1000
+
+
+def show_cost(study: Study) -> dict:
+    """Print the cost sheet. Returns the expected seconds of a core of all jobs, and what is left.
+
+    Once trainings are finished, their time corrects what is expected of the others.
+    """
+    jobs, took, expected = study.plan(), 0.0, 0.0
+    for job in jobs:
+        record = job.record() if job.program == "train.py" else None
+        if record and not job.row.command.startswith(TEXTUAL):  # it has more stages
+            took += record["seconds"]
+            expected += training_seconds(train.parse(study.line(job)))
+    factor = took / expected if expected else 1.0
+    rows, total, left = [], 0.0, 0.0
+    for job in jobs:
+        cost, steps = factor * seconds(study, job), ""
+        state = "finished" if job.record() else "failed" if job.failed() else ""
+        total, left = total + cost, left + (0.0 if state else cost)
+        if job.trains:
+            steps = study.programs[job.program].parse(study.line(job)).steps
+        rows.append([job.folder.name, steps, round(cost), state])
+    show_table("cost", ["run", "steps", "seconds of a core", ""], rows)
+    show(f"\n{len(jobs)} runs: {total:.0f} seconds of a core, {left:.0f} of them to come.")
+    show(f"Two processes on two quiet cores take {left / 7200:.1f} hours for these.")
+    if expected:
+        show(f"Finished trainings took {factor:.2f} times as long as their operations say.")
+    return {"seconds": round(total), "left": round(left), "factor": factor}
+
+
+# What only some rows have
+
+
+def show_candidates(study: Study) -> list[dict]:
+    """Print how good the candidates of test questions are, and EM after reading them."""
+    results = []
+    for row in study.rows.values():
+        finished = study.finished(row.name) if row.command.startswith(TEXTUAL) else []
+        for record in [job.record() for job in finished[:1]]:
+            scores, n = record["candidates"][0]["test"], record["arguments"]["candidates"]
+            for part, one in {"all": scores, **scores["tasks"]}.items():
+                kept = {key: one[key] for key in ("recall", "best", "majority", "distinct")}
+                result = {"row": row.name, "samples": n, "slice": part, **kept}
+                results.append(result | {"em": em(record, "test", part)})
+    results.sort(key=lambda r: (r["slice"], r["samples"], r["row"]))
+    table = []
+    for r in results:
+        values = [r["recall"][str(r["samples"])], r["best"], r["majority"], r["em"]]
+        percents = [f"{100 * value:.1f}" for value in values]
+        table.append([r["row"], r["slice"], *percents, f"{r['distinct']:.1f}"])
+    columns = ["", "slice", "recall@n", "likeliest", "most frequent", "EM", "different ones"]
+    if table:
+        show_table("candidates, and what reading them gives: test, in percent", columns, table)
+    return results
+
+
+def show_analyses(study: Study) -> dict:
+    """Print EM on the hard questions and the rates of the audit. Returns both, and the curve."""
+    found = {name: study.finished(name)[:1] for name in ("hard", "passes", "bridge")}
+    results = {}
+    for job in found["hard"]:
+        lines = data.json_lines(job.answers)
+        hard = [data.parse_record(record, source) for source, record in lines]
+        tested = [one for name in study.rows for one in study.finished(name)]
+        tested = [one for one in tested if (one.answers / "predictions.jsonl").is_file()]
+        results["hard"] = audit.scores_on(hard, [one.answers for one in tested])
+        for row, one in zip(results["hard"], tested):
+            row["what"] = one.folder.name
+        show(f"\nEM on the {len(hard)} questions without a right answer among 64 samples\n")
+        audit.show_rates(results["hard"])
+    for job in found["passes"]:
+        results["passes"] = job.record()["results"]
+        curve = results["passes"]["curve"]
+        rows = sorted({round(k / 40 * (len(curve) - 1)) for k in range(41)})
+        results["passes"]["curve"] = [curve[row] for row in rows]
+        audit.show_curve(results["passes"], None)
+    for job in found["bridge"]:
+        results["bridge"] = job.record()["results"]["rates"]
+        show("\ntwo-hop questions: what the first pass hands over\n")
+        audit.show_rates(results["bridge"])
+    return results
+
+
+def saturation(study: Study) -> list[list[float]]:
+    """Steps and dev EM along the longest prompt tuning."""
+    points = []
+    for job in study.finished("prompt-long"):
+        records = [record for _, record in data.json_lines(job.folder / "metrics.jsonl")]
+        points += [[r["step"], r["score"]] for r in records if "score" in r]
+    return points
+
+
+def draw(figure, results: dict) -> None:
+    """Draw EM against candidates, against average passes, and the prompt's along its training."""
+    candidates, by_passes, steps = figure.subplots(1, 3)
+    rows = [r for r in results["candidates"] if r["slice"] == "all" and "whole" not in r["row"]]
+    for label, value in (
+        ("a right one among them", lambda r: r["recall"][str(r["samples"])]),
+        ("EM after reading them", lambda r: r["em"]),
+        ("the most frequent one", lambda r: r["majority"]),
+    ):
+        x = [r["samples"] for r in rows]
+        candidates.plot(x, [100 * value(r) for r in rows], marker="o", label=label)
+    candidates.set(xlabel="candidates", ylabel="test EM", xscale="log")
+    curve = results.get("passes", {"curve": []})["curve"]
+    for key, label in (("oracle", "oracle"), ("em", "by confidence"), ("random", "at random")):
+        y = [100 * row[key] for row in curve]
+        by_passes.plot([row["passes"] for row in curve], y, label=label)
+    for row in [row for row in rows if row["samples"] == 16]:
+        for key, style, label in (("em", ":", "textual"), ("majority", "--", "most frequent")):
+            text = f"{label}, 16 samples"
+            by_passes.axhline(100 * row[key], linestyle=style, color="gray", label=text)
+    by_passes.set(xlabel="passes for a question", ylabel="test EM")
+    for axes in (candidates, by_passes):
+        axes.legend(fontsize=7)
+    x, y = zip(*results["saturation"]) if results["saturation"] else ((), ())
+    steps.plot(x, [100 * score for score in y], marker="o")
+    steps.set(xlabel="steps of prompt tuning", ylabel="dev EM")

@@ -1,0 +1,278 @@
+"""Studies: runs that are made once, shared by processes and cut short; and what they conclude."""
+
+import argparse
+import json
+from types import SimpleNamespace
+
+import pytest
+from tiny_runs import write_lines
+
+import data
+import pretrain
+import recursion_study
+import reproduce
+import study
+import train
+from checkpoints import read_json, write_json
+from runs import Run
+from study import Row, Study
+
+SHORT = "--batch-size 3 --max-new-tokens 4 --device cpu --eval-every 2"
+PROMPT = f"train.py --method prompt_tuning --prompt-length 4 {SHORT}"
+BEFORE = f"train.py --method connector_lm --connector-layers 1 --init random {SHORT}"
+PROMPT_RATES = {"prompt": ("0.01", "0.03")}
+TWO = [Row("prompt", 2, "prompt", PROMPT), Row("before", 1, "", BEFORE)]
+
+
+@pytest.fixture
+def reproduces(place, tmp_path, monkeypatch):
+    """reproduces(rows, flags, rates) -> (results, names of the runs that were made, in order)."""
+    monkeypatch.chdir(tmp_path)
+    made, original = [], train.main
+
+    def counted(line):
+        made.append(line[line.index("--out") + 1].split("/")[-1])
+        return original(line)
+
+    monkeypatch.setattr(train, "main", counted)
+
+    def call(rows, flags="", rates=PROMPT_RATES):
+        made.clear()
+        monkeypatch.setattr(recursion_study, "GROUPS", {"rows": rows})
+        monkeypatch.setattr(recursion_study, "RATES", rates)
+        monkeypatch.setattr(recursion_study, "ORDERINGS", [("a > b", "prompt", "before")])
+        line = f"recursion --model {place}/lm/model --count 6 --steps 4 {flags}"
+        return reproduce.main(line.split()), list(made)
+
+    return call
+
+
+def test_rows_are_made_once_and_their_numbers_are_stored(reproduces, tmp_path):
+    results, made = reproduces(TWO)
+    assert made == ["prompt-0", "prompt-1", "before-0"] and not results["missing"]
+    assert reproduces(TWO)[1] == []
+    stored = read_json(tmp_path / "results/recursion.json")["results"]
+    runs = {name: len(part) for name, part in stored["runs"].items()}
+    assert runs == {"prompt": 2, "before": 1} and stored["orderings"][0]["seeds"] == [2, 1]
+    record = read_json(tmp_path / "runs/recursion/prompt-1/run.json")
+    kept = stored["runs"]["prompt"][1]
+    assert kept["results"] == record["results"] and kept["command"] == record["command"]
+    assert record["arguments"]["seed"] == 1 and kept["lr"] == 0.01
+    with pytest.raises(ValueError, match="train.jsonl: holds other questions"):
+        reproduces(TWO, "--count 5")
+
+
+def test_the_grid_chooses_the_rate_that_is_best_on_dev(reproduces, tmp_path):
+    names = ["grid-prompt-0.01-0", "grid-prompt-0.03-0"]
+    assert reproduces(TWO[:1], "--grid")[1] == [*names, "prompt-0", "prompt-1"]
+    folder = tmp_path / "runs/recursion"
+    for name, em in zip(names, (0.25, 0.5)):
+        record = read_json(folder / name / "run.json")
+        assert record["results"].keys() == {"dev"} and record["arguments"]["steps"] == 1
+        record["results"]["dev"]["em"] = em
+        write_json(folder / name / "run.json", record)
+    results, made = reproduces([TWO[0], TWO[0]._replace(name="again")])
+    assert made == ["again-0", "again-1"] and results["rates"] == {
+        "prompt": {"0.01": 25, "0.03": 50}
+    }
+    assert [run["lr"] for run in results["runs"]["again"]] == [0.03, 0.03]
+
+
+def test_a_run_that_another_process_makes_is_left_to_it_and_waited_for(
+    reproduces, tmp_path, monkeypatch
+):
+    other = Run(tmp_path / "runs/recursion/prompt-0", {})
+    waited = []
+
+    def ends(seconds):
+        waited.append(seconds)
+        other.lock.close()
+
+    with other:
+        monkeypatch.setattr(study.time, "sleep", ends)
+        _, made = reproduces(TWO)
+    assert made == ["prompt-1", "before-0", "prompt-0"] and waited == [study.WAIT]
+
+
+def test_nothing_starts_when_the_minutes_are_over(reproduces, monkeypatch):
+    results, made = reproduces(TWO, "--minutes 0")
+    assert made == [] and set(results["missing"].values()) == {"no time"}
+    clock, execute = [0.0], Study.execute
+
+    def takes_a_minute(*rest):
+        execute(*rest)
+        clock[0] += 60
+
+    monkeypatch.setattr(study, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(Study, "execute", takes_a_minute)
+    results, made = reproduces(TWO, "--minutes 1.5")
+    assert made == ["prompt-0", "prompt-1"]
+    assert list(results["missing"]) == ["before-0"] and list(results["runs"]) == ["prompt"]
+
+
+def test_a_failure_stops_no_other_row_and_is_not_repeated(reproduces):
+    rows = [Row("wrong", 1, "", f"{BEFORE} --passes 3"), TWO[1]]
+    results, made = reproduces(rows, rates={})
+    assert made == ["wrong-0", "before-0"] and "only neural" in results["missing"]["wrong-0"]
+    assert reproduces(rows, rates={})[1] == []
+
+
+def test_a_row_waits_for_what_it_starts_from(reproduces):
+    later = Row("later", 1, "", f"{PROMPT} --init {{out}}/prompt-1")
+    never = Row("never", 1, "", f"{BEFORE} --init {{pretrained}}/nothing")
+    results, made = reproduces([later, never, *TWO])
+    assert made == ["prompt-0", "prompt-1", "later-0", "before-0"]
+    assert results["missing"] == {"never-0": "what it starts from is missing"}
+
+
+def test_only_some_rows(reproduces):
+    assert reproduces(TWO, "--only before")[1] == ["before-0"]
+
+
+def test_analyses_are_made_once_and_keep_what_they_return(reproduces, tmp_path):
+    rows = [TWO[0], Row("hard", 1, "", "audit.py hard {out}/prompt-0 --samples 2")]
+    rows.append(Row("alone", 1, "", "eval.py score {test}"))
+    results, _ = reproduces(rows)
+    assert results["hard"][0]["what"] == "prompt-0" and results["hard"][-1]["what"] == "alone-0"
+    assert results["runs"]["alone"][0]["results"]["test"]["n"] == 6
+    file = tmp_path / "runs/recursion/hard-0/result.json"
+    assert read_json(file)["results"]["questions"] == 6
+    file.write_text(json.dumps({"results": "kept"}))
+    reproduces(rows)
+    assert read_json(file) == {"results": "kept"}
+
+
+# What a study concludes
+
+
+def test_orderings_hold_do_not_hold_or_stay_undecided(tmp_path, capsys):
+    """Two seeds against one: better at two hops, worse at one hop, and the same over a person."""
+    ems = {
+        "a": {"one-hop": (40, 42), "two-hop": (60, 58), "two-hop-person": (10, 10)},
+        "b": {"one-hop": (70,), "two-hop": (20,), "two-hop-person": (11,)},
+    }
+    rows = []
+    for name, parts in ems.items():
+        seeds = len(parts["one-hop"])
+        rows.append(Row(name, seeds, "", "train.py"))
+        for seed in range(seeds):
+            lines = []
+            for task, right in parts.items():
+                for i in range(100):
+                    em = float(i * 37 % 100 < right[seed])
+                    line = {"id": str(i), "task": task, "input": "", "prediction": ""}
+                    lines.append(line | {"answers": ["x"], "em": em, "f1": em})
+            (tmp_path / f"{name}-{seed}").mkdir()
+            write_lines(tmp_path / f"{name}-{seed}/predictions.jsonl", lines[:: 1 - 2 * seed])
+            record = {"arguments": {"method": "m"}, "results": {}}
+            write_json(tmp_path / f"{name}-{seed}/run.json", record)
+    rows.append(Row("never", 1, "", "train.py"))
+    made = Study(None, tmp_path, {"": rows}, {}, {})
+    claims = [("a > b", "a", "b"), ("a > never", "a", "never")]
+    found = {r["slice"]: r for r in study.show_orderings(made, claims)}
+    verdicts = {part: r["verdict"] for part, r in found.items()}
+    assert verdicts.pop("all") in ("holds", "undecided")
+    assert verdicts == {
+        "one-hop": "does not hold",
+        "two-hop": "holds",
+        "two-hop-person": "undecided",
+    }
+    two = found["two-hop"]
+    assert abs(two["difference"] - 0.39) < 1e-9 and two["low"] < 0.39 < two["high"]
+    assert two["seeds"] == [2, 1] and two["n"] == 100 and found["all"]["n"] == 300
+    assert "| a > b | two-hop | +39.0 |" in capsys.readouterr().out
+
+
+def test_a_cell_has_the_means_and_the_deviation_of_test():
+    def record(dev, test):
+        return {"results": {"dev": {"em": dev, "tasks": {}}, "test": {"em": test, "tasks": {}}}}
+
+    assert study.cell([record(0.5, 0.2)], "all") == "50.0 / 20.0"
+    assert study.cell([record(0.5, 0.2), record(0.6, 0.4)], "all") == "55.0 / 30.0 ± 14.1"
+    assert study.cell([record(0.5, 0.2)], "one-hop") == "- / -"
+
+
+def test_the_threshold_is_the_best_one_on_dev(monkeypatch):
+    """The first pass is right where it is sure of its answer, the second on the other questions.
+
+    It is the other way around where the first is least sure, so fewer second passes are no better.
+    """
+    examples = [data.Example(f"{i}", "x", ("x",), "", str(i)) for i in range(6)]
+    sure = [-0.1, -0.2, -0.3, -4.0, -5.0, -6.0]
+    first = [("x" if c > -1 or c == -6 else "y", c) for c in sure]
+    record = {"arguments": {"max_new_tokens": 4, "stop": None}}
+    patch = {
+        "load_run": lambda run: (None, None, None, record),
+        "prepare": lambda *rest: ([], [], None),
+        "predict": lambda *rest: ["x" if -6 < c < -1 else "y" for c in sure],
+    }
+    for name, function in patch.items():
+        monkeypatch.setattr(recursion_study, name, function)
+    monkeypatch.setattr(recursion_study.recurse, "first_pass", lambda *rest: first)
+    threshold = recursion_study.best_threshold("run", examples)
+    assert [c < threshold for c in sure] == [False, False, False, True, True, True]
+
+
+# The real study
+
+
+def whole_study(tmp_path, **changes) -> Study:
+    args = {"steps": 1200, "count": None, "model": None, "world_seed": 1, "grid": True, "only": ""}
+    args = argparse.Namespace(**args | {"pretrained": "assets"} | changes)
+    programs = {"train.py": train, "pretrain.py": pretrain}
+    parts = (recursion_study.GROUPS, recursion_study.RATES, programs)
+    return Study(args, tmp_path, *parts)
+
+
+def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
+    whole = whole_study(tmp_path)
+    assert len(whole.rows) == sum(map(len, whole.groups.values()))
+    named = {row.rates for row in whole.rows.values()} | whole.rates.keys()
+    named |= {name for _, *pair in recursion_study.ORDERINGS for name in pair}
+    assert named - {""} <= whole.rows.keys()
+    steps = {}
+    for job in whole.plan():
+        line = whole.line(job)
+        if job.trains:
+            run = whole.programs[job.program].parse(line)
+            steps[job.row.name] = run.steps
+            assert run.seed == job.seed and run.out == str(job.folder)
+            assert not job.short or run.test is None
+    assert {steps["neural-2"], steps["prompt-long"], steps["grid-prompt-0.024"]} == {
+        1200,
+        3600,
+        300,
+    }
+
+
+def test_the_plan_is_computed_without_making_anything(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.main(["recursion", "--plan", "--grid"]) == {}
+    text = capsys.readouterr().out
+    assert "| neural-2-0 | 1200 | " in text and "seconds of a core" in text
+    assert not list(tmp_path.iterdir())
+    hours = float(text.split("quiet cores take ")[1].split()[0])
+    assert 1 < hours <= 2.5
+
+
+def test_costs_follow_the_operations_and_the_finished_runs(tmp_path):
+    whole = whole_study(tmp_path, grid=False)
+    runs = {
+        job.row.name: train.parse(whole.line(job))
+        for job in whole.plan()
+        if job.seed == 0 and job.program == "train.py"
+    }
+    two, eight = (recursion_study.passes(runs[f"before-{n}-random"])[0] for n in (2, 8))
+    assert (two, eight) == (3, 6)  # forward and backward through 6 layers, and 3 for each own one
+    cached = recursion_study.passes(runs["neural-2"])[0]
+    assert cached == two and recursion_study.passes(runs["neural-2-passes-3"])[0] == 2 * cached
+    seconds = {name: recursion_study.training_seconds(run) for name, run in runs.items()}
+    assert seconds["neural-2-pause-3"] == pytest.approx(1.5 * seconds["neural-2"])
+    before = recursion_study.show_cost(whole)
+    (tmp_path / "neural-2-0").mkdir()
+    record = {"arguments": {"method": "m"}, "results": {}, "seconds": 2 * seconds["neural-2"]}
+    (tmp_path / "neural-2-0/run.json").write_text(json.dumps(record))
+    after = recursion_study.show_cost(whole)
+    assert before["factor"] == 1 and after["factor"] == pytest.approx(2)
+    assert after["seconds"] == pytest.approx(2 * before["seconds"], rel=1e-3)
+    assert after["left"] < after["seconds"] and before["left"] == before["seconds"]
