@@ -162,7 +162,7 @@ def score(examples: Sequence, predictions: Sequence[str | int]) -> list[dict]:
     """Return a record for each example, in order: the lines of predictions.jsonl.
 
     A prediction is a text, or the index of the chosen one of the example's options. A record is
-    {"id", "task", "input", "prediction", "answers", "em", "f1"}, its prediction always a text.
+    {"id", "task", "input", "prediction": text, "answers", "em", "f1"}, in a suite with "template".
     ValueError if the numbers of examples and predictions differ, or an example has no answers.
     """
     if len(examples) != len(predictions):
@@ -174,7 +174,8 @@ def score(examples: Sequence, predictions: Sequence[str | int]) -> list[dict]:
         except ValueError as error:
             raise ValueError(f"example {e.id!r} of task {e.task!r}: {error}") from None
         record = {"id": e.id, "task": e.task, "input": e.input, "prediction": text}
-        records.append(record | {"answers": list(e.answers), "em": em, "f1": f1})
+        suite = {k: getattr(e, k, "") for k in ("template", "cluster") if getattr(e, k, "")}
+        records.append(record | {"answers": list(e.answers), "em": em, "f1": f1} | suite)
     return records
 
 
@@ -246,9 +247,7 @@ def compare(run_a, run_b, iters: int = 10_000, seed: int = 0) -> list[dict]:
     tasks = {}
     for pair in pairs:
         tasks.setdefault(pair[0]["task"], []).append(pair)
-    parts = {None: pairs}
-    if len(tasks) > 1:
-        parts |= tasks
+    parts = {None: pairs} | (tasks if len(tasks) > 1 else {})
     rows = []
     for metric in METRICS:
         for task, part in parts.items():
@@ -256,8 +255,7 @@ def compare(run_a, run_b, iters: int = 10_000, seed: int = 0) -> list[dict]:
             difference, low, high, p = paired_bootstrap(a, b, iters, seed)
             row = {"metric": metric, "task": task, "n": len(part)}
             row |= {"a": float(a.mean()), "b": float(b.mean())}
-            row |= {"difference": difference, "low": low, "high": high, "p": p}
-            rows.append(row)
+            rows.append(row | {"difference": difference, "low": low, "high": high, "p": p})
     _print_rows(rows)
     return rows
 
@@ -304,8 +302,8 @@ def _print_rows(rows: list[dict]) -> None:
     header = f"metric  {'task':<{width}}  {'n':>5}  {'a':>6}  {'b':>6}"
     show(f"{header}  {'a - b':>7}  [95 % interval]       p", result=True)
     for row in rows:
-        columns = ("a", "b", "difference", "low", "high")
-        a, b, difference, low, high = (100 * row[column] for column in columns)
+        names = ("a", "b", "difference", "low", "high")
+        a, b, difference, low, high = (100 * row[name] for name in names)
         line = f"{row['metric'].upper():<6}  {row['task'] or 'all':<{width}}  {row['n']:>5}"
         line += f"  {a:6.2f}  {b:6.2f}  {difference:+7.2f}"
         show(f"{line}  [{low:+6.2f}, {high:+6.2f}]  {row['p']:.4f}", result=True)
@@ -451,6 +449,8 @@ def _utf8(text: str) -> str:
 
 
 def _parser() -> Parser:
+    from prompts import add_commands  # the flags of mixed, explain and templates
+
     parser = Parser(prog="eval.py", description="Compare runs, and use what they trained.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -458,8 +458,7 @@ def _parser() -> Parser:
     command.set_defaults(function=lambda a: compare(a.run_a, a.run_b, a.iters, a.seed))
     command.add_argument("run_a", help="run folder of system a, or --out of score")
     command.add_argument("run_b", help="run folder of system b, or --out of score")
-    resamples = "bootstrap resamples (default 10000; Koehn 2004: 1000)"
-    command.add_argument("--iters", type=_count, default=10_000, help=resamples)
+    command.add_argument("--iters", type=_count, default=10_000, help="resamples (default 10000)")
     command.add_argument("--seed", type=int, default=0, help="of the resampling (default 0)")
 
     command = commands.add_parser("ask", help="answer questions with a run or the bare LM")
@@ -476,6 +475,7 @@ def _parser() -> Parser:
     command.add_argument("--limit", type=_count, help="score that many, sampled with --seed")
     command.add_argument("--out", help="folder for predictions.jsonl and score.json")
     _add_answer_flags(command)
+    add_commands(commands, _count, _utf8)
     return parser
 
 

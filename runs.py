@@ -64,12 +64,14 @@ PATHS = {  # arguments that name files, and the hash that identifies what they h
     "dev": "data_hash",
     "test": "data_hash",
 }
-INIT_WORDS = ("random", "vocab", "labels")  # ways to start; the fourth is text:WORDS
+INIT_WORDS = ("random", "vocab", "labels")  # ways to start; others are text:WORDS, vocab:SIZE
 
 
 def is_word(key: str, value) -> bool:
     """Whether an argument is --init with a way to start. Such a word is never taken for a path."""
-    return key == "init" and bool(value) and (value in INIT_WORDS or value.startswith("text:"))
+    if key != "init" or not value:
+        return False
+    return value in INIT_WORDS or value.startswith(("text:", "vocab:"))
 
 
 def names_file(key: str, value) -> bool:
@@ -389,28 +391,17 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     or if the run trained no LM or adapter but an encoder.
     """
     folder, record = Path(folder), read_record(folder)
-    args, trained_lm = record["arguments"], folder / "model"
+    args, own_lm = record["arguments"], (folder / "model").is_dir()
     method = args.get("composition", args["method"])  # pretraining says what it is for
-    if trained_lm.is_dir():
-        if model is not None:
-            raise ValueError(f"{folder}: {method} trained an LM of its own; --model says another")
-        lm, adapter = LM.from_pretrained(trained_lm, device), None
-        tokenizer = load_tokenizer(trained_lm, lm.config.vocab_size)
-        if method == "prompt_tuning":  # trained together with the LM
-            adapter, tokenizer = load_trained(folder, lm, tokenizer)
-        else:
-            method = "fine_tuning"
-    elif method not in COMPOSITIONS:
+    if not own_lm and method not in COMPOSITIONS:
         raise ValueError(f"{folder}/run.json: {args['method']} trains nothing that answers")
-    else:
-        lm, adapter = _load_base(folder, record, device, model), None
-        path = find(args.get("tokenizer") or str(lm.folder), folder, record)
-        path = path if os.path.exists(path) else lm.folder
-        tokenizer = load_tokenizer(path, lm.config.vocab_size)
-        path = find(args.get("encoder") or str(ASSETS / "t5"), folder, record)
-        if method != "training_free":
-            encoder = path if method == "id_pt" else None
-            adapter, tokenizer = load_trained(folder, lm, tokenizer, encoder)
+    lm, tokenizer = load_base(folder, record, device, model)
+    adapter = None
+    if own_lm and method != "prompt_tuning":  # else a prompt was trained together with the LM
+        method = "fine_tuning"
+    elif method != "training_free":
+        encoder = find_encoder(folder, record) if method == "id_pt" else None
+        adapter, tokenizer = load_trained(folder, lm, tokenizer, encoder)
     pause = load_pause(folder, args.get("pause", 0), args.get("pause_text", ""), lm)
     model, prefix = compose(method, lm, adapter, pause)
     if method == "textual_recursion":
@@ -418,7 +409,27 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     return model.requires_grad_(False), prefix, tokenizer, record
 
 
-def _load_base(folder: Path, record: dict, device: str, model: str | Path | None) -> LM:
+def load_base(folder: str | Path, record: dict, device: str = "cpu", model=None):
+    """Return (LM, tokenizer) of a run: the LM that it trained, or the frozen one that it used."""
+    folder, trained_lm = Path(folder), Path(folder) / "model"
+    if trained_lm.is_dir():
+        if model is not None:
+            method = record["arguments"]["method"]
+            raise ValueError(f"{folder}: {method} trained an LM of its own; --model says another")
+        lm = LM.from_pretrained(trained_lm, device)
+        return lm, load_tokenizer(trained_lm, lm.config.vocab_size)
+    lm = _load_frozen(folder, record, device, model)
+    path = find(record["arguments"].get("tokenizer") or str(lm.folder), folder, record)
+    path = path if os.path.exists(path) else lm.folder
+    return lm, load_tokenizer(path, lm.config.vocab_size)
+
+
+def find_encoder(folder: str | Path, record: dict) -> str:
+    """Return where the T5 encoder of a run of id_pt is now."""
+    return find(record["arguments"].get("encoder") or str(ASSETS / "t5"), folder, record)
+
+
+def _load_frozen(folder: Path, record: dict, device: str, model: str | Path | None) -> LM:
     """Load the LM that a run was trained on. The fingerprint decides whether it is the one."""
     stored = str(model or record["arguments"].get("model") or ASSETS / "lm")
     candidates = [stored] if model else places(stored, folder, record)
