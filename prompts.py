@@ -438,12 +438,9 @@ def template_medians(records: Sequence[dict]) -> dict:
         templates.setdefault(record.get("template", ""), []).append(record)
     datasets = {}
     for task, templates in groups.items():
-        row = {
-            metric: median(mean(r[metric] for r in part) for part in templates.values())
-            for metric in metrics.METRICS
-        }
-        cluster = next(iter(templates.values()))[0].get("cluster", "")
-        n = sum(map(len, templates.values()))
+        parts = list(templates.values())
+        row = {m: median(mean(r[m] for r in part) for part in parts) for m in metrics.METRICS}
+        cluster, n = parts[0][0].get("cluster", ""), sum(map(len, parts))
         datasets[task] = row | {"cluster": cluster, "templates": len(templates), "n": n}
     clusters = {}
     for row in datasets.values():

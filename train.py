@@ -23,8 +23,10 @@ assets/neural_recursion_2, which was pretrained on text. The other two Connector
 weights, unless --init names a folder. With --passes 3 the LM is run three times, with one Connector
 between the passes or one in each gap. A Connector-LM whose Connector has as many layers as the
 recursion has after its first pass (--connector-layers 8 on the embedded LM) spends the same compute
-without a second pass. The training loop is in fit.py, and what it starts from in start.py. To add a
-method, add a line to recurse.COMPOSITIONS, and a function and a line of METHODS here.
+without a second pass. `--train suite` trains on the 29 prompted tasks of suite.py by the protocol
+of prompts.py, with --per-task a prompt for each of them. The training loop is in fit.py, and what
+it starts from in start.py. To add a method, add a line to recurse.COMPOSITIONS, and a function and
+a line of METHODS here.
 """
 
 import argparse
@@ -398,13 +400,6 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     init += "(embeddings of sampled tokens, the default), vocab:SIZE (of the first SIZE tokens), "
     init += "labels (of training answers), text:WORDS"
     init = ("--init", str, None, init)
-    files = "JSONL of questions, a folder of TASK-train.jsonl, or the word suite for the embedded "
-    files += "suite of prompted tasks; the questions of the embedded world if not given"
-    cap = (
-        "mix tasks as T0: an epoch has the examples of a template, or if they are more than this, "
-    )
-    cap += "this over the number of templates (T0: 500,000; suite: 500; no mixing if not given)"
-    cap = ("--mixture-cap", cli.COUNT, None, cap)
     cli.add_flags(
         parser,
         "model",
@@ -421,24 +416,7 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
         cli.PASSES,
         cli.CONNECTORS,
     )
-    cli.add_flags(
-        parser,
-        "data",
-        ("--train", str, None, files),
-        cap,
-        ("--dev", str, None, "questions that choose the best parameters"),
-        ("--test", str, None, "questions that are scored once, at the end"),
-        cli.WORLD,
-        cli.PAUSE,
-        cli.PAUSE_TEXT,
-        ("--max-new-tokens", cli.COUNT, 16, "longest answer"),
-        ("--stop", str, None, "ends an answer; a newline for questions if not given, '' for none"),
-        ("--eval-limit", cli.COUNT, 240, "dev questions scored along training; the end scores all"),
-        ("--eval-tokens", cli.COUNT, 8192, "tokens in a batch of evaluation, options included"),
-        ("--rank-by", ["sum", "mean"], "sum", "of an answer choice's log-probabilities"),
-    )
-    each = "train a prompt for each task of --train, all in the same batches; they lie in OUT/TASK"
-    parser.add_argument("--per-task", action="store_true", help=each)
+    add_data_flags(parser)
     group = cli.add_flags(
         parser,
         "textual recursion",
@@ -460,6 +438,35 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     if known.train == start.SUITE:
         parser.set_defaults(**start.SUITE_DEFAULTS)
     return cli.add_late_defaults(parser.parse_args(argv), program, argv)
+
+
+def add_data_flags(parser) -> None:
+    """The questions of each split, how they are mixed, and how their answers are scored."""
+    files = "JSONL of questions, a folder of TASK-train.jsonl, or the word suite for the embedded "
+    files += "suite of prompted tasks; the questions of the embedded world if not given"
+    cap = (
+        "mix tasks as T0: an epoch has the examples of a template, or if they are more than this, "
+    )
+    cap += "this over the number of templates (T0: 500,000; suite: 500; no mixing if not given)"
+    cap = ("--mixture-cap", cli.COUNT, None, cap)
+    cli.add_flags(
+        parser,
+        "data",
+        ("--train", str, None, files),
+        cap,
+        ("--dev", str, None, "questions that choose the best parameters"),
+        ("--test", str, None, "questions that are scored once, at the end"),
+        cli.WORLD,
+        cli.PAUSE,
+        cli.PAUSE_TEXT,
+        ("--max-new-tokens", cli.COUNT, 16, "longest answer"),
+        ("--stop", str, None, "ends an answer; a newline for questions if not given, '' for none"),
+        ("--eval-limit", cli.COUNT, 240, "dev questions scored along training; the end scores all"),
+        ("--eval-tokens", cli.COUNT, 8192, "tokens in a batch of evaluation, options included"),
+        ("--rank-by", ["sum", "mean"], "sum", "of an answer choice's log-probabilities"),
+    )
+    each = "train a prompt for each task of --train, all in the same batches; they lie in OUT/TASK"
+    parser.add_argument("--per-task", action="store_true", help=each)
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -29,6 +29,7 @@ from prompts import (
     explain,
     mean_over_tasks,
     nearest_tokens,
+    one_line,
     template_medians,
 )
 from recurse import new_connector, prompt_prefix, without_bos
@@ -125,12 +126,13 @@ def test_gradients_of_a_mixed_batch_are_those_of_each_prompt_on_its_own_rows(mix
 
 
 def test_a_prompt_for_each_task_is_trained_in_shared_batches_and_used_again(
-    place, tmp_path, capsys
+    place, model, tmp_path, capsys
 ):
     """Each task has towns of its own, and its prompt learns to choose them."""
     asked = [row | {"options": [*TOWNS, "nowhere"]} for row in read_lines(place / "train.jsonl")]
     out, file = tmp_path / "both", write_lines(tmp_path / "asked.jsonl", asked)
-    flags = f"--per-task --train {file} --test {file} --lr 0.3 --batch-size 8"
+    flags = f"--per-task --train {file} --test {file} --lr 0.1 --batch-size 8"
+    flags += f" --model {model} --steps 12 --eval-every 12"
     record = run(command(place, "prompt_tuning", out, flags))
     rows = [load_file(out / t / "adapter_model.safetensors")["prompt_embeddings"] for t in "ab"]
     assert (rows[0] - rows[1]).abs().max() > 0.05  # they started alike
@@ -190,16 +192,27 @@ def test_a_task_without_a_prompt_of_its_own_is_refused_before_training(place, tm
 
 
 @pytest.fixture(scope="module")
-def library(place, tmp_path_factory):
-    """Runs of three methods, and a prompt without a run."""
-    folder = tmp_path_factory.mktemp("library")
-    run(command(place, "prompt_tuning", folder / "soft", "--lr 0.3 --placement after_bos"))
-    run(command(place, "deep_prompt", folder / "deep", "--lr 0.3 --prompt-length 2"))
-    run(command(place, "id_pt", folder / "generated", "--lr 0.05"))
-    lm = LM.from_pretrained(place / "lm" / "model")
-    base = str(place / "lm" / "model")
+def model(place, tmp_path_factory):
+    """The folder of an LM whose answers differ: the tiny one with large random weights."""
+    lm, folder = (
+        LM.from_pretrained(place / "lm" / "model"),
+        tmp_path_factory.mktemp("random") / "lm",
+    )
+    tokenizer = load_tokenizer(lm.folder)
+    randomise(lm, 3).save(folder, tokenizer=tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def library(place, model, tmp_path_factory):
+    """Runs of three methods, a prompt and a Connector without a run."""
+    folder, base = tmp_path_factory.mktemp("library"), f"--model {model} --lr 0.1"
+    run(command(place, "prompt_tuning", folder / "soft", f"{base} --placement after_bos"))
+    run(command(place, "deep_prompt", folder / "deep", f"{base} --prompt-length 2"))
+    run(command(place, "id_pt", folder / "generated", base))
+    lm = LM.from_pretrained(model)
     prompt = SoftPrompt(torch.randn(6, lm.config.dim, generator=seeded(7)))
-    save_adapter(folder / "stored", prompt, lm, base_model_name_or_path=base)
+    save_adapter(folder / "stored", prompt, lm, base_model_name_or_path=str(model))
     save_adapter(folder / "connector", new_connector(lm, "neural_recursion", 1), lm)
     return folder
 
@@ -212,7 +225,7 @@ def ask_mixed(library, file, *flags):
     return evaluation.main([*line, "--input", str(file), "--max-new-tokens", "4", *flags])
 
 
-def test_mixed_answers_as_ask_answers_with_each_run(place, library, tmp_path, capsys):
+def test_mixed_answers_as_ask_answers_with_each_run(place, model, library, tmp_path, capsys):
     asked = [row["question"] for row in read_lines(place / "train.jsonl")]
     names = [NAMES[i % 5] for i in range(len(asked))]
     records = [{"question": q, "prompt": n} for q, n in zip(asked, names)]
@@ -221,23 +234,21 @@ def test_mixed_answers_as_ask_answers_with_each_run(place, library, tmp_path, ca
     file = write_lines(tmp_path / "asked.jsonl", records)
     answers = ask_mixed(library, file)
     out = capsys.readouterr().out.splitlines()
-    assert out == [f"{r.get('question', 'It is')}\t{a}" for r, a in zip(records, answers)]
-    lm, tokenizer = (
-        LM.from_pretrained(place / "lm" / "model"),
-        load_tokenizer(place / "lm" / "model"),
-    )
+    asked = [record.get("question", "It is") for record in records]
+    assert out == [f"{q}\t{one_line(a)}" for q, a in zip(asked, answers)]
+    lm, tokenizer = LM.from_pretrained(model), load_tokenizer(model)
     stored = SoftPrompt(torch.randn(6, lm.config.dim, generator=seeded(7)))
     models = {"none": (lm, None, tokenizer), "stored": (lm, lm.read(stored()), tokenizer)}
     models |= {name: load_run(library / name)[:3] for name in NAMES[:3]}
     assert len(set(answers)) > 3
     for record, answer in zip(records, answers):
         name = record.get("prompt", record.get("task"))
-        model, prefix, own = models[name if name in models else "none"]
+        lm, prefix, own = models[name if name in models else "none"]
         options = tuple(record.get("options", ()))
         text = record["input"] if options else data.question_text(record["question"])
         e = data.Example(text, "x", (), options=options)
-        ids, choices, _ = prepare(model, own, [e], None, 4)
-        expected = predict(model, own, ids, prefix, 4, choices, evaluation.stops([e]))[0]
+        ids, choices, _ = prepare(lm, own, [e], None, 4)
+        expected = predict(lm, own, ids, prefix, 4, choices, evaluation.stops([e]))[0]
         assert answer == (options[expected] if options else expected), record
 
 
