@@ -72,6 +72,7 @@ def add_training_flags(parser) -> None:
         ("--warmup", number_type(float, 0, 1), 0.005, "fraction of the steps (paper: 0.005)"),
         ("--optimizer", optimizers, "adamw", about),
         ("--weight-decay", number_type(float, 0), 0.1, "of matrices; norms and biases have none"),
+        ("--beta2", number_type(float, 0, 1), 0.95, "of adamw (paper: 0.95; prompt tuning: 0.999)"),
         ("--clip", number_type(float, 1e-12), 1.0, "largest gradient norm"),
         ("--eval-every", COUNT, 200, "steps between dev scores; each writes a checkpoint"),
         ("--log-every", COUNT, 10, "steps between lines of metrics.jsonl"),

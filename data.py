@@ -9,7 +9,7 @@ A file of examples has one JSON object a line, in one of three forms:
 - A question is put into the format of `question_text`. An input is used as it is.
 - If an example has options, they all differ. Its target and all its answers are among them, and its
   target is among its answers. So several options may be right.
-- Every form may have "options" or "answer_choices", "task" (scores are reported per task) and "id".
+- Every form may have "options" or "answer_choices", "task", "id", "template" and "cluster".
 - White space around targets, answers and options is dropped. A key whose value is null is absent.
 
 A file of text has lines of {"text": "..."}, or of examples, or it is a .txt file with blank lines
@@ -57,6 +57,8 @@ class Example:
     id: str = ""  # unique within task and file; equal to `source` if the record has no id
     source: str = ""  # file:line, for error messages
     options: tuple[str, ...] = ()  # the answer choices; empty if the answer is free text
+    template: str = field(default="", repr=False)  # how the task asks, in a suite of prompted tasks
+    cluster: str = field(default="", repr=False)  # of similar tasks
 
 
 P3_KEYS = dict(inputs_pretokenized="input", targets_pretokenized="target", answer_choices="options")
@@ -122,8 +124,9 @@ def parse_record(record: dict, source: str) -> Example:
         text = question_text(text)
     if target not in answers:
         answers = [target, *answers]
-    task, id = str(record.get("task", "")), str(record.get("id", source))
-    return Example(text, target, tuple(answers), task, id, source, options)
+    task, *suite = (str(record.get(key, "")) for key in ("task", "template", "cluster"))
+    id = str(record.get("id", source))
+    return Example(text, target, tuple(answers), task, id, source, options, *suite)
 
 
 def _parse_options(record: dict, source: str) -> tuple[str, ...]:
@@ -247,8 +250,7 @@ def tokenize(
     inputs = encode_prompts(tokenizer, [e.input for e in examples])
     texts = [f"{e.input} {text}" for e in examples for text in (e.target, *e.options)]
     wholes = iter(encode_prompts(tokenizer, texts))
-    ending = [] if eos is None else [eos]
-    tokenized = []
+    tokenized, ending = [], [] if eos is None else [eos]
     for example, input in zip(examples, inputs):
         try:
             targets = []
@@ -457,8 +459,7 @@ def main(argv: list[str] | None = None) -> list[Example]:
         examples = read(args.path)
         first, tasks = examples[0], sorted({e.task for e in examples} - {""})
         print(f"{len(examples)} examples, tasks: {', '.join(tasks) or 'not named'}")
-        accepted = ", ".join(first.answers)
-        print(f"first: {first.input!r} -> {first.target!r}  (accepted: {accepted})")
+        print(f"first: {first.input!r} -> {first.target!r}  (accepted: {', '.join(first.answers)})")
         if args.tokenizer:
             from checkpoints import load_tokenizer
 

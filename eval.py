@@ -161,7 +161,7 @@ def score(examples: Sequence, predictions: Sequence[str | int]) -> list[dict]:
     """Return a record for each example, in order: the lines of predictions.jsonl.
 
     A prediction is a text, or the index of the chosen one of the example's options. A record is
-    {"id", "task", "input", "prediction", "answers", "em", "f1"}, its prediction always a text.
+    {"id", "task", "input", "prediction": text, "answers", "em", "f1"}, in a suite with "template".
     ValueError if the numbers of examples and predictions differ, or an example has no answers.
     """
     if len(examples) != len(predictions):
@@ -173,7 +173,8 @@ def score(examples: Sequence, predictions: Sequence[str | int]) -> list[dict]:
         except ValueError as error:
             raise ValueError(f"example {e.id!r} of task {e.task!r}: {error}") from None
         record = {"id": e.id, "task": e.task, "input": e.input, "prediction": text}
-        records.append(record | {"answers": list(e.answers), "em": em, "f1": f1})
+        suite = {k: getattr(e, k, "") for k in ("template", "cluster") if getattr(e, k, "")}
+        records.append(record | {"answers": list(e.answers), "em": em, "f1": f1} | suite)
     return records
 
 
@@ -251,9 +252,7 @@ def compare(run_a, run_b, iters: int = 10_000, seed: int = 0) -> list[dict]:
     tasks = {}
     for pair in pairs:
         tasks.setdefault(pair[0]["task"], []).append(pair)
-    parts = {None: pairs}
-    if len(tasks) > 1:
-        parts |= tasks
+    parts = {None: pairs} | (tasks if len(tasks) > 1 else {})
     rows = []
     for metric in METRICS:
         for task, part in parts.items():
@@ -261,8 +260,7 @@ def compare(run_a, run_b, iters: int = 10_000, seed: int = 0) -> list[dict]:
             difference, low, high, p = paired_bootstrap(a, b, iters, seed)
             row = {"metric": metric, "task": task, "n": len(part)}
             row |= {"a": float(a.mean()), "b": float(b.mean())}
-            row |= {"difference": difference, "low": low, "high": high, "p": p}
-            rows.append(row)
+            rows.append(row | {"difference": difference, "low": low, "high": high, "p": p})
     _print_rows(rows)
     for note in _notes(run_a, run_b, pairs):
         show(note, result=True)
@@ -437,6 +435,8 @@ def _utf8(text: str) -> str:
 
 
 def _parser() -> Parser:
+    from prompts import add_commands  # the flags of mixed, explain and templates
+
     parser = Parser(prog="eval.py", description="Compare runs, and use what they trained.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -444,8 +444,7 @@ def _parser() -> Parser:
     command.set_defaults(function=lambda a: compare(a.run_a, a.run_b, a.iters, a.seed))
     command.add_argument("run_a", help="run folder of system a, or --out of score")
     command.add_argument("run_b", help="run folder of system b, or --out of score")
-    resamples = "bootstrap resamples (default 10000; Koehn 2004: 1000)"
-    command.add_argument("--iters", type=_count, default=10_000, help=resamples)
+    command.add_argument("--iters", type=_count, default=10_000, help="resamples (default 10000)")
     command.add_argument("--seed", type=_seed, default=0, help="of the resampling (default 0)")
 
     command = commands.add_parser("ask", help="answer questions with a run or the bare LM")
@@ -462,6 +461,7 @@ def _parser() -> Parser:
     command.add_argument("--limit", type=_count, help="score that many, sampled with --seed")
     command.add_argument("--out", help="folder for predictions.jsonl and score.json")
     _add_answer_flags(command)
+    add_commands(commands, _count, _utf8)
     return parser
 
 

@@ -42,6 +42,7 @@ class Recipe:
     warmup: float = 0.005  # fraction of the steps
     optimizer: str = "adamw"
     weight_decay: float = 0.1
+    beta2: float = 0.95
     clip: float = 1.0
     grad_accum: int = 1
     eval_every: int = 200
@@ -122,13 +123,13 @@ class Muon:
     one of them may be empty.
     """
 
-    def __init__(self, matrices: list[dict], others: list[dict], lr: float):
+    def __init__(self, matrices: list[dict], others: list[dict], lr: float, beta2: float = 0.95):
         self.parts = []
         if matrices:
             muon = torch.optim.Muon(matrices, lr=lr, momentum=0.95, adjust_lr_fn="match_rms_adamw")
             self.parts.append(muon)
         if others:
-            self.parts.append(adamw(others, lr))
+            self.parts.append(adamw(others, lr, beta2))
 
     @property
     def param_groups(self) -> list[dict]:
@@ -163,9 +164,9 @@ class Muon:
             first += count
 
 
-def adamw(groups: list[dict], lr: float) -> torch.optim.AdamW:
-    """AdamW with the betas and epsilon of Levine et al. (2022)."""
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-6)
+def adamw(groups: list[dict], lr: float, beta2: float = 0.95) -> torch.optim.AdamW:
+    """AdamW with beta1 and epsilon of Levine et al. (2022), whose beta2 is 0.95 or 0.999."""
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), eps=1e-6)
 
 
 def linear_weights(trained: nn.Module) -> set[nn.Parameter]:
@@ -197,10 +198,10 @@ def make_optimizer(trained: nn.Module, recipe: Recipe) -> torch.optim.Optimizer 
         linear = linear_weights(trained)
         others = [p for p in matrices if p not in linear]
         layers = [p for p in matrices if p in linear]
-        return Muon(groups(layers, []), groups(others, vectors), recipe.lr)
+        return Muon(groups(layers, []), groups(others, vectors), recipe.lr, recipe.beta2)
     if recipe.optimizer == "adafactor":
         return Adafactor(groups(matrices, vectors), lr=recipe.lr)
-    return adamw(groups(matrices, vectors), recipe.lr)
+    return adamw(groups(matrices, vectors), recipe.lr, recipe.beta2)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:

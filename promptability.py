@@ -310,9 +310,9 @@ def read_tasks(args: Namespace) -> list[list[data.Example]]:
 def by_template(path: str, held_out=()) -> dict[str, list[data.Example]]:
     """The examples of a file for each `template` of its records, without held-out clusters."""
     groups = {}
-    for example, (_, record) in zip(data.read(path), data.json_lines(path)):
-        if record.get("cluster") not in held_out:
-            groups.setdefault(str(record.get("template", "all")), []).append(example)
+    for example in data.read(path):
+        if example.cluster not in held_out:
+            groups.setdefault(example.template or "all", []).append(example)
     return groups
 
 

@@ -334,19 +334,15 @@ def load_prefix(folder, lm, tokenizer=None, encoder_folder=None):
     needs the LM's tokenizer and the folder of its encoder.
     """
     adapter, _ = load_trained(folder, lm, tokenizer, encoder_folder)
+    return prompt_prefix(adapter, lm, folder)
+
+
+def prompt_prefix(adapter, lm, source=""):
+    """The prefix of a prompt of any kind. ValueError, with its source, if it is a Connector."""
     methods = dict(zip((SoftPrompt, DeepPrompt, PromptGenerator), PROMPT_METHODS))
     if type(adapter) not in methods:
-        raise ValueError(f"{folder}: holds a {type(adapter).__name__}, which is no prompt")
+        raise ValueError(f"{source}: holds a {type(adapter).__name__}, which is no prompt")
     return COMPOSITIONS[methods[type(adapter)]](lm, adapter)[1]
-
-
-def nearest_tokens(vectors: Tensor, table: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
-    """The k tokens of each prompt vector (P, C) with the largest cosine: cosines and ids (P, k).
-
-    Lester et al. (section 7) read a prompt in this way.
-    """
-    cosines = F.normalize(vectors.detach().float()) @ F.normalize(table.detach().float()).T
-    return cosines.topk(k)
 
 
 @torch.no_grad()

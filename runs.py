@@ -69,12 +69,14 @@ PATHS = {  # arguments that name files, and the hash that identifies what they h
     "dev": "data_hash",
     "test": "data_hash",
 }
-INIT_WORDS = ("random", "vocab", "labels")  # ways to start; the fourth is text:WORDS
+INIT_WORDS = ("random", "vocab", "labels")  # ways to start; others are text:WORDS, vocab:SIZE
 
 
 def is_word(key: str, value) -> bool:
     """Whether an argument is --init with a way to start. Such a word is never taken for a path."""
-    return key == "init" and bool(value) and (value in INIT_WORDS or value.startswith("text:"))
+    if key != "init" or not value:
+        return False
+    return value in INIT_WORDS or value.startswith(("text:", "vocab:"))
 
 
 def names_file(key: str, value) -> bool:
@@ -386,32 +388,21 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
 
     The argument `model` says where the LM is now, if it was moved. ValueError if it is another LM
     or has another tokenizer, or if the run trained no LM or adapter but an encoder. Answers end
-    with the end tokens that the run recorded, so they stay the same if the LM's configuration names
-    others now; a warning says so. (--resume refuses that, as it could not continue bit for bit.)
+    with the end tokens that the run recorded. If the LM's configuration names others now, a warning
+    says so. (--resume refuses that.)
     """
     folder, record = Path(folder), read_record(folder)
-    args, trained_lm = record["arguments"], folder / "model"
+    args, own_lm = record["arguments"], (folder / "model").is_dir()
     method = args.get("composition", args["method"])  # pretraining says what it is for
-    if trained_lm.is_dir():
-        if model is not None:
-            raise ValueError(f"{folder}: {method} trained an LM of its own; --model says another")
-        lm, adapter = LM.from_pretrained(trained_lm, device), None
-        tokenizer = _load_tokenizer(folder, record, lm)
-        _set_eos(folder, record, lm)
-        if method == "prompt_tuning":  # trained together with the LM
-            adapter, tokenizer = load_trained(folder, lm, tokenizer)
-        else:
-            method = "fine_tuning"
-    elif method not in COMPOSITIONS:
+    if not own_lm and method not in COMPOSITIONS:
         raise ValueError(f"{folder}/run.json: {args['method']} trains nothing that answers")
-    else:
-        lm, adapter = _load_base(folder, record, device, model), None
-        tokenizer = _load_tokenizer(folder, record, lm)
-        _set_eos(folder, record, lm)
-        path = find(args.get("encoder") or str(ASSETS / "t5"), folder, record)
-        if method != "training_free":
-            encoder = path if method == "id_pt" else None
-            adapter, tokenizer = load_trained(folder, lm, tokenizer, encoder)
+    lm, tokenizer = load_base(folder, record, device, model)
+    adapter = None
+    if own_lm and method != "prompt_tuning":  # else a prompt was trained together with the LM
+        method = "fine_tuning"
+    elif method != "training_free":
+        t5 = find(args.get("encoder") or str(ASSETS / "t5"), folder, record)
+        adapter, tokenizer = load_trained(folder, lm, tokenizer, t5 if method == "id_pt" else None)
     pause = load_pause(folder, args.get("pause", 0), args.get("pause_text", ""), lm)
     model, prefix = compose(method, lm, adapter, pause)
     if method == "textual_recursion":
@@ -419,7 +410,19 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     return model.requires_grad_(False), prefix, tokenizer, record
 
 
-def _load_base(folder: Path, record: dict, device: str, model: str | Path | None) -> LM:
+def load_base(folder: str | Path, record: dict, device: str = "cpu", model=None):
+    """Return (LM, tokenizer) of a run: the LM that it trained, or the frozen one that it used."""
+    folder, own = Path(folder), Path(folder) / "model"
+    if own.is_dir() and model is not None:
+        method = record["arguments"]["method"]
+        raise ValueError(f"{folder}: {method} trained an LM of its own; --model says another")
+    frozen = not own.is_dir()
+    lm = _load_frozen(folder, record, device, model) if frozen else LM.from_pretrained(own, device)
+    _set_eos(folder, record, lm)
+    return lm, _load_tokenizer(folder, record, lm)
+
+
+def _load_frozen(folder: Path, record: dict, device: str, model: str | Path | None) -> LM:
     """Load the LM that a run was trained on. The fingerprint decides whether it is the one."""
     stored = str(model or record["arguments"].get("model") or ASSETS / "lm")
     candidates = [stored] if model else places(stored, folder, record)
@@ -458,8 +461,8 @@ def _set_eos(folder: Path, record: dict, lm: LM) -> None:
     """Let the LM end answers with the tokens that the run recorded. Early runs recorded none."""
     now, then = list(lm.config.eos), record.get("eos")
     if then is not None and then != now:
-        text = f"{folder}: its LM ended answers with the tokens {then}, and these are used; the LM"
-        warnings.warn(f"{text}'s configuration names {now} now", stacklevel=3)
+        text = f"{folder}: answers end with its own tokens {then}, not with its LM's {now}"
+        warnings.warn(text, stacklevel=4)
         lm.config = replace(lm.config, eos=tuple(then))
 
 

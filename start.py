@@ -22,12 +22,16 @@ import adapters
 import data
 import eval as metrics
 import recurse
+import suite
 import world
 from checkpoints import load_tokenizer, resolve
 from model import LM
 from pause import Pause, load_pause, pause_parts
 from questions import check_answers, check_targets
 from runs import ASSETS, names_file
+
+SUITE = "suite"  # --train suite
+SUITE_DEFAULTS = {"mixture_cap": 500, "max_new_tokens": 32}
 
 
 @dataclass
@@ -113,8 +117,20 @@ def choose_attention(args):
 
 
 def load_split(args, split: str) -> list[data.Example]:
-    """Read --train, --dev or --test. If not given: the world's, or none if --train is given."""
-    path = getattr(args, split)
+    """Read --train, --dev or --test. If not given: the world's, or none if --train is given.
+
+    The word suite stands for the tasks of suite.py, a folder for its files TASK-SPLIT.jsonl.
+    """
+    path = getattr(args, split) or (args.train if args.train == SUITE else None)
+    if path == SUITE:
+        place = world.make(args.world_seed)
+        rows = [row for name in suite.TASKS for row in suite.rows(place, name, split)]
+        return [data.parse_record(row, f"{row['task']} {row['id']}") for row in rows]
+    if path and Path(path).is_dir():
+        files = sorted(Path(path).glob(f"*-{split}.jsonl"))
+        if not files:
+            raise ValueError(f"--{split} {path}: holds no file TASK-{split}.jsonl")
+        return [example for file in files for example in data.read(file)]
     if path:
         return data.read(path)
     if args.train:
@@ -228,7 +244,10 @@ def start_vectors(task: Task) -> Tensor:
         return adapters.from_text(P, table, task.tokenizer, text, generator=rng)
     if kind == "random":
         return adapters.random(P, table, generator=rng)
-    return adapters.from_vocab(P, table, generator=rng)
+    population = text or "5000"
+    if not population.isdecimal() or int(population) < 1:
+        raise ValueError(f"--init {args.init}: vocab:SIZE samples the first SIZE tokens")
+    return adapters.from_vocab(P, table, int(population), generator=rng)
 
 
 def start_pause(task: Task) -> Pause | None:
@@ -294,3 +313,33 @@ def load_init(init: Path, args, lm: LM, kind: type | tuple[type, ...], encoder=N
     if size != wanted:
         raise ValueError(f"--init {init} holds a {name} of {size}; say so with {flag} {size}")
     return adapter
+
+
+def template_rates(examples: list[data.Example], cap: int) -> tuple[list[list[int]], list[int]]:
+    """How T0 mixes tasks: (the rows of each template, how many of them an epoch has).
+
+    A template's rate is its number of examples. If they are more than `cap`, it is the cap over the
+    number of templates of its task (T0: cap 500,000; section D.1 of Sanh et al. 2022).
+    """
+    groups = {}
+    for row, example in enumerate(examples):
+        groups.setdefault((example.task, example.template), []).append(row)
+    templates = Counter(task for task, _ in groups)
+    counts = [
+        len(rows) if len(rows) <= cap else max(1, cap // templates[task])
+        for (task, _), rows in groups.items()
+    ]
+    return list(groups.values()), counts
+
+
+def mixture_batch(tokens: list, groups, counts, size: int, seed: int, step: int) -> data.Batch:
+    """The batch of a step over groups of rows of `tokens`, a pure function of the arguments.
+
+    An epoch holds counts[i] examples of group i, sampled anew in every epoch. The `rows` of the
+    batch are those of `tokens`.
+    """
+    epoch, pool = step // -(-sum(counts) // size), []
+    for number, (rows, count) in enumerate(zip(groups, counts)):
+        pool += [rows[i] for i in data.sample(len(rows), count, [seed, epoch, number])]
+    batch = data.batches([tokens[row] for row in pool], size, seed, step)
+    return replace(batch, rows=[pool[row] for row in batch.rows])

@@ -23,14 +23,18 @@ assets/neural_recursion_2, which was pretrained on text. The other two Connector
 weights, unless --init names a folder. With --passes 3 the LM is run three times, with one Connector
 between the passes or one in each gap. A Connector-LM whose Connector has as many layers as the
 recursion has after its first pass (--connector-layers 8 on the embedded LM) spends the same compute
-without a second pass. The training loop is in fit.py, and what it starts from in start.py. To add a
-method, add a line to recurse.COMPOSITIONS, and a function and a line of METHODS here.
+without a second pass. `--train suite` trains on the 29 prompted tasks of suite.py by the protocol
+of prompts.py, with --per-task a prompt for each of them. The training loop is in fit.py, and what
+it starts from in start.py. To add a method, add a line to recurse.COMPOSITIONS, and a function and
+a line of METHODS here.
 """
 
 import argparse
 import hashlib
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from show import Parser, only_shows, run_program, show
@@ -43,12 +47,13 @@ import adapters
 import cli
 import data
 import eval as metrics
+import prompts
 import recurse
 import start
 import textual
 from checkpoints import hash_tensors, read_tensors, write_json
 from fit import Recipe, autocast, fit, target_loss
-from generate import predict
+from generate import predict, stack_prefixes
 from model import LM
 from pause import Paused, pause_parts, save_pause
 from runs import Run, finish_record, hash_tokenizer, read_record, start_record
@@ -58,17 +63,28 @@ from runs import Run, finish_record, hash_tokenizer, read_record, start_record
 
 def prompt_tuning(task: start.Task) -> dict:
     """Train P vectors that stand before every question (Lester et al. 2021)."""
-    return train_adapter(task, trained=start.start_prompt(task))
+    return train_prompt(task, start.start_prompt)
 
 
 def deep_prompt(task: start.Task) -> dict:
     """Train the keys and values of P positions in every layer (Li & Liang 2021)."""
-    return train_adapter(task, trained=start.start_deep_prompt(task))
+    return train_prompt(task, start.start_deep_prompt)
 
 
 def id_pt(task: start.Task) -> dict:
     """Train what computes P vectors from each question (Levine et al. 2022, section 2)."""
-    return train_adapter(task, trained=start.start_generator(task))
+    return train_prompt(task, start.start_generator)
+
+
+def train_prompt(task: start.Task, new: Callable[[start.Task], nn.Module]) -> dict:
+    """Train one prompt, or with --per-task one for each task, all of them in the same batches."""
+    if not task.args.per_task:
+        return train_adapter(task, trained=new(task))
+    own = {}
+    for name in prompts.tasks_of(task.examples):
+        part = [example for example in task.examples["train"] if example.task == name]
+        own[name] = new(replace(task, examples=task.examples | {"train": part}))
+    return train_adapter(task, trained=prompts.TaskPrompts(own))
 
 
 def textual_recursion(task: start.Task) -> dict:
@@ -168,15 +184,11 @@ def train_adapter(task, trained: nn.Module, loaded=None, batch_at=None, after_st
     if pause is not None and pause.vectors is not None:
         trained = nn.ModuleDict({"adapter": trained, "pause": pause})
 
-    def shuffled(number: int) -> data.Batch:
-        return data.batches(tokens["train"], args.batch_size, args.seed, number)
-
     def loss_of(batch: data.Batch) -> Tensor:
         if cache is None:
-            model, prefix = recurse.compose(args.method, lm, adapter, pause)  # reads the new prompt
-            if callable(prefix):  # one per question
-                prefix = prefix([tokens["train"][row].input for row in batch.rows])
-            return target_loss(model, prefix, batch)
+            model, prefix = compose(task, adapter, "train", batch.rows)  # reads the new prompt
+            rows = [tokens["train"][row].input for row in batch.rows]
+            return target_loss(model, stack_prefixes(prefix, rows), batch)
         stack, prefix = recurse.COMPOSITIONS[args.method](lm, adapter)
         x = cache(batch.rows, batch.ids.shape[1])
         return target_loss(stack.after_first(lm.embed(batch.ids)), prefix, batch, x)
@@ -184,7 +196,8 @@ def train_adapter(task, trained: nn.Module, loaded=None, batch_at=None, after_st
     def evaluate() -> float | None:
         if not tokens["dev"]:
             return None
-        return metrics.summary(predict_split(task, adapter, "dev", args.eval_limit))["em"]
+        rows = predict_split(task, adapter, "dev", args.eval_limit)
+        return prompts.mean_over_tasks(rows) if args.mixture_cap else metrics.summary(rows)["em"]
 
     def save() -> None:
         if adapter is None:
@@ -194,7 +207,7 @@ def train_adapter(task, trained: nn.Module, loaded=None, batch_at=None, after_st
             info = {"method": args.method, "base_model_name_or_path": base}
             if pause is not None:
                 info |= {"pause": args.pause, "pause_text": args.pause_text}
-            adapters.save_adapter(run.folder, adapter, lm, **info)
+            prompts.save(run.folder, adapter, lm, **info)
         save_pause(run.folder, pause)
 
     with run:
@@ -204,9 +217,25 @@ def train_adapter(task, trained: nn.Module, loaded=None, batch_at=None, after_st
             show(f"learning rate {recipe.lr:.3g}, a quarter of the embeddings' standard deviation")
         record["question_format"] = asks_questions(task)
         cache = first_pass(task)
-        batch_at = batch_at or shuffled
-        record |= fit(run, recipe, trained, batch_at, loss_of, evaluate, save, None, after_step)
+        given = (batch_at or batches(task), loss_of, evaluate, save, None, after_step)
+        record |= fit(run, recipe, trained, *given)
         return finish(task, run, record, adapter)
+
+
+def batches(task: start.Task) -> Callable[[int], data.Batch]:
+    """The batch of each step: of all training questions, or mixed as T0 mixes tasks."""
+    args, tokens = task.args, task.tokens["train"]
+    if args.mixture_cap is None:
+        return partial(data.batches, tokens, args.batch_size, args.seed)
+    groups, counts = start.template_rates(task.examples["train"], args.mixture_cap)
+    return partial(start.mixture_batch, tokens, groups, counts, args.batch_size, args.seed)
+
+
+def compose(task: start.Task, adapter, split: str, rows: list[int]):
+    """The model and what stands before rows of a split: one prefix, or with --per-task a list."""
+    if isinstance(adapter, prompts.TaskPrompts):
+        return task.lm, adapter.prefixes(task.lm, [task.examples[split][row].task for row in rows])
+    return recurse.compose(task.args.method, task.lm, adapter, task.pause)
 
 
 def train_stage(task: start.Task, name: str, before: adapters.SoftPrompt | None) -> nn.Module:
@@ -246,7 +275,13 @@ def finish(task: start.Task, run: Run, record: dict, adapter) -> dict:
             show_passes(task, what_recursion_adds(task, rows))
     results = {split: metrics.summary(part) for split, part in predictions.items()}
     frozen = None if args.method == "fine_tuning" else task.lm
-    return finish_record(run, record, frozen, results)
+    if any("template" in row for row in rows):
+        record["medians"] = prompts.template_medians(rows)
+    record = finish_record(run, record, frozen, results)
+    if "medians" in record:
+        show(f"answer choices are ranked by the {args.rank_by} of their log-probabilities")
+        prompts.show_medians(record["medians"])
+    return record
 
 
 def first_pass(task: start.Task) -> recurse.FirstPass | None:
@@ -276,13 +311,13 @@ def first_pass(task: start.Task) -> recurse.FirstPass | None:
 def predict_split(task: start.Task, adapter, split: str, limit: int | None = None) -> list[dict]:
     """Answer a split's questions, or a sample of `limit` of them, and score the answers."""
     args = task.args
-    model, prefix = recurse.compose(args.method, task.lm, adapter, task.pause)
     rows = data.sample(len(task.tokens[split]), limit, args.seed)
     examples = [task.examples[split][row] for row in rows]
+    model, prefix = compose(task, adapter, split, rows)
     tokens = [task.tokens[split][row] for row in rows]
     ids, options = [t.input for t in tokens], [t.options for t in tokens]
     new, stops = args.max_new_tokens, metrics.stops(examples, args.stop)
-    shape = {"max_tokens": args.eval_tokens, "mean": getattr(args, "rank_by", "sum") == "mean"}
+    shape = {"max_tokens": args.eval_tokens, "mean": args.rank_by == "mean"}
     answers = predict(model, task.tokenizer, ids, prefix, new, options, stops, **shape)
     return metrics.score(examples, answers)
 
@@ -292,6 +327,8 @@ def hashes(task: start.Task, trained: nn.Module | None) -> dict[str, str | None]
     folder, adapter, encoder = start.init_folder(task.args), None, None
     if folder:
         adapter = hash_tensors(read_tensors(folder / "adapter_model.safetensors"))
+    if isinstance(trained, prompts.TaskPrompts):
+        trained = trained.prompts[0]
     if isinstance(trained, adapters.PromptGenerator):
         encoder = hash_tensors(trained.encoder[0].state_dict())
     texts, tokens = (repr(sorted(part.items())) for part in (task.examples, task.tokens))
@@ -371,7 +408,8 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     parser.add_argument("--method", required=True, choices=METHODS, help="what is trained")
     init = "folder of a trained adapter to start from, or random; if neither this nor --model is "
     init += "given, the Connector of this method and size in assets/, if any; prompts: also vocab "
-    init += "(embeddings of sampled tokens, the default), labels (of training answers), text:WORDS"
+    init += "(embeddings of sampled tokens, the default), vocab:SIZE (of the first SIZE tokens), "
+    init += "labels (of training answers), text:WORDS"
     init = ("--init", str, None, init)
     residual = "on: a Connector's output is added to what it would replace (paper: off)"
     cli.add_flags(
@@ -391,20 +429,7 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
         cli.PASSES,
         cli.CONNECTORS,
     )
-    cli.add_flags(
-        parser,
-        "data",
-        ("--train", str, None, "JSONL of questions; those of the embedded world if not given"),
-        ("--dev", str, None, "questions that choose the best parameters"),
-        ("--test", str, None, "questions that are scored once, at the end"),
-        cli.WORLD,
-        cli.PAUSE,
-        cli.PAUSE_TEXT,
-        ("--max-new-tokens", cli.COUNT, 16, "longest answer"),
-        ("--stop", str, None, "ends an answer; a newline for questions if not given, '' for none"),
-        ("--eval-limit", cli.COUNT, 240, "dev questions scored along training; the end scores all"),
-        ("--eval-tokens", cli.COUNT, 8192, "tokens in a batch of evaluation, options included"),
-    )
+    add_data_flags(parser)
     group = cli.add_flags(
         parser,
         "textual recursion",
@@ -417,12 +442,44 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     keep = "GB of memory for the first pass's states, which are the same in every epoch; 0 for none"
     cli.add_flags(parser, "recursion", ("--cache-first-pass", cli.number_type(float, 0), 1.0, keep))
     cli.add_run_flags(parser)
-    first = Parser(prog=program, add_help=False)  # reads the method, which sets other defaults
+    first = Parser(prog=program, add_help=False)  # reads what sets other defaults
     first.add_argument("--method")
-    method = first.parse_known_args(argv)[0].method
-    if method in METHODS:
-        parser.set_defaults(**METHODS[method][1])
+    first.add_argument("--train")
+    known = first.parse_known_args(argv)[0]
+    if known.method in METHODS:
+        parser.set_defaults(**METHODS[known.method][1])
+    if known.train == start.SUITE:
+        parser.set_defaults(**start.SUITE_DEFAULTS)
     return cli.add_late_defaults(parser.parse_args(argv), program, argv)
+
+
+def add_data_flags(parser) -> None:
+    """The questions of each split, how they are mixed, and how their answers are scored."""
+    files = "JSONL of questions, a folder of TASK-train.jsonl, or the word suite for the embedded "
+    files += "suite of prompted tasks; the questions of the embedded world if not given"
+    cap = (
+        "mix tasks as T0: an epoch has the examples of a template, or if they are more than this, "
+    )
+    cap += "this over the number of templates (T0: 500,000; suite: 500; no mixing if not given)"
+    cap = ("--mixture-cap", cli.COUNT, None, cap)
+    cli.add_flags(
+        parser,
+        "data",
+        ("--train", str, None, files),
+        cap,
+        ("--dev", str, None, "questions that choose the best parameters"),
+        ("--test", str, None, "questions that are scored once, at the end"),
+        cli.WORLD,
+        cli.PAUSE,
+        cli.PAUSE_TEXT,
+        ("--max-new-tokens", cli.COUNT, 16, "longest answer"),
+        ("--stop", str, None, "ends an answer; a newline for questions if not given, '' for none"),
+        ("--eval-limit", cli.COUNT, 240, "dev questions scored along training; the end scores all"),
+        ("--eval-tokens", cli.COUNT, 8192, "tokens in a batch of evaluation, options included"),
+        ("--rank-by", ["sum", "mean"], "sum", "of an answer choice's log-probabilities"),
+    )
+    each = "train a prompt for each task of --train, all in the same batches; they lie in OUT/TASK"
+    parser.add_argument("--per-task", action="store_true", help=each)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -436,6 +493,9 @@ def main(argv: list[str] | None = None) -> dict:
         raise ValueError(f"--pause {args.pause}: not for textual_recursion")
     if args.passes > 2 and args.method != "neural_recursion":
         raise ValueError(f"--passes {args.passes}: only neural_recursion has more than two passes")
+    prompt = args.method in ("prompt_tuning", "deep_prompt", "id_pt")
+    if args.per_task and (args.pause or not prompt):
+        raise ValueError(f"--per-task: not for {args.method}, and not with --pause")
     cli.check_and_seed(args)
     method, _ = METHODS[args.method]
     return method(start.load_task(args, *start.load_lm(args)))

@@ -243,10 +243,8 @@ def mixture_batch(tasks: list[list], limit: int | None, size: int, seed: int, st
     examples of a task with n, sampled anew in every epoch.
     """
     counts = [min(len(task), limit or len(task)) for task in tasks]
-    epoch, pool = step // -(-sum(counts) // size), []
-    for number, (task, count) in enumerate(zip(tasks, counts)):
-        pool += [task[row] for row in data.sample(len(task), count, [seed, epoch, number])]
-    return data.batches(pool, size, seed, step)
+    groups = pieces(range(sum(map(len, tasks))), tasks)
+    return start.mixture_batch(sum(tasks, []), groups, counts, size, seed, step)
 
 
 def text_windows(path: str, task: start.Task) -> list[data.TokenizedExample]:
@@ -417,7 +415,9 @@ def add_shared_flags(command) -> None:
     cli.add_training_flags(command)
     cli.add_run_flags(command)
     command.set_defaults(connector_layers=0, variant=None, placement="before_bos")
-    command.set_defaults(pause=0, pause_text="", cache_first_pass=0.0)  # of train.py
+    # of train.py
+    command.set_defaults(pause=0, pause_text="", cache_first_pass=0.0)
+    command.set_defaults(mixture_cap=None, per_task=False)
 
 
 def parse(argv: list[str], program: str = "transfer.py") -> Namespace:

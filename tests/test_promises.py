@@ -17,7 +17,7 @@ TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["model", "adapters", "pause", "questions", "rerank", "t5", "genres"], 2),
     **dict.fromkeys(["recurse", "suite", "retrieve"], 3),
     **dict.fromkeys(["textual", "passages"], 4),
-    "runs": 5,
+    **dict.fromkeys(["runs", "prompts"], 5),
     **dict.fromkeys(["fit", "cli", "start"], 6),
     **dict.fromkeys(["train", "audit"], 7),
     **dict.fromkeys(["pretrain", "promptability", "bench_attention", "plan"], 8),

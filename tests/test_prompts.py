@@ -32,7 +32,6 @@ from questions import prepare
 from recurse import (
     COMPOSITIONS,
     load_prefix,
-    nearest_tokens,
     new_connector,
     prompt_embeddings,
     save_prefix,
@@ -403,13 +402,6 @@ def test_prompt_embeddings_are_all_that_an_engine_needs(make_lm, lm, mixed):
         assert greedy(lm, prefix, [QUESTIONS[2][-1:]]) == expected
     with pytest.raises(ValueError, match="deep prompt is keys and values"):
         prompt_embeddings(deep, lm, QUESTIONS[2])
-
-
-def test_nearest_tokens_of_a_prompt(lm):
-    table = lm.embed_tokens.weight
-    cosines, ids = nearest_tokens(3 * table[[5, 9]] + 0.01, table, k=4)
-    assert ids.shape == (2, 4) and ids[:, 0].tolist() == [5, 9] and cosines[:, 0].min() > 0.99
-    assert (cosines.diff(dim=1) <= 0).all()
 
 
 @torch.no_grad()

@@ -307,7 +307,7 @@ def test_a_run_ends_answers_with_its_own_end_tokens(place, tmp_path, method, nam
     model, _, tokenizer, _ = load_run(tmp_path / "run")
     assert model.config.eos == (0,)
     with_end_tokens(tmp_path / "run" / "model" if method == "fine_tuning" else folder, [0, 7], name)
-    with pytest.warns(UserWarning, match=r"tokens \[0\], and these are used; .* \[0, 7\] now"):
+    with pytest.warns(UserWarning, match=r"its own tokens \[0\], not .* \[0, 7\]"):
         model = load_run(tmp_path / "run")[0]
     assert model.config.eos == (0,) and getattr(model, "lm", model).config.eos == (0,)
     with_end_tokens(folder, [0, 7], name)
