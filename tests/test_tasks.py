@@ -19,7 +19,7 @@ import suite
 from adapters import DeepPrompt, SoftPrompt, bos_vector, from_labels, from_vocab, save_adapter
 from checkpoints import load_tokenizer
 from fit import Recipe, make_optimizer, target_loss
-from generate import predict, prepare, stack_prefixes
+from generate import predict, stack_prefixes
 from model import LM
 from prompts import (
     Prompt,
@@ -32,6 +32,7 @@ from prompts import (
     one_line,
     template_medians,
 )
+from questions import prepare
 from recurse import new_connector, prompt_prefix, without_bos
 from runs import load_run, read_predictions
 from t5 import T5Config, T5Encoder
