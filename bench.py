@@ -323,6 +323,8 @@ def estimate_memory(args: argparse.Namespace) -> dict[str, int]:
     """
     if args.method == "id_pt":
         raise ValueError("plan: the encoder and the generator of id_pt are not counted yet")
+    if args.method in train.OPEN_BOOK:
+        raise ValueError(f"plan: what {args.method} reads is not counted yet")
     folder = args.model or ASSETS / "lm"
     config = Config(**read_config(resolve(folder, ["config.json"])))
     with torch.device("meta"), skip_init():

@@ -109,6 +109,36 @@ def add_training_flags(parser) -> None:
     )
 
 
+def add_open_book_flags(parser) -> None:
+    """The flags of OPEN_BOOK."""
+    whole, pools = number_type(int, 0), ["cls", "mean"]
+    add_flags(
+        parser,
+        "open book: retriever, reranker, reader",
+        ("--passages", str, None, "psgs_w100.tsv, JSON lines of passages, or a retrieval result"),
+        ("--search", ["bm25", "dense", "hybrid"], "bm25", "how passages are found"),
+        ("--retriever", str, None, "dense, hybrid: run of --method retriever, or a published BERT"),
+        ("--pooling", pools, "cls", "vector of a dual encoder (DPR: cls; published MiniLM: mean)"),
+        ("--top", whole, 100, "passages found for a question (paper: 100); 0: closed book"),
+        ("--reranker", str, None, "reader: a trained cross-encoder; if not given, it trains them"),
+        ("--encoder-steps", COUNT, 1500, "reader: steps of each re-ranker (paper: 30,000)"),
+        ("--encoder-lr", number_type(float, 0), 3e-4, "reader: of re-rankers (paper: 1e-5)"),
+        ("--encoder-len", number_type(int, 8), 256, "tokens an encoder reads (DPR: 256, 350)"),
+        ("--group-size", number_type(int, 2), 8, "M, passages of a question (paper: 24)"),
+        ("--hard-negatives", whole, 1, "retriever: in a batch for each question (DPR: 1)"),
+        ("--context", COUNT, None, "positions that the LM reads, if not its whole context"),
+        ("--max-packed", COUNT, None, "most passages that the LM reads; all that fit"),
+        ("--tune", ["prompt", "lm"], "prompt", "reader: what learns; lm: the whole LM"),
+    )
+    group = add_flags(parser, "open book: switches")
+    for flag, text in (
+        ("--shared-encoder", "retriever: one BERT for questions and passages"),
+        ("--no-rerank", "reader: leave the passages in the order of the search"),
+        ("--checkpoint-activations", "compute each block twice in training, to save memory"),
+    ):
+        group.add_argument(flag, action="store_true", help=text)
+
+
 def add_run_flags(parser) -> None:
     """Where a run lies, how it continues, and on what it computes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -26,6 +26,7 @@ import math
 import os
 import platform
 import shlex
+from argparse import Namespace
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,9 @@ PATHS = {  # arguments that name files, and the hash that identifies what they h
     "tokenizer": "tokens_hash",
     "init": "init_hash",
     "encoder": "encoder_hash",
+    "passages": "data_hash",
+    "retriever": "data_hash",
+    "reranker": "data_hash",
     "train": "data_hash",
     "dev": "data_hash",
     "test": "data_hash",
@@ -319,7 +323,12 @@ def finish_record(run: Run, record: dict, frozen: LM | None, results: dict) -> d
 
 
 def print_result(split: str, result: dict) -> None:
-    """Print the loss of a text, or the scores of all questions and of each task."""
+    """Print the loss of a text, recall, or the scores of all questions and of each task."""
+    if "recall" in result:
+        for name, row in result["recall"].items():
+            shares = "  ".join(f"@{k} {100 * share:5.1f}" for k, share in row.items())
+            show(f"{split:5} {name:20} recall {shares}   ({result['n']} questions)")
+        return
     if "em" not in result:
         loss, perplexity = result["loss"], result["perplexity"]
         show(f"{split:5} loss {loss:.4f} nats a token, perplexity {perplexity:.2f}")
@@ -391,6 +400,9 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     folder, record = Path(folder), read_record(folder)
     args, trained_lm = record["arguments"], folder / "model"
     method = args.get("composition", args["method"])  # pretraining says what it is for
+    answers = method in COMPOSITIONS or trained_lm.is_dir()
+    if not answers or method in ("retriever", "reranker"):
+        raise ValueError(f"{folder}/run.json: {method} trains nothing that answers")
     if trained_lm.is_dir():
         if model is not None:
             raise ValueError(f"{folder}: {method} trained an LM of its own; --model says another")
@@ -400,8 +412,6 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
             adapter, tokenizer = load_trained(folder, lm, tokenizer)
         else:
             method = "fine_tuning"
-    elif method not in COMPOSITIONS:
-        raise ValueError(f"{folder}/run.json: {args['method']} trains nothing that answers")
     else:
         lm, adapter = _load_base(folder, record, device, model), None
         path = find(args.get("tokenizer") or str(lm.folder), folder, record)
@@ -415,6 +425,12 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     model, prefix = compose(method, lm, adapter, pause)
     if method == "textual_recursion":
         model = TextualRecursion.load(folder, model, tokenizer, args)
+    if args["method"] == "reader":
+        from reader import Reader
+
+        given = ((k, v) for k, v in args.items() if k in PATHS and v and v != args.get("model"))
+        moved = {key: find(value, folder, record) for key, value in given}
+        model = Reader(model, tokenizer, Namespace(**args | moved | {"device": device}), folder)
     return model.requires_grad_(False), prefix, tokenizer, record
 
 

@@ -17,6 +17,9 @@ two-hop test questions, about people who occur in no training question. One pass
     connector_lm       lm(connector(lm.embed(ids)))                   the Connector
     fine_tuning        lm(lm.embed(ids))                              the LM itself
     training_free      lm(rescale(lm(lm.embed(ids))))                 nothing; it is only scored
+    reader             prompt tuning, reading passages                a re-ranker and the prompt
+    retriever          nothing: it finds passages                     two BERTs
+    reranker           nothing: it sorts passages                     a BERT and its heads
 
 The second column is recurse.COMPOSITIONS. By default neural_recursion starts from the Connector in
 assets/neural_recursion_2, which was pretrained on text. The other two Connectors start from random
@@ -40,7 +43,10 @@ from torch import Tensor
 import adapters
 import cli
 import data
+import encoders
 import eval as metrics
+import openbook
+import reader
 import recurse
 import start
 import textual
@@ -117,6 +123,38 @@ def training_free(task: start.Task) -> dict:
         return finish(task, run, record, None)
 
 
+def frozen_reader(args) -> dict:
+    """Train a prompt that reads the passages found for a question (Levine et al. 2022, section 3).
+
+    reader.py describes the stages. Whatever one of them has finished, --resume does not do again.
+    """
+    book = openbook.load_book(args)
+    used = reader.check(args, book)
+    task = start.load_task(args, *start.load_lm(args), reader.examples(book))
+    task.more = book.hash() + openbook.hash_encoders(used)
+    if args.tune == "lm":
+        trained, frozen, adapter = task.lm.requires_grad_(True), None, None
+    else:
+        trained = adapter = start.start_prompt(task)
+        frozen = task.lm
+    run = Run.from_args(args)
+
+    def train_reranker(name: str, questions: dict) -> nn.Module:
+        return encoders.stage(args, name, replace(book, questions=questions))
+
+    with run:
+        record = start_record(run, trained, frozen, hashes(task, adapter))
+        asked, info = reader.prepare(task, book, run.folder, train_reranker)
+        write_json(run.folder / "run.json", record | {"passages": info})
+    torch.manual_seed(args.seed)  # whichever stages were loaded
+    record = train_adapter(asked, trained=trained, loaded=task)
+    if args.top > 0:
+        record["seconds_per_question"] = reader.time_reader(asked, adapter, book)
+        write_json(run.folder / "run.json", record)
+    return record
+
+
+OPEN_BOOK = ("retriever", "reranker", "reader")  # their functions take the flags, not a Task
 METHODS = {  # method: (function, defaults of its flags)
     "prompt_tuning": (
         prompt_tuning,
@@ -136,6 +174,12 @@ METHODS = {  # method: (function, defaults of its flags)
     "connector_lm": (connector_lm, {"steps": 1200, "lr": 1e-3}),
     "fine_tuning": (fine_tuning, {"steps": 1200, "lr": 3e-4}),
     "training_free": (training_free, {"steps": 0, "lr": 0.0}),
+    "retriever": (encoders.retriever, encoders.RETRIEVER),
+    "reranker": (encoders.reranker, encoders.RERANKER),
+    "reader": (
+        frozen_reader,
+        {"steps": 400, "schedule": "constant", "weight_decay": 0.0, "batch_size": 16},
+    ),
 }
 
 
@@ -172,6 +216,8 @@ def train_adapter(task, trained: nn.Module, loaded=None, batch_at=None, after_st
     def loss_of(batch: data.Batch) -> Tensor:
         if cache is None:
             model, prefix = recurse.compose(args.method, lm, adapter, pause)  # reads the new prompt
+            if getattr(args, "checkpoint_activations", False):
+                model = reader.Checkpointed(model)
             if callable(prefix):  # one per question
                 prefix = prefix([tokens["train"][row].input for row in batch.rows])
             return target_loss(model, prefix, batch)
@@ -236,7 +282,7 @@ def finish(task: start.Task, run: Run, record: dict, adapter) -> dict:
         if args.method == "neural_recursion" and rows:
             show_passes(task, what_recursion_adds(task, rows))
     results = {split: metrics.summary(part) for split, part in predictions.items()}
-    frozen = None if args.method == "fine_tuning" else task.lm
+    frozen = task.lm if record["weights_before"] else None
     return finish_record(run, record, frozen, results)
 
 
@@ -286,6 +332,7 @@ def hashes(task: start.Task, trained: nn.Module | None) -> dict[str, str | None]
     if isinstance(trained, adapters.PromptGenerator):
         encoder = hash_tensors(trained.encoder[0].state_dict())
     texts, tokens = (repr(sorted(part.items())) for part in (task.examples, task.tokens))
+    texts += task.more
     return {
         "data_hash": hashlib.sha256(texts.encode()).hexdigest(),
         "tokens_hash": hashlib.sha256(tokens.encode()).hexdigest(),
@@ -371,7 +418,7 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
         cli.PROMPT,
         ("--placement", ["before_bos", "after_bos"], "before_bos", "of prompt_tuning's prompt"),
         ("--reparam-dim", cli.COUNT, None, "deep_prompt: width of an MLP in training (paper: 512)"),
-        ("--encoder", str, None, "id_pt: folder of a T5 encoder; assets/t5 if not given"),
+        ("--encoder", str, None, "id_pt: folder of a T5 encoder, or assets/t5; open book: a BERT"),
         ("--encoder-prompt", cli.COUNT, 20, "id_pt: the encoder's own prompt (paper: about 430)"),
         cli.CONNECTOR,
         cli.ATTENTION,
@@ -400,6 +447,7 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     )
     whole = "sample for training questions with a prompt that has seen them (the paper's way)"
     group.add_argument("--no-cross-fit", action="store_true", help=whole)
+    cli.add_open_book_flags(parser)
     cli.add_training_flags(parser)
     keep = "GB of memory for the first pass's states, which are the same in every epoch; 0 for none"
     cli.add_flags(parser, "recursion", ("--cache-first-pass", cli.number_type(float, 0), 1.0, keep))
@@ -412,19 +460,35 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     return cli.add_late_defaults(parser.parse_args(argv), program, argv)
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Run one method. Returns the record, which run.json holds too."""
-    args = parse(sys.argv[1:] if argv is None else argv)
-    if args.init and args.method in ("fine_tuning", "training_free"):
+def check_flags(args: argparse.Namespace) -> None:
+    """ValueError if flags contradict the method."""
+    if args.init and args.method in ("fine_tuning", "training_free", "retriever", "reranker"):
         raise ValueError(f"--init: {args.method} does not start from an adapter")
     if args.pause and not args.pause_text:
         raise ValueError(f"--pause {args.pause}: --pause-text is empty")
-    if args.pause and args.method == "textual_recursion":
-        raise ValueError(f"--pause {args.pause}: not for textual_recursion")
+    if args.pause and args.method in ("textual_recursion", *OPEN_BOOK):
+        raise ValueError(f"--pause {args.pause}: not for {args.method}")
     if args.passes > 2 and args.method != "neural_recursion":
         raise ValueError(f"--passes {args.passes}: only neural_recursion has more than two passes")
+    if args.checkpoint_activations and (args.pause or args.method not in CHECKPOINTED):
+        raise ValueError(f"--checkpoint-activations: not for {args.method}, nor with --pause")
+    if args.tune == "lm" and (args.init or args.method != "reader"):
+        raise ValueError("--tune lm: for a reader, without --init; else --method fine_tuning")
+
+
+CHECKPOINTED = (*recurse.PROMPT_METHODS, "fine_tuning")  # the LM alone, behind a prefix
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run one method. Returns the record, which run.json holds too."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    check_flags(args)
+    if args.tune == "lm":
+        args.prompt_length = 0
     cli.check_and_seed(args)
     method, _ = METHODS[args.method]
+    if args.method in OPEN_BOOK:
+        return method(args)
     return method(start.load_task(args, *start.load_lm(args)))
 
 

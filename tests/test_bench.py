@@ -46,7 +46,8 @@ def new_adapter(method, lm):
     return recurse.new_connector(lm, method, 2)
 
 
-PLANNED = [method for method in train.METHODS if method not in ("id_pt", "training_free")]
+UNPLANNED = ("id_pt", "training_free", *train.OPEN_BOOK)
+PLANNED = [method for method in train.METHODS if method not in UNPLANNED]
 NEOX = {"family": "gpt_neox", "layer_norm": True, "gated": False, "activation": "gelu"}
 NEOX |= {"mlp_bias": True, "qkv_bias": True, "o_bias": True, "parallel": True, "tied": False}
 

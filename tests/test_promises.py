@@ -17,12 +17,14 @@ TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["model", "adapters", "pause", "rerank", "t5", "genres"], 2),
     **dict.fromkeys(["recurse", "suite", "retrieve"], 3),
     **dict.fromkeys(["textual", "passages"], 4),
-    "runs": 5,
-    **dict.fromkeys(["fit", "cli", "start"], 6),
-    **dict.fromkeys(["train", "audit"], 7),
-    **dict.fromkeys(["pretrain", "promptability", "bench_attention"], 8),
-    **dict.fromkeys(["bench", "transfer"], 9),
-    "reproduce": 10,
+    "openbook": 5,
+    **dict.fromkeys(["runs", "reader"], 6),
+    **dict.fromkeys(["fit", "cli", "start"], 7),
+    "encoders": 8,
+    **dict.fromkeys(["train", "audit"], 9),
+    **dict.fromkeys(["pretrain", "promptability", "bench_attention"], 10),
+    **dict.fromkeys(["bench", "transfer"], 11),
+    "reproduce": 12,
 }
 FILES = sorted(ROOT.glob("*.py"))
 TREES = {path.stem: ast.parse(path.read_text()) for path in FILES}
