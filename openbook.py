@@ -21,6 +21,7 @@ import genres
 import passages as books
 import world
 from checkpoints import atomic_write, read_json, resolve, write_json
+from families import bert_from_hf
 from passages import Passage, Question, with_found
 from retrieve import (
     BM25,
@@ -83,7 +84,8 @@ def load_book(args) -> Book:
             questions[split] = parsed
     for split in SPLITS:
         if path := getattr(args, split):
-            questions[split] = books.read_questions(path, listed)
+            named = listed or [passage for q in found or () for passage in q.found]
+            questions[split] = books.read_questions(path, named)
     if found and not args.train:
         questions |= cut(found, args.seed)
     if not questions["train"]:
@@ -100,9 +102,10 @@ def load_book(args) -> Book:
 
 def holds_questions(path: str) -> bool:
     """Whether the first record of a file is a question."""
-    if Path(path).suffix == ".tsv":
+    if Path(path).suffix not in (".json", ".jsonl"):
         return False
-    return any("question" in record for _, record in zip(range(1), books.json_records(path)))
+    _, record = next(books.json_records(path), ("", {}))
+    return "question" in record
 
 
 def cut(questions: list[Question], seed: int) -> dict[str, list[Question]]:
@@ -309,13 +312,19 @@ def base_encoder(args) -> Path:
     from runs import ASSETS
 
     if args.encoder:
-        return encoder_folder(args.encoder)
+        return check_bert(encoder_folder(args.encoder))
     if not (ASSETS / "bert" / "config.json").is_file():
         raise ValueError(
             f"{ASSETS / 'bert'}: holds no BERT; `python pretrain.py bert` makes one, and --encoder "
             "names its folder"
         )
     return ASSETS / "bert"
+
+
+def check_bert(folder: Path) -> Path:
+    """Return the folder. FileNotFoundError or ValueError if its config.json is not of a BERT."""
+    bert_from_hf(folder / "config.json")
+    return folder
 
 
 def hash_encoders(paths: Iterable[str | Path]) -> str:

