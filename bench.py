@@ -20,6 +20,7 @@ python bench.py plan --method neural_recursion --model EleutherAI/pythia-1b
                                     tokens in each; --text: of pretrain.py connector
 python bench.py attention --device cuda
                                     attention.py beside PyTorch's attention, shape by shape
+python bench.py retrieval           BM25 and re-ranking beside bm25s and sentence-transformers
 """
 
 import argparse
@@ -39,6 +40,7 @@ import torch
 import torch.nn.functional as F
 
 import bench_attention
+import bench_retrieval
 import cli
 import recurse
 import start
@@ -472,6 +474,8 @@ def main(argv: list[str] | None = None):
         return estimate_memory(parse_plan(argv[1:]))
     if argv[:1] == ["attention"]:
         return bench_attention.main(argv[1:])
+    if argv[:1] == ["retrieval"]:
+        return bench_retrieval.main(argv[1:])
     description = "Speed and memory beside the peers, in one run. `bench.py plan` with flags of "
     description += "train.py estimates the memory of a run instead."
     parser = cli.Parser(prog="bench.py", description=description)

@@ -2,6 +2,7 @@
 
     python reproduce.py lm            what an LM knows of the world, and how well it reads
     python reproduce.py headroom      what each task of the suite leaves to be learnt
+    python reproduce.py reader        the frozen reader: retrieval, re-ranking, cross-fitting
 
 `headroom` trains on every task, in runs/headroom; if it is stopped, the same command goes on.
 """
@@ -19,6 +20,7 @@ import cli
 import data
 import eval as metrics
 import genres
+import reproduce_reader
 import suite
 import train
 import world
@@ -169,7 +171,7 @@ def show_table(title: str, columns: list[str], rows: list[list]) -> None:
         show(f"| {' | '.join(map(str, row))} |")
 
 
-EXPERIMENTS = {"lm": lm_checks, "headroom": headroom}
+EXPERIMENTS = {"lm": lm_checks, "headroom": headroom, "reader": reproduce_reader.readers}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -184,6 +186,14 @@ def main(argv: list[str] | None = None) -> dict:
         "headroom": [
             ("--count", cli.COUNT, 300, "examples of each file"),
             ("--steps", cli.COUNT, 200, "steps of each training run"),
+        ],
+        "reader": [
+            ("--encoder", str, None, "folder of the BERT; assets/bert if not given"),
+            ("--steps", cli.COUNT, 300, "steps of each prompt and LM"),
+            ("--encoder-steps", cli.COUNT, 400, "steps of each re-ranker and of the retriever"),
+            ("--top", cli.COUNT, 50, "passages found for a question"),
+            ("--context", cli.COUNT, 256, "positions that the LM reads"),
+            ("--seeds", cli.COUNT, 3, "seeds of the headline rows"),
         ],
     }
     for name, experiment in EXPERIMENTS.items():

@@ -22,14 +22,16 @@ TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["fit", "cli", "start"], 7),
     "encoders": 8,
     **dict.fromkeys(["train", "audit"], 9),
-    **dict.fromkeys(["pretrain", "promptability", "bench_attention"], 10),
+    **dict.fromkeys(["pretrain", "promptability", "bench_attention", "bench_retrieval"], 10),
     **dict.fromkeys(["bench", "transfer"], 11),
-    "reproduce": 12,
+    "reproduce_reader": 12,
+    "reproduce": 13,
 }
 FILES = sorted(ROOT.glob("*.py"))
 TREES = {path.stem: ast.parse(path.read_text()) for path in FILES}
 CORE = {"torch", "numpy", "tokenizers", "safetensors"}
 DEVELOPMENT = {"bench": {"peft", "transformers"}, "attention": {"triton"}}  # not required
+DEVELOPMENT["bench_retrieval"] = {"bm25s", "rank_bm25", "sentence_transformers"}
 README = (ROOT / "README.md").read_text()
 each_file = pytest.mark.parametrize("name", TREES)
 

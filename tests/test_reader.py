@@ -386,7 +386,7 @@ READS --passages {}/blank.jsonl           | blank.jsonl:1: the passage 'a' is em
 READS --passages {}/torn.tsv              | torn.tsv:2: 2 columns, not 3
 READS --passages {}/broken.json           | broken.json:1: not a record of JSON
 READS --train {}/same.jsonl               | same.jsonl:2: the id 7 is taken by same.jsonl:1
-READS --train {}/stranger.jsonl --dev {}/plain.jsonl --passages {}/result.json | stranger.jsonl:1: | has no results for
+READS --train {}/stranger.jsonl --dev {}/plain.jsonl --passages {}/result.json | has no results
 READS --train {}/one.jsonl                | one question cannot be cut into halves
 READS --encoder nowhere                   | nowhere
 READS --encoder {}/lm/model               | model_type
