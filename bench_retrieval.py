@@ -16,6 +16,7 @@ process held before, each in a process of its own.
 """
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -135,10 +136,13 @@ def peak(name: str, texts: list[str], questions: list[str]) -> int:
     return int(out.splitlines()[-1])
 
 
+def memory(mark: str) -> int:
+    """Bytes of memory in use: VmRSS now, VmHWM at the peak."""
+    return 1024 * int(re.search(rf"{mark}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 def measure_peak() -> int:
     """What `peak` starts: reads its task from stdin."""
-    from bench import memory
-
     name, texts, questions = json.loads(sys.stdin.read())
     index = index_ours if name == "ours" else PEERS[name][1]
     index(texts[:10])(questions[:1])  # imports and compiled code do not count

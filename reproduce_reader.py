@@ -50,7 +50,7 @@ def readers(args) -> dict:
                 flags = ["--no-rerank"]
             if read_from:
                 flags += ranked_files(folder / read_from, folder / "bm25" / "passages.jsonl")
-            record = trained(out, ["--method", "reader", *flags, *shared, "--seed", str(seed)])
+            record = trained(out, ["--method", "reader", *shared, *flags, "--seed", str(seed)])
             results[out.name] = row(record)
     show_table("what the LM reads, and its answers", results)
     compared = read_record(folder / "bm25-reranked")

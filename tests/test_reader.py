@@ -1,6 +1,7 @@
 """The open book: training of its two encoders, and the frozen reader with its stages."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -8,12 +9,15 @@ from conftest import TINY, close, vectors
 from safetensors.torch import load_file
 from tiny_runs import HOMES, Dead, command, die_at_5, read_lines, run, same_runs, write_lines
 
+import bench_retrieval
 import data
 import encoders
 import eval as metrics
 import openbook
 import passages as books
 import reader
+import reproduce
+import reproduce_reader
 import train
 from fit import target_loss
 from generate import predict, prepare
@@ -455,3 +459,43 @@ def test_the_world_has_a_book_of_its_own():
     q = book.questions["dev"][0]
     assert q.positives and all(books.has_answer(q.answers, p.text) for p in q.positives)
     assert q.question.endswith("?") and q.task
+
+
+# The experiments and the benchmark
+
+
+def small_world(shelf):
+    """What genres.library returns, of eight people."""
+    passages = [{"id": p.id, "title": p.title, "text": p.text} for p in BOOK]
+    return passages, {"train": ASKED, "dev": ASKED[:3], "test": ASKED[3:6]}
+
+
+def test_the_experiment_shares_passages_and_does_no_run_twice(shelf, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(openbook.genres, "library", lambda world: small_world(shelf))
+    kept = ("bm25", "bm25-reranked", "not-cross-fitted", "closed-book", "fine-tuned-reranked")
+    runs = {name: reproduce_reader.RUNS[name] for name in kept}
+    monkeypatch.setattr(reproduce_reader, "RUNS", runs)
+    flags = f"reader --model {shelf}/lm/model --encoder {shelf}/bert --context 96 --steps 1"
+    flags += " --encoder-steps 1 --seeds 2"
+    results = reproduce.main(flags.split())
+    assert json.loads((tmp_path / "results" / "reader.json").read_text())["results"] == results
+    assert {*kept, "bm25-1", "bm25-reranked-1", "not-cross-fitted-1"} <= results.keys()
+    for first, second in (("bm25", "bm25-1"), ("bm25-reranked", "fine-tuned-reranked")):
+        texts = [tmp_path / "runs" / "reader" / name / "run.json" for name in (first, second)]
+        a, b = (json.loads(text.read_text()) for text in texts)
+        assert a["passages"]["test"]["retrieved"] != {} and b["passages"]["test"]["n"] == 3
+    assert results["bm25"]["dev passages"] > 0 == results["closed-book"]["dev passages"]
+    monkeypatch.setattr(train, "main", None)  # nothing is trained again
+    assert reproduce.main(flags.split()) == results
+
+
+def test_the_rows_of_the_benchmark_agree_with_the_peers(monkeypatch, shelf, capsys):
+    monkeypatch.setattr(openbook.genres, "library", lambda world: small_world(shelf))
+    assert bench_retrieval.peak("ours", [p.text for p in BOOK], ["Anna"]) > 0
+    monkeypatch.setattr(bench_retrieval, "peak", lambda *_: 1)  # a process each
+    rows = bench_retrieval.main("--tiny --runs 1".split())
+    assert all(row["equal lists"] == 1 for row in rows if "equal lists" in row)
+    assert all(row["score difference"] < 1e-4 for row in rows if "score difference" in row)
+    peers = [name for name, (package, *_) in bench_retrieval.PEERS.items() if find_spec(package)]
+    assert len(peers) > 1 and all(rows[i]["workload"].endswith(p) for i, p in enumerate(peers))
