@@ -317,7 +317,7 @@ def test_a_reader_may_be_the_whole_lm(shelf, tmp_path):
 
 
 @pytest.mark.parametrize("search", ["dense", "hybrid"])
-def test_a_reader_searches_with_a_trained_dual_encoder(shelf, dual, tmp_path, search):
+def test_a_reader_searches_with_a_trained_dual_encoder(shelf, dual, tmp_path, monkeypatch, search):
     """The weight of a hybrid search is tuned on dev once, and stored."""
     flags = f"--search {search} --retriever {dual} --no-rerank --steps 1 --top 3"
     run(line(shelf, "reader", tmp_path / "run", flags))
@@ -333,7 +333,14 @@ def test_a_reader_searches_with_a_trained_dual_encoder(shelf, dual, tmp_path, se
         bm25 = BM25(BOOK)
         sparse = [bm25.search(q.question, 1000) for q in questions]
         dense = [openbook.hybrid(a, b, weight) for a, b in zip(dense, sparse)]
-        assert weight > 0
+        dev = read_questions(tmp_path / "run" / "retrieved" / "dev.jsonl", BOOK)
+        tuned = openbook.Search(args, BOOK, tmp_path / "other")
+        tuned.bm25 = bm25
+        chosen = tuned.choose_weight(dev)
+        assert json.loads((tmp_path / "run" / "hybrid.json").read_text()) == chosen
+        monkeypatch.setattr(openbook, "TUNED_AT", 1)
+        other = tuned.choose_weight([books.replace(q, answers=["sea"]) for q in dev])
+        assert other["recall@1 on dev"] < 1 == chosen["recall@5 on dev"] and weight > 0
     for q, found in zip(questions, dense):
         assert q.found == [BOOK[row] for row, _ in found[:3]]
 
