@@ -133,8 +133,9 @@ def same_scores(ours: list[float], theirs: list[float]) -> bool:
 def peak(name: str, texts: list[str], questions: list[str]) -> int:
     """Bytes at the peak of indexing and searching, in a fresh process."""
     data = json.dumps([name, texts, questions])
-    command = [sys.executable, __file__]
-    out = subprocess.run(command, input=data, check=True, capture_output=True, text=True).stdout
+    command = [sys.executable, "-c", "import bench_retrieval; bench_retrieval.measure_peak()"]
+    kept = {"check": True, "capture_output": True, "text": True, "cwd": Path(__file__).parent}
+    out = subprocess.run(command, input=data, **kept).stdout
     return int(out.splitlines()[-1])
 
 
@@ -143,15 +144,15 @@ def memory(mark: str) -> int:
     return 1024 * int(re.search(rf"{mark}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def measure_peak() -> int:
-    """What `peak` starts: reads its task from stdin."""
+def measure_peak() -> None:
+    """What `peak` starts: reads its task from stdin, prints the bytes."""
     name, texts, questions = json.loads(sys.stdin.read())
     index = index_ours if name == "ours" else PEERS[name][1]
     index(texts[:10])(questions[:1])  # imports and compiled code do not count
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
     index(texts)(questions)
-    return memory("VmHWM") - before
+    print(memory("VmHWM") - before)
 
 
 # Re-ranking
@@ -240,7 +241,3 @@ def main(argv: list[str]) -> list[dict]:
         values = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
         show(json.dumps(values), result=True)
     return rows
-
-
-if __name__ == "__main__":
-    print(measure_peak())
