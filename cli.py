@@ -79,7 +79,7 @@ def add_model_flags(parser) -> None:
         ("--encoder", str, None, "id_pt: folder of a T5 encoder, or assets/t5; open book: a BERT"),
         ("--encoder-prompt", COUNT, 20, "id_pt: the encoder's own prompt (paper: about 430)"),
         CONNECTOR,
-        ("--residual", ["on", "off"], "off", residual),
+        ("--residual", ["on", "off"], "on", residual),
         ATTENTION,
         PASSES,
         CONNECTORS,
