@@ -58,6 +58,8 @@ class Question:
     found: list[Passage] = field(default_factory=list)  # by a search, best first
     scores: list[float] = field(default_factory=list)  # of `found`
     source: str = ""  # file:line, for error messages
+    task: str = ""
+    id: str = ""  # equal to `source` if the record has none
 
 
 def read_passages(path: str | Path) -> list[Passage]:
@@ -181,13 +183,14 @@ def read_questions(path: str | Path, passages: Sequence[Passage] = ()) -> list[Q
         if "question" not in record and isinstance(record.get("data"), list):
             questions += _squad(record["data"], source)
         else:
-            questions.append(_parse_question(record, by_id, source))
+            questions.append(parse_question(record, by_id, source))
     if not questions:
         raise ValueError(f"{path}: holds no questions")
     return questions
 
 
-def _parse_question(record: dict, by_id: dict, source: str) -> Question:
+def parse_question(record: dict, by_id: dict, source: str) -> Question:
+    """Make a Question of a record. `by_id` {id: Passage} are those that ids stand for."""
     text, answers = record.get("question"), record.get("answers", record.get("answer"))
     answers = [answers] if isinstance(answers, str) else answers
     if not _is_text(text):
@@ -206,7 +209,8 @@ def _parse_question(record: dict, by_id: dict, source: str) -> Question:
         scores = [float(passage.get("score", 0.0)) for passage in record.get("ctxs") or []]
     except (TypeError, ValueError):  # DPR writes scores as texts
         raise ValueError(f"{source}: ctxs: a score is no number") from None
-    return Question(text, answers, *lists, scores, source)
+    task, id = str(record.get("task", "")), str(record.get("id", source))
+    return Question(text, answers, *lists, scores, source, task, id)
 
 
 def _parse_passage(passage, by_id: dict, source: str) -> Passage:
@@ -233,7 +237,9 @@ def _squad(articles: list, source: str) -> list[Question]:
                 for qa in paragraph["qas"]:
                     answers = list(dict.fromkeys(a["text"] for a in qa["answers"]))
                     positives = [passage] if answers else []
-                    questions.append(Question(qa["question"], answers, positives, source=source))
+                    id = str(qa.get("id", f"{source}:{len(questions)}"))
+                    asked = Question(qa["question"], answers, positives, source=source, id=id)
+                    questions.append(asked)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{source}: not a SQuAD file ({error!r})") from None
     return questions
@@ -299,10 +305,14 @@ def rerank(questions: Sequence[Question], encoder: CrossEncoder, top: int = 100)
     return reranked
 
 
+def reader_line(passage: Passage) -> str:
+    """A passage as the frozen reader reads it."""
+    return f"{passage[0]}: {passage[1]}" if passage[0] else passage[1]
+
+
 def reader_text(question: str, passages: Sequence[Passage]) -> str:
     """What the frozen reader reads: a line for each passage, and the question behind them."""
-    lines = [f"{title}: {text}" if title else text for title, text, *_ in passages]
-    return "\n".join([*lines, question_text(question)])
+    return "\n".join([*map(reader_line, passages), question_text(question)])
 
 
 # ------------------------------------------------------------------------- training examples

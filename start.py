@@ -44,6 +44,7 @@ class Task:
     examples: dict[str, list[data.Example]]
     tokens: dict[str, list[data.TokenizedExample]]
     pause: Pause | None = None  # what follows every question
+    more: str = ""  # a hash of what else the data consist of
 
 
 def load_task(args, lm: LM, tokenizer: Tokenizer, examples: dict | None = None) -> Task:
@@ -57,7 +58,7 @@ def load_task(args, lm: LM, tokenizer: Tokenizer, examples: dict | None = None) 
             raise ValueError(f"--placement after_bos: {args.method} trains no prompt that can be")
         P += 1
         tokenizer = recurse.without_bos(tokenizer)
-    context = lm.config.max_len
+    context = min(lm.config.max_len, getattr(args, "context", None) or lm.config.max_len)
     after, k = pause_parts(args.pause, args.pause_text)  # what follows every question
     left = context - P - k  # for a question and its answer
     if left < 2:
@@ -90,7 +91,8 @@ def load_task(args, lm: LM, tokenizer: Tokenizer, examples: dict | None = None) 
 def load_lm(args) -> tuple[LM, Tokenizer]:
     """Load the LM, frozen, and its tokenizer. ValueError if --tokenizer does not belong to it."""
     folder = resolve(args.model or ASSETS / "lm")
-    bf16 = args.dtype == "bfloat16" and args.method != "fine_tuning"
+    whole = args.method == "fine_tuning" or getattr(args, "tune", None) == "lm"
+    bf16 = args.dtype == "bfloat16" and not whole
     dtype = torch.bfloat16 if bf16 else torch.float32
     lm = LM.from_pretrained(folder, args.device, dtype, choose_attention(args))
     tokenizer = load_tokenizer(args.tokenizer or folder, lm.config.vocab_size)
