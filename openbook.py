@@ -91,7 +91,7 @@ def load_book(args) -> Book:
     if not questions["train"]:
         raise ValueError(f"--passages {args.passages} is a book: --train names the questions")
     for split in SPLITS:
-        questions[split] = check_questions(questions[split])
+        questions[split] = check_questions(questions[split], args.method == "reader")
     if found and args.train:
         results = {spelt(q.question): q for q in found}
         for split in SPLITS:
@@ -121,14 +121,14 @@ def spelt(question: str) -> str:
     return data.question_text(question).removeprefix("Q: ").removesuffix("\nA:")
 
 
-def check_questions(questions: Iterable[Question]) -> list[Question]:
-    """The questions that have an answer, spelt alike. ValueError if an id occurs twice."""
+def check_questions(questions: Iterable[Question], answered: bool) -> list[Question]:
+    """The questions (or those with an answer), spelt alike. ValueError if an id occurs twice."""
     kept, sources = [], {}
     for q in questions:
         if (q.task, q.id) in sources:
             raise ValueError(f"{q.source}: the id {q.id} is taken by {sources[q.task, q.id]}")
         sources[q.task, q.id] = q.source
-        if q.answers:
+        if q.answers or not answered:
             kept.append(replace(q, question=spelt(q.question)))
     return kept
 
@@ -297,7 +297,8 @@ def recalls(questions: Sequence[Question]) -> dict[str, dict[str, float]]:
     """
     depth = max(len(q.found) for q in questions)
     sizes = [k for k in RECALL_AT if k <= depth] or [1]
-    hits = {"answer": [books.answer_hits(q) for q in questions]}
+    answered = [q for q in questions if q.answers]
+    hits = {"answer": [books.answer_hits(q) for q in answered]} if answered else {}
     known = [q for q in questions if q.positives]
     if known:
         hits["gold"] = [[passage in q.positives for passage in q.found] for q in known]

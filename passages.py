@@ -51,7 +51,7 @@ class Question:
     """A question with its answers, and the passages that are known or were retrieved for it."""
 
     question: str
-    answers: list[str]  # any of them is right; empty in SQuAD 2 if the passage has none
+    answers: list[str]  # any of them is right; empty if none is known
     positives: list[Passage] = field(default_factory=list)  # known to hold the answer
     hard_negatives: list[Passage] = field(default_factory=list)
     negatives: list[Passage] = field(default_factory=list)
@@ -195,7 +195,8 @@ def parse_question(record: dict, by_id: dict, source: str) -> Question:
     answers = [answers] if isinstance(answers, str) else answers
     if not _is_text(text):
         raise ValueError(f"{source}: needs a text under the key question")
-    if not isinstance(answers, list) or not answers or not all(map(_is_text, answers)):
+    known = answers or record.get("positives") or record.get("positive_ctxs")
+    if not isinstance(answers, list) or not known or not all(map(_is_text, answers)):
         raise ValueError(f"{source}: needs a list of texts under the key answers or answer")
     lists = []
     for key in ("positive_ctxs", "hard_negative_ctxs", "negative_ctxs", "ctxs"):
@@ -334,10 +335,12 @@ def choose_passages(question: Question) -> tuple[list[Passage], list[Passage]]:
     Positives: the found passages with an answer that have the title of a known positive; if there
     are none, the first 20 with an answer among the first 200 found. Negatives: found passages
     without an answer, at most min(max(10 * positives, 50), 150) of them. If nothing was searched,
-    the question's own lists are used.
+    the question's own lists are used. Without answers: the known positives and what else was found.
     """
     if not question.found:
         return question.positives, [*question.hard_negatives, *question.negatives]
+    if not question.answers:
+        return question.positives, [p for p in question.found if p not in question.positives][:50]
     hits, titles = answer_hits(question), {p.title.lower() for p in question.positives}
     right = [p for p, hit in zip(question.found, hits) if hit]
     positives = [p for p in right if p.title.lower() in titles]
@@ -364,7 +367,7 @@ def reranker_samples(
         (asked,) = encoder.tokens([question.question])
         answers = encoder.tokens([f"{space}{a}" for a in question.answers for space in ("", " ")])
         spans = [find_spans(encoder, asked, passage, answers) for passage in positives]
-        if not any(spans):
+        if question.answers and not any(spans):
             skipped["no answer tokens in a positive passage"] += 1
             continue
         samples.append(RerankerSample(asked, positives, spans, negatives))
@@ -458,14 +461,14 @@ def reranker_batch(
     rng, inputs, groups, spans = np.random.default_rng([seed, step, 1]), [], [], []
     for sample in (samples[row] for row in rows):
         drawn = int(rng.integers(len(sample.positives)))
-        if not sample.spans[drawn]:
+        if any(sample.spans) and not sample.spans[drawn]:
             drawn = next(i for i, some in enumerate(sample.spans) if some)
         count = min(passages - 1, len(sample.negatives))
         wrong = [sample.negatives[i] for i in rng.choice(len(sample.negatives), count, False)]
         chosen = [sample.positives[drawn], *wrong]
         titles, texts = (encoder.tokens([p[i] for p in chosen]) for i in (0, 1))
         groups.append(torch.arange(len(inputs), len(inputs) + len(chosen)))
-        spans.append(torch.tensor(sample.spans[drawn]))
+        spans.append(torch.tensor(sample.spans[drawn], dtype=torch.long).view(-1, 2))
         inputs += [encoder.layout(sample.question, *pair) for pair in zip(titles, texts)]
     groups, spans = (
         torch.nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=-1)

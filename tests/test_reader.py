@@ -444,6 +444,19 @@ def test_bad_input_is_one_line(shelf, whole, tmp_path, row):
     assert "lost" in row or not out.exists()
 
 
+def test_encoders_learn_from_questions_without_answers_and_a_reader_leaves_them_out(
+    shelf, tmp_path
+):
+    """The re-ranker learns which passage is right, and nothing of where the answer stands."""
+    write_lines(tmp_path / "mixed.jsonl", [ASKED[0], *({**q, "answer": []} for q in ASKED[1:])])
+    files = f"--train {tmp_path}/mixed.jsonl --steps 2 --batch-size 4"
+    for method in ("reranker", "retriever"):
+        record = run(line(shelf, method, tmp_path / method, files))
+        assert record["skipped"] == {} and record["results"]["dev"]["n"] == 4
+    words = line(shelf, "reader", tmp_path / "reader", f"{files} --no-rerank --steps 1")
+    assert run(words)["passages"]["train"]["n"] == 1
+
+
 def test_a_run_of_an_encoder_answers_nothing(dual):
     with pytest.raises(ValueError, match="retriever trains nothing that answers"):
         load_run(dual)
