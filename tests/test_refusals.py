@@ -180,6 +180,8 @@ eval.py score dev.jsonl --seed x                        | --seed | invalid int v
 eval.py score dev.jsonl --out train.jsonl               | --out train.jsonl: is not a folder
 eval.py score dev.jsonl --out /dev/full                 | --out /dev/full: is not a folder
 eval.py score lines.jsonl                               | lines.jsonl:1: | holds '\n' | --stop
+eval.py mixed --prompts mine --input lines.jsonl --out mixed | lines.jsonl:1: | holds '\n' | --stop
+eval.py score dev.jsonl --rank-by most                  | --rank-by | 'most'
 eval.py score dev.jsonl --stop o                        | dev.jsonl:1: | holds 'o' | --stop
 eval.py score special.jsonl                             | special.jsonl:1: | x<|endoftext|>y
 eval.py score dev.jsonl --shots 1 --shots-from special.jsonl | special.jsonl:1: | x<|endoftext|>y
