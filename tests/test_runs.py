@@ -132,6 +132,23 @@ def test_the_same_in_a_shell(accents, tmp_path, shell, variables, lines):
     assert is_whole(tmp_path / "run")
 
 
+SHOWN = ["data.py {}/train.jsonl", "generate.py {}/lm/model Beyonc\u00e9 --max-new-tokens 1"]
+SHOWN += ["adapters.py {}/adapter"]
+
+
+@pytest.mark.parametrize("line", SHOWN)
+def test_programs_that_only_show_escape_what_ascii_lacks(accents, line):
+    (accents / "adapter").mkdir(exist_ok=True)
+    config = {"peft_type": "PROMPT_TUNING", "base_model_name_or_path": "Beyonc\u00e9"}
+    (accents / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    vectors = {"prompt_embeddings": torch.zeros(1, 32)}
+    save_file(vectors, accents / "adapter" / "adapter_model.safetensors")
+    call = [sys.executable, *line.format(accents).split()]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(call, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and "\\xe9" in result.stdout, result.stderr
+
+
 # What is written, and what is named
 
 
