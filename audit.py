@@ -38,7 +38,7 @@ import eval as metrics
 import recurse
 import world
 from checkpoints import atomic_write, write_json
-from generate import drop_eos, generate
+from generate import drop_eos, find_stop, generate
 from questions import prepare
 from runs import load_run, read_predictions
 
@@ -295,18 +295,16 @@ def answer_with(stack, tokenizer, ids: list[int], vector: Tensor, new: int, stop
         extended.append(cache)
         x = vector.expand_as(x) if i == 1 else x
     answer, eos = [stack.logits(x[0, -1]).argmax().item()], stack.config.eos
+
+    def ended(more: list[int]) -> bool:
+        return find_stop(tokenizer.decode(answer + more), stop) is not None
+
     text = tokenizer.decode(drop_eos(answer, eos))
-    if new > 1 and answer[0] not in eos and not (stop and stop in text):
-        rest = generate(
-            stack,
-            [answer],
-            recurse.StackPrefix(extended),
-            new - 1,
-            eos=eos,
-            ended=(lambda more: stop in tokenizer.decode(answer + more)) if stop else None,
-        )
+    if new > 1 and answer[0] not in eos and not ended([]):
+        cache = recurse.StackPrefix(extended)
+        rest = generate(stack, [answer], cache, new - 1, eos=eos, ended=ended)
         text = tokenizer.decode(drop_eos(answer + rest[0][0].ids, eos))
-    return (text.split(stop)[0] if stop else text).strip()
+    return text[: find_stop(text, stop)].strip()
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ from adapters import (
     save_adapter,
 )
 from checkpoints import load_tokenizer
-from generate import Sample, drop_eos, generate, pad, predict
+from generate import Sample, drop_eos, find_stop, generate, pad, predict
 from pause import Pause, Paused
 from t5 import T5Encoder
 
@@ -379,6 +379,7 @@ def route(
     options=None,
     stops: list[str] | None = None,
     max_tokens: int = 8192,
+    mean: bool = False,
 ) -> tuple[list[str | int], list[bool]]:
     """Answers each question with the first pass alone, or with all passes. Arguments of predict.
 
@@ -388,18 +389,18 @@ def route(
     """
     rest = (max_new_tokens, options, stops, max_tokens)
     if threshold is None:
-        return predict(stack, tokenizer, ids, prefix, *rest), [True] * len(ids)
+        return predict(stack, tokenizer, ids, prefix, *rest, mean=mean), [True] * len(ids)
     check_stack(stack)
     if threshold != threshold:
         raise ValueError("--threshold: nan is no number")
-    first = first_pass(stack, tokenizer, ids, prefix, *rest)
+    first = first_pass(stack, tokenizer, ids, prefix, *rest, mean=mean)
     unsure = [logprob < threshold for _, logprob in first]
     rows = [b for b, more in enumerate(unsure) if more]
     answers = [answer for answer, _ in first]
     if rows:
         ids, options, stops = (part and [part[b] for b in rows] for part in (ids, options, stops))
         rest = (max_new_tokens, options, stops, max_tokens)
-        for b, answer in zip(rows, predict(stack, tokenizer, ids, prefix, *rest)):
+        for b, answer in zip(rows, predict(stack, tokenizer, ids, prefix, *rest, mean=mean)):
             answers[b] = answer
     return answers, unsure
 
@@ -413,10 +414,10 @@ def check_stack(model) -> None:
         raise ValueError("only a run of neural_recursion has a first pass that can answer")
 
 
-def first_pass(stack: Stack, tokenizer, ids, prefix=None, *rest) -> list[tuple[str | int, float]]:
-    """The frozen LM's own answers and their log-probabilities. Arguments of predict."""
+def first_pass(stack: Stack, tokenizer, ids, prefix=None, *rest, mean: bool = False) -> list:
+    """The frozen LM's own answers, each with its log-probability. Arguments of predict."""
     prefix = None if prefix is None else prefix.parts[0]
-    return predict(stack.lm, tokenizer, ids, prefix, *rest, logprobs=True)
+    return predict(stack.lm, tokenizer, ids, prefix, *rest, mean=mean, logprobs=True)
 
 
 # Textual recursion
@@ -457,7 +458,7 @@ def candidates(
         rng = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
         def ended(tokens: list[int], stop=stop) -> bool:
-            return stop in tokenizer.decode(tokens)
+            return find_stop(tokenizer.decode(tokens), stop) is not None
 
         (samples,) = generate(
             lm,
@@ -485,7 +486,7 @@ def rank(samples: list[Sample], eos, tokenizer=None, stop: str = "") -> list[Can
     for number, sample in enumerate(samples):
         ids = drop_eos(sample.ids, eos)
         text = str(ids) if tokenizer is None else tokenizer.decode(ids)
-        text = " ".join((text.split(stop)[0] if stop else text).split())
+        text = " ".join(text[: find_stop(text, stop)].split())
         same = merged.get(text, Candidate(text, sample.logprob, 0, number))
         best = max(same.logprob, sample.logprob)
         merged[text] = Candidate(text, best, same.count + 1, same.first)
