@@ -49,7 +49,15 @@ from adapters import (
     save_adapter,
 )
 from checkpoints import load_tokenizer
-from generate import Sample, drop_eos, generate, pad, predict
+from generate import (
+    Sample,
+    batches,
+    drop_eos,
+    pad,
+    predict,
+    prefix_lengths,
+    sample_answers,
+)
 from pause import Pause, Paused
 from t5 import T5Encoder
 
@@ -440,6 +448,7 @@ def candidates(
     max_new_tokens: int = 16,
     stops: list[str] | None = None,
     seed: int = 0,
+    max_tokens: int = 8192,
 ) -> list[list[Candidate]]:
     """Samples n answers to each of B questions, from one reading of each. Returns B ranked lists.
 
@@ -447,30 +456,32 @@ def candidates(
     the samples are merged and ordered. An answer ends with an eos of the LM or at stops[b] ("" for
     none). Without a tokenizer a text is the list of its token ids.
 
-    Questions are sampled one by one, each with random numbers of its own. So the candidates of a
-    question depend on `seed` and its tokens, and not on the questions beside it.
+    A batch has at most max_tokens positions, if no two samples agree: n times (prefix + longest
+    question + max_new_tokens) for each question. The random numbers of a question depend on `seed`
+    and its tokens alone. So its candidates do not depend on the questions beside it, except that
+    another batch rounds log-probabilities differently. The same arguments give the same bits.
     """
-    ranked, device = [], next(lm.parameters()).device
-    for row, stop in zip(ids, stops or [""] * len(ids), strict=True):
-        digest = hashlib.sha256(repr((seed, row)).encode()).digest()
-        rng = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+    stops, ranked = stops or [""] * len(ids), [[]] * len(ids)
+    before = prefix_lengths(prefix, 1)[0]
+    widths = [before + len(row) + max_new_tokens for row in ids]
+    by_length = sorted(range(len(ids)), key=lambda b: widths[b])
+    for batch in batches(by_length, [n] * len(ids), widths, max_tokens, max_tokens):
 
-        def ended(tokens: list[int], stop=stop) -> bool:
-            return stop in tokenizer.decode(tokens)
+        def ended(i: int, tokens: list[int], batch=batch) -> bool:
+            stop = stops[batch[i]]
+            return bool(stop) and stop in tokenizer.decode(tokens)
 
-        (samples,) = generate(
-            lm,
-            [row],
-            prefix,
-            max_new_tokens,
-            temperature=1.0,
-            n=n,
-            eos=lm.config.eos,
-            generator=rng,
-            ended=ended if stop else None,
-        )
-        ranked.append(rank(samples, lm.config.eos, tokenizer, stop))
+        asked, eos = [ids[b] for b in batch], lm.config.eos
+        seeds = [question_seed(seed, row) for row in asked]
+        found = sample_answers(lm, asked, n, seeds, prefix, max_new_tokens, eos, ended)
+        for b, samples in zip(batch, found):
+            ranked[b] = rank(samples, eos, tokenizer, stops[b])
     return ranked
+
+
+def question_seed(seed: int, ids: list[int]) -> int:
+    """A seed that depends on `seed` and on the tokens of a question."""
+    return int.from_bytes(hashlib.sha256(repr((seed, ids)).encode()).digest()[:7], "big")
 
 
 def rank(samples: list[Sample], eos, tokenizer=None, stop: str = "") -> list[Candidate]:
