@@ -318,7 +318,7 @@ def rms(vectors: Tensor) -> float:
 # Files
 
 
-def save_adapter(folder: str | Path, adapter: nn.Module, lm, **info) -> None:
+def save_adapter(folder: str | Path, adapter: nn.Module, lm, dtype=torch.float32, **info) -> None:
     """Writes adapter_config.json and adapter_model.safetensors; `info` is added to the config.
 
     To PEFT, a prompt after BOS is one of P + 1 rows, whose first is BOS, before texts without BOS.
@@ -361,6 +361,7 @@ def save_adapter(folder: str | Path, adapter: nn.Module, lm, **info) -> None:
         raise TypeError(f"a {type(adapter).__name__} is not an adapter of this file")
     config |= {"token_dim": token_dim}
     folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     write_tensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", config)
 

@@ -162,7 +162,7 @@ def train_adapter_on_text(args, text: "Text", lm: LM, adapter: nn.Module, longes
     def save() -> None:
         base = arguments(args)["model"]
         info = {"method": args.composition, "base_model_name_or_path": base}
-        adapters.save_adapter(args.out, adapter, lm, **info)
+        adapters.save_adapter(args.out, adapter, lm, torch.bfloat16, **info)
 
     return train_on_text(args, text, adapter, loss_of, save, longest, frozen=lm)
 

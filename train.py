@@ -12,15 +12,15 @@ two-hop test questions, about people who occur in no training question. One pass
     deep_prompt        lm(lm.embed(ids), prefix=prompt())             keys and values of every layer
     id_pt              lm(lm.embed(ids), prefix=lm.read(prompt(ids))) what computes the prompt
     textual_recursion  prompt tuning, reading candidates of a prompt  both prompts
-    neural_recursion   lm(connector(lm(lm.embed(ids))))               the Connector
-    lm_connector       connector(lm(lm.embed(ids)))                   the Connector
-    connector_lm       lm(connector(lm.embed(ids)))                   the Connector
-    fine_tuning        lm(lm.embed(ids))                              the LM itself
-    training_free      lm(rescale(lm(lm.embed(ids))))                 nothing; it is only scored
+    neural_recursion   lm(x + connector(lm(x))), x = lm.embed(ids)    the Connector
+    lm_connector       lm(x) + connector(lm(x))                       the Connector
+    connector_lm       lm(x + connector(x))                           the Connector
+    fine_tuning        lm(x)                                          the LM itself
+    training_free      lm(rescale(lm(x)))                             nothing; it is only scored
 
-The second column is recurse.COMPOSITIONS. By default neural_recursion starts from the Connector in
-assets/neural_recursion_2, which was pretrained on text. The other two Connectors start from random
-weights, unless --init names a folder. With --passes 3 the LM is run three times, with one Connector
+The second column is recurse.COMPOSITIONS. By default a Connector starts from that of its method and
+size in assets/, which was pretrained on text. --residual off is the paper's form: the Connector's
+output replaces x, or lm(x), instead of being added to it. With --passes 3 the LM is run three times, with one Connector
 between the passes or one in each gap. A Connector-LM whose Connector has as many layers as the
 recursion has after its first pass (--connector-layers 8 on the embedded LM) spends the same compute
 without a second pass. `--train suite` trains on the 29 prompted tasks of suite.py by the protocol
@@ -424,7 +424,7 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
         ("--encoder", str, None, "id_pt: folder of a T5 encoder; assets/t5 if not given"),
         ("--encoder-prompt", cli.COUNT, 20, "id_pt: the encoder's own prompt (paper: about 430)"),
         cli.CONNECTOR,
-        ("--residual", ["on", "off"], "off", residual),
+        ("--residual", ["on", "off"], "on", residual),
         cli.ATTENTION,
         cli.PASSES,
         cli.CONNECTORS,
