@@ -15,7 +15,7 @@ A residual Connector, which is not in the paper, is added to what it replaces in
 
     neural recursion   lm(x + connector(lm(x)))         x = lm.embed(ids)
 
-Every composition but textual recursion can end its questions with a Pause: Paused(model, pause).
+Every composition can end its questions with a Pause: Paused(model, pause).
 
 A Stack generates like an LM: every new token runs through all its parts, and every part has its own
 KV cache.
@@ -49,16 +49,8 @@ from adapters import (
     save_adapter,
 )
 from checkpoints import load_tokenizer
-from generate import (
-    Sample,
-    batches,
-    drop_eos,
-    pad,
-    predict,
-    prefix_lengths,
-    sample_answers,
-)
-from pause import Pause, Paused
+from generate import Sample, batches, drop_eos, pad, predict, prefix_lengths, sample_answers
+from pause import Pause, with_pause, without_pause
 from t5 import T5Encoder
 
 
@@ -258,7 +250,7 @@ CONNECTOR_METHODS = ("neural_recursion", "lm_connector", "connector_lm")
 def compose(method: str, lm, adapter, pause: Pause | None = None):
     """(model, prefix) of COMPOSITIONS, whose questions end with the pause, if there is one."""
     model, prefix = COMPOSITIONS[method](lm, adapter)
-    return (model if pause is None else Paused(model, pause)), prefix
+    return with_pause(model, pause), prefix
 
 
 def gaps(connector: Connector | Connectors) -> list[Connector]:
@@ -412,18 +404,21 @@ def route(
 
 
 def check_stack(model) -> None:
-    """ValueError unless the model is a Stack of passes through one LM, with Connectors between."""
-    if isinstance(model, Paused):
-        raise ValueError("the first pass of a run with --pause cannot answer without the filler")
-    passes = isinstance(model, Stack) and model.parts[0] is model.parts[-1] is model.lm
-    if not passes or len(model.parts) < 3:
+    """ValueError unless the model, Paused or not, is a Stack of passes with Connectors between."""
+    stack = without_pause(model)
+    passes = isinstance(stack, Stack) and stack.parts[0] is stack.parts[-1] is stack.lm
+    if not passes or len(stack.parts) < 3:
         raise ValueError("only a run of neural_recursion has a first pass that can answer")
 
 
-def first_pass(stack: Stack, tokenizer, ids, prefix=None, *rest) -> list[tuple[str | int, float]]:
-    """The frozen LM's own answers and their log-probabilities. Arguments of predict."""
+def first_pass(stack, tokenizer, ids, prefix=None, *rest) -> list[tuple[str | int, float]]:
+    """The frozen LM's own answers and their log-probabilities. Arguments of predict.
+
+    If the stack is Paused, the LM reads the same pause.
+    """
     prefix = None if prefix is None else prefix.parts[0]
-    return predict(stack.lm, tokenizer, ids, prefix, *rest, logprobs=True)
+    lm = with_pause(stack.lm, getattr(stack, "pause", None))
+    return predict(lm, tokenizer, ids, prefix, *rest, logprobs=True)
 
 
 # Textual recursion

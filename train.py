@@ -20,13 +20,13 @@ two-hop test questions, about people who occur in no training question. One pass
 
 The second column is recurse.COMPOSITIONS. By default a Connector starts from that of its method and
 size in assets/, which was pretrained on text. --residual off is the paper's form: the Connector's
-output replaces x, or lm(x), instead of being added to it. With --passes 3 the LM is run three times, with one Connector
-between the passes or one in each gap. A Connector-LM whose Connector has as many layers as the
-recursion has after its first pass (--connector-layers 8 on the embedded LM) spends the same compute
-without a second pass. `--train suite` trains on the 29 prompted tasks of suite.py by the protocol
-of prompts.py, with --per-task a prompt for each of them. The training loop is in fit.py, and what
-it starts from in start.py. To add a method, add a line to recurse.COMPOSITIONS, and a function and
-a line of METHODS here.
+output replaces x, or lm(x), instead of being added to it. With --passes 3 the LM is run three
+times, with one Connector between the passes or one in each gap. A Connector-LM whose Connector has
+as many layers as the recursion has after its first pass (--connector-layers 8 on the embedded LM)
+spends the same compute without a second pass. `--train suite` trains on the 29 prompted tasks of
+suite.py by the protocol of prompts.py, with --per-task a prompt for each of them. The training loop
+is in fit.py, and what it starts from in start.py. To add a method, add a line to
+recurse.COMPOSITIONS, and a function and a line of METHODS here.
 """
 
 import argparse
@@ -95,13 +95,16 @@ def textual_recursion(task: start.Task) -> dict:
     run = Run.from_args(task.args)
     if not task.args.no_cross_fit:  # refuse before anything is written
         textual.group_questions(task.examples["train"])
+    if task.args.stages_from and not start.finished_stage(*stage_of(task, "p1")):
+        raise ValueError(f"--stages-from {task.args.stages_from}: holds no finished p1")
     with run:
         prompt = start.start_prompt(task)
         record = start_record(run, prompt, task.lm, hashes(task, prompt))
-        asked, prompt, rounds, halves = textual.sample_rounds(task, train_stage, show_candidates)
+        asked, before, rounds, halves = textual.sample_rounds(task, train_stage, show_candidates)
         split = {"halves": "".join(halves)} if halves else {}
         write_json(run.folder / "run.json", record | {"candidates": rounds} | split)
-    return train_adapter(asked, trained=start.next_prompt(task, prompt), loaded=task)
+    prompt, asked.pause = start.next_stage(task, before)
+    return train_adapter(asked, trained=prompt, loaded=task)
 
 
 def neural_recursion(task: start.Task) -> dict:
@@ -180,7 +183,7 @@ def train_adapter(task, trained: nn.Module, loaded=None, batch_at=None, after_st
         recipe = replace(recipe, lr=default_prompt_lr(lm))
     adapter = None if trained is lm else trained
     frozen = None if trained is lm else lm
-    pause = task.pause = start.start_pause(task)
+    pause = task.pause = task.pause or start.start_pause(task)
     if pause is not None and pause.vectors is not None:
         trained = nn.ModuleDict({"adapter": trained, "pause": pause})
 
@@ -238,22 +241,30 @@ def compose(task: start.Task, adapter, split: str, rows: list[int]):
     return recurse.compose(task.args.method, task.lm, adapter, task.pause)
 
 
-def train_stage(task: start.Task, name: str, before: adapters.SoftPrompt | None) -> nn.Module:
+def train_stage(task: start.Task, name: str, before: textual.Stage | None) -> textual.Stage:
     """Train a prompt in the folder `name` below --out, or load it if it is trained already.
 
     ValueError if it was trained on other questions, as by a program that cut other halves.
     """
-    folder = Path(task.args.out) / name
-    flags = vars(task.args) | {"method": "prompt_tuning", "out": str(folder)}
+    args, known = stage_of(task, name)
+    folder = Path(args.out)
+    if args.stages_from and name.startswith("p1") and not folder.exists():
+        start.take_stage(args, known)
     record = read_record(folder) if (folder / "run.json").is_file() else {}
     if "results" in record:
-        if record["data_hash"] != hashes(task, None)["data_hash"]:
+        if record["data_hash"] != known["data_hash"]:
             raise ValueError(f"{folder} was trained on other questions; choose another --out")
     else:
         show(f"{folder}: {len(task.tokens['train'])} training questions")
-        stage = replace(task, args=argparse.Namespace(**flags))
-        train_adapter(stage, trained=start.next_prompt(stage, before))
-    return adapters.load_adapter(folder, task.lm)
+        prompt, pause = start.next_stage(task, before)
+        train_adapter(replace(task, args=args, pause=pause), trained=prompt)
+    return textual.load_stage(folder, task.lm, vars(args))
+
+
+def stage_of(task: start.Task, name: str) -> tuple[argparse.Namespace, dict]:
+    """The arguments of a stage of textual recursion, and the hashes that identify it."""
+    flags = {"method": "prompt_tuning", "out": str(Path(task.args.out) / name)}
+    return argparse.Namespace(**vars(task.args) | flags), hashes(task, None)
 
 
 def asks_questions(task: start.Task) -> bool:
@@ -435,6 +446,7 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
         "textual recursion",
         ("--candidates", cli.COUNT, 16, "answers sampled for each question (paper: 1 to 64)"),
         ("--rounds", cli.COUNT, 1, "how often candidates are sampled, each time after reading"),
+        ("--stages-from", str, None, "a run with the same p1, to be copied and not trained again"),
     )
     whole = "sample for training questions with a prompt that has seen them (the paper's way)"
     group.add_argument("--no-cross-fit", action="store_true", help=whole)
@@ -489,8 +501,8 @@ def main(argv: list[str] | None = None) -> dict:
         raise ValueError(f"--init: {args.method} does not start from an adapter")
     if args.pause and not args.pause_text:
         raise ValueError(f"--pause {args.pause}: --pause-text is empty")
-    if args.pause and args.method == "textual_recursion":
-        raise ValueError(f"--pause {args.pause}: not for textual_recursion")
+    if args.stages_from and args.method != "textual_recursion":
+        raise ValueError(f"--stages-from {args.stages_from}: {args.method} has no stages")
     if args.passes > 2 and args.method != "neural_recursion":
         raise ValueError(f"--passes {args.passes}: only neural_recursion has more than two passes")
     prompt = args.method in ("prompt_tuning", "deep_prompt", "id_pt")

@@ -20,7 +20,7 @@ import adapters
 import data
 import eval as metrics
 import textual
-from generate import Sample, predict
+from generate import Sample, predict, sample_answers
 from questions import prepare
 from recurse import Candidate, candidates, rank, text_with
 from runs import load_run, read_predictions, read_record
@@ -56,7 +56,6 @@ def test_candidates_of_a_question_depend_on_it_and_the_seed_alone(make_lm):
     lm = make_lm()
     ranked = candidates(lm, QUESTIONS, 5, seed=1)
     assert candidates(lm, QUESTIONS, 5, seed=1) == ranked
-    assert candidates(lm, QUESTIONS[2:3], 5, seed=1) == ranked[2:3]
     assert candidates(lm, QUESTIONS, 5, seed=2) != ranked
     blank = make_lm()  # every token is as likely after any text
     for p in blank.parameters():
@@ -66,6 +65,91 @@ def test_candidates_of_a_question_depend_on_it_and_the_seed_alone(make_lm):
     many = candidates(lm, QUESTIONS, 40, seed=1)
     shares = [c.first < 5 for row in many for c in row]
     assert any(shares) and not all(shares)
+
+
+def alike(some, others):
+    """The same candidates, whose log-probabilities differ by rounding at most."""
+    for a, b in zip(some, others, strict=True):
+        assert [(c.text, c.count, c.first) for c in a] == [(c.text, c.count, c.first) for c in b]
+        assert [c.logprob for c in a] == pytest.approx([c.logprob for c in b], abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["none", "shared"])
+def test_candidates_do_not_depend_on_the_batch(make_lm, kind):
+    """Each question alone, two at a time, all in the other order, or all at once."""
+    lm, tokenizer = make_lm("untied"), words_tokenizer(53)
+    prefix, asked = before(kind, lm)[0], [*QUESTIONS, [8, 4], [9, 9]]
+    stops = ["", "w5", "w7", "", "w9", "w5"]
+
+    def found(rows, **budget):
+        ids, ends = [asked[b] for b in rows], [stops[b] for b in rows]
+        return candidates(lm, ids, 40, prefix, tokenizer, 2, ends, seed=3, **budget)
+
+    whole = found(range(6))
+    assert any(c.count > 1 for row in whole for c in row)
+    alike(whole, [found([b])[0] for b in range(6)])
+    alike(whole, found([5, 4, 3, 2, 1, 0])[::-1])
+    for budget in (1, 2 * 40 * (before("shared", lm)[0].size + 10), 10**6):
+        alike(whole, found(range(6), max_tokens=budget))
+
+
+class Counting(torch.nn.Module):
+    """An LM that notes the shape of everything it reads."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm, self.config, self.read, self.logits = lm, lm.config, lm.read, lm.logits
+        self.shapes = []
+
+    def embed(self, ids):
+        self.shapes.append(tuple(ids.shape))
+        return self.lm.embed(ids)
+
+    def forward(self, *rest, **more):
+        return self.lm(*rest, **more)
+
+
+def test_samples_that_agree_so_far_are_read_once(make_lm):
+    """A row for each different text. Sample i is the same however many there are."""
+    lm = Counting(make_lm())
+    texts = [
+        [s.ids for s in row] for row in sample_answers(lm, QUESTIONS, 60, [3, 4, 5, 6], None, 4)
+    ]
+    assert lm.shapes[:2] == [(4, 7), (4, 1)]
+    for step, shape in enumerate(lm.shapes[2:], 1):
+        different = sum(len({tuple(ids[:step]) for ids in row}) for row in texts)
+        assert shape == (different, 1) and different < 240
+    assert len(lm.shapes) == 5 and all(len(ids) == 4 for row in texts for ids in row)
+    few = sample_answers(lm, QUESTIONS[1:], 5, [4, 5, 6], None, 4)
+    assert [[s.ids for s in row] for row in few] == [row[:5] for row in texts[1:]]
+
+
+def test_a_batch_of_samples_stays_within_its_tokens(make_lm):
+    lm = Counting(make_lm())
+    candidates(lm, QUESTIONS * 5, 8, None, max_new_tokens=4, max_tokens=300)
+    batches = [
+        (rows, width + 1) for rows, width in lm.shapes if width > 1
+    ]  # all but the last token
+    assert max(rows for rows, _ in batches) > 1
+    assert all(rows * 8 * (T + 4) <= 300 for rows, T in batches)
+
+
+@pytest.mark.parametrize("eos", [(), (2, 3)])
+def test_a_sample_is_the_token_at_its_number_of_the_distribution(make_lm, eos):
+    """Against the plainest way: one sample and one whole text at a time, with the same numbers."""
+    lm, n, new = make_lm("untied"), 7, 5
+    found = sample_answers(lm, QUESTIONS, n, [1, 2, 3, 4], None, new, eos)
+    for ids, seed, row in zip(QUESTIONS, (1, 2, 3, 4), found):
+        draws = torch.rand(n, new, generator=torch.Generator().manual_seed(seed)).double()
+        for sample, numbers in zip(row, draws, strict=True):
+            text = []
+            for u in numbers:
+                h = lm(lm.embed(torch.tensor([ids + text])))[0, -1]
+                text.append(int((lm.logits(h).double().softmax(-1).cumsum(-1) <= u).sum()))
+                if text[-1] in eos:
+                    break
+            assert sample.ids == text
+            assert sample.logprob == pytest.approx(naive_score(lm, ids, text), abs=1e-3)
 
 
 def test_samples_are_drawn_at_temperature_1(make_lm):
@@ -176,7 +260,7 @@ def test_candidates_for_training_come_from_a_prompt_of_the_other_half(whole):
         prompt = adapters.load_adapter(whole / f"p1-{name}", model.lm)
         examples = [data.Example(x["input"], "", tuple(x["answers"])) for x in lines]
         ids = data.encode_prompts(tokenizer, [e.input for e in examples])
-        found = model.sample(examples, ids, model.lm.read(prompt()))
+        found = model.sample(examples, ids, model.lm, model.lm.read(prompt()))
         assert [[c.text for c in row] for row in found] == [
             [c["text"] for c in line["candidates"]] for line in lines
         ]
