@@ -13,9 +13,11 @@ from tiny_runs import command, make_place, run, write_lines
 import audit
 import data
 import eval as metrics
+import handover
 import recurse
 import world
 from generate import predict
+from pause import Pause, Paused
 from questions import prepare
 from recurse import Candidate, route
 from runs import load_run, read_predictions
@@ -217,39 +219,104 @@ def test_passes_of_a_run(place, tmp_path, capsys):
 # What is handed over
 
 
-def test_the_hand_over_is_the_connectors_output(stack):
-    ids = torch.tensor([QUESTIONS[0]])
-    h, given = audit.hand_over(stack, QUESTIONS[0])
-    close(h, stack.lm(stack.lm.embed(ids))[0])
-    close(given, stack.parts[1](stack.lm(stack.lm.embed(ids)))[0])
-    table = stack.lm.embed_tokens.weight
-    assert audit.nearest_tokens(stack.lm, table[[7, 30, 2]] * 5) == [7, 30, 2]
+KINDS = ["neural_recursion", "three_passes"]
+KINDS += [f"residual {kind}" for kind in KINDS]
+FILLER = Pause(vectors=torch.randn(2, 24, generator=torch.Generator().manual_seed(7)))
 
 
-def test_a_replaced_hand_over_changes_this_position_and_no_other(stack):
-    """Against one pass over the whole text for each token. The own vector changes nothing."""
-    tokenizer, lm, connector = words_tokenizer(53), stack.lm, stack.parts[1]
-    for ids in QUESTIONS:
-        own = audit.hand_over(stack, ids)[1][-1]
-        other = torch.randn(own.shape, generator=torch.Generator().manual_seed(3))
-        for vector in (own, other):
-            text = list(ids)
-            for _ in range(5):
-                given = connector(lm(lm.embed(torch.tensor([text]))))
-                given[0, len(ids) - 1] = vector
-                text.append(lm.logits(lm(given))[0, -1].argmax().item())
-                if text[-1] in lm.config.eos:
-                    text.pop()
-                    break
-            expected = tokenizer.decode(text[len(ids) :])
-            assert audit.answer_with(stack, tokenizer, ids, vector, 5, "") == expected
-        assert predict(stack, tokenizer, [ids], max_new_tokens=5) == [
-            audit.answer_with(stack, tokenizer, ids, own, 5, "")
-        ]
-        whole = audit.answer_with(stack, tokenizer, ids, other, 5, "").split()
-        for word in whole:
-            stopped = audit.answer_with(stack, tokenizer, ids, other, 5, word)
-            assert stopped == " ".join(whole).split(word)[0].strip()
+@pytest.fixture(params=KINDS)
+def any_stack(request, make_lm):
+    return build(request.param, make_lm("untied"))[0].requires_grad_(False)
+
+
+def with_filler(stack):
+    """The stack whose questions end with two trained vectors, and QUESTIONS as it reads them."""
+    model = Paused(stack, FILLER).requires_grad_(False)
+    return model, [row + model.pause_ids for row in QUESTIONS]
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_the_hand_over_is_the_connectors_output(any_stack, paused):
+    lm, connector = any_stack.lm, any_stack.parts[1]
+    model, asked = with_filler(any_stack) if paused else (any_stack, QUESTIONS)
+    x = lm.embed(torch.tensor([QUESTIONS[0]]))
+    x = torch.cat([x, FILLER.vectors[None]], 1) if paused else x
+    h, given = handover.hand_over(model, asked[0])
+    close(h, lm(x)[0])
+    close(given, connector(lm(x))[0])
+    table = lm.embed_tokens.weight
+    assert handover.nearest_tokens(lm, table[[7, 30, 2]] * 5) == [7, 30, 2]
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_replaced_hand_over_changes_its_positions_and_no_other(any_stack, paused):
+    """Against one pass over the whole text for each token. The own vectors change nothing."""
+    tokenizer, lm = words_tokenizer(53), any_stack.lm
+    model, asked = with_filler(any_stack) if paused else (any_stack, QUESTIONS)
+    own = [handover.hand_over(model, ids)[1] for ids in asked]
+    others = torch.randn(4, 3, 24, generator=torch.Generator().manual_seed(3))
+    places = [(-1,), (-2,), (-3, -1)] if paused else [(-1,)]
+
+    def naive(ids, at, vectors):
+        text, connector = list(ids), any_stack.parts[1]
+        for _ in range(5):
+            x = model.embed(torch.tensor([text]))
+            c = connector(lm(x))
+            for i, position in enumerate(at):
+                c[0, len(ids) + position] = vectors[i]
+            x = (x + c) if connector.residual else c
+            for part in any_stack.parts[2:-1]:
+                x = model.embed(torch.tensor([text])) * getattr(part, "residual", 0) + part(x)
+            text.append(lm.logits(lm(x))[0, -1].argmax().item())
+            if text[-1] in lm.config.eos:
+                return tokenizer.decode(text[len(ids) : -1])
+        return tokenizer.decode(text[len(ids) :])
+
+    def answers(at, vectors, stops=("", "", "", "")):
+        return handover.answers_with(model, tokenizer, asked, at, vectors, 5, stops)
+
+    for at in places:
+        mine = torch.stack([rows[list(at)] for rows in own])
+        assert answers(at, mine) == predict(model, tokenizer, asked, max_new_tokens=5)
+        vectors = others[:, : len(at)]
+        found = answers(at, vectors)
+        assert found == [naive(*case) for case in zip(asked, [at] * 4, vectors)]
+        stops = [text.split()[-1] if text else "" for text in found]
+        cut = [text.split(stop)[0].strip() if stop else "" for text, stop in zip(found, stops)]
+        assert answers(at, vectors, stops) == cut
+
+
+def test_interventions_replace_every_position_or_the_one_that_holds_the_bridge(stack, monkeypatch):
+    """The mean is that of each position. Without a pause there is one position."""
+    read = []
+    for number, name in enumerate(("Anna", "Boris", "Clara")):
+        vectors = torch.full((3, 2), float(number)) + torch.arange(3)[:, None]
+        q = example(f"town {name}", path="a.b", bridge=name, token=5, vectors=vectors)
+        read.append(q | {"first": [5 * (number == 0), 5, 1], "given": [1, 5, 5]})
+    assert handover.holders(read) == [1, 3, 3]
+    calls = []
+
+    def note(model, tokenizer, ids, at, vectors, new, stops):
+        calls.append((list(at), vectors[:, :, 0].tolist()))
+        return ["x"] * 3
+
+    monkeypatch.setattr(handover, "answers_with", note)
+    monkeypatch.setattr(handover, "donors", lambda *_: [1, 2, None])
+    rows = handover.intervene(stack, None, read, [[1]] * 3, 4, [""] * 3, 0)
+    every = [-3, -2, -1]
+    assert calls == [
+        (every, [[0, 1, 2], [1, 2, 3], [2, 3, 4]]),
+        (every, [[1, 2, 3], [2, 3, 4], [2, 3, 4]]),
+        (every, [[1, 2, 3]] * 3),
+        ([-2], [[2], [3], [3]]),
+        ([-2], [[2]] * 3),
+    ]
+    assert [row["other"] for row in rows] == [row["other_one"] for row in rows] == ["x", "x", None]
+    assert all(row["own"] == row["mean"] == row["mean_one"] == "x" for row in rows)
+    calls.clear()
+    bare = [q | {"first": [5], "given": [1], "vectors": q["vectors"][:1]} for q in read]
+    rows = handover.intervene(stack, None, bare, [[1]] * 3, 4, [""] * 3, 0)
+    assert [at for at, _ in calls] == [[-1]] * 3 and "mean_one" not in rows[0]
 
 
 def example(answer, **more):
@@ -265,18 +332,18 @@ def test_a_donor_has_the_same_path_and_another_bridge_and_answer():
         example("Kran", path="a.b", bridge="Clara"),
     ]
     for seed in range(20):
-        chosen = audit.donors(questions, seed)
+        chosen = handover.donors(questions, seed)
         assert chosen[0] == 4 and chosen[1] in (2, 4) and chosen[3] is None
         assert chosen[2] in (1, 4) and chosen[4] in (0, 1, 2)
-        assert audit.donors(questions, seed) == chosen
-    assert len({audit.donors(questions, seed)[4] for seed in range(20)}) == 3
+        assert handover.donors(questions, seed) == chosen
+    assert len({handover.donors(questions, seed)[4] for seed in range(20)}) == 3
 
 
 def test_rates_of_an_audit():
     read = [
-        example("Velmor", bridge="Anna", first=1, given=1, token=1),
-        example("Delmau", bridge="Boris", first=1, given=2, token=2),
-        example("Kran", bridge="Clara", first=5, given=4, token=3),
+        example("Velmor", bridge="Anna", first=[1], given=[1], token=1),
+        example("Delmau", bridge="Boris", first=[1], given=[2], token=2),
+        example("Kran", bridge="Clara", first=[5], given=[4], token=3),
     ]
     answers = [
         {"own": "Velmor", "other": "Delmau", "mean": "Velmor", "donor": 1},  # it follows
@@ -286,6 +353,22 @@ def test_rates_of_an_audit():
     rates = audit.bridge_rates(read, ["Anna", "x", "the clara"], answers)
     values = [(round(row["rate"] * row["n"]), row["n"]) for row in rates]
     assert values == [(2, 3), (1, 3), (2, 3), (2, 3), (1, 2), (1, 2), (1, 1), (0, 1), (1, 2)]
+    # With a pause of one position, which holds two bridges, as position 0 does.
+    for q, first in zip(read, ([1, 0], [0, 2], [0, 3])):
+        q |= {"first": first, "given": [0, 0]}
+    for a in answers:
+        a |= {"other_one": a["donor"] and "Kran", "mean_one": a["own"]}
+    rates = audit.bridge_rates(read, ["Anna", "x", "the clara"], answers)
+    rows = {row["what"]: row["rate"] for row in rates}
+    assert rows["first pass reads the bridge's first token, position 0"] == 1 / 3
+    assert rows["first pass reads the bridge's first token, position 1"] == 2 / 3
+    assert rows["Connector's output is nearest to it, position 1"] == 0
+    assert rows["one of these at any position"] == 1
+    assert rows["other hand-over, all positions: the other's answer"] == 1 / 2
+    assert rows["other hand-over, position 1: the other's answer"] == 1 / 2
+    assert rows["other hand-over, position 1: still the own answer"] == 0
+    assert rows["right, mean hand-over, position 1: still the own answer"] == 1
+    assert rows["right, mean hand-over, all positions: still the own answer"] == 1 / 2
 
 
 def test_the_bridge_of_a_question_is_the_answer_to_its_first_hop(place, tmp_path, capsys):
@@ -298,7 +381,7 @@ def test_the_bridge_of_a_question_is_the_answer_to_its_first_hop(place, tmp_path
     for name in ("run.json", "adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_bytes((place / "neural" / name).read_bytes())
     write_lines(tmp_path / "predictions.jsonl", rows)
-    found = audit.two_hop(audit.asked_questions(tmp_path)[0], made)
+    found = handover.two_hop(audit.asked_questions(tmp_path)[0], made)
     facts = {row["id"]: row for row in made.questions("test")}
     assert len(found) == sum(facts[row["id"]]["hops"] == 2 for row in rows) > 5
     for q in found:

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import QUESTIONS, before, naive_score, words_tokenizer
+from safetensors.torch import load_file
 from tiny_runs import (
     HOMES,
     Dead,
@@ -20,6 +21,7 @@ import adapters
 import data
 import eval as metrics
 import textual
+import train
 from generate import Sample, predict, sample_answers
 from questions import prepare
 from recurse import Candidate, candidates, rank, text_with
@@ -403,6 +405,108 @@ def textual_fit(monkeypatch, fitted):
     monkeypatch.setattr(train, "fit", fit)
     monkeypatch.setattr(Run, "log", dies)
     return state
+
+
+# Stages of another run
+
+
+@pytest.mark.parametrize("flags", ["", "--no-cross-fit"])
+def test_prompts_of_another_run_are_copied_and_not_trained_again(
+    place, tmp_path, monkeypatch, whole, flags
+):
+    """The run ends with the same bits as one that trains them itself."""
+    fitted, out = [], tmp_path / "run"
+    textual_fit(monkeypatch, fitted)
+    line = command(place, "textual_recursion", out, f"{FLAGS} {flags} --stages-from {whole}")
+    run(line)
+    assert fitted == [out]
+    assert contents(out / "p1") == contents(whole / "p1")
+    if not flags:
+        assert contents(out) == contents(whole)
+    run([*line[:-2], "--resume"])  # it knows them, and needs the other run no more
+
+
+def test_a_stage_that_differs_is_refused_before_anything_is_written(place, tmp_path, whole):
+    """Other flags of the last prompt are no difference."""
+    for flag, words in {
+        "--lr 0.5": "--lr",
+        "--seed 3": "--seed 0, not 3",
+        "--steps 4": "--steps 6, not 4",
+        "--pause 1": "--pause 0, not 1",
+        "--init labels": "--init",
+        f"--train {place}/dev.jsonl": "on other data",
+    }.items():
+        flags = f"{FLAGS} --stages-from {whole} {flag}"
+        with pytest.raises(ValueError, match=f"p1 was .*{words}"):
+            run(command(place, "textual_recursion", tmp_path / "run", flags))
+    with pytest.raises(ValueError, match="holds no finished p1"):
+        flags = f"{FLAGS} --stages-from {whole}/p1"
+        run(command(place, "textual_recursion", tmp_path / "run", flags))
+    assert not list(tmp_path.iterdir())
+
+
+# A pause
+
+
+def test_a_pause_follows_the_question_in_every_stage(place, tmp_path, monkeypatch):
+    """Behind the candidates' question too, and nowhere else."""
+    read, sampled = [], textual.candidates
+    monkeypatch.setattr(
+        textual, "candidates", lambda lm, ids, *rest: (read.extend(ids), sampled(lm, ids, *rest))[1]
+    )
+    line = command(place, "textual_recursion", tmp_path / "run", f"{FLAGS} --rounds 2 --pause 2")
+    record = run([*line, "--pause-text", r"\nso:"])
+    model, prefix, tokenizer, _ = load_run(tmp_path / "run")
+    texts = [tokenizer.decode(row) for row in read]
+    assert len(texts) == 2 * (8 + 5) and all(text.count("\nso:") == 2 for text in texts)
+    assert all(text.endswith("born?\nA:\nso:\nso:") for text in texts)
+    assert sum(text.startswith("Candidates: ") for text in texts) >= 8 + 5 - 3
+    file = str(place / "dev.jsonl")
+    ids, _, prefix = prepare(model, tokenizer, data.read(file), prefix, 4)
+    lines = read_lines(tmp_path / "run" / "candidates" / "2-dev" / "000000.jsonl")
+    asked = [text_with(x["input"], [c["text"] for c in x["candidates"]]) for x in lines]
+    assert [tokenizer.decode(row) for row in ids] == [f"{text}\nso:\nso:" for text in asked]
+    score = ["score", file, "--run", str(tmp_path / "run"), "--max-new-tokens", "4"]
+    assert metrics.main([*score, "--out", str(tmp_path / "out")]) == record["results"]["dev"]
+
+
+def test_trained_vectors_of_a_pause_go_on_from_the_first_prompt(place, tmp_path, monkeypatch):
+    """And those of each half are read where that half's prompt samples."""
+    starts, samplers = {}, []
+    train_adapter, sample = train.train_adapter, textual.candidates
+
+    def note(task, trained, **rest):
+        start = None if task.pause is None else task.pause.vectors.detach().clone()
+        starts[task.args.out] = start, trained.vectors.detach().clone()
+        return train_adapter(task, trained, **rest)
+
+    def candidates(lm, *rest):
+        samplers.append(lm.pause.vectors.detach())
+        return sample(lm, *rest)
+
+    monkeypatch.setattr(train, "train_adapter", note)
+    monkeypatch.setattr(textual, "candidates", candidates)
+    flags = f"{FLAGS} --lr 0.05 --pause 2 --pause-text trained"
+    run(command(place, "textual_recursion", tmp_path / "run", flags))
+    stored = [
+        load_file(tmp_path / "run" / name / "pause.safetensors")["vectors"]
+        for name in ("p1-a", "p1-b", "p1", ".")
+    ]
+    assert all((a != b).any() for i, a in enumerate(stored) for b in stored[:i])
+    p1 = adapters.from_file(4, torch.ones(1, 32), tmp_path / "run" / "p1")
+    start, prompt = starts[str(tmp_path / "run")]
+    assert torch.equal(start, stored[2]) and torch.equal(prompt, p1)
+    for vectors, own in zip(samplers, (stored[1], stored[0], stored[2]), strict=True):
+        assert torch.equal(vectors, own)
+
+
+def test_candidates_leave_positions_for_a_pause(tokenizer):
+    e, texts = data.Example("w4 w5\nw6", "w7", ("w7",)), [f"w{i}" for i in range(10, 20)]
+    (row,) = data.encode_prompts(tokenizer, [text_with(e.input, texts)])
+    left = len(row) + 7  # 8 new tokens, the last is never read
+    assert with_candidates(tokenizer, [e], [texts], left, 8)[1] == 0
+    (longer,), out = with_candidates(tokenizer, [e], [texts], left, 8, " w1 w2")
+    assert out > 0 and longer.input == text_with(e.input, texts[:-out])
 
 
 def test_options_and_a_single_question(place, tmp_path):
