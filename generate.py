@@ -279,7 +279,7 @@ def seeded(seed: int) -> torch.Generator:
 
 def inverse_cdf(logprobs: Tensor, row: Tensor, u: Tensor) -> Tensor:
     """One token (S,) for each number u (S,) in [0, 1), by the distribution logprobs[row] (R, V)."""
-    cdf = logprobs.double().exp().cumsum(-1)
+    cdf = logprobs.double().exp_().cumsum_(-1)
     cdf /= cdf[:, -1:].clone()  # exactly 1 at the end
     # The rows behind each other are one ascending list: that of row r lies between r and r + 1.
     cdf += torch.arange(len(cdf), device=cdf.device)[:, None]

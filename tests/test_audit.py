@@ -22,13 +22,21 @@ from questions import prepare
 from recurse import Candidate, route
 from runs import load_run, read_predictions
 
+PAUSES = {  # name of a run: its flags
+    "neural": "",
+    "vectors": "--pause 2 --pause-text trained",
+    "text": "--pause 2 --residual off",
+}
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Runs of prompt tuning and of neural recursion, on the same questions."""
     folder = make_place(tmp_path_factory.mktemp("place"))
     run(command(folder, "prompt_tuning", folder / "prompt"))
-    run(command(folder, "neural_recursion", folder / "neural", "--steps 20 --lr 0.03"))
+    for name, flags in PAUSES.items():
+        flags = f"--steps 20 --lr 0.03 {flags}"
+        run(command(folder, "neural_recursion", folder / name, flags))
     return folder
 
 
@@ -162,6 +170,21 @@ def test_a_question_takes_all_passes_if_the_first_is_not_sure(stack, shots):
     assert route(None, stack, tokenizer, QUESTIONS, prefix, *rest[:2], stops)[0] == whole
 
 
+def test_the_first_pass_reads_the_same_pause(any_stack):
+    """Filler that equals real tokens gives the answers and confidences of these tokens."""
+    tokenizer, lm, filler = words_tokenizer(53), any_stack.lm, [9, 4]
+    model = Paused(any_stack, Pause(vectors=lm.embed_tokens.weight[filler])).requires_grad_(False)
+    asked = [row + model.pause_ids for row in QUESTIONS]
+    spelt = [row + filler for row in QUESTIONS]
+    pairs = recurse.first_pass(model, tokenizer, asked, None, 6)
+    assert pairs == predict(lm, tokenizer, spelt, None, 6, logprobs=True)
+    assert pairs != predict(lm, tokenizer, QUESTIONS, None, 6, logprobs=True)
+    middle = sorted(logprob for _, logprob in pairs)[2]
+    found = route(middle, model, tokenizer, asked, None, 6)
+    assert found == route(middle, any_stack, tokenizer, spelt, None, 6)
+    assert sorted(found[1]) == [False, False, True, True]
+
+
 def test_only_a_neural_recursion_has_a_first_pass(make_lm):
     for model in (
         make_lm(),
@@ -170,6 +193,8 @@ def test_only_a_neural_recursion_has_a_first_pass(make_lm):
     ):
         with pytest.raises(ValueError, match="neural_recursion"):
             route(0.0, model, words_tokenizer(67), QUESTIONS)
+        with pytest.raises(ValueError, match="neural_recursion"):
+            recurse.check_stack(Paused(model, Pause(" so")))
         assert len(route(None, model, words_tokenizer(67), QUESTIONS)[0]) == 4
 
 
@@ -214,6 +239,27 @@ def test_passes_of_a_run(place, tmp_path, capsys):
     with pytest.raises(ValueError, match="neural_recursion"):
         audit.main(["passes", beside, "--out", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["vectors", "text"])
+def test_passes_of_a_run_with_a_pause(place, tmp_path, name):
+    """The first pass answers behind the pause, too, and its operations count the pause."""
+    flags = ["--out", str(tmp_path / "passes"), "--threshold", "-1.5"]
+    result = audit.main(["passes", str(place / name), *flags])
+    score = ["score", str(place / "dev.jsonl"), "--max-new-tokens", "4", "--run", str(place / name)]
+    routed = [metrics.main([*score, "--threshold", t]) for t in ("-999", "-1.5", "999")]
+    assert result["at"] == routed[1]
+    for row, scores in zip((result["curve"][0], result["curve"][-1]), routed[::2]):
+        assert math.isclose(row["em"], scores["em"])
+    model, prefix, tokenizer, _ = load_run(place / name)
+    ids, options, prefix = prepare(model, tokenizer, data.read(place / "dev.jsonl"), prefix, 4)
+    rest = (prefix, 4, options, ["\n"] * 5)
+    answers = [a for a, _ in recurse.first_pass(model, tokenizer, ids, *rest)]
+    lengths = [len(data.encode_prompts(tokenizer, [f" {text}"])[0]) for text in answers]
+    costs = [audit.operations(model.lm, len(row), A) for row, A in zip(ids, lengths)]
+    assert math.isclose(result["curve"][0]["operations"], np.mean(costs))
+    out = ["--out", str(tmp_path / "scores")]
+    assert metrics.main([*score, *out]) == routed[2]  # and the LM's fingerprint is stored
 
 
 # What is handed over
@@ -371,15 +417,19 @@ def test_rates_of_an_audit():
     assert rows["right, mean hand-over, all positions: still the own answer"] == 1 / 2
 
 
-def test_the_bridge_of_a_question_is_the_answer_to_its_first_hop(place, tmp_path, capsys):
+@pytest.mark.parametrize("name", PAUSES)
+def test_the_bridge_of_a_question_is_the_answer_to_its_first_hop(place, tmp_path, capsys, name):
     """Of the embedded world's questions, found by id and text. The audit of a run says the same."""
     made, rows = world.make(1), []
     for row in made.questions("test")[:28]:
         text = data.question_text(row["question"])
         record = {"id": row["id"], "task": row["task"], "input": text, "prediction": "x"}
         rows.append(record | {"answers": row["answer"], "em": 0.0, "f1": 0.0})
-    for name in ("run.json", "adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / name).write_bytes((place / "neural" / name).read_bytes())
+    for file in ("run.json", "adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / file).write_bytes((place / name / file).read_bytes())
+    if name == "vectors":
+        file = "pause.safetensors"
+        (tmp_path / file).write_bytes((place / name / file).read_bytes())
     write_lines(tmp_path / "predictions.jsonl", rows)
     found = handover.two_hop(audit.asked_questions(tmp_path)[0], made)
     facts = {row["id"]: row for row in made.questions("test")}
@@ -394,11 +444,21 @@ def test_the_bridge_of_a_question_is_the_answer_to_its_first_hop(place, tmp_path
     assert len(result["questions"]) == 6 and (out / "bridge.png").stat().st_size > 10_000
     assert json.loads((out / "bridge.json").read_text()) == result
     stack, prefix, tokenizer, _ = load_run(tmp_path)
-    inputs = [line["input"] for line in result["questions"]]
-    ids = data.encode_prompts(tokenizer, inputs)
+    asked = [q["example"] for q in found[:6]]
+    ids, _, _ = prepare(stack, tokenizer, asked, prefix, 4)
     own = predict(stack, tokenizer, ids, None, 4, stops=["\n"] * 6)
     assert [line["own"] for line in result["questions"]] == own
-    assert "Connector's output" in capsys.readouterr().out
+    shown, held = capsys.readouterr().out, result["held"]
+    assert "Connector's output" in shown
+    bare = data.encode_prompts(tokenizer, [e.input for e in asked])
+    count = 1 + len(ids[0]) - len(bare[0])  # positions
+    assert len(held) == count and (count > 2) == (name != "neural")
+    assert ("holds the bridge most often" in shown) == (name != "neural")
+    for line, row in zip(result["questions"], ids):
+        h, _ = handover.hand_over(stack, row)
+        first = stack.logits(h[-count:]).argmax(-1).tolist()
+        assert line["first"] == [tokenizer.decode([token]) for token in first]
+        assert f" {line['bridge']}".startswith(line["token"])
     rows[0]["input"] = "Q: who?\nA:"
     write_lines(tmp_path / "predictions.jsonl", rows)
     with pytest.raises(ValueError, match="predictions.jsonl:1: is no question of the world 1"):
