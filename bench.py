@@ -18,6 +18,7 @@ python bench.py plan --method neural_recursion --model EleutherAI/pythia-1b
                                     what this command of train.py would need: see plan.py
 python bench.py attention --device cuda
                                     attention.py beside PyTorch's attention, shape by shape
+python bench.py retrieval           BM25 and re-ranking beside bm25s and sentence-transformers
 """
 
 import argparse
@@ -36,6 +37,7 @@ import torch
 import torch.nn.functional as F
 
 import bench_attention
+import bench_retrieval
 import cli
 import plan
 from adapters import SoftPrompt
@@ -266,6 +268,8 @@ def main(argv: list[str] | None = None):
         return plan.main(argv[1:])
     if argv[:1] == ["attention"]:
         return bench_attention.main(argv[1:])
+    if argv[:1] == ["retrieval"]:
+        return bench_retrieval.main(argv[1:])
     description = "Speed and memory beside the peers, in one run. `bench.py plan` with flags of "
     description += "train.py estimates the memory and the operations of a run instead."
     parser = Parser(prog="bench.py", description=description)

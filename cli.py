@@ -2,6 +2,8 @@
 
     parser = Parser(prog="train.py")                of show.py
     add_flags(parser, "model", MODEL, TOKENIZER)    rows of (flag, type or choices, default, help)
+    add_model_flags(parser)                         the LM, and what is trained around it
+    add_data_flags(parser)                          the questions and their scores
     add_training_flags(parser)                      how to train
     add_run_flags(parser)                           where, and on what device
 
@@ -57,6 +59,77 @@ PAUSE_TEXT = ("--pause-text", str, r"\nA:", filler)
 CONNECTOR = ("--connector-layers", COUNT, 2, "layers of a Connector (paper: 1 and 2)")
 
 
+def add_model_flags(parser) -> None:
+    """The LM, what is trained around it, and where that starts."""
+    init = "folder of a trained adapter to start from, or random; if neither this nor --model is "
+    init += "given, the Connector of this method and size in assets/, if any; prompts: also vocab "
+    init += "(embeddings of sampled tokens, the default), vocab:SIZE (of the first SIZE tokens), "
+    init += "labels (of training answers), text:WORDS"
+    init = ("--init", str, None, init)
+    residual = "on: a Connector's output is added to what it would replace (paper: off)"
+    add_flags(
+        parser,
+        "model",
+        MODEL,
+        TOKENIZER,
+        init,
+        PROMPT,
+        ("--placement", ["before_bos", "after_bos"], "before_bos", "of prompt_tuning's prompt"),
+        ("--reparam-dim", COUNT, None, "deep_prompt: width of an MLP in training (paper: 512)"),
+        ("--encoder", str, None, "id_pt: folder of a T5 encoder, or assets/t5; open book: a BERT"),
+        ("--encoder-prompt", COUNT, 20, "id_pt: the encoder's own prompt (paper: about 430)"),
+        CONNECTOR,
+        ("--residual", ["on", "off"], "on", residual),
+        ATTENTION,
+        PASSES,
+        CONNECTORS,
+    )
+
+
+def add_data_flags(parser) -> None:
+    """The questions of each split, how they are mixed, and how their answers are scored."""
+    files = "JSONL of questions, a folder of TASK-train.jsonl, or the word suite for the embedded "
+    files += "suite of prompted tasks; the questions of the embedded world if not given"
+    cap = (
+        "mix tasks as T0: an epoch has the examples of a template, or if they are more than this, "
+    )
+    cap += "this over the number of templates (T0: 500,000; suite: 500; no mixing if not given)"
+    cap = ("--mixture-cap", COUNT, None, cap)
+    add_flags(
+        parser,
+        "data",
+        ("--train", str, None, files),
+        cap,
+        ("--dev", str, None, "questions that choose the best parameters"),
+        ("--test", str, None, "questions that are scored once, at the end"),
+        WORLD,
+        PAUSE,
+        PAUSE_TEXT,
+        ("--max-new-tokens", COUNT, 16, "longest answer"),
+        ("--stop", str, None, "ends an answer; a newline for questions if not given, '' for none"),
+        ("--eval-limit", COUNT, 240, "dev questions scored along training; the end scores all"),
+        ("--eval-tokens", COUNT, 8192, "tokens in a batch of evaluation, options included"),
+        ("--rank-by", ["sum", "mean"], "sum", "of an answer choice's log-probabilities"),
+    )
+    each = "train a prompt for each task of --train, all in the same batches; they lie in OUT/TASK"
+    parser.add_argument("--per-task", action="store_true", help=each)
+
+
+def add_recursion_flags(parser) -> None:
+    """How often and how the LM reads its own output."""
+    group = add_flags(
+        parser,
+        "textual recursion",
+        ("--candidates", COUNT, 16, "answers sampled for each question (paper: 1 to 64)"),
+        ("--rounds", COUNT, 1, "how often candidates are sampled, each time after reading"),
+        ("--stages-from", str, None, "a run with the same p1, to be copied and not trained again"),
+    )
+    whole = "sample for training questions with a prompt that has seen them (the paper's way)"
+    group.add_argument("--no-cross-fit", action="store_true", help=whole)
+    keep = "GB of memory for the first pass's states, which are the same in every epoch; 0 for none"
+    add_flags(parser, "recursion", ("--cache-first-pass", number_type(float, 0), 1.0, keep))
+
+
 def add_training_flags(parser) -> None:
     """The fields of a Recipe except device and dtype, --batch-size and --seed."""
     optimizers = ["adamw", "adafactor", "muon"]
@@ -78,6 +151,36 @@ def add_training_flags(parser) -> None:
         ("--log-every", COUNT, 10, "steps between lines of metrics.jsonl"),
         ("--seed", SEED, 0, "of initialisation and batch order"),
     )
+
+
+def add_open_book_flags(parser) -> None:
+    """What a reader reads, how its passages are found and sorted, and how encoders learn."""
+    whole, pools = number_type(int, 0), ["cls", "mean"]
+    add_flags(
+        parser,
+        "open book: retriever, reranker, reader",
+        ("--passages", str, None, "psgs_w100.tsv, JSON lines of passages, or a retrieval result"),
+        ("--search", ["bm25", "dense", "hybrid"], "bm25", "how passages are found"),
+        ("--retriever", str, None, "dense, hybrid: run of --method retriever, or a published BERT"),
+        ("--pooling", pools, "cls", "vector of a dual encoder (DPR: cls; published MiniLM: mean)"),
+        ("--top", whole, 100, "passages found for a question (paper: 100); 0: closed book"),
+        ("--reranker", str, None, "reader: a trained cross-encoder; if not given, it trains them"),
+        ("--encoder-steps", COUNT, 1500, "reader: steps of each re-ranker (paper: 30,000)"),
+        ("--encoder-lr", number_type(float, 0), 3e-4, "reader: of re-rankers (paper: 1e-5)"),
+        ("--encoder-len", number_type(int, 8), 256, "tokens an encoder reads (DPR: 256, 350)"),
+        ("--group-size", number_type(int, 2), 8, "M, passages of a question (paper: 24)"),
+        ("--hard-negatives", whole, 1, "retriever: in a batch for each question (DPR: 1)"),
+        ("--context", COUNT, None, "positions that the LM reads, if not its whole context"),
+        ("--max-packed", COUNT, None, "most passages that the LM reads; all that fit"),
+        ("--tune", ["prompt", "lm"], "prompt", "reader: what learns; lm: the whole LM"),
+    )
+    group = add_flags(parser, "open book: switches")
+    for flag, text in (
+        ("--shared-encoder", "retriever: one BERT for questions and passages"),
+        ("--no-rerank", "reader: leave the passages in the order of the search"),
+        ("--checkpoint-activations", "compute each block twice in training, to save memory"),
+    ):
+        group.add_argument(flag, action="store_true", help=text)
 
 
 def add_run_flags(parser) -> None:

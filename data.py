@@ -99,7 +99,7 @@ def parse_record(record: dict, source: str) -> Example:
     """Make an Example of a record in any of the three forms. Error messages begin with `source`."""
     record = _clean(record)
     if "question" in record:
-        text, answers = record["question"], record.get("answer")
+        text, answers = record["question"], record.get("answer", record.get("answers"))
         if isinstance(answers, str):
             answers = [answers]
         target = answers[0] if isinstance(answers, list) and answers else None

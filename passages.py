@@ -51,13 +51,15 @@ class Question:
     """A question with its answers, and the passages that are known or were retrieved for it."""
 
     question: str
-    answers: list[str]  # any of them is right; empty in SQuAD 2 if the passage has none
+    answers: list[str]  # any of them is right; empty if none is known
     positives: list[Passage] = field(default_factory=list)  # known to hold the answer
     hard_negatives: list[Passage] = field(default_factory=list)
     negatives: list[Passage] = field(default_factory=list)
     found: list[Passage] = field(default_factory=list)  # by a search, best first
     scores: list[float] = field(default_factory=list)  # of `found`
     source: str = ""  # file:line, for error messages
+    task: str = ""
+    id: str = ""  # equal to `source` if the record has none
 
 
 def read_passages(path: str | Path) -> list[Passage]:
@@ -181,18 +183,20 @@ def read_questions(path: str | Path, passages: Sequence[Passage] = ()) -> list[Q
         if "question" not in record and isinstance(record.get("data"), list):
             questions += _squad(record["data"], source)
         else:
-            questions.append(_parse_question(record, by_id, source))
+            questions.append(parse_question(record, by_id, source))
     if not questions:
         raise ValueError(f"{path}: holds no questions")
     return questions
 
 
-def _parse_question(record: dict, by_id: dict, source: str) -> Question:
+def parse_question(record: dict, by_id: dict, source: str) -> Question:
+    """Make a Question of a record. `by_id` {id: Passage} are those that ids stand for."""
     text, answers = record.get("question"), record.get("answers", record.get("answer"))
     answers = [answers] if isinstance(answers, str) else answers
     if not _is_text(text):
         raise ValueError(f"{source}: needs a text under the key question")
-    if not isinstance(answers, list) or not answers or not all(map(_is_text, answers)):
+    known = answers or record.get("positives") or record.get("positive_ctxs")
+    if not isinstance(answers, list) or not known or not all(map(_is_text, answers)):
         raise ValueError(f"{source}: needs a list of texts under the key answers or answer")
     lists = []
     for key in ("positive_ctxs", "hard_negative_ctxs", "negative_ctxs", "ctxs"):
@@ -206,7 +210,8 @@ def _parse_question(record: dict, by_id: dict, source: str) -> Question:
         scores = [float(passage.get("score", 0.0)) for passage in record.get("ctxs") or []]
     except (TypeError, ValueError):  # DPR writes scores as texts
         raise ValueError(f"{source}: ctxs: a score is no number") from None
-    return Question(text, answers, *lists, scores, source)
+    task, id = str(record.get("task", "")), str(record.get("id", source))
+    return Question(text, answers, *lists, scores, source, task, id)
 
 
 def _parse_passage(passage, by_id: dict, source: str) -> Passage:
@@ -233,7 +238,9 @@ def _squad(articles: list, source: str) -> list[Question]:
                 for qa in paragraph["qas"]:
                     answers = list(dict.fromkeys(a["text"] for a in qa["answers"]))
                     positives = [passage] if answers else []
-                    questions.append(Question(qa["question"], answers, positives, source=source))
+                    id = str(qa.get("id", f"{source}:{len(questions)}"))
+                    asked = Question(qa["question"], answers, positives, source=source, id=id)
+                    questions.append(asked)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{source}: not a SQuAD file ({error!r})") from None
     return questions
@@ -299,10 +306,14 @@ def rerank(questions: Sequence[Question], encoder: CrossEncoder, top: int = 100)
     return reranked
 
 
+def reader_line(passage: Passage) -> str:
+    """A passage as the frozen reader reads it."""
+    return f"{passage[0]}: {passage[1]}" if passage[0] else passage[1]
+
+
 def reader_text(question: str, passages: Sequence[Passage]) -> str:
     """What the frozen reader reads: a line for each passage, and the question behind them."""
-    lines = [f"{title}: {text}" if title else text for title, text, *_ in passages]
-    return "\n".join([*lines, question_text(question)])
+    return "\n".join([*map(reader_line, passages), question_text(question)])
 
 
 # ------------------------------------------------------------------------- training examples
@@ -324,10 +335,12 @@ def choose_passages(question: Question) -> tuple[list[Passage], list[Passage]]:
     Positives: the found passages with an answer that have the title of a known positive; if there
     are none, the first 20 with an answer among the first 200 found. Negatives: found passages
     without an answer, at most min(max(10 * positives, 50), 150) of them. If nothing was searched,
-    the question's own lists are used.
+    the question's own lists are used. Without answers: the known positives and what else was found.
     """
     if not question.found:
         return question.positives, [*question.hard_negatives, *question.negatives]
+    if not question.answers:
+        return question.positives, [p for p in question.found if p not in question.positives][:50]
     hits, titles = answer_hits(question), {p.title.lower() for p in question.positives}
     right = [p for p, hit in zip(question.found, hits) if hit]
     positives = [p for p in right if p.title.lower() in titles]
@@ -354,7 +367,7 @@ def reranker_samples(
         (asked,) = encoder.tokens([question.question])
         answers = encoder.tokens([f"{space}{a}" for a in question.answers for space in ("", " ")])
         spans = [find_spans(encoder, asked, passage, answers) for passage in positives]
-        if not any(spans):
+        if question.answers and not any(spans):
             skipped["no answer tokens in a positive passage"] += 1
             continue
         samples.append(RerankerSample(asked, positives, spans, negatives))
@@ -448,14 +461,14 @@ def reranker_batch(
     rng, inputs, groups, spans = np.random.default_rng([seed, step, 1]), [], [], []
     for sample in (samples[row] for row in rows):
         drawn = int(rng.integers(len(sample.positives)))
-        if not sample.spans[drawn]:
+        if any(sample.spans) and not sample.spans[drawn]:
             drawn = next(i for i, some in enumerate(sample.spans) if some)
         count = min(passages - 1, len(sample.negatives))
         wrong = [sample.negatives[i] for i in rng.choice(len(sample.negatives), count, False)]
         chosen = [sample.positives[drawn], *wrong]
         titles, texts = (encoder.tokens([p[i] for p in chosen]) for i in (0, 1))
         groups.append(torch.arange(len(inputs), len(inputs) + len(chosen)))
-        spans.append(torch.tensor(sample.spans[drawn]))
+        spans.append(torch.tensor(sample.spans[drawn], dtype=torch.long).view(-1, 2))
         inputs += [encoder.layout(sample.question, *pair) for pair in zip(titles, texts)]
     groups, spans = (
         torch.nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=-1)

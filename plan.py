@@ -122,6 +122,8 @@ def main(argv: list[str]) -> dict[str, int]:
 
 def estimate(args: argparse.Namespace) -> tuple[dict[str, int], dict[str, int], str]:
     """Return ({what: bytes}, {what: floating-point operations}, a line about the run)."""
+    if args.method in train.OPEN_BOOK:
+        raise ValueError(f"plan: what {args.method} reads is not counted yet")
     folder = args.model or ASSETS / "lm"
     config = Config(**read_config(resolve(folder, ["config.json"])))
     e = read_encoder(args) if args.method == "id_pt" else None

@@ -175,12 +175,12 @@ OBJECTIVES = {  # objective: (function, defaults of its flags)
     ),
     "encoder": (
         pretrain_encoder,
-        {"steps": 3000, "lr": 2e-3, "warmup": 0.02, "eval_every": 250}
+        {"steps": 2600, "lr": 5e-3, "warmup": 0.02, "optimizer": "muon", "eval_every": 250}
         | {"dim": 128, "layers": 4, "heads": 4},
     ),
     "bert": (
         pretrain_bert,
-        {"steps": 4000, "lr": 1e-3, "warmup": 0.05, "eval_every": 250}
+        {"steps": 2600, "lr": 5e-3, "warmup": 0.05, "optimizer": "muon", "eval_every": 250}
         | {"dim": 160, "layers": 3, "heads": 5},
     ),
     "connector": (

@@ -236,6 +236,7 @@ COMPOSITIONS = {
     "fine_tuning": lambda lm, _: (lm, None),
     "prompt_tuning": lambda lm, prompt: (lm, lm.read(prompt())),
     "textual_recursion": lambda lm, prompt: (lm, lm.read(prompt())),  # the last prompt
+    "reader": lambda lm, prompt: (lm, None if prompt is None else lm.read(prompt())),
     "deep_prompt": lambda lm, prompt: (lm, prompt()),
     "id_pt": lambda lm, generator: (lm, GeneratedPrefix(lm, generator)),
     "neural_recursion": lambda lm, connector: (Stack(lm, gaps(connector)), None),
@@ -243,7 +244,7 @@ COMPOSITIONS = {
     "connector_lm": lambda lm, connector: (Stack(lm, parts=[connector, lm]), None),
     "training_free": lambda lm, _: (Stack(lm, parts=[lm, Reread(lm)]), None),
 }
-PROMPT_METHODS = ("prompt_tuning", "deep_prompt", "id_pt", "textual_recursion")
+PROMPT_METHODS = ("prompt_tuning", "deep_prompt", "id_pt", "textual_recursion", "reader")
 CONNECTOR_METHODS = ("neural_recursion", "lm_connector", "connector_lm")
 
 

@@ -3,8 +3,9 @@
     python reproduce.py lm            what an LM knows of the world, and how well it reads
     python reproduce.py headroom      what each task of the suite leaves to be learnt
     python reproduce.py recursion     LM recursion, its relatives and its controls
+    python reproduce.py reader        the frozen reader: retrieval, re-ranking, cross-fitting
 
-The last two train in runs/headroom and runs/recursion. If one is stopped, the same command goes on.
+The last three train, in runs/NAME. If one is stopped, the same command goes on.
 """
 
 import json
@@ -30,6 +31,7 @@ from fit import target_loss
 from generate import predict
 from model import LM
 from questions import prepare
+from reader_study import readers
 from recursion_study import recursion
 from runs import ASSETS, read_record
 
@@ -166,7 +168,7 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 
 # The command line
 
-EXPERIMENTS = {"lm": lm_checks, "headroom": headroom, "recursion": recursion}
+EXPERIMENTS = {"lm": lm_checks, "headroom": headroom, "recursion": recursion, "reader": readers}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -188,6 +190,14 @@ def main(argv: list[str] | None = None) -> dict:
             ("--pretrained", str, str(ASSETS), "folder of pretrained Connectors, METHOD_LAYERS"),
             ("--minutes", cli.number_type(float, 0), None, "start nothing after so many"),
             ("--only", str, "", "only rows with this text in their name or their table's title"),
+        ],
+        "reader": [
+            ("--encoder", str, None, "folder of the BERT; assets/bert if not given"),
+            ("--steps", cli.COUNT, 300, "steps of each prompt and LM"),
+            ("--encoder-steps", cli.COUNT, 400, "steps of each re-ranker and of the retriever"),
+            ("--top", cli.COUNT, 50, "passages found for a question"),
+            ("--context", cli.COUNT, 256, "positions that the LM reads"),
+            ("--seeds", cli.COUNT, 3, "seeds of the headline rows"),
         ],
     }
     switches = {

@@ -31,7 +31,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from show import show
+from show import show, show_result
 
 import numpy as np
 import torch
@@ -65,6 +65,9 @@ PATHS = {  # arguments that name files, and the hash that identifies what they h
     "tokenizer": "tokens_hash",
     "init": "init_hash",
     "encoder": "encoder_hash",
+    "passages": "data_hash",
+    "retriever": "data_hash",
+    "reranker": "data_hash",
     "train": "data_hash",
     "dev": "data_hash",
     "test": "data_hash",
@@ -337,21 +340,9 @@ def finish_record(run: Run, record: dict, frozen: LM | None, results: dict) -> d
     if record["weights_before"] != record["weights_after"]:
         raise ValueError(f"{run.folder}: the frozen LM's weights changed during the run")
     for split, result in results.items():
-        print_result(split, result)
+        show_result(split, result)
     show(f"{run.folder}: step {record['step']} was best; {record['seconds']:.0f} s of training")
     return record
-
-
-def print_result(split: str, result: dict) -> None:
-    """Print the loss of a text, or the scores of all questions and of each task."""
-    if "em" not in result:
-        loss, perplexity = result["loss"], result["perplexity"]
-        show(f"{split:5} loss {loss:.4f} nats a token, perplexity {perplexity:.2f}")
-        return
-    for task, row in {"all": result, **result["tasks"]}.items():
-        if task:
-            scores = f"EM {100 * row['em']:5.1f}   F1 {100 * row['f1']:5.1f}"
-            show(f"{split:5} {task:12} {scores}   ({row['n']} questions)")
 
 
 # What a run trained
@@ -380,8 +371,8 @@ def read_record(folder: str | Path) -> dict:
 def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None = None):
     """Load what a run trained. Returns (model, prefix, tokenizer, record).
 
-    model      the LM, or a Stack, a TextualRecursion or a Paused with the LM's interface; float32,
-               whatever the run used. questions.prepare makes what it reads of a question
+    model      the LM, or a Stack, TextualRecursion, Reader or Paused with the LM's interface;
+               float32, whatever the run used. questions.prepare makes what it reads of a question
     prefix     the trained prompt as a Prefix, or None
     tokenizer  the one that the run used
     record     run.json
@@ -394,7 +385,8 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     folder, record = Path(folder), read_record(folder)
     args, own_lm = record["arguments"], (folder / "model").is_dir()
     method = args.get("composition", args["method"])  # pretraining says what it is for
-    if not own_lm and method not in COMPOSITIONS:
+    encoder = method in ("retriever", "reranker")  # a model, but no LM
+    if encoder or not (own_lm or method in COMPOSITIONS):
         raise ValueError(f"{folder}/run.json: {args['method']} trains nothing that answers")
     lm, tokenizer = load_base(folder, record, device, model)
     adapter = None
@@ -407,6 +399,10 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     model, prefix = compose(method, lm, adapter, pause)
     if method == "textual_recursion":
         model = TextualRecursion.load(folder, model, tokenizer, args)
+    if args["method"] == "reader":
+        from reader import Reader
+
+        model = Reader.load(folder, model, tokenizer, record, device)
     return model.requires_grad_(False), prefix, tokenizer, record
 
 

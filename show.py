@@ -3,6 +3,7 @@
     show("step 10")                                  a line, or nothing if nobody can read it
     show(answer, result=True)                        OSError if it cannot be written
     show_table(title, columns, rows)                 Markdown
+    show_result("test", result)                      the scores of a run on a split
     with only_shows("curve.png"): draw(...)          if it fails, one line says why
     Parser(prog="train.py")                          a bad flag is one line and status 2
     run_program("train.py", main)                    so is any other bad input
@@ -73,6 +74,23 @@ def show_table(title: str, columns: list[str], rows: list[list]) -> None:
     show(f"\n{title}\n")
     for row in [columns, ["---"] * len(columns), *rows]:
         show(f"| {' | '.join(map(str, row))} |")
+
+
+def show_result(split: str, result: dict) -> None:
+    """Print the loss of a text, recall, or the scores of all questions and of each task."""
+    if "recall" in result:
+        for name, row in result["recall"].items():
+            shares = "  ".join(f"@{k} {100 * share:5.1f}" for k, share in row.items())
+            show(f"{split:5} {name:20} recall {shares}   ({result['n']} questions)")
+        return
+    if "em" not in result:
+        loss, perplexity = result["loss"], result["perplexity"]
+        show(f"{split:5} loss {loss:.4f} nats a token, perplexity {perplexity:.2f}")
+        return
+    for task, row in {"all": result, **result["tasks"]}.items():
+        if task:
+            scores = f"EM {100 * row['em']:5.1f}   F1 {100 * row['f1']:5.1f}"
+            show(f"{split:5} {task:12} {scores}   ({row['n']} questions)")
 
 
 class Parser(argparse.ArgumentParser):

@@ -47,6 +47,7 @@ class Task:
     examples: dict[str, list[data.Example]]
     tokens: dict[str, list[data.TokenizedExample]]
     pause: Pause | None = None  # what follows every question
+    more: str = ""  # a hash of what else the data consist of
 
 
 def load_task(args, lm: LM, tokenizer: Tokenizer, examples: dict | None = None) -> Task:
@@ -60,7 +61,7 @@ def load_task(args, lm: LM, tokenizer: Tokenizer, examples: dict | None = None) 
             raise ValueError(f"--placement after_bos: {args.method} trains no prompt that can be")
         P += 1
         tokenizer = recurse.without_bos(tokenizer)
-    context = lm.config.max_len
+    context = min(lm.config.max_len, getattr(args, "context", None) or lm.config.max_len)
     after, k = pause_parts(args.pause, args.pause_text)  # what follows every question
     left = context - P - k  # for a question and its answer
     if left < 2:
@@ -89,7 +90,8 @@ def load_task(args, lm: LM, tokenizer: Tokenizer, examples: dict | None = None) 
 def load_lm(args) -> tuple[LM, Tokenizer]:
     """Load the LM, frozen, and its tokenizer. ValueError if --tokenizer does not belong to it."""
     folder = resolve(args.model or ASSETS / "lm")
-    bf16 = args.dtype == "bfloat16" and args.method != "fine_tuning"
+    whole = args.method == "fine_tuning" or getattr(args, "tune", None) == "lm"
+    bf16 = args.dtype == "bfloat16" and not whole
     dtype = torch.bfloat16 if bf16 else torch.float32
     lm = LM.from_pretrained(folder, args.device, dtype, choose_attention(args))
     tokenizer = load_tokenizer(args.tokenizer or folder, lm.config.vocab_size)
@@ -301,11 +303,20 @@ def finished_stage(args, hashes: dict) -> Path | None:
     return folder
 
 
+def check_stages(args, hashes: dict) -> None:
+    """ValueError if --stages-from has not finished the stage args.out, or has trained another."""
+    if args.stages_from and finished_stage(args, hashes) is None:
+        name = Path(args.out).name
+        raise ValueError(f"--stages-from {args.stages_from}: holds no finished {name}")
+
+
 def take_stage(args, hashes: dict) -> None:
-    """Copy the stage args.out, which is not begun, from --stages-from if that has finished it."""
-    source, folder = finished_stage(args, hashes), Path(args.out)
+    """Copy the stage args.out from --stages-from, if it is of the first round and not begun."""
+    folder, source = Path(args.out), None
+    if args.stages_from and folder.name.startswith("p1") and not folder.exists():
+        source = finished_stage(args, hashes)
     if source is not None:
-        unfinished = folder.with_name(f"{folder.name}.unfinished")  # after a kill it is in the way
+        unfinished = folder.with_name(f"{folder.name}.unfinished")  # a kill may have left one
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.copytree(source, unfinished)
         unfinished.rename(folder)

@@ -17,6 +17,9 @@ two-hop test questions, about people who occur in no training question. One pass
     connector_lm       lm(x + connector(x))                           the Connector
     fine_tuning        lm(x)                                          the LM itself
     training_free      lm(rescale(lm(x)))                             nothing; it is only scored
+    reader             prompt tuning, reading passages                a re-ranker and the prompt
+    retriever          nothing: it finds passages                     two BERTs
+    reranker           nothing: it sorts passages                     a BERT and its heads
 
 The second column is recurse.COMPOSITIONS. By default a Connector starts from that of its method and
 size in assets/, which was pretrained on text. --residual off is the paper's form: the Connector's
@@ -46,8 +49,11 @@ from torch import Tensor
 import adapters
 import cli
 import data
+import encoders
 import eval as metrics
+import openbook
 import prompts
+import reader
 import recurse
 import start
 import textual
@@ -95,8 +101,7 @@ def textual_recursion(task: start.Task) -> dict:
     run = Run.from_args(task.args)
     if not task.args.no_cross_fit:  # refuse before anything is written
         textual.group_questions(task.examples["train"])
-    if task.args.stages_from and not start.finished_stage(*stage_of(task, "p1")):
-        raise ValueError(f"--stages-from {task.args.stages_from}: holds no finished p1")
+    start.check_stages(*stage_of(task, "p1"))
     with run:
         prompt = start.start_prompt(task)
         record = start_record(run, prompt, task.lm, hashes(task, prompt))
@@ -138,6 +143,38 @@ def training_free(task: start.Task) -> dict:
         return finish(task, run, record, None)
 
 
+def frozen_reader(args) -> dict:
+    """Train a prompt that reads the passages found for a question (Levine et al. 2022, section 3).
+
+    reader.py describes the stages. Whatever one of them has finished, --resume does not do again.
+    """
+    book = openbook.load_book(args)
+    used = reader.check(args, book)
+    task = start.load_task(args, *start.load_lm(args), reader.examples(book))
+    task.more = book.hash() + openbook.hash_encoders(used)
+    if args.tune == "lm":
+        trained, frozen, adapter = task.lm.requires_grad_(True), None, None
+    else:
+        trained = adapter = start.start_prompt(task)
+        frozen = task.lm
+    run = Run.from_args(args)
+
+    def train_reranker(name: str, questions: dict) -> nn.Module:
+        return encoders.stage(args, name, replace(book, questions=questions))
+
+    with run:
+        record = start_record(run, trained, frozen, hashes(task, adapter))
+        asked, info = reader.prepare(task, book, run.folder, train_reranker)
+        write_json(run.folder / "run.json", record | {"passages": info})
+    torch.manual_seed(args.seed)  # whichever stages were loaded
+    record = train_adapter(asked, trained=trained, loaded=task)
+    if args.top > 0:
+        record["seconds_per_question"] = reader.time_reader(asked, adapter, book)
+        write_json(run.folder / "run.json", record)
+    return record
+
+
+OPEN_BOOK = ("retriever", "reranker", "reader")  # their functions take the flags, not a Task
 METHODS = {  # method: (function, defaults of its flags)
     "prompt_tuning": (
         prompt_tuning,
@@ -157,6 +194,12 @@ METHODS = {  # method: (function, defaults of its flags)
     "connector_lm": (connector_lm, {"steps": 1200, "lr": 1e-3}),
     "fine_tuning": (fine_tuning, {"steps": 1200, "lr": 3e-4}),
     "training_free": (training_free, {"steps": 0, "lr": 0.0}),
+    "retriever": (encoders.retriever, encoders.RETRIEVER),
+    "reranker": (encoders.reranker, encoders.RERANKER),
+    "reader": (
+        frozen_reader,
+        {"steps": 400, "schedule": "constant", "weight_decay": 0.0, "batch_size": 16},
+    ),
 }
 
 
@@ -190,6 +233,8 @@ def train_adapter(task, trained: nn.Module, loaded=None, batch_at=None, after_st
     def loss_of(batch: data.Batch) -> Tensor:
         if cache is None:
             model, prefix = compose(task, adapter, "train", batch.rows)  # reads the new prompt
+            if getattr(args, "checkpoint_activations", False):
+                model = reader.Checkpointed(model)
             rows = [tokens["train"][row].input for row in batch.rows]
             return target_loss(model, stack_prefixes(prefix, rows), batch)
         stack, prefix = recurse.COMPOSITIONS[args.method](lm, adapter)
@@ -248,8 +293,7 @@ def train_stage(task: start.Task, name: str, before: textual.Stage | None) -> te
     """
     args, known = stage_of(task, name)
     folder = Path(args.out)
-    if args.stages_from and name.startswith("p1") and not folder.exists():
-        start.take_stage(args, known)
+    start.take_stage(args, known)
     record = read_record(folder) if (folder / "run.json").is_file() else {}
     if "results" in record:
         if record["data_hash"] != known["data_hash"]:
@@ -285,7 +329,7 @@ def finish(task: start.Task, run: Run, record: dict, adapter) -> dict:
         if args.method == "neural_recursion" and rows:
             show_passes(task, what_recursion_adds(task, rows))
     results = {split: metrics.summary(part) for split, part in predictions.items()}
-    frozen = None if args.method == "fine_tuning" else task.lm
+    frozen = task.lm if record["weights_before"] else None
     if any("template" in row for row in rows):
         record["medians"] = prompts.template_medians(rows)
     record = finish_record(run, record, frozen, results)
@@ -343,6 +387,7 @@ def hashes(task: start.Task, trained: nn.Module | None) -> dict[str, str | None]
     if isinstance(trained, adapters.PromptGenerator):
         encoder = hash_tensors(trained.encoder[0].state_dict())
     texts, tokens = (repr(sorted(part.items())) for part in (task.examples, task.tokens))
+    texts += task.more
     return {
         "data_hash": hashlib.sha256(texts.encode()).hexdigest(),
         "tokens_hash": hashlib.sha256(tokens.encode()).hexdigest(),
@@ -417,42 +462,11 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     """Parse the flags, with the method's own defaults. A bad flag exits with status 2."""
     parser = Parser(prog=program, description=__doc__.split("\n")[0])
     parser.add_argument("--method", required=True, choices=METHODS, help="what is trained")
-    init = "folder of a trained adapter to start from, or random; if neither this nor --model is "
-    init += "given, the Connector of this method and size in assets/, if any; prompts: also vocab "
-    init += "(embeddings of sampled tokens, the default), vocab:SIZE (of the first SIZE tokens), "
-    init += "labels (of training answers), text:WORDS"
-    init = ("--init", str, None, init)
-    residual = "on: a Connector's output is added to what it would replace (paper: off)"
-    cli.add_flags(
-        parser,
-        "model",
-        cli.MODEL,
-        cli.TOKENIZER,
-        init,
-        cli.PROMPT,
-        ("--placement", ["before_bos", "after_bos"], "before_bos", "of prompt_tuning's prompt"),
-        ("--reparam-dim", cli.COUNT, None, "deep_prompt: width of an MLP in training (paper: 512)"),
-        ("--encoder", str, None, "id_pt: folder of a T5 encoder; assets/t5 if not given"),
-        ("--encoder-prompt", cli.COUNT, 20, "id_pt: the encoder's own prompt (paper: about 430)"),
-        cli.CONNECTOR,
-        ("--residual", ["on", "off"], "on", residual),
-        cli.ATTENTION,
-        cli.PASSES,
-        cli.CONNECTORS,
-    )
-    add_data_flags(parser)
-    group = cli.add_flags(
-        parser,
-        "textual recursion",
-        ("--candidates", cli.COUNT, 16, "answers sampled for each question (paper: 1 to 64)"),
-        ("--rounds", cli.COUNT, 1, "how often candidates are sampled, each time after reading"),
-        ("--stages-from", str, None, "a run with the same p1, to be copied and not trained again"),
-    )
-    whole = "sample for training questions with a prompt that has seen them (the paper's way)"
-    group.add_argument("--no-cross-fit", action="store_true", help=whole)
+    cli.add_model_flags(parser)
+    cli.add_data_flags(parser)
+    cli.add_recursion_flags(parser)
+    cli.add_open_book_flags(parser)
     cli.add_training_flags(parser)
-    keep = "GB of memory for the first pass's states, which are the same in every epoch; 0 for none"
-    cli.add_flags(parser, "recursion", ("--cache-first-pass", cli.number_type(float, 0), 1.0, keep))
     cli.add_run_flags(parser)
     first = Parser(prog=program, add_help=False)  # reads what sets other defaults
     first.add_argument("--method")
@@ -465,51 +479,40 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     return cli.add_late_defaults(parser.parse_args(argv), program, argv)
 
 
-def add_data_flags(parser) -> None:
-    """The questions of each split, how they are mixed, and how their answers are scored."""
-    files = "JSONL of questions, a folder of TASK-train.jsonl, or the word suite for the embedded "
-    files += "suite of prompted tasks; the questions of the embedded world if not given"
-    cap = (
-        "mix tasks as T0: an epoch has the examples of a template, or if they are more than this, "
-    )
-    cap += "this over the number of templates (T0: 500,000; suite: 500; no mixing if not given)"
-    cap = ("--mixture-cap", cli.COUNT, None, cap)
-    cli.add_flags(
-        parser,
-        "data",
-        ("--train", str, None, files),
-        cap,
-        ("--dev", str, None, "questions that choose the best parameters"),
-        ("--test", str, None, "questions that are scored once, at the end"),
-        cli.WORLD,
-        cli.PAUSE,
-        cli.PAUSE_TEXT,
-        ("--max-new-tokens", cli.COUNT, 16, "longest answer"),
-        ("--stop", str, None, "ends an answer; a newline for questions if not given, '' for none"),
-        ("--eval-limit", cli.COUNT, 240, "dev questions scored along training; the end scores all"),
-        ("--eval-tokens", cli.COUNT, 8192, "tokens in a batch of evaluation, options included"),
-        ("--rank-by", ["sum", "mean"], "sum", "of an answer choice's log-probabilities"),
-    )
-    each = "train a prompt for each task of --train, all in the same batches; they lie in OUT/TASK"
-    parser.add_argument("--per-task", action="store_true", help=each)
+CHECKPOINTED = (*recurse.PROMPT_METHODS, "fine_tuning")  # the LM alone, behind a prefix
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Run one method. Returns the record, which run.json holds too."""
-    args = parse(sys.argv[1:] if argv is None else argv)
-    if args.init and args.method in ("fine_tuning", "training_free"):
+def check_flags(args: argparse.Namespace) -> None:
+    """ValueError if flags contradict the method."""
+    if args.init and args.method in ("fine_tuning", "training_free", "retriever", "reranker"):
         raise ValueError(f"--init: {args.method} does not start from an adapter")
     if args.pause and not args.pause_text:
         raise ValueError(f"--pause {args.pause}: --pause-text is empty")
     if args.stages_from and args.method != "textual_recursion":
         raise ValueError(f"--stages-from {args.stages_from}: {args.method} has no stages")
+    if args.pause and args.method in OPEN_BOOK:
+        raise ValueError(f"--pause {args.pause}: not for {args.method}")
     if args.passes > 2 and args.method != "neural_recursion":
         raise ValueError(f"--passes {args.passes}: only neural_recursion has more than two passes")
     prompt = args.method in ("prompt_tuning", "deep_prompt", "id_pt")
     if args.per_task and (args.pause or not prompt):
         raise ValueError(f"--per-task: not for {args.method}, and not with --pause")
+    if args.checkpoint_activations and (args.pause or args.method not in CHECKPOINTED):
+        raise ValueError(f"--checkpoint-activations: not for {args.method}, nor with --pause")
+    if args.tune == "lm" and (args.init or args.method != "reader"):
+        raise ValueError("--tune lm: for a reader, without --init; else --method fine_tuning")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run one method. Returns the record, which run.json holds too."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    check_flags(args)
+    if args.tune == "lm":
+        args.prompt_length = 0
     cli.check_and_seed(args)
     method, _ = METHODS[args.method]
+    if args.method in OPEN_BOOK:
+        return method(args)
     return method(start.load_task(args, *start.load_lm(args)))
 
 

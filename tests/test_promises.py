@@ -17,19 +17,22 @@ TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["model", "adapters", "pause", "questions", "rerank", "t5", "genres"], 2),
     **dict.fromkeys(["recurse", "suite", "retrieve"], 3),
     **dict.fromkeys(["textual", "handover", "passages"], 4),
-    **dict.fromkeys(["runs", "prompts"], 5),
-    **dict.fromkeys(["fit", "cli", "start"], 6),
-    **dict.fromkeys(["train", "audit"], 7),
-    **dict.fromkeys(["pretrain", "promptability", "bench_attention", "plan"], 8),
-    **dict.fromkeys(["bench", "transfer"], 9),
-    "study": 6,
-    "recursion_study": 10,
-    "reproduce": 11,
+    **dict.fromkeys(["openbook", "prompts"], 5),
+    **dict.fromkeys(["runs", "reader"], 6),
+    **dict.fromkeys(["fit", "cli", "start", "study"], 7),
+    "encoders": 8,
+    **dict.fromkeys(["train", "audit"], 9),
+    **dict.fromkeys(["pretrain", "promptability", "plan"], 10),
+    **dict.fromkeys(["bench_attention", "bench_retrieval"], 10),
+    **dict.fromkeys(["bench", "transfer"], 11),
+    **dict.fromkeys(["recursion_study", "reader_study"], 12),
+    "reproduce": 13,
 }
 FILES = sorted(ROOT.glob("*.py"))
 TREES = {path.stem: ast.parse(path.read_text()) for path in FILES}
 CORE = {"torch", "numpy", "tokenizers", "safetensors"}
 DEVELOPMENT = {"bench": {"peft", "transformers"}, "attention": {"triton"}}  # not required
+DEVELOPMENT["bench_retrieval"] = {"bm25s", "rank_bm25", "sentence_transformers"}
 README = (ROOT / "README.md").read_text()
 each_file = pytest.mark.parametrize("name", TREES)
 

@@ -19,7 +19,7 @@ PEOPLE = ["Anna", "Boris", "Clara", "Dmitri", "Elena", "Fedor", "Galina", "Hugo"
 TOWNS = ["Velmor", "Kranstad", "Pornwick", "Delmau"]
 HOMES = [(name, TOWNS[i % 4]) for i, name in enumerate(PEOPLE)]
 OBJECTIVES = [f"pretrain_{name}" for name in pretrain.OBJECTIVES]
-TRAINED = [name for name in train.METHODS if name != "training_free"]
+TRAINED = [m for m in train.METHODS if m not in ("training_free", *train.OPEN_BOOK)]
 METHODS = [*TRAINED, *OBJECTIVES]
 SHAPE = "--dim 16 --layers 1 --heads 2 --seq-len 16"
 OWN_FLAGS = {

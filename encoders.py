@@ -1,0 +1,232 @@
+"""Train the two encoders of an open book: the dual encoder that finds passages, and the re-ranker.
+
+The retriever is DPR's dual encoder (Karpukhin et al. 2020), the re-ranker the cross-encoder of
+Levine et al. (2022, section 3.1). Both start from the BERT of --encoder, and both learn from the
+passages that were retrieved for the training questions. What they train lies in model/ of the run.
+
+Needs openbook.py, reader.py, fit.py and what these need. train.py has the command line.
+
+    python train.py --method retriever
+    python train.py --method reranker
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from show import show
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import passages as books
+from fit import Recipe, fit
+from openbook import Book, base_encoder, hash_encoders, load_book, recalls, retrieve
+from passages import Passage, Question, with_found
+from reader import check
+from rerank import CrossEncoder, reranker_loss
+from retrieve import DenseIndex, DualEncoder, retriever_loss
+from runs import Run, finish_record, hash_tokenizer, read_record, start_record
+
+COSINE_SCALE = 20.0  # vectors of length 1 are scaled so for the loss; sentence-transformers' value
+RERANKER = {"steps": 1500, "lr": 3e-4, "warmup": 0.1, "weight_decay": 0.0, "batch_size": 16}
+RETRIEVER = RERANKER | {"batch_size": 32}
+STAGE = {"schedule": "linear", "optimizer": "adamw", "grad_accum": 1, "clip": 1.0}
+
+
+def retriever(args) -> dict:
+    """Train a dual encoder to find passages (Karpukhin et al. 2020)."""
+    return train_encoder(args, load_book(args))
+
+
+def reranker(args) -> dict:
+    """Train a cross-encoder to sort passages (Levine et al. 2022, section 3.1)."""
+    return train_encoder(args, load_book(args))
+
+
+def train_encoder(args, book: Book, scored=True) -> dict:
+    """Train one of ENCODERS. Returns the record, which run.json holds too.
+
+    With `scored` it is tested on the dev and test questions at the end.
+    """
+    torch.manual_seed(args.seed)  # new heads are random, whatever ran before
+    encoders = check(args, book)
+    training, run = ENCODERS[args.method](args), Run.from_args(args)
+    names = dict.fromkeys(("fingerprint", "init_hash", "eos")) | {"data_hash": book.hash()}
+    names |= {"encoder_hash": hash_encoders(encoders), "tokens_hash": names["data_hash"]}
+    names["tokenizer_hash"] = hash_tokenizer(training.encoder.tokenizer)
+    with run:
+        record = start_record(run, training.trained, None, names)
+        found = retrieve(args, book, run.folder)
+        record["skipped"] = training.use(found.questions)
+        for reason, count in record["skipped"].items():
+            show(f"{count} training questions are skipped: {reason}")
+        record |= fit(
+            run,
+            Recipe.from_args(args),
+            training.trained,
+            training.batch_at,
+            training.loss_of,
+            training.evaluate,
+            lambda: training.encoder.save(run.folder / "model"),
+        )
+        return finish_record(run, record, None, training.results(found) if scored else {})
+
+
+def stage(args, name: str, book: Book) -> CrossEncoder:
+    """Train a re-ranker in the folder `name` below --out, or load it if it is trained already."""
+    folder = Path(args.out) / name
+    flags = vars(args) | RERANKER | STAGE | {"method": "reranker"}
+    flags |= {"out": str(folder), "steps": args.encoder_steps, "lr": args.encoder_lr}
+    if not (folder / "run.json").is_file() or "results" not in read_record(folder):
+        show(f"{folder}: {len(book.questions['train'])} training questions")
+        train_encoder(Namespace(**flags), book, scored=False)
+    return CrossEncoder.from_pretrained(folder / "model", args.device, args.encoder_len)
+
+
+class RetrieverTraining:
+    """What `fit` needs to train a dual encoder (Karpukhin et al. 2020). Dev score: MRR.
+
+    The reciprocal rank is that of a question's positive among the positives and hard negatives of
+    all questions of the dev sample.
+    """
+
+    def __init__(self, args):
+        self.args, folder = args, base_encoder(args)
+        second = None if args.shared_encoder else folder
+        self.encoder = DualEncoder.from_pretrained(folder, second, args.pooling, args.device)
+        self.encoder.max_len = min(self.encoder.max_len, args.encoder_len)
+        self.scale = COSINE_SCALE if args.pooling == "mean" else 1.0
+        # A shared encoder is named once, so that its state is stored once.
+        self.trained = self.encoder.question if args.shared_encoder else self.encoder
+
+    def use(self, questions: dict[str, list[Question]]) -> dict:
+        """Take the questions, whose passages were retrieved. Returns how many have no positive."""
+        self.questions, skipped = books.retriever_questions(questions["train"])
+        self.dev = dev_groups(self.args, questions["dev"])
+        self.encoder.train()
+        return check_samples(self.questions, {"no positive passage": skipped} if skipped else {})
+
+    def batch_at(self, number: int):
+        """The batch of a step."""
+        args = self.args
+        rest = (args.batch_size, args.hard_negatives, args.seed, number)
+        return books.retriever_batch(self.questions, self.encoder, *rest)
+
+    def loss_of(self, batch) -> Tensor:
+        """The loss, summed over questions."""
+        dual = self.encoder
+        asked = dual(dual.question, batch.ids, batch.lengths)
+        passages = dual(dual.passage, batch.passage_ids, batch.passage_lengths)
+        return retriever_loss(self.scale * asked, passages, batch.targets, batch.known)
+
+    def evaluate(self) -> float | None:
+        """The mean reciprocal rank on the dev sample."""
+        if not self.dev:
+            return None
+        pool = list(dict.fromkeys(passage for _, group in self.dev for passage in group))
+        row_of = {passage: row for row, passage in enumerate(pool)}
+        asked = self.encoder.encode_questions([q.question for q, _ in self.dev])
+        scores = asked @ self.encoder.encode_passages(pool).T
+        ranks = []
+        for values, (q, group) in zip(scores, self.dev):
+            wrong = np.ones(len(pool), bool)
+            wrong[[row_of[p] for p in (*q.positives, group[0]) if p in row_of]] = False
+            ranks.append(1 + (values[wrong] >= values[row_of[group[0]]]).sum())
+        return float(np.mean([1 / rank for rank in ranks]))
+
+    def results(self, book: Book) -> dict:
+        """Recall on dev and test of what --search found and of what the dual encoder finds."""
+        index = DenseIndex(self.encoder.encode_passages(book.passages))
+        splits = {}
+        for split in ("dev", "test"):
+            if part := book.questions[split]:
+                vectors = self.encoder.encode_questions([q.question for q in part])
+                found = [index.search(vector, max(self.args.top, 1)) for vector in vectors]
+                dense = [with_found(q, book.passages, f) for q, f in zip(part, found)]
+                given = {"retrieved": part} if any(q.found for q in part) else {}
+                splits[split] = given | {"dual encoder": dense}
+        return recall_tables(splits)
+
+
+class RerankerTraining:
+    """What `fit` needs to train a cross-encoder (Levine et al. 2022, section 3.1). Dev score: MRR.
+
+    The reciprocal rank is that of a positive among the first M - 1 negatives of its question.
+    """
+
+    def __init__(self, args):
+        self.args = args
+        self.encoder = CrossEncoder.from_pretrained(
+            base_encoder(args), args.device, args.encoder_len
+        )
+        self.trained = self.encoder
+
+    def use(self, questions: dict[str, list[Question]]) -> dict:
+        """Take the questions, whose passages were retrieved. Returns how many are skipped, why."""
+        self.samples, skipped = books.reranker_samples(questions["train"], self.encoder)
+        self.dev = dev_groups(self.args, questions["dev"])
+        self.encoder.train()
+        return check_samples(self.samples, skipped)
+
+    def batch_at(self, number: int):
+        """The batch of a step."""
+        args = self.args
+        rest = (args.batch_size, args.group_size, args.seed, number)
+        return books.reranker_batch(self.samples, self.encoder, *rest)
+
+    def loss_of(self, batch) -> Tensor:
+        """The loss, summed over questions."""
+        inputs = (batch.ids, batch.lengths, batch.groups, batch.spans)
+        return reranker_loss(self.encoder, *inputs)
+
+    def evaluate(self) -> float | None:
+        """The mean reciprocal rank on the dev sample."""
+        if not self.dev:
+            return None
+        asked, groups = [q.question for q, _ in self.dev], [group for _, group in self.dev]
+        scores = self.encoder.score_all(asked, groups)
+        return float(np.mean([1 / (1 + int((s[1:] >= s[0]).sum())) for s in scores]))
+
+    def results(self, book: Book) -> dict:
+        """Recall on dev and test, before and after re-ranking."""
+        splits = {}
+        for split in ("dev", "test"):
+            part = book.questions[split]
+            if any(q.found for q in part):
+                sorted_part = books.rerank(part, self.encoder, self.args.top)
+                splits[split] = {"retrieved": part, "re-ranked": sorted_part}
+        return recall_tables(splits)
+
+
+ENCODERS = {"retriever": RetrieverTraining, "reranker": RerankerTraining}
+
+
+def dev_groups(args, questions: Sequence[Question]) -> list[tuple[Question, list[Passage]]]:
+    """Dev questions, at most --eval-limit, each with a positive and its first M - 1 negatives."""
+    groups = []
+    for row in data.sample(len(questions), args.eval_limit, args.seed):
+        positives, negatives = books.choose_passages(questions[row])
+        if positives and negatives:
+            groups.append((questions[row], [positives[0], *negatives[: args.group_size - 1]]))
+    return groups
+
+
+def check_samples(samples: Sequence, skipped: dict) -> dict:
+    """Return {reason: questions skipped}. ValueError if nothing is left to learn from."""
+    if not samples:
+        reasons = ", ".join(f"{count} with {reason}" for reason, count in skipped.items())
+        raise ValueError(f"no training question can be learnt from: {reasons}")
+    return dict(skipped)
+
+
+def recall_tables(splits: dict[str, dict[str, list[Question]]]) -> dict:
+    """{split: {"n": questions, "recall": {"name, answer": {"1": ...}, "name, gold": {...}}}}."""
+    tables = {}
+    for split, orders in splits.items():
+        rows = {name: recalls(part) for name, part in orders.items()}
+        flat = {f"{name}, {hit}": row for name, both in rows.items() for hit, row in both.items()}
+        tables[split] = {"n": len(next(iter(orders.values()))), "recall": flat}
+    return tables

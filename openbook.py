@@ -1,0 +1,337 @@
+"""The open book: its passages and questions as the flags of train.py say, and their search.
+
+    book = load_book(args)                       --passages, --train, --dev, --test, or the world's
+    book = retrieve(args, book, folder)          every question with the passages that were found
+    recalls(book.questions["dev"])               how often an answer is among the first 1, 5, 20
+
+Needs retrieve.py, passages.py, genres.py and what these need.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+import data
+import genres
+import passages as books
+import world
+from checkpoints import atomic_write, read_json, resolve, write_json
+from families import bert_from_hf
+from passages import Passage, Question, with_found
+from retrieve import (
+    BM25,
+    DenseIndex,
+    DualEncoder,
+    Found,
+    has_answer,
+    hash_passages,
+    hybrid,
+    recall_at,
+    tune_weight,
+)
+
+SPLITS = ("train", "dev", "test")
+RECALL_AT = (1, 5, 20, 100)
+TUNED_AT = 5  # the weight of a hybrid search: an answer among so many passages of dev
+
+# --------------------------------------------------------------- the passages and the questions
+
+
+@dataclass
+class Book:
+    """The passages, with ids that differ, and the questions of each split."""
+
+    passages: list[Passage]
+    questions: dict[str, list[Question]]
+    path: str | None = None  # the file of the passages, if it is one
+
+    def hash(self) -> str:
+        """What identifies the passages and the questions with all that is known of them."""
+        known = hash_passages(self.passages) if self.passages else ""
+        digest = hashlib.sha256(known.encode())
+        for split in SPLITS:
+            for q in self.questions[split]:
+                text = repr((split, replace(q, source="")))
+                digest.update(text.encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+
+def load_book(args) -> Book:
+    """Read --passages, --train, --dev and --test, or make the open book of the embedded world.
+
+    --passages is a book (psgs_w100.tsv or JSON lines of passages) or a retrieval result, which is
+    a book of what was found. Without --train, its questions are cut into train, dev and test.
+    FileNotFoundError or ValueError if a file is missing or malformed, or if two questions of a
+    file have one id.
+    """
+    found, listed, questions = None, [], dict.fromkeys(SPLITS, ())
+    if args.passages and holds_questions(args.passages):
+        found = books.read_questions(args.passages)
+    elif args.passages:
+        listed = books.read_passages(args.passages)
+    elif not args.train:
+        listed, records = genres.library(world.make(args.world_seed))
+        listed = [Passage(p["title"], p["text"], p["id"]) for p in listed]
+        by_id = {passage.id: passage for passage in listed}
+        for split in SPLITS:
+            rows = enumerate(records[split])
+            parsed = [books.parse_question(r, by_id, f"world {split}:{i}") for i, r in rows]
+            questions[split] = parsed
+    for split in SPLITS:
+        if path := getattr(args, split):
+            named = listed or [passage for q in found or () for passage in q.found]
+            questions[split] = books.read_questions(path, named)
+    if found and not args.train:
+        questions |= cut(found, args.seed)
+    if not questions["train"]:
+        raise ValueError(f"--passages {args.passages} is a book: --train names the questions")
+    for split in SPLITS:
+        questions[split] = check_questions(questions[split], args.method == "reader")
+    if found and args.train:
+        results = {spelt(q.question): q for q in found}
+        for split in SPLITS:
+            questions[split] = [take_results(q, results, args.passages) for q in questions[split]]
+    book = Book(listed, questions, args.passages if listed and args.passages else None)
+    return book if book.path else collect(book)
+
+
+def holds_questions(path: str) -> bool:
+    """Whether the first record of a file is a question."""
+    if Path(path).suffix not in (".json", ".jsonl"):
+        return False
+    _, record = next(books.json_records(path), ("", {}))
+    return "question" in record
+
+
+def cut(questions: list[Question], seed: int) -> dict[str, list[Question]]:
+    """Cut a retrieval result into train, dev and test, 8 to 1 to 1."""
+    order = list(questions)
+    random.Random(seed).shuffle(order)
+    tenth = max(1, len(order) // 10)
+    return {"dev": order[:tenth], "test": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
+
+
+def spelt(question: str) -> str:
+    """The question as it is searched for and re-ranked, whether or not it came with a "?"."""
+    return data.question_text(question).removeprefix("Q: ").removesuffix("\nA:")
+
+
+def check_questions(questions: Iterable[Question], answered: bool) -> list[Question]:
+    """The questions (or those with an answer), spelt alike. ValueError if an id occurs twice."""
+    kept, sources = [], {}
+    for q in questions:
+        if (q.task, q.id) in sources:
+            raise ValueError(f"{q.source}: the id {q.id} is taken by {sources[q.task, q.id]}")
+        sources[q.task, q.id] = q.source
+        if q.answers or not answered:
+            kept.append(replace(q, question=spelt(q.question)))
+    return kept
+
+
+def take_results(question: Question, results: dict[str, Question], path: str) -> Question:
+    """The question with what was found for it in the file `path`."""
+    if question.question not in results:
+        raise ValueError(f"{question.source}: {path} has no results for {question.question!r}")
+    result = results[question.question]
+    known = question.positives or result.positives
+    return replace(question, found=result.found, scores=result.scores, positives=known)
+
+
+def collect(book: Book) -> Book:
+    """The book with all passages of its questions. Equal passages become one, with an id."""
+    known, ids = {}, set()
+
+    def adopt(passage: Passage) -> Passage:
+        if passage[:2] not in known:
+            taken = not passage.id or passage.id in ids
+            new = passage._replace(id=f"passage-{len(known)}") if taken else passage
+            known[passage[:2]] = new
+            ids.add(new.id)
+        return known[passage[:2]]
+
+    for passage in book.passages:
+        adopt(passage)
+    lists = ("positives", "hard_negatives", "negatives", "found")
+    questions = {
+        split: [replace(q, **{k: list(map(adopt, getattr(q, k))) for k in lists}) for q in part]
+        for split, part in book.questions.items()
+    }
+    return Book(list(known.values()), questions)
+
+
+def write_book(path: Path, passages: Sequence[Passage]) -> None:
+    """Write passages as JSON lines, which read_passages reads without a change."""
+    lines = [json.dumps({"id": p.id, "title": p.title, "text": p.text}) + "\n" for p in passages]
+    with atomic_write(path) as unfinished:
+        unfinished.write_text("".join(lines), encoding="utf-8")
+
+
+def write_found(path: Path, questions: Sequence[Question]) -> None:
+    """Write questions with what was found, a DPR result a line. Passages are named by their ids."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
+        for q in questions:
+            hits = zip(q.found, q.scores, books.answer_hits(q))
+            ctxs = [{"id": p.id, "score": score, "has_answer": hit} for p, score, hit in hits]
+            line = {"id": q.id, "task": q.task, "question": q.question, "answers": q.answers}
+            line |= {"positives": [p.id for p in q.positives], "ctxs": ctxs}
+            file.write(json.dumps(line) + "\n")
+
+
+# --------------------------------------------------------------------------------------- search
+
+
+def encoder_folder(path: str | Path) -> Path:
+    """The folder of a checkpoint: the model/ of a run, the folder itself, or of a hub id."""
+    folder = resolve(path)
+    return folder / "model" if (folder / "model").is_dir() else folder
+
+
+def load_dual(args, path: str | Path) -> DualEncoder:
+    """Load a dual encoder: a run of --method retriever, or a published BERT for both sides."""
+    folder = encoder_folder(path)
+    if (folder / "question").is_dir():
+        pooling = read_json(folder.parent / "run.json")["arguments"]["pooling"]
+        passage = folder / "passage" if (folder / "passage").is_dir() else None
+        return DualEncoder.from_pretrained(folder / "question", passage, pooling, args.device)
+    return DualEncoder.from_pretrained(folder, None, args.pooling, args.device)
+
+
+class Search:
+    """Finds passages as --search says: by BM25, by a dual encoder, or by both.
+
+    The indexes lie in `folder`. They are made if they are missing. ValueError if they are of other
+    passages. `dev`: questions that choose the weight of a hybrid search, once.
+    """
+
+    def __init__(self, args, passages: Sequence[Passage], folder: Path, dev=()):
+        self.passages, self.kind, self.weight = passages, args.search, None
+        self.bm25 = self.dual = None
+        if args.search != "dense":
+            if not (folder / "bm25").is_dir():
+                BM25(passages).save(folder / "bm25")
+            self.bm25 = BM25.load(folder / "bm25", passages)
+        if args.search != "bm25":
+            self.dual = load_dual(args, args.retriever)
+            if not (folder / "vectors").is_dir():
+                vectors = self.dual.encode_passages(passages)
+                DenseIndex(vectors).save(folder / "vectors", passages)
+            self.index = DenseIndex.load(folder / "vectors", passages)
+        if args.search == "hybrid":
+            path = folder / "hybrid.json"
+            if not path.is_file():
+                write_json(path, self.choose_weight(dev))
+            self.weight = read_json(path)["weight"]
+
+    def find(self, questions: Sequence[str], k: int) -> list[Found]:
+        """The k best passages of each question: [(row of the passage, score)]."""
+        if self.kind == "bm25":
+            return [self.bm25.search(question, k) for question in questions]
+        if self.kind == "dense":
+            return self.dense(questions, k)
+        both = zip(*self.both(questions, k))
+        return [hybrid(first, second, self.weight)[:k] for first, second in both]
+
+    def dense(self, questions: Sequence[str], k: int) -> list[Found]:
+        """What the dual encoder finds."""
+        return [self.index.search(vector, k) for vector in self.dual.encode_questions(questions)]
+
+    def both(self, questions: Sequence[str], k: int) -> tuple[list[Found], list[Found]]:
+        """What either search finds, at least 1000 passages (Ram et al. 2022)."""
+        depth = max(k, 1000)
+        return self.dense(questions, depth), [self.bm25.search(q, depth) for q in questions]
+
+    def choose_weight(self, dev: Sequence[Question]) -> dict:
+        """The weight of BM25's scores on dev, in multiples of the spread of the dense scores."""
+        if not dev:
+            raise ValueError("--search hybrid: there are no dev questions to tune its weight on")
+        dense, sparse = self.both([q.question for q in dev], TUNED_AT)
+        spread = [
+            np.std([score for found in some for _, score in found]) for some in (dense, sparse)
+        ]
+        unit = float(spread[0] / max(spread[1], 1e-9))
+
+        def hits(row: int, found: Found) -> bool:
+            texts = [self.passages[i].text for i, _ in found[:TUNED_AT]]
+            return any(has_answer(dev[row].answers, text) for text in texts)
+
+        weights = [unit * 2.0**power for power in (0, -1, 1, -2, 2, -3, 3)]
+        weight, share = tune_weight(dense, sparse, hits, weights)
+        return {"weight": weight, "spread": unit, f"recall@{TUNED_AT} on dev": share}
+
+
+def retrieve(args, book: Book, folder: Path) -> Book:
+    """Search for the questions without passages. Complete files of `folder`/retrieved are read."""
+    questions, search = dict(book.questions), None
+    for split, part in questions.items():
+        missing = [row for row, q in enumerate(part) if searched(args, book, q)]
+        if not missing or args.top == 0:
+            continue
+        path = folder / "retrieved" / f"{split}.jsonl"
+        if not path.is_file():
+            search = search or Search(args, book.passages, folder, questions["dev"])
+            results = search.find([part[row].question for row in missing], args.top)
+            new = [with_found(part[r], book.passages, f) for r, f in zip(missing, results)]
+            write_found(path, new)
+        questions[split] = list(part)
+        for row, q in zip(missing, books.read_questions(path, book.passages), strict=True):
+            questions[split][row] = replace(part[row], found=q.found, scores=q.scores)
+    return replace(book, questions=questions)
+
+
+def searched(args, book: Book, question: Question) -> bool:
+    """Whether a question needs a search. If no book is given, an encoder learns from its lists."""
+    listed = not book.path and args.train and (question.hard_negatives or question.negatives)
+    return not question.found and not (listed and args.method != "reader")
+
+
+def recalls(questions: Sequence[Question]) -> dict[str, dict[str, float]]:
+    """{"answer": {"1": ..., "5": ...}, "gold": {...}}: the questions with a hit among the first k.
+
+    A hit is a passage that holds an answer (DPR), or one that is known to be a positive.
+    """
+    depth = max(len(q.found) for q in questions)
+    sizes = [k for k in RECALL_AT if k <= depth] or [1]
+    answered = [q for q in questions if q.answers]
+    hits = {"answer": [books.answer_hits(q) for q in answered]} if answered else {}
+    known = [q for q in questions if q.positives]
+    if known:
+        hits["gold"] = [[passage in q.positives for passage in q.found] for q in known]
+    return {name: {str(k): recall_at(rows, k) for k in sizes} for name, rows in hits.items()}
+
+
+# ------------------------------------------------------------------------------------ encoders
+
+
+def base_encoder(args) -> Path:
+    """The folder that an encoder is trained from: --encoder, or assets/bert."""
+    from runs import ASSETS
+
+    if args.encoder:
+        return check_bert(encoder_folder(args.encoder))
+    if not (ASSETS / "bert" / "config.json").is_file():
+        raise ValueError(
+            f"{ASSETS / 'bert'}: holds no BERT; `python pretrain.py bert` makes one, and --encoder "
+            "names its folder"
+        )
+    return ASSETS / "bert"
+
+
+def check_bert(folder: Path) -> Path:
+    """Return the folder. FileNotFoundError or ValueError if its config.json is not of a BERT."""
+    bert_from_hf(folder / "config.json")
+    return folder
+
+
+def hash_encoders(paths: Iterable[str | Path]) -> str:
+    """What identifies the weights of encoders: a hash of their files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in sorted(encoder_folder(path).rglob("model.safetensors")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,416 @@
+"""The frozen reader: an LM answers from the passages that a search found, and only a prompt learns.
+
+Levine et al. 2022, "Standing on the Shoulders of Giant Frozen Language Models", section 3. Its
+stages lie below the folder of the run, and --resume goes on in the one that was interrupted:
+
+    bm25, vectors             indexes of the passages; passages.jsonl, if they come from no file
+    retrieved/SPLIT.jsonl     the passages that the search found for each question, best first
+    reranker-a, reranker-b    runs of --method reranker on either half of the training questions
+    reranker                  the same on all of them, for dev, test and new questions
+    scores/a-train            how the re-ranker of half A scores the passages of half B
+    ranked/SPLIT.jsonl        the passages sorted by these scores
+
+The run itself is a prompt (or with --tune lm an LM), trained on the questions behind the passages
+that fit the LM's context. A re-ranker sorts the passages of its own training questions better than
+those of new ones. Cross-fitting gives the prompt training data that looks like the test's.
+
+Needs openbook.py, model.py and what these need. train.py trains.
+
+    python train.py --method reader
+"""
+
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from show import show
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import data
+import eval as metrics
+import passages as books
+import recurse
+import rerank
+from checkpoints import read_json, write_json
+from generate import predict
+from model import rope_cos_sin, text_positions
+from openbook import (
+    Book,
+    Search,
+    base_encoder,
+    check_bert,
+    encoder_folder,
+    recalls,
+    retrieve,
+    spelt,
+    write_book,
+    write_found,
+)
+from passages import Passage, Question, with_found
+from rerank import CrossEncoder, cross_fit, pack
+
+QUESTIONS_IN_FILE = 128  # a kill costs at most the scores of so many questions
+
+# ------------------------------------------------------------------------------------ re-ranking
+
+
+def rank(args, book: Book, folder: Path, train: Callable) -> tuple[Book, dict]:
+    """Sort the passages of every question by a re-ranker. Returns the book and what is recorded.
+
+    train(name, questions of each split) -> CrossEncoder trains one in the folder `name`, or loads
+    it if it is trained already. --reranker names one for all questions. Otherwise the training
+    questions are cross-fitted, unless --no-cross-fit is given: then the re-ranker of all scores
+    the questions that it was trained on.
+    """
+    questions, models, info = book.questions, {}, {}
+    training = questions["train"]
+
+    def train_fn(part: list[Question]) -> str:
+        name = ("a", "b", "all")[len(models)] if cross else "all"
+        own = "reranker" if name == "all" else f"reranker-{name}"
+        models[name] = train(own, questions | {"train": part, "test": []})
+        return name
+
+    def score_fn(name: str, part: list[Question], split="train") -> list[list[float]]:
+        return score_split(args, models[name], part, folder / "scores" / f"{name}-{split}")
+
+    cross = not (args.no_cross_fit or args.reranker)
+    if args.reranker:
+        path = encoder_folder(args.reranker)
+        models["all"] = CrossEncoder.from_pretrained(path, args.device, args.encoder_len)
+    if cross:
+        scores, halves, name = cross_fit(training, train_fn, score_fn, args.seed, key=half_key)
+        info["halves"] = "".join(halves)
+        info["cross-fitting"] = compare_halves(args, training, scores, halves, models)
+    else:
+        name = "all" if args.reranker else train_fn(training)
+        scores = score_fn(name, training)
+    ranked = {"train": sort_found(training, scores)}
+    for split in ("dev", "test"):
+        ranked[split] = sort_found(questions[split], score_fn(name, questions[split], split))
+    for split, part in ranked.items():
+        write_found(folder / "ranked" / f"{split}.jsonl", part)
+    info["format"] = str(models["all"].format)
+    return replace(book, questions=ranked), info
+
+
+def half_key(question: Question) -> str:
+    """Questions with the same key lie in the same half: the same answers in the same passage."""
+    return repr((question.answers, question.positives[:1] or question.question))
+
+
+def score_split(args, encoder: CrossEncoder, questions, folder: Path) -> list[list[float]]:
+    """Score what was found for the questions. Complete files of them are read instead."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scores = []
+    for start in rerank.progress(range(0, len(questions), QUESTIONS_IN_FILE), "files"):
+        path, part = folder / f"{start:06d}.json", questions[start : start + QUESTIONS_IN_FILE]
+        if not path.is_file():
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                asked, found = [q.question for q in part], [q.found for q in part]
+                new = encoder.score_all(asked, found)
+            write_json(path, {"scores": [values.tolist() for values in new]})
+        scores += read_json(path)["scores"]
+    return scores
+
+
+def sort_found(questions: Sequence[Question], scores: Sequence[list[float]]) -> list[Question]:
+    """The questions with their found passages in descending score."""
+    ranked = []
+    for q, values in zip(questions, scores, strict=True):
+        order = np.argsort(-np.array(values), kind="stable").tolist()
+        ranked.append(with_found(q, q.found, [(row, values[row]) for row in order]))
+    return ranked
+
+
+def compare_halves(args, training, scores, halves: list[str], models: dict) -> dict:
+    """How well a re-ranker sorts the passages of its own training half, and the other one does.
+
+    Recall on the same questions, at most --eval-limit of them, sorted by the re-ranker that was
+    trained on them and by the one that never saw them.
+    """
+    rows = data.sample(len(training), args.eval_limit, args.seed)
+    held_out = sort_found([training[row] for row in rows], [scores[row] for row in rows])
+    own = []
+    for row in rows:
+        model = models[halves[row].lower()]
+        values = model.score(training[row].question, training[row].found).tolist()
+        own += sort_found([training[row]], [values])
+    return {"n": len(rows), "own half": recalls(own), "held-out half": recalls(held_out)}
+
+
+# ---------------------------------------------------------------------------- packing and reading
+
+
+def pack_split(args, tokenizer, left: int, questions: Sequence[Question], targets=()) -> tuple:
+    """Put the passages that fit before each question. Returns (texts, packed passages, dropped).
+
+    left     positions of the LM's context that the prompt leaves
+    targets  the answers that training teaches, which need a place too
+    `dropped` counts the passages that did not fit. Those beyond --max-packed are not counted.
+    """
+    lines = list(dict.fromkeys(p for q in questions for p in q.found))
+    joined = [f"{books.reader_line(p)}\n" for p in lines]
+    rows = tokenizer.encode_batch(joined, add_special_tokens=False)
+    lengths = {p: len(row.ids) for p, row in zip(lines, rows)}
+    asked = data.encode_prompts(tokenizer, [data.question_text(q.question) for q in questions])
+    answers = data.encode_prompts(tokenizer, [f" {target}" for target in targets])
+    texts, packed, dropped = [], [], 0
+    for row, q in enumerate(questions):
+        # An answer may need a token more after the text, and it has an end. The last is never read.
+        answer = len(answers[row]) + 1 if targets else 0
+        limit = left - max(args.max_new_tokens - 1, answer)
+        budget = max(0, limit - len(asked[row]))
+        most = len(q.found) if args.max_packed is None else args.max_packed
+        kept, out = pack(q.found, q.scores, budget, lengths.get)
+        kept = kept[:most]
+        text = books.reader_text(q.question, kept)
+        while kept and len(data.encode_prompts(tokenizer, [text])[0]) > limit:
+            kept, out = kept[:-1], out + 1  # some tokenizers split joined lines otherwise
+            text = books.reader_text(q.question, kept)
+        texts, packed, dropped = [*texts, text], [*packed, kept], dropped + out
+    return texts, packed, dropped
+
+
+def examples(book: Book) -> dict[str, list[data.Example]]:
+    """The questions of each split as the LM's examples, without passages."""
+    made = {}
+    for split, part in book.questions.items():
+        made[split] = []
+        for q in part:
+            answers, text = (
+                tuple(answer.strip() for answer in q.answers),
+                data.question_text(q.question),
+            )
+            example = data.Example(text, answers[0], answers, q.task, q.id, q.source)
+            made[split].append(example)
+    return made
+
+
+def check(args, book: Book) -> list[str | Path]:
+    """Refuse what cannot be done, before anything is written. Returns the encoders in use."""
+    searches = any(not q.found for part in book.questions.values() for q in part)
+    encoders = []
+    if args.method == "reader" and args.top == 0:
+        return encoders
+    if args.method == "reader" and not book.passages:
+        raise ValueError(f"--train {args.train}: has no passages, and --passages names none")
+    if args.search != "bm25" and not args.retriever:
+        raise ValueError(f"--search {args.search} needs --retriever, the folder of a dual encoder")
+    if args.search == "hybrid" and searches and not book.questions["dev"]:
+        raise ValueError("--search hybrid: there are no dev questions to tune its weight on")
+    encoders += [args.retriever] if args.search != "bm25" else []
+    if args.method != "reader":
+        return [*encoders, base_encoder(args)]
+    if args.no_rerank:
+        return encoders
+    if args.reranker:
+        check_bert(encoder_folder(args.reranker))
+    keys = set(map(half_key, book.questions["train"]))
+    if len(keys) < 2 and not (args.reranker or args.no_cross_fit):
+        raise ValueError("one question cannot be cut into halves; --no-cross-fit does without")
+    return [*encoders, args.reranker or base_encoder(args)]
+
+
+def prepare(task, book: Book, folder: Path, train: Callable) -> tuple:
+    """Retrieve, re-rank and pack. Returns (the task, its questions behind passages; a record).
+
+    `task` is start.Task, with the questions of `book`. train(name, questions) as in `rank`.
+    """
+    args, info = task.args, {}
+    if not book.path:
+        write_book(folder / "passages.jsonl", book.passages)
+    found = ranked = retrieve(args, book, folder)
+    reranks = not args.no_rerank and args.top > 0
+    if reranks:
+        ranked, info = rank(args, found, folder, train)
+    tokens, left = {}, context(args, task.lm)
+    for split, part in ranked.questions.items():
+        if not part:
+            tokens[split] = []
+            continue
+        training = split == "train"
+        targets = [e.target for e in task.examples[split]] if training else ()
+        texts, packed, dropped = pack_split(args, task.tokenizer, left, part, targets)
+        table = {"n": len(part), "retrieved": recalls(found.questions[split])}
+        table |= {"re-ranked": recalls(part)} if reranks else {}
+        table["input"] = at_input(part, packed, dropped)
+        info[split] = table
+        show_passages(split, table)
+        if training:
+            asked = [replace(e, input=t) for e, t in zip(task.examples[split], texts)]
+            config = task.lm.config
+            eos = config.eos[0] if config.eos else None
+            tokens[split] = data.tokenize(asked, task.tokenizer, eos, left, config.vocab_size)
+        else:
+            rows = data.encode_prompts(task.tokenizer, texts)
+            tokens[split] = [data.TokenizedExample(ids, []) for ids in rows]
+    return replace(task, tokens=tokens), info
+
+
+def show_passages(split: str, table: dict) -> None:
+    """Print recall of a split at each stage, and what reaches the LM."""
+    for stage in ("retrieved", "re-ranked"):
+        for hit, row in table.get(stage, {}).items():
+            shares = "  ".join(f"@{k} {100 * share:5.1f}" for k, share in row.items())
+            show(f"{split:5} {stage:9} {hit:6} recall {shares}   ({table['n']} questions)")
+    row = table["input"]
+    shares = ", ".join(f"{hit} {100 * row[hit]:.1f}" for hit in ("answer", "gold") if hit in row)
+    read = f"{row['passages']:.1f} passages a question, {row['dropped']} do not fit"
+    show(f"{split:5} the LM reads {read}; recall there: {shares}")
+
+
+def context(args, lm) -> int:
+    """The positions that the prompt leaves for passages, question and answer."""
+    longest = lm.config.max_len
+    return min(longest, args.context or longest) - args.prompt_length
+
+
+def at_input(questions: Sequence[Question], packed: list[list[Passage]], dropped: int) -> dict:
+    """What reaches the LM: recall as in `recalls`, passages a question, and the dropped ones."""
+    read = [replace(q, found=kept) for q, kept in zip(questions, packed)]
+    n, known = len(read), [q for q in read if q.positives]
+    table = {"answer": sum(any(books.answer_hits(q)) for q in read) / n}
+    if known:
+        table["gold"] = sum(any(p in q.positives for p in q.found) for q in known) / len(known)
+    return table | {"passages": sum(map(len, packed)) / n, "dropped": dropped}
+
+
+class Reader(nn.Module):
+    """An LM, with the LM's interface, whose questions get their passages first.
+
+    `questions.prepare` calls `read_back` on its examples. The passages and the encoders are loaded
+    when the first question is asked.
+    """
+
+    def __init__(self, lm, tokenizer, args: Namespace, folder: Path):
+        super().__init__()
+        self.config, self.lm, self.tokenizer = lm.config, lm, tokenizer
+        self.args, self.folder, self.search, self.encoder = args, folder, None, None
+        self.embed, self.read, self.logits = lm.embed, lm.read, lm.logits
+
+    @classmethod
+    def load(cls, folder: Path, lm, tokenizer, record: dict, device: str) -> "Reader":
+        """What a run of train.py left in `folder`. `record` is its run.json."""
+        from runs import PATHS, find
+
+        args = dict(record["arguments"], device=device)
+        for key in PATHS.keys() - {"model"}:
+            if args.get(key):
+                args[key] = find(args[key], folder, record)
+        return cls(lm, tokenizer, Namespace(**args), folder)
+
+    def forward(self, x: Tensor, prefix=None, keep: bool = False):
+        """The LM's own."""
+        return self.lm(x, prefix, keep)
+
+    def open_book(self) -> None:
+        """Load passages, indexes and the re-ranker. ValueError if the passages are others now."""
+        args = self.args
+        own = self.folder / "passages.jsonl"
+        passages = books.read_passages(own if own.is_file() else args.passages)
+        self.search = Search(args, passages, self.folder)
+        if not args.no_rerank:
+            path = encoder_folder(args.reranker or self.folder / "reranker")
+            self.encoder = CrossEncoder.from_pretrained(path, args.device, args.encoder_len)
+
+    def retrieved(self, questions: list[Question]) -> list[Question]:
+        """The questions with what the search finds."""
+        results = self.search.find([q.question for q in questions], self.args.top)
+        return [with_found(q, self.search.passages, f) for q, f in zip(questions, results)]
+
+    def ranked(self, questions: list[Question]) -> list[Question]:
+        """The questions with their passages in the re-ranker's order."""
+        if self.encoder is None:
+            return questions
+        return books.rerank(questions, self.encoder, self.args.top)
+
+    def packed(self, questions: list[Question]) -> list[str]:
+        """What the LM reads of the questions."""
+        left = context(self.args, self.lm)
+        return pack_split(self.args, self.tokenizer, left, questions)[0]
+
+    def read_back(self, examples: list) -> list:
+        """Put the passages before the questions of examples of data.py."""
+        bare = [e.input.removeprefix("Q: ").removesuffix("\nA:") for e in examples]
+        questions = [Question(spelt(text), list(e.answers)) for text, e in zip(bare, examples)]
+        if self.args.top > 0:
+            if self.search is None:
+                self.open_book()
+            questions = self.ranked(self.retrieved(questions))
+        return [replace(e, input=text) for e, text in zip(examples, self.packed(questions))]
+
+    def seconds(self, questions: list[Question], answer: Callable) -> dict[str, float]:
+        """Seconds per question of search, re-ranking and reading. answer(texts) reads them."""
+        if self.search is None:
+            self.open_book()
+        stages = {"search": self.retrieved, "re-rank": self.ranked, "pack": self.packed}
+        stages["read"] = answer
+        measured, value = {}, questions
+        for name, stage in stages.items():
+            start = time.perf_counter()
+            value = stage(value)
+            measured[name] = (time.perf_counter() - start) / len(questions)
+        return measured
+
+
+class Checkpointed(nn.Module):
+    """An LM, with the LM's interface, that keeps one state per block for the backward pass.
+
+    The backward pass computes each block again (Chen et al. 2016, "Training Deep Nets with
+    Sublinear Memory Cost"). The loss and the gradient stay the same. Without gradients, and with
+    `keep`, the LM runs as it is.
+    """
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm, self.config = lm, lm.config
+        self.embed, self.read, self.logits = lm.embed, lm.read, lm.logits
+
+    def forward(self, x: Tensor, prefix=None, keep: bool = False):
+        """x (B, T, C) -> h (B, T, C), as in LM.forward."""
+        lm, layers = self.lm, self.lm.layers
+        if keep or not torch.is_grad_enabled():
+            return lm(x, prefix, keep)
+        x = lm.add_positions(x, prefix)
+        cos_sin = rope_cos_sin(layers.config, text_positions(layers.config, x, prefix))
+        for block in layers:
+
+            def run(x: Tensor, block=block) -> Tensor:
+                return block(x, cos_sin, prefix, False, layers.attend)[0]
+
+            x = checkpoint(run, x, use_reentrant=False)
+        return lm.norm(x)
+
+
+def time_reader(task, adapter, book: Book) -> dict[str, float]:
+    """Seconds per question of each stage, and the share of re-ranking, over a few questions."""
+    args, questions = task.args, book.questions["test"] or book.questions["dev"]
+    rows = data.sample(len(questions), 32, args.seed)
+    if not rows:
+        return {}
+    model, prefix = recurse.compose(args.method, task.lm, adapter)
+    stops = metrics.stops([task.examples["train"][0]] * len(rows), args.stop)
+
+    def answer(texts: list[str]) -> list:
+        ids = data.encode_prompts(task.tokenizer, texts)
+        new, budget = args.max_new_tokens, args.eval_tokens
+        return predict(model, task.tokenizer, ids, prefix, new, None, stops, max_tokens=budget)
+
+    chain = Reader(model, task.tokenizer, args, Path(args.out))
+    with (
+        torch.no_grad(),
+        torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"),
+    ):
+        seconds = chain.seconds([questions[row] for row in rows], answer)
+    share = seconds["re-rank"] / sum(seconds.values())
+    stages = ", ".join(f"{name} {1000 * value:.1f}" for name, value in seconds.items())
+    show(f"milliseconds a question: {stages}; re-ranking takes {100 * share:.0f} %")
+    return seconds | {"share of re-ranking": share}

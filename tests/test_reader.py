@@ -1,0 +1,522 @@
+"""The open book: training of its two encoders, and the frozen reader with its stages."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+from conftest import TINY, close, vectors
+from safetensors.torch import load_file
+from tiny_runs import HOMES, Dead, command, die_at_5, read_lines, run, same_runs, write_lines
+
+import bench_retrieval
+import data
+import encoders
+import eval as metrics
+import openbook
+import passages as books
+import reader
+import reader_study
+import reproduce
+import train
+from fit import target_loss
+from generate import predict
+from passages import Passage, read_questions
+from questions import prepare
+from reader import Checkpointed
+from rerank import CrossEncoder
+from retrieve import BM25, DenseIndex
+from runs import load_run, read_predictions, read_record
+
+BOOK = [
+    *(Passage(who, f"{who} was born in {town}.", f"b{i}") for i, (who, town) in enumerate(HOMES)),
+    *(Passage(who, f"{who} likes the sea.", f"s{i}") for i, (who, _) in enumerate(HOMES)),
+]
+ASKED = [
+    {"id": f"q{i}", "task": "ba"[i % 2], "question": f"where was {name} born"}
+    | {"answer": [town], "positives": [f"b{i}"]}
+    for i, (name, town) in enumerate(HOMES)
+]
+SHORT = "--steps 6 --eval-every 2 --log-every 1 --batch-size 3 --device cpu"
+BERT = "--seq-len 30"
+READ = "--max-new-tokens 4 --prompt-length 4 --encoder-steps 6 --encoder-lr 0.01"
+
+
+@pytest.fixture(scope="module")
+def shelf(place):
+    """The tiny place with a book, questions about it, and a BERT."""
+    books_file = place / "book.jsonl"
+    openbook.write_book(books_file, BOOK)
+    write_lines(place / "ask.jsonl", [*ASKED, {"question": "who likes it", "answer": ["nobody"]}])
+    write_lines(place / "ask-dev.jsonl", ASKED[:4])
+    plain = [{key: q[key] for key in ("id", "task", "question", "answer")} for q in ASKED]
+    write_lines(place / "plain.jsonl", plain)
+    run(command(place, "pretrain_bert", place / "bert", f"--steps 1 --context 64 {BERT}"))
+    return place
+
+
+def line(shelf, method, out, flags=""):
+    """The command of a short run."""
+    files = f"--train {shelf}/ask.jsonl --dev {shelf}/ask-dev.jsonl --passages {shelf}/book.jsonl"
+    own = f"--model {shelf}/lm/model {READ}" if method == "reader" else "--lr 0.01"
+    start = f"train.py --method {method} {files} --encoder {shelf}/bert --out {out}"
+    return f"{start} {SHORT} {own} {flags}".split()
+
+
+@pytest.fixture(scope="module")
+def whole(shelf):
+    run(line(shelf, "reader", shelf / "whole"))
+    return shelf / "whole"
+
+
+@pytest.fixture(scope="module")
+def dual(shelf):
+    run(line(shelf, "retriever", shelf / "dual", "--pooling mean --shared-encoder"))
+    return shelf / "dual"
+
+
+# The encoders
+
+
+LEARNS = [("reranker", ""), ("retriever", "--pooling mean --shared-encoder")]
+
+
+@pytest.mark.parametrize("method, flags", LEARNS)
+def test_an_encoder_learns_its_questions_and_dev_chooses_the_best(shelf, tmp_path, method, flags):
+    flags += " --steps 60 --eval-every 10 --batch-size 8 --lr 0.02"
+    record = run(line(shelf, method, tmp_path / "run", flags))
+    log = read_lines(tmp_path / "run" / "metrics.jsonl")
+    scores = {entry["step"]: entry["score"] for entry in log if "score" in entry}
+    assert record["score"] == max(scores.values()) > 0.5
+    assert record["step"] == min(step for step, s in scores.items() if s == record["score"])
+    assert log[-1]["loss"] < 0.6 * log[0]["loss"]
+    assert record["skipped"] == {"no positive passage": 1}
+    after = "re-ranked" if method == "reranker" else "dual encoder"
+    recall = record["results"]["dev"]["recall"]
+    assert recall[f"{after}, answer"]["5"] == 1.0 == recall["retrieved, gold"]["1"]
+
+
+@pytest.mark.parametrize(
+    "method, flags",
+    [("reranker", ""), ("retriever", ""), ("retriever", "--pooling mean --shared-encoder")],
+)
+def test_an_encoder_resumes_to_the_same_bits(shelf, tmp_path, monkeypatch, method, flags):
+    run(line(shelf, method, tmp_path / "whole", flags))
+    die_at_5(monkeypatch, line(shelf, method, tmp_path / "killed", flags))
+    run(line(shelf, method, tmp_path / "killed", f"{flags} --resume"))
+    state = same_runs(tmp_path / "whole", tmp_path / "killed")
+    two = any(name.startswith("trained.passage") for name in state)
+    assert two == (method == "retriever" and "--shared" not in flags)
+
+
+def test_without_a_book_an_encoder_learns_from_the_lists_of_dprs_training_files(shelf, tmp_path):
+    questions = read_questions(shelf / "ask-dev.jsonl", BOOK)
+    listed = [books.replace(q, hard_negatives=[BOOK[8 + i]]) for i, q in enumerate(questions)]
+    books.write_training(tmp_path / "nq.json", listed)
+    for method in ("reranker", "retriever"):
+        words = line(shelf, method, tmp_path / method, f"--train {tmp_path}/nq.json")
+        i = words.index("--passages")
+        run([*words[:i], *words[i + 2 :], "--dev", str(tmp_path / "nq.json")])
+        assert not (tmp_path / method / "retrieved" / "train.jsonl").exists()
+
+
+# The stages of the reader
+
+
+def test_each_half_is_scored_by_the_re_ranker_that_never_saw_it(shelf, whole):
+    """And dev by the re-ranker of all. The record holds the split and both recalls."""
+    info = read_record(whole)["passages"]
+    training = read_questions(whole / "ranked" / "train.jsonl", BOOK)
+    halves = info["halves"]
+    assert len(halves) == len(training) == 9 and {*halves} == {"A", "B"}
+    models = {
+        name: CrossEncoder.from_pretrained(whole / folder / "model")
+        for name, folder in (("A", "reranker-b"), ("B", "reranker-a"), ("all", "reranker"))
+    }
+    dev = read_questions(whole / "ranked" / "dev.jsonl", BOOK)
+    own = 0
+    for q, name in [*zip(training, halves), *((q, "all") for q in dev)]:
+        scores = models[name].score(q.question, q.found)
+        close(scores, torch.tensor(q.scores), 1e-4)
+        assert q.scores == sorted(q.scores, reverse=True)
+        if name != "all" and len(q.found) > 1:
+            other = models["AB"[name == "A"]].score(q.question, q.found)
+            own += not torch.allclose(other, scores, atol=1e-4)
+    assert own > 4  # the two halves have different models
+    compared = info["cross-fitting"]
+    assert compared["n"] == 9 and {"own half", "held-out half"} < compared.keys()
+    assert compared["held-out half"] == info["train"]["re-ranked"]
+
+
+def test_the_record_compares_a_re_ranker_on_its_own_half_and_on_the_other(shelf, tmp_path):
+    """Here a re-ranker knows its training questions by heart, and is wrong on others."""
+    args = train.parse(line(shelf, "reader", tmp_path)[1:])
+    questions = read_questions(shelf / "ask.jsonl", BOOK)[:8]
+    bm25 = BM25(BOOK)
+    found = [books.with_found(q, BOOK, bm25.search(q.question)) for q in questions]
+
+    class ByHeart:
+        format = "by heart"
+
+        def __init__(self, known):
+            self.known = {q.question: q.positives[0] for q in known["train"]}
+
+        def score(self, question, passages):
+            right = self.known.get(question)
+            return torch.tensor(
+                [1.0 if p == right else float(p.id[0] == "s") - 0.5 for p in passages]
+            )
+
+        def score_all(self, asked, lists):
+            return list(map(self.score, asked, lists))
+
+    book = openbook.Book(BOOK, {"train": found, "dev": found[:2], "test": []})
+    ranked, info = reader.rank(args, book, tmp_path, lambda name, known: ByHeart(known))
+    compared = info["cross-fitting"]
+    assert compared["own half"]["gold"]["1"] == 1.0 and compared["held-out half"]["gold"]["1"] == 0
+    assert openbook.recalls(ranked.questions["train"])["gold"]["1"] == 0  # what the prompt reads
+    assert openbook.recalls(ranked.questions["dev"])["gold"]["1"] == 1.0  # the re-ranker of all
+    args.no_cross_fit = True
+    ranked, info = reader.rank(args, book, tmp_path / "b", lambda name, known: ByHeart(known))
+    assert openbook.recalls(ranked.questions["train"])["gold"]["1"] == 1.0 and "halves" not in info
+
+
+def answered(question, passages):
+    return any(question.answers[0] in passage.text for passage in passages)
+
+
+def test_the_passages_that_the_lm_reads_fit_and_are_counted(shelf, whole):
+    table = read_record(whole)["passages"]["dev"]
+    questions = read_questions(whole / "ranked" / "dev.jsonl", BOOK)
+    args = train.parse(line(shelf, "reader", whole)[1:])
+    lm_tokenizer = load_run(whole)[2]
+    left = 96 - 4
+    texts, packed, dropped = reader.pack_split(args, lm_tokenizer, left, questions)
+    lengths = [len(ids) for ids in data.encode_prompts(lm_tokenizer, texts)]
+    assert max(lengths) <= left - 3  # of 4 new tokens the last is never read
+    for q, text, kept in zip(questions, texts, packed):
+        assert kept == [p for p in q.found if p in kept] and kept[0] == q.found[0]
+        assert text == books.reader_text(q.question, kept)
+        rest = [p for p in q.found if p not in kept]
+        more = [books.reader_text(q.question, [*kept, p]) for p in rest]
+        assert all(len(data.encode_prompts(lm_tokenizer, [m])[0]) > left - 3 for m in more)
+    assert (
+        dropped
+        == table["input"]["dropped"]
+        == sum(len(q.found) for q in questions) - sum(map(len, packed))
+    )
+    assert table["input"]["passages"] == sum(map(len, packed)) / 4
+    hits = [answered(q, kept) for q, kept in zip(questions, packed)]
+    assert table["input"]["answer"] == sum(hits) / 4 and table["n"] == 4
+    fewer = reader.pack_split(args, lm_tokenizer, left, questions, ["Velmor " * 12] * 4)[1]
+    assert sum(map(len, fewer)) < sum(map(len, packed))  # a long answer takes their place
+    few = train.parse(line(shelf, "reader", whole, "--max-packed 1")[1:])
+    assert all(len(kept) == 1 for kept in reader.pack_split(few, lm_tokenizer, left, questions)[1])
+
+
+def test_a_run_answers_as_it_did_from_any_folder(shelf, whole, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model, prefix, tokenizer, _ = load_run(whole)
+    examples = data.read(shelf / "ask-dev.jsonl")
+    ids, _, prefix = prepare(model, tokenizer, examples, prefix, 4)
+    assert tokenizer.decode(ids[0]).count(".") > 1  # passages stand before the question
+    rows = read_predictions(whole)
+    stops = metrics.stops(examples)
+    assert predict(model, tokenizer, ids, prefix, 4, None, stops) == [r["prediction"] for r in rows]
+    assert [row["id"] for row in rows] == ["q0", "q1", "q2", "q3"]
+    assert [row["input"] for row in rows] == [e.input for e in examples]
+    asked = ["ask", "--run", str(whole), "--max-new-tokens", "4", "where was Anna born?"]
+    assert metrics.main(asked) == [rows[0]["prediction"]]
+
+
+def test_a_killed_reader_resumes_in_its_stage_and_does_no_stage_twice(
+    shelf, whole, tmp_path, monkeypatch
+):
+    killed, scored = tmp_path / "killed", []
+    die_at_5(monkeypatch, line(shelf, "reader", killed))
+    assert (killed / "reranker-a" / "state.safetensors").is_file()
+    assert not (killed / "reranker-b").exists()
+    real = CrossEncoder.score_all
+
+    def dies(encoder, *given):
+        scored.append(1)
+        if (killed / "scores" / "b-train").exists():
+            raise Dead
+        return real(encoder, *given)
+
+    again = line(shelf, "reader", killed, "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(CrossEncoder, "score_all", dies)
+        with pytest.raises(Dead):
+            run(again)
+    trained = []
+    real_training = encoders.train_encoder
+    with monkeypatch.context() as patch:
+        patch.setattr(encoders, "train_encoder", lambda *a, **k: trained.append(1))
+        run(again)
+    assert not trained and encoders.train_encoder is real_training
+    assert {p.name for p in killed.iterdir()} == {p.name for p in whole.iterdir()}
+    same_runs(whole, killed)
+
+
+def test_a_run_from_ranked_passages_trains_the_same_prompt(shelf, whole, tmp_path):
+    files = f"--train {whole}/ranked/train.jsonl --dev {whole}/ranked/dev.jsonl --no-rerank"
+    record = run(line(shelf, "reader", tmp_path / "again", files))
+    assert not (tmp_path / "again" / "retrieved").exists()
+    for name in ("adapter_model.safetensors", "predictions.jsonl"):
+        assert (tmp_path / "again" / name).read_bytes() == (whole / name).read_bytes()
+    assert record["passages"]["dev"]["input"] == read_record(whole)["passages"]["dev"]["input"]
+    assert "re-ranked" not in record["passages"]["dev"]
+
+
+def test_a_reader_starts_from_any_dpr_result(shelf, tmp_path):
+    """The questions are those of the flags, or else those of the file, cut into three parts."""
+    questions = read_questions(shelf / "ask.jsonl", BOOK)
+    bm25, rows = BM25(BOOK), []
+    for q in questions:
+        rows.append(books.with_found(q, BOOK, bm25.search(q.question, 4)))
+    books.write_results(tmp_path / "nq.json", rows)
+    result = f"--passages {tmp_path}/nq.json --no-rerank --steps 1"
+    files = f"--train {shelf}/plain.jsonl --dev {shelf}/plain.jsonl"
+    record = run(line(shelf, "reader", tmp_path / "run", f"{result} {files}"))
+    assert record["passages"]["train"]["n"] == 8 and not (tmp_path / "run" / "retrieved").exists()
+    words = line(shelf, "reader", tmp_path / "cut", result)
+    words = [w for i, w in enumerate(words) if not {words[i - 1], w} & {"--train", "--dev"}]
+    record = run(words)
+    assert [record["passages"][split]["n"] for split in openbook.SPLITS] == [7, 1, 1]
+    model, prefix, tokenizer, _ = load_run(tmp_path / "cut")  # its book is what was found
+    ids, _, _ = prepare(model, tokenizer, data.read(shelf / "ask-dev.jsonl"), prefix, 4)
+    assert "likes the sea" in tokenizer.decode(ids[0])
+
+
+def test_a_closed_book_is_prompt_tuning(shelf, tmp_path):
+    run(line(shelf, "reader", tmp_path / "closed", "--top 0"))
+    flags = f"--train {shelf}/ask.jsonl --dev {shelf}/ask-dev.jsonl --batch-size 3"
+    run(command(shelf, "prompt_tuning", tmp_path / "prompt", flags))
+    for name in ("adapter_model.safetensors", "predictions.jsonl"):
+        assert (tmp_path / "closed" / name).read_bytes() == (
+            tmp_path / "prompt" / name
+        ).read_bytes()
+    rows = metrics.compare(tmp_path / "closed", shelf / "whole", iters=10)
+    assert rows[0]["n"] == 4  # the questions of readers and of other methods pair
+
+
+def test_a_reader_may_be_the_whole_lm(shelf, tmp_path):
+    record = run(line(shelf, "reader", tmp_path / "run", "--tune lm --no-rerank --lr 0.01"))
+    assert record["weights_before"] is None and record["arguments"]["prompt_length"] == 0
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+    model, prefix, tokenizer, _ = load_run(tmp_path / "run")
+    assert prefix is None
+    examples = data.read(shelf / "ask-dev.jsonl")
+    ids, _, _ = prepare(model, tokenizer, examples, prefix, 4)
+    answers = predict(model, tokenizer, ids, prefix, 4, None, metrics.stops(examples))
+    assert answers == [row["prediction"] for row in read_predictions(tmp_path / "run")]
+    run(line(shelf, "reader", tmp_path / "run", "--tune lm --no-rerank --lr 0.01 --resume"))
+
+
+# Search
+
+
+@pytest.mark.parametrize("search", ["dense", "hybrid"])
+def test_a_reader_searches_with_a_trained_dual_encoder(shelf, dual, tmp_path, monkeypatch, search):
+    """The weight of a hybrid search is tuned on dev once, and stored."""
+    flags = f"--search {search} --retriever {dual} --no-rerank --steps 1 --top 3"
+    run(line(shelf, "reader", tmp_path / "run", flags))
+    args = train.parse(line(shelf, "reader", tmp_path, f"--search dense --retriever {dual}")[1:])
+    encoder = openbook.load_dual(args, dual)
+    assert encoder.pooling == "mean" and encoder.passage is encoder.question
+    questions = read_questions(tmp_path / "run" / "retrieved" / "train.jsonl", BOOK)
+    index = DenseIndex(encoder.encode_passages(BOOK))
+    asked = encoder.encode_questions([q.question for q in questions])
+    dense = [index.search(vector, len(BOOK)) for vector in asked]
+    if search == "hybrid":
+        weight = json.loads((tmp_path / "run" / "hybrid.json").read_text())["weight"]
+        bm25 = BM25(BOOK)
+        sparse = [bm25.search(q.question, 1000) for q in questions]
+        dense = [openbook.hybrid(a, b, weight) for a, b in zip(dense, sparse)]
+        dev = read_questions(tmp_path / "run" / "retrieved" / "dev.jsonl", BOOK)
+        tuned = openbook.Search(args, BOOK, tmp_path / "other")
+        tuned.bm25 = bm25
+        chosen = tuned.choose_weight(dev)
+        assert json.loads((tmp_path / "run" / "hybrid.json").read_text()) == chosen
+        monkeypatch.setattr(openbook, "TUNED_AT", 1)
+        other = tuned.choose_weight([books.replace(q, answers=["sea"]) for q in dev])
+        assert other["recall@1 on dev"] < 1 == chosen["recall@5 on dev"] and weight > 0
+    for q, found in zip(questions, dense):
+        assert q.found == [BOOK[row] for row, _ in found[:3]]
+
+
+def test_an_index_of_other_passages_is_refused(shelf, whole, tmp_path):
+    args = train.parse(line(shelf, "reader", tmp_path)[1:])
+    with pytest.raises(ValueError, match="an index of other passages"):
+        openbook.Search(args, BOOK[:-1], whole)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("config", TINY)
+def test_checkpointed_blocks_give_the_same_gradient(make_lm, config):
+    """Each block keeps its input alone: no other tensor of the graph is that large."""
+    lm, saved = make_lm(config), {}
+    examples = [data.TokenizedExample([5, 9, 11, 4], [3, 2]), data.TokenizedExample([7, 8], [4])]
+    batch, results = data.collate(examples, [0, 1]), []
+    for name, model in (("plain", lm), ("checkpointed", Checkpointed(lm))):
+        prompt, sizes = vectors(lm, 3).requires_grad_(True), []
+
+        def keep(t, sizes=sizes):
+            sizes.append(t.numel() if t.requires_grad else 0)
+            return t
+
+        prefix = lm.read(prompt)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = target_loss(model, prefix, batch)
+        loss.backward()
+        results.append((loss.detach(), prompt.grad))
+        saved[name] = sum(sizes)
+    close(results[0][0], results[1][0], 1e-6)
+    close(results[0][1], results[1][1], 1e-6)
+    assert results[1][1].abs().max() > 1e-3 and saved["checkpointed"] < 0.5 * saved["plain"]
+
+
+def test_a_run_with_checkpointed_blocks_trains_the_same_prompt(shelf, whole, tmp_path):
+    files = f"--train {whole}/ranked/train.jsonl --dev {whole}/ranked/dev.jsonl --no-rerank"
+    run(line(shelf, "reader", tmp_path / "run", f"{files} --checkpoint-activations"))
+    a, b = (load_file(f / "adapter_model.safetensors") for f in (whole, tmp_path / "run"))
+    for name in a:
+        close(a[name], b[name], 1e-5)
+
+
+# Bad input
+
+READS = "train.py --method reader"
+TABLE = r"""
+READS --search dense                      | --search dense needs --retriever
+READS --passages {}/none.tsv              | none.tsv: no such file
+READS --passages {}/twice.jsonl           | twice.jsonl:2: the id 'a' is taken by twice.jsonl:1
+READS --passages {}/blank.jsonl           | blank.jsonl:1: the passage 'a' is empty
+READS --passages {}/torn.tsv              | torn.tsv:2: 2 columns, not 3
+READS --passages {}/broken.json           | broken.json:1: not a record of JSON
+READS --train {}/same.jsonl               | same.jsonl:2: the id 7 is taken by same.jsonl:1
+READS --train {}/stranger.jsonl --dev {}/plain.jsonl --passages {}/result.json | has no results
+READS --train {}/one.jsonl                | one question cannot be cut into halves
+READS --encoder nowhere                   | nowhere
+READS --encoder {}/lm/model               | model_type
+READS --retriever nowhere --search hybrid | nowhere
+READS --context 4                         | --prompt-length 4 leaves 0
+READS --pause 2                           | --pause 2: not for reader
+READS --tune lm --init vocab              | --tune lm
+READS --placement after_bos               | --placement after_bos
+READS --group-size 1                      | --group-size
+READS --out {}/whole                      | whole exists | --resume
+READS --out {}/whole --resume --top 5     | --top | 100
+RANKS --init vocab                        | --init: reranker
+RANKS --train {}/lost.jsonl               | no training question can be learnt from: 1
+RANKS --checkpoint-activations            | --checkpoint-activations: not for reranker
+"""
+FILES = {
+    "twice.jsonl": '{"id": "a", "text": "x"}\n{"id": "a", "text": "y"}\n',
+    "blank.jsonl": '{"id": "a", "text": " "}\n',
+    "torn.tsv": "id\ttext\ttitle\n1\tx\n",
+    "broken.json": "[{]",
+    "same.jsonl": '{"id": 7, "question": "a", "answer": ["b"]}\n' * 2,
+    "stranger.jsonl": '{"question": "zed", "answer": ["b"]}\n',
+    "one.jsonl": '{"question": "where was Anna born", "answer": ["Velmor"]}\n',
+    "lost.jsonl": '{"question": "where was Anna born", "answer": ["nowhere"]}\n',
+    "result.json": '[{"question": "a", "answers": ["b"], "ctxs": [{"text": "c", "score": "1"}]}]',
+}
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE.strip().splitlines()], ids=str)
+def test_bad_input_is_one_line(shelf, whole, tmp_path, row):
+    for name, text in FILES.items():
+        (shelf / name).write_text(text)
+    flags, *words = (part.strip() for part in row.split(" | "))
+    name, _, flags = flags.replace("{}", str(shelf)).partition(" ")
+    method, out = {"READS": "reader", "RANKS": "reranker"}[name], tmp_path / "new"
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    with pytest.raises((ValueError, OSError, SystemExit)) as error:
+        run(line(shelf, method, out, flags))
+    message = str(error.value)
+    if error.type is not SystemExit:  # argparse prints its own line
+        assert len(message.splitlines()) == 1 and all(word in message for word in words), message
+    assert before == {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    assert "lost" in row or not out.exists()
+
+
+def test_encoders_learn_from_questions_without_answers_and_a_reader_leaves_them_out(
+    shelf, tmp_path
+):
+    """The re-ranker learns which passage is right, and nothing of where the answer stands."""
+    write_lines(tmp_path / "mixed.jsonl", [ASKED[0], *({**q, "answer": []} for q in ASKED[1:])])
+    files = f"--train {tmp_path}/mixed.jsonl --steps 2 --batch-size 4"
+    for method in ("reranker", "retriever"):
+        record = run(line(shelf, method, tmp_path / method, files))
+        assert record["skipped"] == {} and record["results"]["dev"]["n"] == 4
+    words = line(shelf, "reader", tmp_path / "reader", f"{files} --no-rerank --steps 1")
+    assert run(words)["passages"]["train"]["n"] == 1
+
+
+def test_a_run_of_an_encoder_answers_nothing(dual):
+    with pytest.raises(ValueError, match="retriever trains nothing that answers"):
+        load_run(dual)
+
+
+def test_a_passage_longer_than_the_context_is_dropped_and_counted(shelf, whole):
+    args = train.parse(line(shelf, "reader", whole)[1:])
+    tokenizer = load_run(whole)[2]
+    long = Passage("Anna", "word " * 300, "l")
+    q = books.Question("where was Anna born?", ["Velmor"], found=[long, BOOK[0]], scores=[2.0, 1.0])
+    _, packed, dropped = reader.pack_split(args, tokenizer, 92, [q])
+    assert packed == [[BOOK[0]]] and dropped == 1
+
+
+def test_the_world_has_a_book_of_its_own():
+    args = train.parse("--method reader".split())
+    book = openbook.load_book(args)
+    assert len(book.passages) > 5000 and book.path is None
+    for split, count in (("train", 5040), ("dev", 420), ("test", 700)):
+        assert len(book.questions[split]) == count
+    q = book.questions["dev"][0]
+    assert q.positives and all(books.has_answer(q.answers, p.text) for p in q.positives)
+    assert q.question.endswith("?") and q.task
+
+
+# The experiments and the benchmark
+
+
+def small_world(shelf):
+    """What genres.library returns, of eight people."""
+    passages = [{"id": p.id, "title": p.title, "text": p.text} for p in BOOK]
+    return passages, {"train": ASKED, "dev": ASKED[:3], "test": ASKED[3:6]}
+
+
+def test_the_experiment_shares_passages_and_does_no_run_twice(shelf, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(openbook.genres, "library", lambda world: small_world(shelf))
+    kept = ("bm25", "bm25-reranked", "not-cross-fitted", "closed-book", "fine-tuned-reranked")
+    runs = {name: reader_study.RUNS[name] for name in kept}
+    monkeypatch.setattr(reader_study, "RUNS", runs)
+    flags = f"reader --model {shelf}/lm/model --encoder {shelf}/bert --context 96 --steps 1"
+    flags += " --encoder-steps 1 --seeds 2"
+    results = reproduce.main(flags.split())
+    assert json.loads((tmp_path / "results" / "reader.json").read_text())["results"] == results
+    assert {*kept, "bm25-1", "bm25-reranked-1", "not-cross-fitted-1"} <= results.keys()
+    for first, second in (("bm25", "bm25-1"), ("bm25-reranked", "fine-tuned-reranked")):
+        texts = [tmp_path / "runs" / "reader" / name / "run.json" for name in (first, second)]
+        a, b = (json.loads(text.read_text()) for text in texts)
+        assert a["passages"]["test"]["retrieved"] != {} and b["passages"]["test"]["n"] == 3
+    assert results["bm25"]["dev passages"] > 0 == results["closed-book"]["dev passages"]
+    monkeypatch.setattr(train, "main", None)  # nothing is trained again
+    assert reproduce.main(flags.split()) == results
+
+
+def test_the_rows_of_the_benchmark_agree_with_the_peers(monkeypatch, shelf, capsys):
+    monkeypatch.setattr(openbook.genres, "library", lambda world: small_world(shelf))
+    assert bench_retrieval.peak("ours", [p.text for p in BOOK], ["Anna"]) > 0
+    monkeypatch.setattr(bench_retrieval, "peak", lambda *_: 1)  # a process each
+    rows = bench_retrieval.main("--tiny --runs 1".split())
+    assert all(row["equal lists"] == 1 for row in rows if "equal lists" in row)
+    assert all(row["score difference"] < 1e-4 for row in rows if "score difference" in row)
+    peers = [name for name, (package, *_) in bench_retrieval.PEERS.items() if find_spec(package)]
+    assert len(peers) > 1 and all(rows[i]["workload"].endswith(p) for i, p in enumerate(peers))
