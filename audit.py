@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import os
-import random
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -29,8 +28,6 @@ from pathlib import Path
 from show import Parser, only_shows, run_program, show
 
 import numpy as np
-import torch
-from torch import Tensor
 
 import cli
 import data
@@ -38,7 +35,8 @@ import eval as metrics
 import recurse
 import world
 from checkpoints import atomic_write, write_json
-from generate import drop_eos, find_stop, generate
+from handover import hand_over, holders, intervene, nearest_tokens, read_bridges, same, two_hop
+from pause import without_pause
 from questions import prepare
 from runs import load_run, read_predictions
 
@@ -205,8 +203,8 @@ def passes_command(args: argparse.Namespace) -> dict:
     """Draw the curve of a neural recursion. Returns {"curve", "beside", "at"}."""
     out = new_folder(args.out)
     asked, examples, rows, _ = ask_again(args)
-    stack, tokenizer, ids, *_ = asked
-    recurse.check_stack(stack)
+    recurse.check_stack(asked[0])
+    stack, tokenizer, ids = without_pause(asked[0]), *asked[1:3]
     beside = [(folder, *scores_on(examples, [folder])) for folder in args.runs]
     pairs = recurse.first_pass(*asked)
     answers, confidence = [a for a, _ in pairs], [logprob for _, logprob in pairs]
@@ -249,121 +247,6 @@ def show_curve(result: dict, threshold: float | None) -> None:
 # ------------------------------------------------------------------------- what is handed over
 
 
-def two_hop(examples: Sequence, made: world.World) -> list[dict]:
-    """The two-hop questions among the examples: {"row", "example", "path", "bridge"}.
-
-    The bridge is the answer to the first hop, row the index of the example. ValueError if the
-    questions are not this world's.
-    """
-    facts = {}
-    for split in world.SPLITS:
-        for fact in made.questions(split):
-            facts[fact["id"], data.question_text(fact["question"])] = fact
-    found = []
-    for row, e in enumerate(examples):
-        if (e.id, e.input) not in facts:
-            raise ValueError(f"{e.source}: is no question of the world {made.seed}")
-        path, subject = facts[e.id, e.input]["relation"], facts[e.id, e.input]["subject"]
-        if "." in path:
-            bridge = made.answer(subject, path.split(".")[0])
-            found.append({"row": row, "example": e, "path": path, "bridge": bridge})
-    return found
-
-
-@torch.no_grad()
-def hand_over(stack: recurse.Stack, ids: list[int]) -> tuple[Tensor, Tensor]:
-    """What a question of T tokens leads to in the first two parts, the LM and the Connector.
-
-    Returns (the first pass's last hidden states (T, C), the Connector's output (T, C)).
-    """
-    h = stack.parts[0](stack.embed(torch.tensor([ids], device=stack.lm.embed_tokens.weight.device)))
-    return h[0], stack.parts[1](h)[0]
-
-
-@torch.no_grad()
-def answer_with(stack, tokenizer, ids: list[int], vector: Tensor, new: int, stop: str) -> str:
-    """The greedy answer if the second pass reads `vector` (C,) at the question's last position.
-
-    Everything before and after that position stays as it is.
-    """
-    token, prefix = torch.tensor([ids], device=stack.lm.embed_tokens.weight.device), None
-    if len(ids) > 1:
-        prefix = stack.read(stack.embed(token[:, :-1]))
-    x, extended = stack.embed(token[:, -1:]), []
-    for i, part in enumerate(stack.parts):
-        x, cache = part(x, None if prefix is None else prefix.parts[i], keep=True)
-        extended.append(cache)
-        x = vector.expand_as(x) if i == 1 else x
-    answer, eos = [stack.logits(x[0, -1]).argmax().item()], stack.config.eos
-
-    def ended(more: list[int]) -> bool:
-        return find_stop(tokenizer.decode(answer + more), stop) is not None
-
-    text = tokenizer.decode(drop_eos(answer, eos))
-    if new > 1 and answer[0] not in eos and not ended([]):
-        cache = recurse.StackPrefix(extended)
-        rest = generate(stack, [answer], cache, new - 1, eos=eos, ended=ended)
-        text = tokenizer.decode(drop_eos(answer + rest[0][0].ids, eos))
-    return text[: find_stop(text, stop)].strip()
-
-
-@torch.no_grad()
-def nearest_tokens(lm, vectors: Tensor) -> list[int]:
-    """The token whose embedding has the largest cosine with each of the vectors (T, C)."""
-    table = torch.nn.functional.normalize(lm.embed_tokens.weight.float(), dim=-1)
-    return (vectors.float() @ table.T).argmax(-1).tolist()
-
-
-def donors(questions: list[dict], seed: int) -> list[int | None]:
-    """For each question another one of the same path, with another bridge and another answer."""
-    rng, chosen = random.Random(f"{seed} donors"), []
-    for a in questions:
-        others = []
-        for j, b in enumerate(questions):
-            differs = a["bridge"] != b["bridge"] and not same(b, a["example"].answers)
-            if a["path"] == b["path"] and differs:
-                others.append(j)
-        chosen.append(rng.choice(others) if others else None)
-    return chosen
-
-
-def same(question: dict, answers: Sequence[str]) -> bool:
-    """Whether one of the answers is right for the question."""
-    return any(metrics.exact_match(a, question["example"].answers) for a in answers)
-
-
-def read_bridges(stack, tokenizer, questions: list[dict], ids: list[list[int]]) -> list[dict]:
-    """What stands at the last position of every question, added to its dict.
-
-    "first" is the vocabulary's reading of the first pass, "given" the embedding nearest to the
-    Connector's output, "token" the first token of the bridge, "vector" the Connector's output.
-    """
-    texts = [f"{q['example'].input} {q['bridge']}" for q in questions]
-    rows = []
-    for q, row, whole in zip(questions, ids, data.encode_prompts(tokenizer, texts)):
-        h, given = hand_over(stack, row)
-        read = {"first": stack.logits(h[-1]).argmax().item(), "vector": given[-1]}
-        read |= {"given": nearest_tokens(stack.lm, given[-1:])[0], "token": whole[len(row)]}
-        rows.append(q | read)
-    return rows
-
-
-def intervene(stack, tokenizer, read: list[dict], ids, new: int, stops, seed: int) -> list[dict]:
-    """Answers with the hand-over as it is, with that of a donor, and with the mean.
-
-    Returns rows {"own", "other", "mean": the answers, "donor": its index}. "other" and "donor" are
-    None if there is no donor.
-    """
-    mean, rows = torch.stack([q["vector"] for q in read]).mean(0), []
-    for q, donor, row, stop in zip(read, donors(read, seed), ids, stops):
-        vectors = {"own": q["vector"], "mean": mean}
-        if donor is not None:
-            vectors["other"] = read[donor]["vector"]
-        texts = {k: answer_with(stack, tokenizer, row, v, new, stop) for k, v in vectors.items()}
-        rows.append({"other": None, "donor": donor} | texts)
-    return rows
-
-
 def bridge_rates(read: list[dict], alone: list[str], answers: list[dict]) -> list[dict]:
     """The rows of the audit's table. `alone` are the answers of the frozen LM's single pass."""
     own = [same(q, [a["own"]]) for q, a in zip(read, answers)]
@@ -371,25 +254,41 @@ def bridge_rates(read: list[dict], alone: list[str], answers: list[dict]) -> lis
     both = [(i, j) for i, j in pairs if own[i] and own[j]]
     right = [(i, i) for i in range(len(read)) if own[i]]
 
-    def gives(cases, key="other"):  # whether answer i is right for question j
+    def gives(cases, key):  # whether answer i is right for question j
         return [same(read[j], [answers[i][key]]) for i, j in cases]
 
     matches = [metrics.exact_match(a, [q["bridge"]]) == 1 for q, a in zip(read, alone)]
-    return [
-        rate("the LM alone answers with the bridge", matches),
-        rate("first pass reads the bridge's first token", [q["first"] == q["token"] for q in read]),
-        rate("Connector's output is nearest to it", [q["given"] == q["token"] for q in read]),
-        rate("answer right", own),
-        rate("other hand-over: the other's answer", gives(pairs)),
-        rate("other hand-over: still the own answer", gives([(i, i) for i, _ in pairs])),
-        rate("both right, other hand-over: the other's answer", gives(both)),
-        rate("both right, other hand-over: still the own", gives([(i, i) for i, _ in both])),
-        rate("right, mean hand-over: still the own answer", gives(right, "mean")),
-    ]
+    rows, counts = [rate("the LM alone answers with the bridge", matches)], holders(read)
+    paused = len(counts) > 1
+    for i in range(len(counts)):
+        where = f", position {i}" if paused else ""
+        first, given = ([q[key][i] == q["token"] for q in read] for key in ("first", "given"))
+        rows.append(rate(f"first pass reads the bridge's first token{where}", first))
+        rows.append(rate(f"Connector's output is nearest to it{where}", given))
+    if paused:
+        hits = [q["token"] in (*q["first"], *q["given"]) for q in read]
+        rows.append(rate("one of these at any position", hits))
+    rows.append(rate("answer right", own))
+    places = {"": ", all positions", "_one": f", position {counts.index(max(counts))}"}
+    for key, where in places.items() if paused else [("", "")]:
+        what, other, mean = f"other hand-over{where}", f"other{key}", f"mean{key}"
+        still = [(i, i) for i, _ in pairs], [(i, i) for i, _ in both]
+        rows += [
+            rate(f"{what}: the other's answer", gives(pairs, other)),
+            rate(f"{what}: still the own answer", gives(still[0], other)),
+            rate(f"both right, {what}: the other's answer", gives(both, other)),
+            rate(f"both right, {what}: still the own", gives(still[1], other)),
+            rate(f"right, mean hand-over{where}: still the own answer", gives(right, mean)),
+        ]
+    return rows
 
 
 def bridge_command(args: argparse.Namespace) -> dict:
-    """Audit the two-hop questions of a neural recursion. Returns {"rates", "questions"}."""
+    """Audit the two-hop questions of a neural recursion. Returns {"rates", "held", "questions"}.
+
+    held: how many questions' bridges each position holds. Position 0 is the question's last one,
+    and the others are those of the pause.
+    """
     out = new_folder(args.out)
     asked, examples, _, record = ask_again(args)
     recurse.check_stack(asked[0])
@@ -397,29 +296,30 @@ def bridge_command(args: argparse.Namespace) -> dict:
     questions = two_hop(examples, made)[: args.limit]
     if not questions:
         raise ValueError(f"{args.run}/predictions.jsonl: no two-hop question")
-    (stack, tokenizer, ids, prefix, new, options, stops), rows = (
-        asked,
-        [q["row"] for q in questions],
-    )
+    model, tokenizer, ids, prefix, new, options, stops = asked
+    rows = [q["row"] for q in questions]
     ids, options, stops = ([part[row] for row in rows] for part in (ids, options, stops))
-    alone = recurse.first_pass(stack, tokenizer, ids, prefix, new, options, stops)
-    read = read_bridges(stack, tokenizer, questions, ids)
-    answers = intervene(stack, tokenizer, read, ids, new, stops, args.seed)
-    rates = bridge_rates(read, [a for a, _ in alone], answers)
+    alone = recurse.first_pass(model, tokenizer, ids, prefix, new, options, stops)
+    read = read_bridges(model, tokenizer, questions, ids)
+    answers = intervene(model, tokenizer, read, ids, new, stops, args.seed)
+    rates, held = bridge_rates(read, [a for a, _ in alone], answers), holders(read)
     lines = []
     for q, a, (text, _) in zip(read, answers, alone):
         line = {"id": q["example"].id, "input": q["example"].input, "path": q["path"]}
         line |= {"bridge": q["bridge"], "answers": list(q["example"].answers), "alone": text} | a
-        names = {k: tokenizer.decode([q[k]]) for k in ("first", "given", "token")}
-        lines.append(line | names)
+        names = {k: [tokenizer.decode([t]) for t in q[k]] for k in ("first", "given")}
+        lines.append(line | names | {"token": tokenizer.decode([q["token"]])})
     out.mkdir(parents=True, exist_ok=True)
-    result = {"rates": rates, "questions": lines}
+    result = {"rates": rates, "held": held, "questions": lines}
     write_json(out / "bridge.json", result)
     show_rates(rates)
+    if len(held) > 1:
+        best = held.index(max(held))
+        show(f"position {best} of 0 to {len(held) - 1} holds the bridge most often: {max(held)}")
     shown = next((i for i, q in enumerate(read) if same(q, [answers[i]["own"]])), 0)
-    height = max(4, 0.24 * len(ids[shown]))
+    height = max(4, 0.24 * max(len(ids[shown]), len(rates)))
     with only_shows("bridge.png"), picture(out / "bridge.png", 13, height) as figure:
-        draw_bridge(figure, stack, tokenizer, ids[shown], read[shown]["bridge"], rates)
+        draw_bridge(figure, model, tokenizer, ids[shown], read[shown]["bridge"], rates)
     return result
 
 
@@ -457,11 +357,14 @@ def draw_passes(figure, result: dict) -> None:
     axes.legend(fontsize=7)
 
 
-def draw_bridge(figure, stack, tokenizer, ids: list[int], bridge: str, rates: list[dict]) -> None:
+def draw_bridge(figure, model, tokenizer, ids: list[int], bridge: str, rates: list[dict]) -> None:
     """Draw what is read at every position of one question, and the rates."""
-    h, given = hand_over(stack, ids)
-    columns = [ids, stack.logits(h).argmax(-1).tolist(), nearest_tokens(stack.lm, given)]
+    h, given = hand_over(model, ids)
+    columns = [ids, model.logits(h).argmax(-1).tolist(), nearest_tokens(model.lm, given)]
     cells = [[repr(tokenizer.decode([t])) for t in row] for row in zip(*columns)]
+    for row, token in zip(cells, ids):
+        if token in getattr(model, "pause_ids", []):
+            row[0] = "a trained vector"
     left, right = figure.subplots(1, 2)
     left.axis("off")
     names = ["token", "first pass reads", "nearest to the Connector"]

@@ -122,6 +122,7 @@ def add_recursion_flags(parser) -> None:
         "textual recursion",
         ("--candidates", COUNT, 16, "answers sampled for each question (paper: 1 to 64)"),
         ("--rounds", COUNT, 1, "how often candidates are sampled, each time after reading"),
+        ("--stages-from", str, None, "a run with the same p1, to be copied and not trained again"),
     )
     whole = "sample for training questions with a prompt that has seen them (the paper's way)"
     group.add_argument("--no-cross-fit", action="store_true", help=whole)

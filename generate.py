@@ -6,6 +6,7 @@ prefix has the methods of model.Prefix: rows, row_lengths, select, preallocate a
     prefill            reads every question, except its last token, into the KV cache
     sample_next_token  logits -> one token per row
     generate           prefill, then one token per step; finished rows leave the batch
+    sample_answers     n samples of each question; samples that agree so far are one row
     option_scores      log-probabilities of answer choices; each question is read once
     vote               the answer that most of several prompts give
     predict            answers: texts, or choices among options; in batches within a memory budget
@@ -213,6 +214,76 @@ def generate(
         for row, value in zip(new_tokens.tolist(), logprob.tolist())
     ]
     return [samples[b * n : (b + 1) * n] for b in range(len(ids))]
+
+
+@torch.no_grad()
+def sample_answers(
+    lm,
+    ids: list[list[int]],
+    n: int,
+    seeds: list[int],
+    prefix=None,
+    max_new_tokens: int = 16,
+    eos: int | list[int] | tuple[int, ...] | None = None,
+    ended: Callable[[int, list[int]], bool] | None = None,
+) -> list[list[Sample]]:
+    """Samples n answers to each of B questions at temperature 1, as `generate` returns them.
+
+    seeds  B seeds. Sample i of a question is drawn with random numbers that depend on the seed and
+           on i alone, so neither the questions beside it nor n change it (beyond float32 rounding)
+    ended  a function of the question's number and the tokens so far; True ends the sample
+
+    Samples whose tokens are the same so far are one row: the LM reads each text once, however many
+    samples go on with it. The other arguments, and the memory of a row, are those of `generate`.
+    """
+    check_sampling(max_new_tokens, 1.0, None, None, n)
+    token, cache = prefill(lm, ids, prefix, [max_new_tokens] * len(ids))
+    device, samples = token.device, [Sample([], 0.0)] * (len(ids) * n)
+    draws = [torch.rand(n, max_new_tokens, generator=seeded(seed)) for seed in seeds]
+    draws = torch.cat(draws).to(device, torch.float64)  # (B * n, max_new_tokens), in [0, 1)
+    active = torch.arange(len(ids) * n, device=device)  # the samples that go on,
+    row = active // n  # and the row of each
+    texts = [(b, []) for b in range(len(ids))]  # question and new tokens of each row
+    logprob = torch.zeros(len(ids), device=device)  # of each row
+    for step in range(max_new_tokens):
+        h, cache = lm(lm.embed(token), cache, keep=True)
+        logprobs = lm.logits(h[:, -1]).log_softmax(-1)  # (R, V)
+        drawn = row * logprobs.shape[1] + inverse_cdf(logprobs, row, draws[active, step])
+        pairs, row = drawn.unique(return_inverse=True)  # the new rows, ordered by their parents
+        parent, token = pairs // logprobs.shape[1], pairs % logprobs.shape[1]
+        logprob = logprob[parent] + logprobs[parent, token]
+        texts = [(texts[i][0], [*texts[i][1], t]) for i, t in zip(parent.tolist(), token.tolist())]
+        done = torch.isin(token, torch.tensor(as_list(eos), dtype=torch.long, device=device))
+        if ended is not None:
+            done |= torch.tensor([ended(b, tokens) for b, tokens in texts], device=device)
+        done |= step == max_new_tokens - 1
+        values = logprob.tolist()
+        for i, r in zip(active[done[row]].tolist(), row[done[row]].tolist()):
+            samples[i] = Sample(texts[r][1], values[r])
+        if done.all():
+            break
+        left = (~done).nonzero()[:, 0]
+        if len(left) != len(h) or not torch.equal(parent[left], torch.arange(len(h)).to(device)):
+            cache = cache.preallocate(parent[left], max_new_tokens - 1 - step)
+        active, row = active[~done[row]], row[~done[row]]
+        row = torch.searchsorted(left, row)  # their numbers among the rows that are left
+        token, logprob = token[left, None], logprob[left]
+        texts = [texts[r] for r in left.tolist()]
+    return [samples[b * n : (b + 1) * n] for b in range(len(ids))]
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the CPU, so that every device draws the same numbers."""
+    return torch.Generator().manual_seed(seed)
+
+
+def inverse_cdf(logprobs: Tensor, row: Tensor, u: Tensor) -> Tensor:
+    """One token (S,) for each number u (S,) in [0, 1), by the distribution logprobs[row] (R, V)."""
+    cdf = logprobs.double().exp_().cumsum_(-1)
+    cdf /= cdf[:, -1:].clone()  # exactly 1 at the end
+    # The rows behind each other are one ascending list: that of row r lies between r and r + 1.
+    cdf += torch.arange(len(cdf), device=cdf.device)[:, None]
+    return torch.searchsorted(cdf.flatten(), row + u, right=True) - row * cdf.shape[1]
 
 
 def as_list(eos: int | list[int] | tuple[int, ...] | None) -> list[int]:

@@ -3,8 +3,8 @@
     Pause     k positions, a text or trained vectors
     Paused    a model, with the LM's interface, whose questions end with a Pause
 
-It is not in the paper. Needs torch; the caller passes the model. Saving and loading need
-checkpoints.py.
+It is not in the paper. Needs torch and data.py; the caller passes the model. Saving and loading
+need checkpoints.py.
 
     python train.py --method neural_recursion --pause 4 --pause-text trained
 """
@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch import Tensor
+
+import data
 
 
 class Pause(nn.Module):
@@ -44,6 +46,11 @@ class Paused(nn.Module):
         self.pause_ids = list(range(V, V + k))
         self.config = replace(model.config, vocab_size=V + k)  # of what can be read
 
+    @property
+    def lm(self):
+        """The LM that the model is, or that it is built around."""
+        return getattr(self.model, "lm", self.model)
+
     def embed(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> (B, T, C)."""
         V, vectors = self.model.config.vocab_size, self.pause.vectors
@@ -63,6 +70,27 @@ class Paused(nn.Module):
     def logits(self, h: Tensor) -> Tensor:
         """As the model's: (..., C) -> (..., V), without the pause's ids."""
         return self.model.logits(h)
+
+
+def with_pause(model, pause: Pause | None):
+    """The model, whose questions end with the pause if there is one."""
+    return model if pause is None else Paused(model, pause)
+
+
+def without_pause(model):
+    """The model whose questions a Paused ends, or the model itself if it is none."""
+    return model.model if isinstance(model, Paused) else model
+
+
+def tokenize_paused(examples, tokenizer, config, left: int, text: str, k: int) -> list:
+    """data.tokenize of questions that end with a pause, as `pause_parts` returns it.
+
+    left  positions that the prompt and the k trained vectors leave of the context
+    """
+    eos, V = config.eos[0] if config.eos else None, config.vocab_size
+    paused = [replace(e, input=e.input + text) for e in examples]
+    rows = data.tokenize(paused, tokenizer, eos, left, V)
+    return [replace(row, input=row.input + list(range(V, V + k))) for row in rows]
 
 
 def pause_parts(count: int, text: str) -> tuple[str, int]:

@@ -259,12 +259,14 @@ def generator_values(args, e: T5Config, lengths: Lengths) -> int:
 
 
 def sampling_memory(args, c: Config, lengths: Lengths, size: int) -> int:
-    """What the samples of one question hold. Each has a cache of its own after the question."""
+    """What a batch of samples holds if no two of a question agree: each then has its own cache."""
     question = max(lengths.question, lengths.text - lengths.targets)
     length = args.prompt_length + question + args.max_new_tokens
     cache = 2 * c.n_kv_heads * c.head_dim * c.n_layers * size
-    held = 2 * args.candidates * length * cache  # before and after a row ends
-    return held + 2 * 4 * args.candidates * c.vocab_size  # logits and probabilities
+    questions = max(1, args.eval_tokens // (args.candidates * length))  # as in recurse.candidates
+    rows = questions * args.candidates
+    held = 2 * rows * length * cache  # before and after a row ends
+    return held + (4 + 8) * rows * c.vocab_size  # log-probabilities, and their sums in float64
 
 
 def evaluation_memory(args, c: Config, lengths: Lengths, size: int) -> int:
@@ -340,7 +342,8 @@ def count_operations(args, c: Config, e: T5Config | None, lengths: Lengths) -> d
         answer += encoder + generator + n * layer_operations(c, P, P)
     operations, prompts = {}, 1
     if args.method == "textual_recursion":
-        prompts += args.rounds * (1 if args.no_cross_fit else 3)
+        rounds = args.rounds - (args.stages_from is not None)
+        prompts += rounds * (1 if args.no_cross_fit else 3)
         sampled = args.candidates * new
         read = layer_operations(c, asked + sampled, P + asked + new)
         operations["samples of a question"] = n * read + sampled * logits

@@ -15,7 +15,7 @@ A residual Connector, which is not in the paper, is added to what it replaces in
 
     neural recursion   lm(x + connector(lm(x)))         x = lm.embed(ids)
 
-Every composition but textual recursion can end its questions with a Pause: Paused(model, pause).
+Every composition can end its questions with a Pause: Paused(model, pause).
 
 A Stack generates like an LM: every new token runs through all its parts, and every part has its own
 KV cache.
@@ -49,8 +49,17 @@ from adapters import (
     save_adapter,
 )
 from checkpoints import load_tokenizer
-from generate import Sample, drop_eos, find_stop, generate, pad, predict
-from pause import Pause, Paused
+from generate import (
+    Sample,
+    batches,
+    drop_eos,
+    find_stop,
+    pad,
+    predict,
+    prefix_lengths,
+    sample_answers,
+)
+from pause import Pause, with_pause, without_pause
 from t5 import T5Encoder
 
 
@@ -251,7 +260,7 @@ CONNECTOR_METHODS = ("neural_recursion", "lm_connector", "connector_lm")
 def compose(method: str, lm, adapter, pause: Pause | None = None):
     """(model, prefix) of COMPOSITIONS, whose questions end with the pause, if there is one."""
     model, prefix = COMPOSITIONS[method](lm, adapter)
-    return (model if pause is None else Paused(model, pause)), prefix
+    return with_pause(model, pause), prefix
 
 
 def gaps(connector: Connector | Connectors) -> list[Connector]:
@@ -406,18 +415,18 @@ def route(
 
 
 def check_stack(model) -> None:
-    """ValueError unless the model is a Stack of passes through one LM, with Connectors between."""
-    if isinstance(model, Paused):
-        raise ValueError("the first pass of a run with --pause cannot answer without the filler")
-    passes = isinstance(model, Stack) and model.parts[0] is model.parts[-1] is model.lm
-    if not passes or len(model.parts) < 3:
+    """ValueError unless the model, Paused or not, is a Stack of passes with Connectors between."""
+    stack = without_pause(model)
+    passes = isinstance(stack, Stack) and stack.parts[0] is stack.parts[-1] is stack.lm
+    if not passes or len(stack.parts) < 3:
         raise ValueError("only a run of neural_recursion has a first pass that can answer")
 
 
-def first_pass(stack: Stack, tokenizer, ids, prefix=None, *rest, mean: bool = False) -> list:
-    """The frozen LM's own answers, each with its log-probability. Arguments of predict."""
+def first_pass(stack, tokenizer, ids, prefix=None, *rest, mean: bool = False) -> list:
+    """The frozen LM's own answers and their log-probabilities, after the same pause. As predict."""
     prefix = None if prefix is None else prefix.parts[0]
-    return predict(stack.lm, tokenizer, ids, prefix, *rest, mean=mean, logprobs=True)
+    lm = with_pause(stack.lm, getattr(stack, "pause", None))
+    return predict(lm, tokenizer, ids, prefix, *rest, mean=mean, logprobs=True)
 
 
 # Textual recursion
@@ -442,6 +451,7 @@ def candidates(
     max_new_tokens: int = 16,
     stops: list[str] | None = None,
     seed: int = 0,
+    max_tokens: int = 8192,
 ) -> list[list[Candidate]]:
     """Samples n answers to each of B questions, from one reading of each. Returns B ranked lists.
 
@@ -449,30 +459,32 @@ def candidates(
     the samples are merged and ordered. An answer ends with an eos of the LM or at stops[b] ("" for
     none). Without a tokenizer a text is the list of its token ids.
 
-    Questions are sampled one by one, each with random numbers of its own. So the candidates of a
-    question depend on `seed` and its tokens, and not on the questions beside it.
+    A batch has at most max_tokens positions, if no two samples agree: n times (prefix + longest
+    question + max_new_tokens) for each question. The random numbers of a question depend on `seed`
+    and its tokens alone. So its candidates do not depend on the questions beside it, except that
+    another batch rounds log-probabilities differently. The same arguments give the same bits.
     """
-    ranked, device = [], next(lm.parameters()).device
-    for row, stop in zip(ids, stops or [""] * len(ids), strict=True):
-        digest = hashlib.sha256(repr((seed, row)).encode()).digest()
-        rng = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+    stops, ranked = stops or [""] * len(ids), [[]] * len(ids)
+    before = prefix_lengths(prefix, 1)[0]
+    widths = [before + len(row) + max_new_tokens for row in ids]
+    by_length = sorted(range(len(ids)), key=lambda b: widths[b])
+    for batch in batches(by_length, [n] * len(ids), widths, max_tokens, max_tokens):
 
-        def ended(tokens: list[int], stop=stop) -> bool:
-            return find_stop(tokenizer.decode(tokens), stop) is not None
+        def ended(i: int, tokens: list[int], batch=batch) -> bool:
+            stop = stops[batch[i]]
+            return bool(stop) and find_stop(tokenizer.decode(tokens), stop) is not None
 
-        (samples,) = generate(
-            lm,
-            [row],
-            prefix,
-            max_new_tokens,
-            temperature=1.0,
-            n=n,
-            eos=lm.config.eos,
-            generator=rng,
-            ended=ended if stop else None,
-        )
-        ranked.append(rank(samples, lm.config.eos, tokenizer, stop))
+        asked, eos = [ids[b] for b in batch], lm.config.eos
+        seeds = [question_seed(seed, row) for row in asked]
+        found = sample_answers(lm, asked, n, seeds, prefix, max_new_tokens, eos, ended)
+        for b, samples in zip(batch, found):
+            ranked[b] = rank(samples, eos, tokenizer, stops[b])
     return ranked
+
+
+def question_seed(seed: int, ids: list[int]) -> int:
+    """A seed that depends on `seed` and on the tokens of a question."""
+    return int.from_bytes(hashlib.sha256(repr((seed, ids)).encode()).digest()[:7], "big")
 
 
 def rank(samples: list[Sample], eos, tokenizer=None, stop: str = "") -> list[Candidate]:

@@ -28,20 +28,35 @@ from study import Job, Row, Study, em, show_grid, show_orderings, show_runs
 
 # The runs
 
-NEURAL, PROMPT, TEXTUAL, TUNED = (
-    f"train.py --method {method}"
-    for method in ("neural_recursion", "prompt_tuning", "textual_recursion", "fine_tuning")
+NEURAL, AFTER, BEFORE = (
+    f"train.py --method {method} --residual off"  # the paper's form
+    for method in ("neural_recursion", "lm_connector", "connector_lm")
 )
-AFTER, BEFORE = "train.py --method lm_connector", "train.py --method connector_lm"
+PROMPT, TEXTUAL, TUNED = (
+    f"train.py --method {method}"
+    for method in ("prompt_tuning", "textual_recursion", "fine_tuning")
+)
 STORED, RANDOM, ONE = "--init {pretrained}", "--init random", "--connector-layers 1"
+NEURAL_1 = f"{NEURAL} {ONE} {STORED}/neural_recursion_1"
 NEURAL_2 = f"{NEURAL} {STORED}/neural_recursion_2"
 AFTER_2, BEFORE_2 = f"{AFTER} {STORED}/lm_connector_2", f"{BEFORE} {STORED}/connector_lm_2"
+MORE = f"{TEXTUAL} --stages-from {{out}}/textual-16-0"  # the prompts before the last are the same
+
+
+def residual(command: str) -> str:
+    """The command with Connectors whose output is added to what it replaces in the paper."""
+    return command.replace("--residual off", "--residual on")
+
+
 RATES = {  # row: learning rates; the first is used where --grid has chosen none
     "neural-2": ("1e-3", "3e-4", "3e-3"),
+    "neural-2-residual": ("1e-3", "3e-4", "3e-3"),
     "neural-2-random": ("1e-3", "3e-4", "3e-3"),
     "before-2": ("1e-3", "3e-4", "3e-3"),
+    "before-2-residual": ("1e-3", "3e-4", "3e-3"),
     "before-2-random": ("1e-3", "3e-4", "3e-3"),
     "after-2": ("1e-3", "3e-4", "3e-3"),
+    "after-2-residual": ("1e-3", "3e-4", "3e-3"),
     "after-2-random": ("1e-3", "3e-4", "3e-3"),
     "prompt": ("0.024", "0.008", "0.072"),  # a quarter of the embeddings' standard deviation
     "fine-tuning": ("3e-4", "1e-4", "1e-3"),
@@ -51,15 +66,27 @@ RATES = {  # row: learning rates; the first is used where --grid has chosen none
 GROUPS = {
     "headline, as in table 4": [
         Row("neural-2", 3, "neural-2", NEURAL_2),
+        Row("neural-2-residual", 3, "neural-2-residual", residual(NEURAL_2)),
         Row("prompt", 3, "prompt", PROMPT),
+        Row("neural-2-residual-pause-7", 3, "neural-2-residual", f"{residual(NEURAL_2)} --pause 7"),
+        Row("neural-2-residual-pause-3", 3, "neural-2-residual", f"{residual(NEURAL_2)} --pause 3"),
         Row("before-2", 3, "before-2", BEFORE_2),
         Row("before-2-random", 3, "before-2-random", f"{BEFORE} {RANDOM}"),
         Row("textual-16", 3, "prompt", f"{TEXTUAL} --candidates 16"),
-        Row("neural-2-pause-3", 3, "neural-2", f"{NEURAL_2} --pause 3"),
+    ],
+    "residual Connectors and filler after the question, which are not in the paper": [
+        Row("before-2-residual", 1, "before-2-residual", residual(BEFORE_2)),
+        Row("after-2-residual", 1, "after-2-residual", residual(AFTER_2)),
+        Row("neural-1-residual", 1, "neural-2-residual", residual(NEURAL_1)),
+        Row("before-2-residual-pause-7", 1, "before-2-residual", f"{residual(BEFORE_2)} --pause 7"),
+        Row("after-2-residual-pause-7", 1, "after-2-residual", f"{residual(AFTER_2)} --pause 7"),
+        Row("prompt-pause-7", 1, "prompt", f"{PROMPT} --pause 7"),
+        Row("fine-tuning-pause-7", 1, "fine-tuning", f"{TUNED} --pause 7"),
+        Row("neural-2-pause-3", 1, "neural-2", f"{NEURAL_2} --pause 3"),
     ],
     "Connectors, as in table 6": [
         Row("neural-2-random", 1, "neural-2-random", f"{NEURAL} {RANDOM}"),
-        Row("neural-1", 1, "neural-2", f"{NEURAL} {ONE} {STORED}/neural_recursion_1"),
+        Row("neural-1", 1, "neural-2", NEURAL_1),
         Row("neural-1-random", 1, "neural-2-random", f"{NEURAL} {ONE} {RANDOM}"),
         Row("after-2", 1, "after-2", AFTER_2),
         Row("after-2-random", 1, "after-2-random", f"{AFTER} {RANDOM}"),
@@ -81,26 +108,19 @@ GROUPS = {
     ],
     "what a recursion does": [
         Row("hard", 1, "", "audit.py hard {out}/prompt-long-0 --samples 64"),
-        Row("passes", 1, "", "audit.py passes {out}/neural-2-0"),
-        Row("neural-2-routed", 1, "", "route {out}/neural-2-0 {dev} {test}"),
+        Row("passes", 1, "", "audit.py passes {out}/neural-2-residual-pause-7-0"),
+        Row("neural-2-routed", 1, "", "route {out}/neural-2-residual-pause-7-0 {dev} {test}"),
         Row("bridge", 1, "", "audit.py bridge {out}/neural-2-0 --limit 300"),
+        Row("bridge-pause", 1, "", "audit.py bridge {out}/neural-2-residual-pause-7-0 --limit 300"),
     ],
     "textual recursion, as in table 5": [
-        Row("textual-1", 1, "prompt", f"{TEXTUAL} --candidates 1"),
-        Row("textual-8", 1, "prompt", f"{TEXTUAL} --candidates 8"),
-        Row("textual-64", 1, "prompt", f"{TEXTUAL} --candidates 64"),
-        Row("textual-16-whole", 1, "prompt", f"{TEXTUAL} --candidates 16 --no-cross-fit"),
-    ],
-    "filler after the question, which is not in the paper": [
-        Row("neural-2-pause-1", 1, "neural-2", f"{NEURAL_2} --pause 1"),
-        Row("neural-2-pause-7", 1, "neural-2", f"{NEURAL_2} --pause 7"),
-        Row("prompt-pause-3", 1, "prompt", f"{PROMPT} --pause 3"),
-        Row("before-2-pause-3", 1, "before-2", f"{BEFORE_2} --pause 3"),
-        Row("after-2-pause-3", 1, "after-2", f"{AFTER_2} --pause 3"),
-        Row("fine-tuning-pause-3", 1, "fine-tuning", f"{TUNED} --pause 3"),
-        Row("neural-2-pause-3-long", 1, "neural-2", f"{NEURAL_2} --pause 3 --steps {{long}}"),
+        Row("textual-1", 1, "prompt", f"{MORE} --candidates 1"),
+        Row("textual-8", 1, "prompt", f"{MORE} --candidates 8"),
+        Row("textual-64", 1, "prompt", f"{MORE} --candidates 64"),
+        Row("textual-16-whole", 1, "prompt", f"{MORE} --candidates 16 --no-cross-fit"),
     ],
 }
+BEST = "neural-2-residual-pause-7"
 ORDERINGS = [  # the claim is that the first row has the higher EM
     ("neural > textual", "neural-2", "textual-16"),
     ("textual > prompt tuning", "textual-16", "prompt"),
@@ -113,17 +133,27 @@ ORDERINGS = [  # the claim is that the first row has the higher EM
     ("16 candidates > 1", "textual-16", "textual-1"),
     ("64 candidates > 16", "textual-64", "textual-16"),
     # not in the paper
+    ("residual > not residual", "neural-2-residual", "neural-2"),
+    ("residual > not residual, 1 layer", "neural-1-residual", "neural-1"),
+    ("residual: LM-Connector-LM > Connector-LM", "neural-2-residual", "before-2-residual"),
+    ("residual: filler 3 > 0", "neural-2-residual-pause-3", "neural-2-residual"),
+    ("residual: filler 7 > 3", BEST, "neural-2-residual-pause-3"),
+    ("residual and filler > prompt tuning", BEST, "prompt"),
+    ("residual and filler > prompt tuning with filler", BEST, "prompt-pause-7"),
+    ("residual and filler > Connector-LM with both", BEST, "before-2-residual-pause-7"),
+    ("residual and filler > LM-Connector with both", BEST, "after-2-residual-pause-7"),
+    ("residual and filler > textual", BEST, "textual-16"),
+    ("residual and filler > fine-tuning with filler", BEST, "fine-tuning-pause-7"),
+    ("residual and filler: within 3 points of prompt tuning", BEST, "prompt", 0.03),
+    ("residual and filler: within 3 points of Connector-LM", BEST, "before-2-residual", 0.03),
+    ("neural, filler 3 > 0", "neural-2-pause-3", "neural-2"),
     ("two passes > equal compute in one", "neural-2", "before-8-random"),
     ("the same, both random", "neural-2-random", "before-8-random"),
     ("trained > training-free loop", "neural-2", "training-free"),
     ("textual > prompt of three times the steps", "textual-16", "prompt-long"),
     ("cross-fitting > the paper's way", "textual-16", "textual-16-whole"),
     ("three passes > two", "neural-2-passes-3", "neural-2"),
-    ("passes by difficulty > two for all", "neural-2-routed", "neural-2"),
-    ("neural, filler 3 > 0", "neural-2-pause-3", "neural-2"),
-    ("with filler, neural > Connector-LM", "neural-2-pause-3", "before-2-pause-3"),
-    ("neural with filler > textual", "neural-2-pause-3", "textual-16"),
-    ("neural with filler > fine-tuning", "neural-2-pause-3", "fine-tuning-pause-3"),
+    ("passes by difficulty > two for all", "neural-2-routed", BEST),
 ]
 
 
@@ -191,7 +221,7 @@ def best_threshold(run: str, examples: list[data.Example]) -> float:
 
 STEP = 34  # 32 questions of 18 tokens, once forward through the layers of the embedded LM
 ANSWER = 1.5  # one question through them, and its greedy answer
-SAMPLE = (8, 0.8)  # one question, and each sample of its answer
+SAMPLE = (3, 0.31)  # one question, and each sample of its answer
 QUESTIONS = {"train": 16128, "dev": 1344, "test": 2240}
 
 
@@ -240,7 +270,8 @@ def seconds(study: Study, job: Job) -> float:
     if run.method == "textual_recursion":
         total += (train_ + dev + test) * (base + run.candidates * each) / 1000
         prompt = train.parse([*line, "--method", "prompt_tuning"])
-        total += (1 if run.no_cross_fit else 3) * training_seconds(prompt)
+        if not run.stages_from:
+            total += (1 if run.no_cross_fit else 3) * training_seconds(prompt)
     if run.method in ("neural_recursion", "lm_connector"):
         total += train_ / 32 * STEP / 1000  # the first pass, once
     asked = dev if job.short else dev + test
@@ -303,7 +334,8 @@ def show_candidates(study: Study) -> list[dict]:
 
 def show_analyses(study: Study) -> dict:
     """Print EM on the hard questions and the rates of the audit. Returns both, and the curve."""
-    found = {name: study.finished(name)[:1] for name in ("hard", "passes", "bridge")}
+    names = ("hard", "passes", "bridge", "bridge-pause")
+    found = {name: study.finished(name)[:1] for name in names}
     results = {}
     for job in found["hard"]:
         lines = data.json_lines(job.answers)
@@ -321,10 +353,11 @@ def show_analyses(study: Study) -> dict:
         rows = sorted({round(k / 40 * (len(curve) - 1)) for k in range(41)})
         results["passes"]["curve"] = [curve[row] for row in rows]
         audit.show_curve(results["passes"], None)
-    for job in found["bridge"]:
-        results["bridge"] = job.record()["results"]["rates"]
-        show("\ntwo-hop questions: what the first pass hands over\n")
-        audit.show_rates(results["bridge"])
+    for job in found["bridge"] + found["bridge-pause"]:
+        results[job.row.name] = job.record()["results"]["rates"]
+        run = job.row.command.split("/")[1].split()[0]
+        show(f"\ntwo-hop questions: what the first pass of {run} hands over\n")
+        audit.show_rates(results[job.row.name])
     return results
 
 

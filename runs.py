@@ -198,7 +198,7 @@ class Run:
             words = key == "init" and (is_word(key, before) or is_word(key, value))
             if key in PATHS and has_hash(record, PATHS[key]) and not words:
                 continue  # a path is a hint; start_record compares the hashes
-            if before != value and key != "eval_tokens":  # which saves memory and changes nothing
+            if before != value and key not in ("eval_tokens", "stages_from"):  # change no result
                 flag = f"--{key.replace('_', '-')}"
                 raise ValueError(f"{self.folder} was started with {flag} {before}, not {value}")
 

@@ -8,7 +8,9 @@ writes anything.
 """
 
 import argparse
+import shutil
 from collections import Counter
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,9 +28,10 @@ import suite
 import world
 from checkpoints import load_tokenizer, resolve
 from model import LM
-from pause import Pause, load_pause, pause_parts
+from pause import Pause, load_pause, pause_parts, tokenize_paused
 from questions import check_answers, check_targets
-from runs import ASSETS, names_file
+from runs import ASSETS, HASHES, Run, arguments, names_file, read_record
+from textual import Stage
 
 SUITE = "suite"  # --train suite
 SUITE_DEFAULTS = {"mixture_cap": 500, "max_new_tokens": 32}
@@ -64,19 +67,15 @@ def load_task(args, lm: LM, tokenizer: Tokenizer, examples: dict | None = None) 
     if left < 2:
         flags = f"--prompt-length {P}" + (f" and --pause {k}" if k else "")
         raise ValueError(f"{flags} leaves {left} of the LM's context of {context}")
-    eos = lm.config.eos[0] if lm.config.eos else None
     if examples is None:
         examples = {split: load_split(args, split) for split in ("train", "dev", "test")}
     check_targets(tokenizer, examples["train"], lm.config.eos)
     for split in ("dev", "test"):
         stops = metrics.stops(examples[split], args.stop)
         check_answers(tokenizer, examples[split], lm.config.eos, stops, args.max_new_tokens)
-    V = lm.config.vocab_size
-    tokens, pause_ids = {}, list(range(V, V + k))  # those of pause.Paused
+    tokens = {}
     for split, part in examples.items():
-        paused = [replace(example, input=example.input + after) for example in part]
-        rows = data.tokenize(paused, tokenizer, eos, left, V)
-        tokens[split] = [replace(row, input=row.input + pause_ids) for row in rows]
+        tokens[split] = tokenize_paused(part, tokenizer, lm.config, left, after, k)
     for split in ("dev", "test"):  # refuse before training what `predict` would refuse after it
         for example, question in zip(examples[split], tokens[split]):
             T, new = len(question.input) - k, args.max_new_tokens
@@ -271,11 +270,56 @@ def start_pause(task: Task) -> Pause | None:
     return Pause(vectors=filler).to(args.device)
 
 
-def next_prompt(task: Task, before: adapters.SoftPrompt | None) -> adapters.SoftPrompt:
-    """The prompt that a stage starts from: the one before it, if there is one and no --init."""
+def next_stage(task: Task, before: Stage | None) -> tuple[adapters.SoftPrompt, Pause | None]:
+    """The prompt and the pause that a stage starts from: those of the stage before it, if there is
+    one and no --init."""
     if before is None or task.args.init:
-        return start_prompt(task)
-    return adapters.SoftPrompt(before.vectors).to(task.args.device)
+        return start_prompt(task), start_pause(task)
+    prompt, pause = before
+    return adapters.SoftPrompt(prompt.vectors).to(task.args.device), deepcopy(pause)
+
+
+STAGE_FREE = ("candidates", "rounds", "no_cross_fit", "eval_tokens")  # flags that no p1 depends on
+
+
+def finished_stage(args, hashes: dict) -> Path | None:
+    """The folder of the stage that --stages-from has trained in place of the stage args.out.
+
+    None if it has not trained this one. ValueError if it did so with other questions, another LM or
+    other flags than those of STAGE_FREE.
+    """
+    folder = Path(args.stages_from) / Path(args.out).name
+    if not (folder / "run.json").is_file():
+        return None
+    record = read_record(folder)
+    if "results" not in record:
+        return None
+    same = {key: record["arguments"][key] for key in STAGE_FREE if key in record["arguments"]}
+    own = argparse.Namespace(**vars(args) | same)
+    Run(folder, arguments(own), resume=True).check()
+    for key, what in HASHES.items():
+        if record.get(key) != hashes[key]:
+            raise ValueError(f"--stages-from: {folder} was trained {what} (its {key} differs)")
+    return folder
+
+
+def check_stages(args, hashes: dict) -> None:
+    """ValueError if --stages-from has not finished the stage args.out, or has trained another."""
+    if args.stages_from and finished_stage(args, hashes) is None:
+        name = Path(args.out).name
+        raise ValueError(f"--stages-from {args.stages_from}: holds no finished {name}")
+
+
+def take_stage(args, hashes: dict) -> None:
+    """Copy the stage args.out from --stages-from, if it is of the first round and not begun."""
+    folder, source = Path(args.out), None
+    if args.stages_from and folder.name.startswith("p1") and not folder.exists():
+        source = finished_stage(args, hashes)
+    if source is not None:
+        unfinished = folder.with_name(f"{folder.name}.unfinished")  # a kill may have left one
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(source, unfinished)
+        unfinished.rename(folder)
 
 
 def load_init(init: Path, args, lm: LM, kind: type | tuple[type, ...], encoder=None) -> nn.Module:

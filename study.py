@@ -333,13 +333,14 @@ def em(record: dict, split: str, part: str) -> float | None:
 def show_orderings(study: Study, orderings: list[tuple]) -> list[dict]:
     """Print whether the claims (claim, row with the higher EM, other row) hold, for every slice.
 
+    A fourth element is a margin from 0 to 1: the first row's EM is less than that below the other.
     Returns what is printed. A claim about a row without a finished run is left out.
     """
     scores, results, table = {}, [], []
-    for claim, *pair in orderings:
+    for claim, *pair, margin in ((*row, 0.0)[:4] for row in orderings):
         a, b = (scores.setdefault(name, test_scores(study, name)) for name in pair)
         for part in SLICES:
-            compared = compare(a, b, part)
+            compared = compare(a, b, part, margin)
             if compared:
                 results.append({"claim": claim, "rows": pair, "slice": part} | compared)
     for r in results:
@@ -357,11 +358,12 @@ def test_scores(study: Study, name: str) -> list[dict]:
     return [{(r["task"], r["id"]): r["em"] for r in rows} for rows in files]
 
 
-def compare(a: list[dict], b: list[dict], part: str) -> dict | None:
+def compare(a: list[dict], b: list[dict], part: str, margin: float = 0.0) -> dict | None:
     """Compare two rows, given as `test_scores`, on one of SLICES.
 
     Returns {"n", "seeds", "difference", "low", "high", "p", "verdict"} by `paired_bootstrap`. None
-    if a row has no finished run or no question is of the slice.
+    if a row has no finished run or no question is of the slice. With a margin the verdict depends
+    on the interval: the claim holds if all of it is above -margin.
     """
     keys = [key for key in (a[0] if a and b else ()) if part in ("all", key[0])]
     if not keys:
@@ -369,7 +371,10 @@ def compare(a: list[dict], b: list[dict], part: str) -> dict | None:
     scores = [[[seed[key] for key in keys] for seed in row] for row in (a, b)]
     difference, low, high, p = metrics.paired_bootstrap(*scores, iters=2000)
     result = {"n": len(keys), "seeds": [len(a), len(b)], "difference": difference}
-    return result | {"low": low, "high": high, "p": p, "verdict": verdict(difference, p)}
+    says = verdict(difference, p)
+    if margin:
+        says = "holds" if low > -margin else "does not hold" if high < -margin else "undecided"
+    return result | {"low": low, "high": high, "p": p, "verdict": says}
 
 
 def verdict(difference: float, p: float) -> str:

@@ -101,13 +101,15 @@ def textual_recursion(task: start.Task) -> dict:
     run = Run.from_args(task.args)
     if not task.args.no_cross_fit:  # refuse before anything is written
         textual.group_questions(task.examples["train"])
+    start.check_stages(*stage_of(task, "p1"))
     with run:
         prompt = start.start_prompt(task)
         record = start_record(run, prompt, task.lm, hashes(task, prompt))
-        asked, prompt, rounds, halves = textual.sample_rounds(task, train_stage, show_candidates)
+        asked, before, rounds, halves = textual.sample_rounds(task, train_stage, show_candidates)
         split = {"halves": "".join(halves)} if halves else {}
         write_json(run.folder / "run.json", record | {"candidates": rounds} | split)
-    return train_adapter(asked, trained=start.next_prompt(task, prompt), loaded=task)
+    prompt, asked.pause = start.next_stage(task, before)
+    return train_adapter(asked, trained=prompt, loaded=task)
 
 
 def neural_recursion(task: start.Task) -> dict:
@@ -224,7 +226,7 @@ def train_adapter(task, trained: nn.Module, loaded=None, batch_at=None, after_st
         recipe = replace(recipe, lr=default_prompt_lr(lm))
     adapter = None if trained is lm else trained
     frozen = None if trained is lm else lm
-    pause = task.pause = start.start_pause(task)
+    pause = task.pause = task.pause or start.start_pause(task)
     if pause is not None and pause.vectors is not None:
         trained = nn.ModuleDict({"adapter": trained, "pause": pause})
 
@@ -284,22 +286,29 @@ def compose(task: start.Task, adapter, split: str, rows: list[int]):
     return recurse.compose(task.args.method, task.lm, adapter, task.pause)
 
 
-def train_stage(task: start.Task, name: str, before: adapters.SoftPrompt | None) -> nn.Module:
+def train_stage(task: start.Task, name: str, before: textual.Stage | None) -> textual.Stage:
     """Train a prompt in the folder `name` below --out, or load it if it is trained already.
 
     ValueError if it was trained on other questions, as by a program that cut other halves.
     """
-    folder = Path(task.args.out) / name
-    flags = vars(task.args) | {"method": "prompt_tuning", "out": str(folder)}
+    args, known = stage_of(task, name)
+    folder = Path(args.out)
+    start.take_stage(args, known)
     record = read_record(folder) if (folder / "run.json").is_file() else {}
     if "results" in record:
-        if record["data_hash"] != hashes(task, None)["data_hash"]:
+        if record["data_hash"] != known["data_hash"]:
             raise ValueError(f"{folder} was trained on other questions; choose another --out")
     else:
         show(f"{folder}: {len(task.tokens['train'])} training questions")
-        stage = replace(task, args=argparse.Namespace(**flags))
-        train_adapter(stage, trained=start.next_prompt(stage, before))
-    return adapters.load_adapter(folder, task.lm)
+        prompt, pause = start.next_stage(task, before)
+        train_adapter(replace(task, args=args, pause=pause), trained=prompt)
+    return textual.load_stage(folder, task.lm, vars(args))
+
+
+def stage_of(task: start.Task, name: str) -> tuple[argparse.Namespace, dict]:
+    """The arguments of a stage of textual recursion, and the hashes that identify it."""
+    flags = {"method": "prompt_tuning", "out": str(Path(task.args.out) / name)}
+    return argparse.Namespace(**vars(task.args) | flags), hashes(task, None)
 
 
 def asks_questions(task: start.Task) -> bool:
@@ -479,7 +488,9 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--init: {args.method} does not start from an adapter")
     if args.pause and not args.pause_text:
         raise ValueError(f"--pause {args.pause}: --pause-text is empty")
-    if args.pause and args.method in ("textual_recursion", *OPEN_BOOK):
+    if args.stages_from and args.method != "textual_recursion":
+        raise ValueError(f"--stages-from {args.stages_from}: {args.method} has no stages")
+    if args.pause and args.method in OPEN_BOOK:
         raise ValueError(f"--pause {args.pause}: not for {args.method}")
     if args.passes > 2 and args.method != "neural_recursion":
         raise ValueError(f"--passes {args.passes}: only neural_recursion has more than two passes")

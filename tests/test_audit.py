@@ -13,12 +13,20 @@ from tiny_runs import command, make_place, run, write_lines
 import audit
 import data
 import eval as metrics
+import handover
 import recurse
 import world
 from generate import predict
+from pause import Pause, Paused
 from questions import prepare
 from recurse import Candidate, route
 from runs import load_run, read_predictions
+
+PAUSES = {  # name of a run: its flags
+    "neural": "",
+    "vectors": "--pause 2 --pause-text trained",
+    "text": "--pause 2 --residual off",
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +34,9 @@ def place(tmp_path_factory):
     """Runs of prompt tuning and of neural recursion, on the same questions."""
     folder = make_place(tmp_path_factory.mktemp("place"))
     run(command(folder, "prompt_tuning", folder / "prompt"))
-    run(command(folder, "neural_recursion", folder / "neural", "--steps 20 --lr 0.03"))
+    for name, flags in PAUSES.items():
+        flags = f"--steps 20 --lr 0.03 {flags}"
+        run(command(folder, "neural_recursion", folder / name, flags))
     return folder
 
 
@@ -160,6 +170,21 @@ def test_a_question_takes_all_passes_if_the_first_is_not_sure(stack, shots):
     assert route(None, stack, tokenizer, QUESTIONS, prefix, *rest[:2], stops)[0] == whole
 
 
+def test_the_first_pass_reads_the_same_pause(any_stack):
+    """Filler that equals real tokens gives the answers and confidences of these tokens."""
+    tokenizer, lm, filler = words_tokenizer(53), any_stack.lm, [9, 4]
+    model = Paused(any_stack, Pause(vectors=lm.embed_tokens.weight[filler])).requires_grad_(False)
+    asked = [row + model.pause_ids for row in QUESTIONS]
+    spelt = [row + filler for row in QUESTIONS]
+    pairs = recurse.first_pass(model, tokenizer, asked, None, 6)
+    assert pairs == predict(lm, tokenizer, spelt, None, 6, logprobs=True)
+    assert pairs != predict(lm, tokenizer, QUESTIONS, None, 6, logprobs=True)
+    middle = sorted(logprob for _, logprob in pairs)[2]
+    found = route(middle, model, tokenizer, asked, None, 6)
+    assert found == route(middle, any_stack, tokenizer, spelt, None, 6)
+    assert sorted(found[1]) == [False, False, True, True]
+
+
 def test_only_a_neural_recursion_has_a_first_pass(make_lm):
     for model in (
         make_lm(),
@@ -168,6 +193,8 @@ def test_only_a_neural_recursion_has_a_first_pass(make_lm):
     ):
         with pytest.raises(ValueError, match="neural_recursion"):
             route(0.0, model, words_tokenizer(67), QUESTIONS)
+        with pytest.raises(ValueError, match="neural_recursion"):
+            recurse.check_stack(Paused(model, Pause(" so")))
         assert len(route(None, model, words_tokenizer(67), QUESTIONS)[0]) == 4
 
 
@@ -214,42 +241,128 @@ def test_passes_of_a_run(place, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("name", ["vectors", "text"])
+def test_passes_of_a_run_with_a_pause(place, tmp_path, name):
+    """The first pass answers behind the pause, too, and its operations count the pause."""
+    flags = ["--out", str(tmp_path / "passes"), "--threshold", "-1.5"]
+    result = audit.main(["passes", str(place / name), *flags])
+    score = ["score", str(place / "dev.jsonl"), "--max-new-tokens", "4", "--run", str(place / name)]
+    routed = [metrics.main([*score, "--threshold", t]) for t in ("-999", "-1.5", "999")]
+    assert result["at"] == routed[1]
+    for row, scores in zip((result["curve"][0], result["curve"][-1]), routed[::2]):
+        assert math.isclose(row["em"], scores["em"])
+    model, prefix, tokenizer, _ = load_run(place / name)
+    ids, options, prefix = prepare(model, tokenizer, data.read(place / "dev.jsonl"), prefix, 4)
+    rest = (prefix, 4, options, ["\n"] * 5)
+    answers = [a for a, _ in recurse.first_pass(model, tokenizer, ids, *rest)]
+    lengths = [len(data.encode_prompts(tokenizer, [f" {text}"])[0]) for text in answers]
+    costs = [audit.operations(model.lm, len(row), A) for row, A in zip(ids, lengths)]
+    assert math.isclose(result["curve"][0]["operations"], np.mean(costs))
+    out = ["--out", str(tmp_path / "scores")]
+    assert metrics.main([*score, *out]) == routed[2]  # and the LM's fingerprint is stored
+
+
 # What is handed over
 
 
-def test_the_hand_over_is_the_connectors_output(stack):
-    ids = torch.tensor([QUESTIONS[0]])
-    h, given = audit.hand_over(stack, QUESTIONS[0])
-    close(h, stack.lm(stack.lm.embed(ids))[0])
-    close(given, stack.parts[1](stack.lm(stack.lm.embed(ids)))[0])
-    table = stack.lm.embed_tokens.weight
-    assert audit.nearest_tokens(stack.lm, table[[7, 30, 2]] * 5) == [7, 30, 2]
+KINDS = ["neural_recursion", "three_passes"]
+KINDS += [f"residual {kind}" for kind in KINDS]
+FILLER = Pause(vectors=torch.randn(2, 24, generator=torch.Generator().manual_seed(7)))
 
 
-def test_a_replaced_hand_over_changes_this_position_and_no_other(stack):
-    """Against one pass over the whole text for each token. The own vector changes nothing."""
-    tokenizer, lm, connector = words_tokenizer(53), stack.lm, stack.parts[1]
-    for ids in QUESTIONS:
-        own = audit.hand_over(stack, ids)[1][-1]
-        other = torch.randn(own.shape, generator=torch.Generator().manual_seed(3))
-        for vector in (own, other):
-            text = list(ids)
-            for _ in range(5):
-                given = connector(lm(lm.embed(torch.tensor([text]))))
-                given[0, len(ids) - 1] = vector
-                text.append(lm.logits(lm(given))[0, -1].argmax().item())
-                if text[-1] in lm.config.eos:
-                    text.pop()
-                    break
-            expected = tokenizer.decode(text[len(ids) :])
-            assert audit.answer_with(stack, tokenizer, ids, vector, 5, "") == expected
-        assert predict(stack, tokenizer, [ids], max_new_tokens=5) == [
-            audit.answer_with(stack, tokenizer, ids, own, 5, "")
-        ]
-        whole = audit.answer_with(stack, tokenizer, ids, other, 5, "").split()
-        for word in whole:
-            stopped = audit.answer_with(stack, tokenizer, ids, other, 5, word)
-            assert stopped == " ".join(whole).split(word)[0].strip()
+@pytest.fixture(params=KINDS)
+def any_stack(request, make_lm):
+    return build(request.param, make_lm("untied"))[0].requires_grad_(False)
+
+
+def with_filler(stack):
+    """The stack whose questions end with two trained vectors, and QUESTIONS as it reads them."""
+    model = Paused(stack, FILLER).requires_grad_(False)
+    return model, [row + model.pause_ids for row in QUESTIONS]
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_the_hand_over_is_the_connectors_output(any_stack, paused):
+    lm, connector = any_stack.lm, any_stack.parts[1]
+    model, asked = with_filler(any_stack) if paused else (any_stack, QUESTIONS)
+    x = lm.embed(torch.tensor([QUESTIONS[0]]))
+    x = torch.cat([x, FILLER.vectors[None]], 1) if paused else x
+    h, given = handover.hand_over(model, asked[0])
+    close(h, lm(x)[0])
+    close(given, connector(lm(x))[0])
+    table = lm.embed_tokens.weight
+    assert handover.nearest_tokens(lm, table[[7, 30, 2]] * 5) == [7, 30, 2]
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_replaced_hand_over_changes_its_positions_and_no_other(any_stack, paused):
+    """Against one pass over the whole text for each token. The own vectors change nothing."""
+    tokenizer, lm = words_tokenizer(53), any_stack.lm
+    model, asked = with_filler(any_stack) if paused else (any_stack, QUESTIONS)
+    own = [handover.hand_over(model, ids)[1] for ids in asked]
+    others = torch.randn(4, 3, 24, generator=torch.Generator().manual_seed(3))
+    places = [(-1,), (-2,), (-3, -1)] if paused else [(-1,)]
+
+    def naive(ids, at, vectors):
+        text, connector = list(ids), any_stack.parts[1]
+        for _ in range(5):
+            x = model.embed(torch.tensor([text]))
+            c = connector(lm(x))
+            for i, position in enumerate(at):
+                c[0, len(ids) + position] = vectors[i]
+            x = (x + c) if connector.residual else c
+            for part in any_stack.parts[2:-1]:
+                x = model.embed(torch.tensor([text])) * getattr(part, "residual", 0) + part(x)
+            text.append(lm.logits(lm(x))[0, -1].argmax().item())
+            if text[-1] in lm.config.eos:
+                return tokenizer.decode(text[len(ids) : -1])
+        return tokenizer.decode(text[len(ids) :])
+
+    def answers(at, vectors, stops=("", "", "", "")):
+        return handover.answers_with(model, tokenizer, asked, at, vectors, 5, stops)
+
+    for at in places:
+        mine = torch.stack([rows[list(at)] for rows in own])
+        assert answers(at, mine) == predict(model, tokenizer, asked, max_new_tokens=5)
+        vectors = others[:, : len(at)]
+        found = answers(at, vectors)
+        assert found == [naive(*case) for case in zip(asked, [at] * 4, vectors)]
+        stops = [text.split()[-1] if text else "" for text in found]
+        cut = [text.split(stop)[0].strip() if stop else "" for text, stop in zip(found, stops)]
+        assert answers(at, vectors, stops) == cut
+
+
+def test_interventions_replace_every_position_or_the_one_that_holds_the_bridge(stack, monkeypatch):
+    """The mean is that of each position. Without a pause there is one position."""
+    read = []
+    for number, name in enumerate(("Anna", "Boris", "Clara")):
+        vectors = torch.full((3, 2), float(number)) + torch.arange(3)[:, None]
+        q = example(f"town {name}", path="a.b", bridge=name, token=5, vectors=vectors)
+        read.append(q | {"first": [5 * (number == 0), 5, 1], "given": [1, 5, 5]})
+    assert handover.holders(read) == [1, 3, 3]
+    calls = []
+
+    def note(model, tokenizer, ids, at, vectors, new, stops):
+        calls.append((list(at), vectors[:, :, 0].tolist()))
+        return ["x"] * 3
+
+    monkeypatch.setattr(handover, "answers_with", note)
+    monkeypatch.setattr(handover, "donors", lambda *_: [1, 2, None])
+    rows = handover.intervene(stack, None, read, [[1]] * 3, 4, [""] * 3, 0)
+    every = [-3, -2, -1]
+    assert calls == [
+        (every, [[0, 1, 2], [1, 2, 3], [2, 3, 4]]),
+        (every, [[1, 2, 3], [2, 3, 4], [2, 3, 4]]),
+        (every, [[1, 2, 3]] * 3),
+        ([-2], [[2], [3], [3]]),
+        ([-2], [[2]] * 3),
+    ]
+    assert [row["other"] for row in rows] == [row["other_one"] for row in rows] == ["x", "x", None]
+    assert all(row["own"] == row["mean"] == row["mean_one"] == "x" for row in rows)
+    calls.clear()
+    bare = [q | {"first": [5], "given": [1], "vectors": q["vectors"][:1]} for q in read]
+    rows = handover.intervene(stack, None, bare, [[1]] * 3, 4, [""] * 3, 0)
+    assert [at for at, _ in calls] == [[-1]] * 3 and "mean_one" not in rows[0]
 
 
 def example(answer, **more):
@@ -265,18 +378,18 @@ def test_a_donor_has_the_same_path_and_another_bridge_and_answer():
         example("Kran", path="a.b", bridge="Clara"),
     ]
     for seed in range(20):
-        chosen = audit.donors(questions, seed)
+        chosen = handover.donors(questions, seed)
         assert chosen[0] == 4 and chosen[1] in (2, 4) and chosen[3] is None
         assert chosen[2] in (1, 4) and chosen[4] in (0, 1, 2)
-        assert audit.donors(questions, seed) == chosen
-    assert len({audit.donors(questions, seed)[4] for seed in range(20)}) == 3
+        assert handover.donors(questions, seed) == chosen
+    assert len({handover.donors(questions, seed)[4] for seed in range(20)}) == 3
 
 
 def test_rates_of_an_audit():
     read = [
-        example("Velmor", bridge="Anna", first=1, given=1, token=1),
-        example("Delmau", bridge="Boris", first=1, given=2, token=2),
-        example("Kran", bridge="Clara", first=5, given=4, token=3),
+        example("Velmor", bridge="Anna", first=[1], given=[1], token=1),
+        example("Delmau", bridge="Boris", first=[1], given=[2], token=2),
+        example("Kran", bridge="Clara", first=[5], given=[4], token=3),
     ]
     answers = [
         {"own": "Velmor", "other": "Delmau", "mean": "Velmor", "donor": 1},  # it follows
@@ -286,19 +399,39 @@ def test_rates_of_an_audit():
     rates = audit.bridge_rates(read, ["Anna", "x", "the clara"], answers)
     values = [(round(row["rate"] * row["n"]), row["n"]) for row in rates]
     assert values == [(2, 3), (1, 3), (2, 3), (2, 3), (1, 2), (1, 2), (1, 1), (0, 1), (1, 2)]
+    # With a pause of one position, which holds two bridges, as position 0 does.
+    for q, first in zip(read, ([1, 0], [0, 2], [0, 3])):
+        q |= {"first": first, "given": [0, 0]}
+    for a in answers:
+        a |= {"other_one": a["donor"] and "Kran", "mean_one": a["own"]}
+    rates = audit.bridge_rates(read, ["Anna", "x", "the clara"], answers)
+    rows = {row["what"]: row["rate"] for row in rates}
+    assert rows["first pass reads the bridge's first token, position 0"] == 1 / 3
+    assert rows["first pass reads the bridge's first token, position 1"] == 2 / 3
+    assert rows["Connector's output is nearest to it, position 1"] == 0
+    assert rows["one of these at any position"] == 1
+    assert rows["other hand-over, all positions: the other's answer"] == 1 / 2
+    assert rows["other hand-over, position 1: the other's answer"] == 1 / 2
+    assert rows["other hand-over, position 1: still the own answer"] == 0
+    assert rows["right, mean hand-over, position 1: still the own answer"] == 1
+    assert rows["right, mean hand-over, all positions: still the own answer"] == 1 / 2
 
 
-def test_the_bridge_of_a_question_is_the_answer_to_its_first_hop(place, tmp_path, capsys):
+@pytest.mark.parametrize("name", PAUSES)
+def test_the_bridge_of_a_question_is_the_answer_to_its_first_hop(place, tmp_path, capsys, name):
     """Of the embedded world's questions, found by id and text. The audit of a run says the same."""
     made, rows = world.make(1), []
     for row in made.questions("test")[:28]:
         text = data.question_text(row["question"])
         record = {"id": row["id"], "task": row["task"], "input": text, "prediction": "x"}
         rows.append(record | {"answers": row["answer"], "em": 0.0, "f1": 0.0})
-    for name in ("run.json", "adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / name).write_bytes((place / "neural" / name).read_bytes())
+    for file in ("run.json", "adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / file).write_bytes((place / name / file).read_bytes())
+    if name == "vectors":
+        file = "pause.safetensors"
+        (tmp_path / file).write_bytes((place / name / file).read_bytes())
     write_lines(tmp_path / "predictions.jsonl", rows)
-    found = audit.two_hop(audit.asked_questions(tmp_path)[0], made)
+    found = handover.two_hop(audit.asked_questions(tmp_path)[0], made)
     facts = {row["id"]: row for row in made.questions("test")}
     assert len(found) == sum(facts[row["id"]]["hops"] == 2 for row in rows) > 5
     for q in found:
@@ -311,11 +444,21 @@ def test_the_bridge_of_a_question_is_the_answer_to_its_first_hop(place, tmp_path
     assert len(result["questions"]) == 6 and (out / "bridge.png").stat().st_size > 10_000
     assert json.loads((out / "bridge.json").read_text()) == result
     stack, prefix, tokenizer, _ = load_run(tmp_path)
-    inputs = [line["input"] for line in result["questions"]]
-    ids = data.encode_prompts(tokenizer, inputs)
+    asked = [q["example"] for q in found[:6]]
+    ids, _, _ = prepare(stack, tokenizer, asked, prefix, 4)
     own = predict(stack, tokenizer, ids, None, 4, stops=["\n"] * 6)
     assert [line["own"] for line in result["questions"]] == own
-    assert "Connector's output" in capsys.readouterr().out
+    shown, held = capsys.readouterr().out, result["held"]
+    assert "Connector's output" in shown
+    bare = data.encode_prompts(tokenizer, [e.input for e in asked])
+    count = 1 + len(ids[0]) - len(bare[0])  # positions
+    assert len(held) == count and (count > 2) == (name != "neural")
+    assert ("holds the bridge most often" in shown) == (name != "neural")
+    for line, row in zip(result["questions"], ids):
+        h, _ = handover.hand_over(stack, row)
+        first = stack.logits(h[-count:]).argmax(-1).tolist()
+        assert line["first"] == [tokenizer.decode([token]) for token in first]
+        assert f" {line['bridge']}".startswith(line["token"])
     rows[0]["input"] = "Q: who?\nA:"
     write_lines(tmp_path / "predictions.jsonl", rows)
     with pytest.raises(ValueError, match="predictions.jsonl:1: is no question of the world 1"):

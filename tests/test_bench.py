@@ -60,7 +60,9 @@ def new_adapter(method, lm):
         return adapters.PromptGenerator(encoder, torch.randn(6, 32), 7, lm.config.dim)
     if method in recurse.PROMPT_METHODS:
         return adapters.SoftPrompt(torch.randn(7, lm.config.dim))
-    return recurse.new_connector(lm, method, 2)
+    connector = recurse.new_connector(lm, method, 2)
+    connector.residual = True  # as by default
+    return connector
 
 
 UNPLANNED = ("training_free", *train.OPEN_BOOK)
@@ -68,6 +70,35 @@ PLANNED = [method for method in train.METHODS if method not in UNPLANNED]
 ENCODER = T5Config(60, 32, 3, 4, 8, 80)
 NEOX = {"family": "gpt_neox", "layer_norm": True, "gated": False, "activation": "gelu"}
 NEOX |= {"mlp_bias": True, "qkv_bias": True, "o_bias": True, "parallel": True, "tied": False}
+
+
+def test_the_plan_of_textual_recursion_leaves_out_the_stages_of_another_run(place):
+    """And the samples of as many questions as --eval-tokens has positions for are held at once."""
+
+    def planned(flags):
+        line = f"--method textual_recursion --model {place}/lm/model --device cpu --seq-len 20"
+        args = plan.parse(f"{line} --prompt-length 4 --steps 5 {flags}".split())
+        return plan.estimate(args)[:2]
+
+    for more, prompts in {"": 4, "--rounds 2": 7, "--no-cross-fit": 2}.items():
+        step, steps = (planned(more)[1][key] for key in ("a step", "all steps"))
+        assert steps == 5 * prompts * step
+        taken = planned(f"{more} --stages-from other")[1]["all steps"]
+        assert taken == 5 * step * (prompts - (1 if more == "--no-cross-fit" else 3))
+    flags = "--candidates 8 --eval-tokens"
+    few, many = (planned(f"{flags} {n}")[0]["evaluation beyond this"] for n in (1000, 90000))
+    c = LM.from_pretrained(place / "lm" / "model").config
+    position = 2 * c.n_kv_heads * c.head_dim * c.n_layers * 4  # bytes of keys and values
+    assert many - few > 80000 * position
+
+
+@pytest.mark.parametrize("residual", ["on", "off"])
+def test_the_plan_of_a_residual_connector_is_that_of_any(place, residual):
+    """A sum leaves nothing for the backward pass: the test below counts what autograd keeps."""
+    one = plan_of(place, f"--seq-len 20 --residual {residual}")
+    two = plan_of(place, "--seq-len 20 --residual off")
+    one["Python and libraries"] = two["Python and libraries"]
+    assert one == two
 
 
 @pytest.mark.parametrize("method", PLANNED)

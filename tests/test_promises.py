@@ -16,7 +16,7 @@ TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["checkpoints", "data", "eval", "world", "attention", "generate"], 1),
     **dict.fromkeys(["model", "adapters", "pause", "questions", "rerank", "t5", "genres"], 2),
     **dict.fromkeys(["recurse", "suite", "retrieve"], 3),
-    **dict.fromkeys(["textual", "passages"], 4),
+    **dict.fromkeys(["textual", "handover", "passages"], 4),
     **dict.fromkeys(["openbook", "prompts"], 5),
     **dict.fromkeys(["runs", "reader"], 6),
     **dict.fromkeys(["fit", "cli", "start", "study"], 7),

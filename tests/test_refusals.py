@@ -29,6 +29,7 @@ SHORT = {
     "TRAIN": TRAIN,
     "RECUR": f"{TRAIN} neural_recursion",
     "PROMPT": f"{TRAIN} prompt_tuning",
+    "TEXTUAL": f"{TRAIN} textual_recursion --candidates 2",
     "LM": f"pretrain.py lm {TEXT} --context 96 --vocab-size 300",
     "BERT": f"pretrain.py bert {TEXT} --context 32 --model lm/model",
     "CONNECTOR": f"pretrain.py connector {TEXT[: TEXT.index(' --dim')]} --model lm/model",
@@ -67,7 +68,12 @@ RECUR --pause 95 --pause-text trained                   | --pause 95 | context o
 RECUR --pause 60                                        | :1: | context
 RECUR --init paused --pause 3 --pause-text trained      | --pause 2 --pause-text trained
 RECUR --init paused                                     | --pause 2 --pause-text trained
-train.py --method textual_recursion --pause 2            | --pause 2 | not for textual_recursion
+RECUR --stages-from run                                 | --stages-from run: neural_recursion has
+TEXTUAL --stages-from run                               | --stages-from run: holds no finished p1
+TEXTUAL --stages-from stages --lr 0.5                   | p1 was started with --lr | not 0.5
+TEXTUAL --stages-from stages --seed 1                   | p1 was started with --seed 0, not 1
+TEXTUAL --stages-from stages --train dev.jsonl          | --stages-from: stages/p1 | on other data
+TEXTUAL --stages-from stages --model replaced           | stages/p1 | on another LM
 PROMPT --passes 3                                       | --passes 3 | neural_recursion
 TRAIN training_free --init connector                    | --init | training_free
 RECUR --init vocab                                      | --init vocab | neural_recursion
@@ -218,7 +224,6 @@ eval.py score dev.jsonl --out run                       | run/predictions.jsonl 
 eval.py score dev.jsonl --out /dev/null/x               | Not a directory | /dev/null/x
 eval.py score dev.jsonl --model lm/model --threshold 0  | neural_recursion
 eval.py ask --run run --threshold nan who               | --threshold
-eval.py ask --run paused --threshold 0 who              | --pause
 
 audit.py                                                | command
 audit.py hard run                                       | --out
@@ -361,6 +366,7 @@ def make_runs(place):
         short(f"RECUR --out {out}")
     run(command(place, "neural_recursion", place / "connector"))
     short("RECUR --out paused --pause 2 --pause-text trained")
+    short("TEXTUAL --out stages")
     state = place / "torn" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:1000])
     (place / "spoilt" / "run.json").write_text("{}")

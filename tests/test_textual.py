@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import QUESTIONS, before, naive_score, words_tokenizer
+from safetensors.torch import load_file
 from tiny_runs import (
     HOMES,
     Dead,
@@ -20,7 +21,8 @@ import adapters
 import data
 import eval as metrics
 import textual
-from generate import Sample, predict
+import train
+from generate import Sample, predict, sample_answers
 from questions import prepare
 from recurse import Candidate, candidates, rank, text_with
 from runs import load_run, read_predictions, read_record
@@ -56,7 +58,6 @@ def test_candidates_of_a_question_depend_on_it_and_the_seed_alone(make_lm):
     lm = make_lm()
     ranked = candidates(lm, QUESTIONS, 5, seed=1)
     assert candidates(lm, QUESTIONS, 5, seed=1) == ranked
-    assert candidates(lm, QUESTIONS[2:3], 5, seed=1) == ranked[2:3]
     assert candidates(lm, QUESTIONS, 5, seed=2) != ranked
     blank = make_lm()  # every token is as likely after any text
     for p in blank.parameters():
@@ -66,6 +67,91 @@ def test_candidates_of_a_question_depend_on_it_and_the_seed_alone(make_lm):
     many = candidates(lm, QUESTIONS, 40, seed=1)
     shares = [c.first < 5 for row in many for c in row]
     assert any(shares) and not all(shares)
+
+
+def alike(some, others):
+    """The same candidates, whose log-probabilities differ by rounding at most."""
+    for a, b in zip(some, others, strict=True):
+        assert [(c.text, c.count, c.first) for c in a] == [(c.text, c.count, c.first) for c in b]
+        assert [c.logprob for c in a] == pytest.approx([c.logprob for c in b], abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["none", "shared"])
+def test_candidates_do_not_depend_on_the_batch(make_lm, kind):
+    """Each question alone, two at a time, all in the other order, or all at once."""
+    lm, tokenizer = make_lm("untied"), words_tokenizer(53)
+    prefix, asked = before(kind, lm)[0], [*QUESTIONS, [8, 4], [9, 9]]
+    stops = ["", "w5", "w7", "", "w9", "w5"]
+
+    def found(rows, **budget):
+        ids, ends = [asked[b] for b in rows], [stops[b] for b in rows]
+        return candidates(lm, ids, 40, prefix, tokenizer, 2, ends, seed=3, **budget)
+
+    whole = found(range(6))
+    assert any(c.count > 1 for row in whole for c in row)
+    alike(whole, [found([b])[0] for b in range(6)])
+    alike(whole, found([5, 4, 3, 2, 1, 0])[::-1])
+    for budget in (1, 2 * 40 * (before("shared", lm)[0].size + 10), 10**6):
+        alike(whole, found(range(6), max_tokens=budget))
+
+
+class Counting(torch.nn.Module):
+    """An LM that notes the shape of everything it reads."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm, self.config, self.read, self.logits = lm, lm.config, lm.read, lm.logits
+        self.shapes = []
+
+    def embed(self, ids):
+        self.shapes.append(tuple(ids.shape))
+        return self.lm.embed(ids)
+
+    def forward(self, *rest, **more):
+        return self.lm(*rest, **more)
+
+
+def test_samples_that_agree_so_far_are_read_once(make_lm):
+    """A row for each different text. Sample i is the same however many there are."""
+    lm = Counting(make_lm())
+    texts = [
+        [s.ids for s in row] for row in sample_answers(lm, QUESTIONS, 60, [3, 4, 5, 6], None, 4)
+    ]
+    assert lm.shapes[:2] == [(4, 7), (4, 1)]
+    for step, shape in enumerate(lm.shapes[2:], 1):
+        different = sum(len({tuple(ids[:step]) for ids in row}) for row in texts)
+        assert shape == (different, 1) and different < 240
+    assert len(lm.shapes) == 5 and all(len(ids) == 4 for row in texts for ids in row)
+    few = sample_answers(lm, QUESTIONS[1:], 5, [4, 5, 6], None, 4)
+    assert [[s.ids for s in row] for row in few] == [row[:5] for row in texts[1:]]
+
+
+def test_a_batch_of_samples_stays_within_its_tokens(make_lm):
+    lm = Counting(make_lm())
+    candidates(lm, QUESTIONS * 5, 8, None, max_new_tokens=4, max_tokens=300)
+    batches = [
+        (rows, width + 1) for rows, width in lm.shapes if width > 1
+    ]  # all but the last token
+    assert max(rows for rows, _ in batches) > 1
+    assert all(rows * 8 * (T + 4) <= 300 for rows, T in batches)
+
+
+@pytest.mark.parametrize("eos", [(), (2, 3)])
+def test_a_sample_is_the_token_at_its_number_of_the_distribution(make_lm, eos):
+    """Against the plainest way: one sample and one whole text at a time, with the same numbers."""
+    lm, n, new = make_lm("untied"), 7, 5
+    found = sample_answers(lm, QUESTIONS, n, [1, 2, 3, 4], None, new, eos)
+    for ids, seed, row in zip(QUESTIONS, (1, 2, 3, 4), found):
+        draws = torch.rand(n, new, generator=torch.Generator().manual_seed(seed)).double()
+        for sample, numbers in zip(row, draws, strict=True):
+            text = []
+            for u in numbers:
+                h = lm(lm.embed(torch.tensor([ids + text])))[0, -1]
+                text.append(int((lm.logits(h).double().softmax(-1).cumsum(-1) <= u).sum()))
+                if text[-1] in eos:
+                    break
+            assert sample.ids == text
+            assert sample.logprob == pytest.approx(naive_score(lm, ids, text), abs=1e-3)
 
 
 def test_samples_are_drawn_at_temperature_1(make_lm):
@@ -179,7 +265,7 @@ def test_candidates_for_training_come_from_a_prompt_of_the_other_half(whole):
         prompt = adapters.load_adapter(whole / f"p1-{name}", model.lm)
         examples = [data.Example(x["input"], "", tuple(x["answers"])) for x in lines]
         ids = data.encode_prompts(tokenizer, [e.input for e in examples])
-        found = model.sample(examples, ids, model.lm.read(prompt()))
+        found = model.sample(examples, ids, model.lm, model.lm.read(prompt()))
         assert [[c.text for c in row] for row in found] == [
             [c["text"] for c in line["candidates"]] for line in lines
         ]
@@ -322,6 +408,108 @@ def textual_fit(monkeypatch, fitted):
     monkeypatch.setattr(train, "fit", fit)
     monkeypatch.setattr(Run, "log", dies)
     return state
+
+
+# Stages of another run
+
+
+@pytest.mark.parametrize("flags", ["", "--no-cross-fit"])
+def test_prompts_of_another_run_are_copied_and_not_trained_again(
+    place, tmp_path, monkeypatch, whole, flags
+):
+    """The run ends with the same bits as one that trains them itself."""
+    fitted, out = [], tmp_path / "run"
+    textual_fit(monkeypatch, fitted)
+    line = command(place, "textual_recursion", out, f"{FLAGS} {flags} --stages-from {whole}")
+    run(line)
+    assert fitted == [out]
+    assert contents(out / "p1") == contents(whole / "p1")
+    if not flags:
+        assert contents(out) == contents(whole)
+    run([*line[:-2], "--resume"])  # it knows them, and needs the other run no more
+
+
+def test_a_stage_that_differs_is_refused_before_anything_is_written(place, tmp_path, whole):
+    """Other flags of the last prompt are no difference."""
+    for flag, words in {
+        "--lr 0.5": "--lr",
+        "--seed 3": "--seed 0, not 3",
+        "--steps 4": "--steps 6, not 4",
+        "--pause 1": "--pause 0, not 1",
+        "--init labels": "--init",
+        f"--train {place}/dev.jsonl": "on other data",
+    }.items():
+        flags = f"{FLAGS} --stages-from {whole} {flag}"
+        with pytest.raises(ValueError, match=f"p1 was .*{words}"):
+            run(command(place, "textual_recursion", tmp_path / "run", flags))
+    with pytest.raises(ValueError, match="holds no finished p1"):
+        flags = f"{FLAGS} --stages-from {whole}/p1"
+        run(command(place, "textual_recursion", tmp_path / "run", flags))
+    assert not list(tmp_path.iterdir())
+
+
+# A pause
+
+
+def test_a_pause_follows_the_question_in_every_stage(place, tmp_path, monkeypatch):
+    """Behind the candidates' question too, and nowhere else."""
+    read, sampled = [], textual.candidates
+    monkeypatch.setattr(
+        textual, "candidates", lambda lm, ids, *rest: (read.extend(ids), sampled(lm, ids, *rest))[1]
+    )
+    line = command(place, "textual_recursion", tmp_path / "run", f"{FLAGS} --rounds 2 --pause 2")
+    record = run([*line, "--pause-text", r"\nso:"])
+    model, prefix, tokenizer, _ = load_run(tmp_path / "run")
+    texts = [tokenizer.decode(row) for row in read]
+    assert len(texts) == 2 * (8 + 5) and all(text.count("\nso:") == 2 for text in texts)
+    assert all(text.endswith("born?\nA:\nso:\nso:") for text in texts)
+    assert sum(text.startswith("Candidates: ") for text in texts) >= 8 + 5 - 3
+    file = str(place / "dev.jsonl")
+    ids, _, prefix = prepare(model, tokenizer, data.read(file), prefix, 4)
+    lines = read_lines(tmp_path / "run" / "candidates" / "2-dev" / "000000.jsonl")
+    asked = [text_with(x["input"], [c["text"] for c in x["candidates"]]) for x in lines]
+    assert [tokenizer.decode(row) for row in ids] == [f"{text}\nso:\nso:" for text in asked]
+    score = ["score", file, "--run", str(tmp_path / "run"), "--max-new-tokens", "4"]
+    assert metrics.main([*score, "--out", str(tmp_path / "out")]) == record["results"]["dev"]
+
+
+def test_trained_vectors_of_a_pause_go_on_from_the_first_prompt(place, tmp_path, monkeypatch):
+    """And those of each half are read where that half's prompt samples."""
+    starts, samplers = {}, []
+    train_adapter, sample = train.train_adapter, textual.candidates
+
+    def note(task, trained, **rest):
+        start = None if task.pause is None else task.pause.vectors.detach().clone()
+        starts[task.args.out] = start, trained.vectors.detach().clone()
+        return train_adapter(task, trained, **rest)
+
+    def candidates(lm, *rest):
+        samplers.append(lm.pause.vectors.detach())
+        return sample(lm, *rest)
+
+    monkeypatch.setattr(train, "train_adapter", note)
+    monkeypatch.setattr(textual, "candidates", candidates)
+    flags = f"{FLAGS} --lr 0.05 --pause 2 --pause-text trained"
+    run(command(place, "textual_recursion", tmp_path / "run", flags))
+    stored = [
+        load_file(tmp_path / "run" / name / "pause.safetensors")["vectors"]
+        for name in ("p1-a", "p1-b", "p1", ".")
+    ]
+    assert all((a != b).any() for i, a in enumerate(stored) for b in stored[:i])
+    p1 = adapters.from_file(4, torch.ones(1, 32), tmp_path / "run" / "p1")
+    start, prompt = starts[str(tmp_path / "run")]
+    assert torch.equal(start, stored[2]) and torch.equal(prompt, p1)
+    for vectors, own in zip(samplers, (stored[1], stored[0], stored[2]), strict=True):
+        assert torch.equal(vectors, own)
+
+
+def test_candidates_leave_positions_for_a_pause(tokenizer):
+    e, texts = data.Example("w4 w5\nw6", "w7", ("w7",)), [f"w{i}" for i in range(10, 20)]
+    (row,) = data.encode_prompts(tokenizer, [text_with(e.input, texts)])
+    left = len(row) + 7  # 8 new tokens, the last is never read
+    assert with_candidates(tokenizer, [e], [texts], left, 8)[1] == 0
+    (longer,), out = with_candidates(tokenizer, [e], [texts], left, 8, " w1 w2")
+    assert out > 0 and longer.input == text_with(e.input, texts[:-out])
 
 
 def test_options_and_a_single_question(place, tmp_path):
