@@ -511,7 +511,7 @@ def main(argv: list[str] | None = None) -> BertConfig:
 
     format = find_format(read_tensors(folder / "model.safetensors"))
     alone = "an encoder alone: a re-ranker of it gets new heads"
-    show(FORMATS[format] if format else alone, result=True)
+    show(str(FORMATS[format]) if format else alone, result=True)
     return bert.config
 
 

@@ -216,9 +216,8 @@ def default_prompt_lr(lm: LM) -> float:
 def train_adapter(task, trained: nn.Module, loaded=None, batch_at=None, after_step=None) -> dict:
     """Train an adapter, or the LM itself, to answer the training questions.
 
-    Dev chooses the best parameters. Returns the record, which run.json holds too. `loaded` is the
-    task whose hashes identify the run, if its questions have since got other tokens. `batch_at` and
-    `after_step` as in `fit`.
+    Dev chooses the best parameters. Returns the record of run.json. `loaded` is the task whose
+    hashes identify the run, if its questions have since got other tokens. The last two: see `fit`.
     """
     args, lm, tokens = task.args, task.lm, task.tokens
     recipe, run = Recipe.from_args(args), Run.from_args(args)
@@ -509,6 +508,7 @@ def main(argv: list[str] | None = None) -> dict:
     check_flags(args)
     if args.tune == "lm":
         args.prompt_length = 0
+        args.lr = METHODS["fine_tuning"][1]["lr"] if args.lr is None else args.lr
     cli.check_and_seed(args)
     method, _ = METHODS[args.method]
     if args.method in OPEN_BOOK:

@@ -37,7 +37,7 @@ def setting(method, lm):
     torch.manual_seed(0)
     if method == "fine_tuning":
         adapter, trained = None, lm.requires_grad_(True)
-    elif method in ("prompt_tuning", "textual_recursion"):
+    elif method in ("prompt_tuning", "textual_recursion", "reader"):
         adapter = trained = SoftPrompt(from_vocab(8, lm.embed_tokens.weight))
     elif method == "deep_prompt":
         adapter = trained = DeepPrompt(lm.read(from_vocab(8, lm.embed_tokens.weight)), hidden=64)
