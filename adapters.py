@@ -498,7 +498,7 @@ def load_connector(folder: str | Path, config: dict, lm) -> Connector | Connecto
 
 def main(argv: list[str] | None = None) -> dict:
     """Prints an adapter folder. Returns its config."""
-    from show import Parser
+    from show import Parser, show
 
     parser = Parser(prog="adapters.py", description="Print what an adapter folder holds.")
     parser.add_argument("folder")
@@ -509,9 +509,10 @@ def main(argv: list[str] | None = None) -> dict:
     config = read_adapter_config(args.folder)
     tensors = read_tensors(Path(args.folder) / "adapter_model.safetensors")
     for key, value in config.items():
-        print(f"{key:28} {value}")
+        show(f"{key:28} {value}", result=True)
     for name, tensor in tensors.items():
-        print(f"{name:28} {tuple(tensor.shape)}, root mean square {rms(tensor):.4f}")
+        line = f"{name:28} {tuple(tensor.shape)}, root mean square {rms(tensor):.4f}"
+        show(line, result=True)
     return config
 
 

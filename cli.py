@@ -233,6 +233,8 @@ def check_and_seed(args: argparse.Namespace) -> None:
     """Refuse a device or a folder that cannot be used, and seed the random numbers."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here")
+    if getattr(args, "init", None) in ("", "text:"):
+        raise ValueError(f"--init {args.init!r} names nothing to start from")
     run = Run.from_args(args)
     run.check()
     record = (run.record() if run.resume else None) or {}

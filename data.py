@@ -473,4 +473,6 @@ def main(argv: list[str] | None = None) -> list[Example]:
 
 
 if __name__ == "__main__":
+    if sys.stdout is not None:  # it may be able to write ASCII only
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()

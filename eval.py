@@ -274,11 +274,17 @@ def _notes(run_a, run_b, pairs: list[tuple[dict, dict]]) -> list[str]:
         notes.append(f"a and b are the same file: {run_a} and {run_b}")
     elif all(x == y for x, y in pairs):
         notes.append("a and b hold the same predictions")
-    given = [_record(run)[0].get("arguments", {}) for run in (run_a, run_b)]
+    records = [_record(run)[0] for run in (run_a, run_b)]
+    given = [record.get("arguments", {}) for record in records]
     inputs = [argparse.Namespace(input=x["input"]) for x, _ in pairs]
-    for key in ("stop", "shots", "max_new_tokens"):
-        a, b = (arguments.get(key) for arguments in given)
+    defaults = {"stop": None, "shots": None, "max_new_tokens": None, "rank_by": "sum"}
+    if all(arguments.get("shots") for arguments in given):
+        defaults |= {"shots_from": None, "seed": 0}
+    for key, default in defaults.items():
+        a, b = (arguments.get(key, default) for arguments in given)
         same = a == b or key == "stop" and stops(inputs, a) == stops(inputs, b)
+        if key == "shots_from":  # the same file may have two names
+            same = records[0].get("shots_hash") == records[1].get("shots_hash")
         if all(given) and not same:
             differences.append(f"--{key.replace('_', '-')} {a!r} and {b!r}")
     if differences:
@@ -477,6 +483,8 @@ def _add_answer_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=_seed, default=0, help="of samples of examples (default 0)")
     new = "tokens of an answer; if not given, as many as the run's, or 16"
     command.add_argument("--max-new-tokens", type=_count, help=new)
+    rank = "of an answer choice's log-probabilities; if not given, the run's, or sum"
+    command.add_argument("--rank-by", choices=["sum", "mean"], help=rank)
     budget = "tokens in a batch, options included (default 8192)"
     command.add_argument("--eval-tokens", type=_count, default=8192, help=budget)
     one = "neural_recursion: one pass answers if its log-probability is at least this"
@@ -488,17 +496,16 @@ def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     args.argv = argv
+    from show import show
 
     def show_warning(message, *_, **__):
-        print(f"eval.py {args.command}: {message}", file=sys.stderr)
+        show(f"eval.py {args.command}: {message}", "stderr")
 
     try:
         with warnings.catch_warnings():
             warnings.showwarning = show_warning  # without the file and line that raised it
             return args.function(args)
     except (ValueError, OSError) as error:
-        from show import show
-
         show(f"eval.py {args.command}: {' '.join(str(error).splitlines())}", "stderr")
         sys.exit(2)
 

@@ -462,7 +462,7 @@ def batches(order: list[int], rows, widths, max_rows: int, max_tokens: int) -> I
 
 def main(argv: list[str] | None = None) -> dict:
     """Continues one text. Returns {"ids": the new tokens, "nats": the text's loss per token}."""
-    from show import Parser
+    from show import Parser, show
 
     parser = Parser(
         prog="generate.py",
@@ -491,9 +491,10 @@ def main(argv: list[str] | None = None) -> dict:
     if len(ids) > 1:  # the text after its first token
         nats = -option_scores(lm, [ids[:1]], [[ids[1:]]], mean=True)[0].item()
     whole = tokenizer.decode(ids + drop_eos(new.ids, eos))
-    print(args.text + whole[len(tokenizer.decode(ids)) :])
+    show(args.text + whole[len(tokenizer.decode(ids)) :], result=True)
     cost = -new.logprob / len(new.ids)
-    print(f"[{nats:.4f} nats a token for the text, {cost:.4f} for the {len(new.ids)} new tokens]")
+    line = f"[{nats:.4f} nats a token for the text, {cost:.4f} for the {len(new.ids)} new tokens]"
+    show(line, result=True)
     return {"ids": new.ids, "nats": nats}
 
 

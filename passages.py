@@ -131,12 +131,14 @@ def write_passages(path: str | Path, passages: Sequence[Passage]) -> None:
 
 def json_records(path: str | Path) -> Iterator[tuple[str, dict]]:
     """Yield ("file:line", record) of a JSON array or of JSON lines; the line is the record's first.
+    A key whose value is null is absent, in passages and paragraphs too.
 
     FileNotFoundError if there is no file. ValueError, with file and line, if it is neither.
     """
     path = Path(path)
     if not (path.is_file() and _begins_with_bracket(path)):
-        yield from json_lines(path)
+        for source, record in json_lines(path):
+            yield source, _without_nulls(record)
         return
     text, line, last = read_utf8(path), 1, 0
     space, decoder = re.compile(r"[ \t\r\n]*"), json.JSONDecoder()
@@ -149,7 +151,7 @@ def json_records(path: str | Path) -> Iterator[tuple[str, dict]]:
             raise ValueError(f"{path.name}:{line}: not a record of JSON ({error})") from None
         if not isinstance(record, dict):
             raise ValueError(f"{path.name}:{line}: a JSON object is expected")
-        yield f"{path.name}:{line}", record
+        yield f"{path.name}:{line}", _without_nulls(record)
         position = space.match(text, end).end()
         if text.startswith(",", position):
             position = space.match(text, position + 1).end()
@@ -157,6 +159,14 @@ def json_records(path: str | Path) -> Iterator[tuple[str, dict]]:
             raise ValueError(f"{path.name}:{line}: no comma and no bracket behind this record")
     if text[position + 1 :].strip():
         raise ValueError(f"{path.name}: more text behind the array")
+
+
+def _without_nulls(value):
+    if isinstance(value, list):
+        return [_without_nulls(part) for part in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return value
 
 
 def _begins_with_bracket(path: Path) -> bool:

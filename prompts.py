@@ -24,7 +24,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
@@ -42,7 +42,7 @@ from adapters import DeepPrompt, PromptGenerator, SoftPrompt, read_adapter_confi
 from checkpoints import atomic_write, load_tokenizer, write_json
 from generate import predict
 from model import LM
-from questions import prepare, score_record
+from questions import parse_question, prepare, score_record
 from recurse import load_trained, prompt_prefix
 
 # Prompts of one LM
@@ -145,8 +145,9 @@ def answer_mixed(
     for prompt in {id(p): p for p in chosen}.values():
         rows = [b for b, p in enumerate(chosen) if p is prompt]
         own, prefix = (tokenizer, None) if prompt is None else (prompt.tokenizer, prompt.prefix)
-        part = [examples[b] for b in rows]
-        for b, *prepared in zip(rows, *prepare(lm, own, part, prefix, max_new_tokens)[:2]):
+        part, ends = [examples[b] for b in rows], stops and [stops[b] for b in rows]
+        found = prepare(lm, own, part, prefix, max_new_tokens, stops=ends)
+        for b, *prepared in zip(rows, *found[:2]):
             ids[b], options[b] = prepared
     prefixes = [None if p is None else p.prefix for p in chosen]
     return predict(lm, tokenizer, ids, prefixes, max_new_tokens, options, stops, **limits)
@@ -167,19 +168,13 @@ def answer_by_vote(lm, tokenizer, examples, voters: Sequence[Prompt], new=16, st
 def read_mixed(path: str, labelled: bool) -> list[tuple[data.Example, dict]]:
     """Read (example, record) of each line. Answers are needed if `labelled`, or else dropped."""
     lines = list(data.json_lines(path))
-    if labelled:
-        return list(zip(data.read(path), [record for _, record in lines]))
-    read = []
-    for source, record in lines:
-        options = record["options"] if isinstance(record.get("options"), list) else []
-        filler = next((o for o in options if isinstance(o, str) and o.strip()), "?")
-        filled = record | {"target": filler, "answer": filler, "answers": None}
-        example = data.parse_record(filled, source)
-        asked = record.get("question", example.input)
-        read.append((replace(example, answers=(), id=str(asked)), record))
-    if not read:
+    if not lines:
         raise ValueError(f"{path}: holds no examples")
-    return read
+    if labelled:
+        examples = data.read(path)
+    else:
+        examples = [parse_question(record, source) for source, record in lines]
+    return list(zip(examples, [record for _, record in lines]))
 
 
 def prompt_of(example: data.Example, record: dict, prompts: dict) -> Prompt | None:

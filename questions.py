@@ -254,7 +254,7 @@ def _fold(text: str) -> str:
 def load_model(args) -> tuple:
     """Return (model, prefix, tokenizer, record) of a run, or of a bare LM, whose record is {}.
 
-    Flags that were not given become those of the run: --stop and --max-new-tokens.
+    Flags that were not given become those of the run: --stop, --max-new-tokens and --rank-by.
     """
     if args.run:
         from runs import load_run
@@ -269,6 +269,7 @@ def load_model(args) -> tuple:
     given = loaded[-1].get("arguments", {})
     args.stop = given.get("stop") if args.stop is None else args.stop
     args.max_new_tokens = args.max_new_tokens or given.get("max_new_tokens", 16)
+    args.rank_by = args.rank_by or given.get("rank_by", "sum")
     return loaded
 
 
@@ -287,13 +288,13 @@ def answer(args, model, prefix, tokenizer, examples: list) -> list[str | int]:
     if getattr(args, "out", None):  # before the work: the folder may be one that cannot be made
         Path(args.out).mkdir(parents=True, exist_ok=True)
     asked = (model, tokenizer, ids, prefix, new, options, ends, args.eval_tokens)
-    return route(args.threshold, *asked)[0]
+    return route(args.threshold, *asked, mean=args.rank_by == "mean")[0]
 
 
 def score_record(args, model, tokenizer, results: dict) -> dict:
     """What `score --out` stores beside the predictions, in score.json.
 
-    Keys: command, arguments (--stop and --max-new-tokens as they were used), fingerprint (of the
+    Keys: command, arguments (--stop, --max-new-tokens and --rank-by as used), fingerprint (of the
     LM), tokenizer_hash, eos (the tokens that ended answers), adapter_hash, file_hash, shots_hash,
     versions, hardware, results.
     """

@@ -49,7 +49,16 @@ from adapters import (
     save_adapter,
 )
 from checkpoints import load_tokenizer
-from generate import Sample, batches, drop_eos, pad, predict, prefix_lengths, sample_answers
+from generate import (
+    Sample,
+    batches,
+    drop_eos,
+    find_stop,
+    pad,
+    predict,
+    prefix_lengths,
+    sample_answers,
+)
 from pause import Pause, with_pause, without_pause
 from t5 import T5Encoder
 
@@ -379,6 +388,7 @@ def route(
     options=None,
     stops: list[str] | None = None,
     max_tokens: int = 8192,
+    mean: bool = False,
 ) -> tuple[list[str | int], list[bool]]:
     """Answers each question with the first pass alone, or with all passes. Arguments of predict.
 
@@ -388,18 +398,18 @@ def route(
     """
     rest = (max_new_tokens, options, stops, max_tokens)
     if threshold is None:
-        return predict(stack, tokenizer, ids, prefix, *rest), [True] * len(ids)
+        return predict(stack, tokenizer, ids, prefix, *rest, mean=mean), [True] * len(ids)
     check_stack(stack)
     if threshold != threshold:
         raise ValueError("--threshold: nan is no number")
-    first = first_pass(stack, tokenizer, ids, prefix, *rest)
+    first = first_pass(stack, tokenizer, ids, prefix, *rest, mean=mean)
     unsure = [logprob < threshold for _, logprob in first]
     rows = [b for b, more in enumerate(unsure) if more]
     answers = [answer for answer, _ in first]
     if rows:
         ids, options, stops = (part and [part[b] for b in rows] for part in (ids, options, stops))
         rest = (max_new_tokens, options, stops, max_tokens)
-        for b, answer in zip(rows, predict(stack, tokenizer, ids, prefix, *rest)):
+        for b, answer in zip(rows, predict(stack, tokenizer, ids, prefix, *rest, mean=mean)):
             answers[b] = answer
     return answers, unsure
 
@@ -412,14 +422,11 @@ def check_stack(model) -> None:
         raise ValueError("only a run of neural_recursion has a first pass that can answer")
 
 
-def first_pass(stack, tokenizer, ids, prefix=None, *rest) -> list[tuple[str | int, float]]:
-    """The frozen LM's own answers and their log-probabilities. Arguments of predict.
-
-    If the stack is Paused, the LM reads the same pause.
-    """
+def first_pass(stack, tokenizer, ids, prefix=None, *rest, mean: bool = False) -> list:
+    """The frozen LM's own answers and their log-probabilities, after the same pause. As predict."""
     prefix = None if prefix is None else prefix.parts[0]
     lm = with_pause(stack.lm, getattr(stack, "pause", None))
-    return predict(lm, tokenizer, ids, prefix, *rest, logprobs=True)
+    return predict(lm, tokenizer, ids, prefix, *rest, mean=mean, logprobs=True)
 
 
 # Textual recursion
@@ -465,7 +472,7 @@ def candidates(
 
         def ended(i: int, tokens: list[int], batch=batch) -> bool:
             stop = stops[batch[i]]
-            return bool(stop) and stop in tokenizer.decode(tokens)
+            return bool(stop) and find_stop(tokenizer.decode(tokens), stop) is not None
 
         asked, eos = [ids[b] for b in batch], lm.config.eos
         seeds = [question_seed(seed, row) for row in asked]
@@ -491,7 +498,7 @@ def rank(samples: list[Sample], eos, tokenizer=None, stop: str = "") -> list[Can
     for number, sample in enumerate(samples):
         ids = drop_eos(sample.ids, eos)
         text = str(ids) if tokenizer is None else tokenizer.decode(ids)
-        text = " ".join((text.split(stop)[0] if stop else text).split())
+        text = " ".join(text[: find_stop(text, stop)].split())
         same = merged.get(text, Candidate(text, sample.logprob, 0, number))
         best = max(same.logprob, sample.logprob)
         merged[text] = Candidate(text, best, same.count + 1, same.first)

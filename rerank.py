@@ -500,17 +500,18 @@ def __getattr__(name: str):
 
 
 def main(argv: list[str] | None = None) -> BertConfig:
-    from show import Parser
+    from show import Parser, show
 
     parser = Parser(prog="rerank.py", description="Print what a BERT checkpoint holds.")
     parser.add_argument("folder")
     folder = Path(parser.parse_args(argv).folder)
     bert = Bert.from_pretrained(folder)
-    print(f"{bert.config}, {sum(p.numel() for p in bert.parameters()):,} parameters")
+    show(f"{bert.config}, {sum(p.numel() for p in bert.parameters()):,} parameters", result=True)
     from checkpoints import read_tensors
 
     format = find_format(read_tensors(folder / "model.safetensors"))
-    print(FORMATS[format] if format else "an encoder alone: a re-ranker of it gets new heads")
+    alone = "an encoder alone: a re-ranker of it gets new heads"
+    show(FORMATS[format] if format else alone, result=True)
     return bert.config
 
 

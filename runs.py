@@ -76,10 +76,10 @@ INIT_WORDS = ("random", "vocab", "labels")  # ways to start; others are text:WOR
 
 
 def is_word(key: str, value) -> bool:
-    """Whether an argument is --init with a way to start. Such a word is never taken for a path."""
-    if key != "init" or not value:
-        return False
-    return value in INIT_WORDS or value.startswith(("text:", "vocab:"))
+    """Whether an argument is a way to start, or the word suite. Those are never taken for paths."""
+    if key in ("train", "dev", "test"):
+        return value == "suite"
+    return key == "init" and (value in INIT_WORDS or str(value).startswith(("text:", "vocab:")))
 
 
 def names_file(key: str, value) -> bool:
@@ -195,7 +195,7 @@ class Run:
             return
         for key, value in self.arguments.items():
             before = record["arguments"].get(key, value)  # an earlier program lacks some flags
-            words = is_word(key, before) or is_word(key, value)
+            words = key == "init" and (is_word(key, before) or is_word(key, value))
             if key in PATHS and has_hash(record, PATHS[key]) and not words:
                 continue  # a path is a hint; start_record compares the hashes
             if before != value and key not in ("eval_tokens", "stages_from"):  # change no result

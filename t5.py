@@ -238,12 +238,13 @@ def distance_bucket(distance: Tensor, config: T5Config) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> T5Config:
-    from show import Parser
+    from show import Parser, show
 
     parser = Parser(prog="t5.py", description="Print what a T5 encoder's checkpoint holds.")
     parser.add_argument("folder")
     encoder = T5Encoder.from_pretrained(parser.parse_args(argv).folder)
-    print(f"{encoder.config}, {sum(p.numel() for p in encoder.parameters()):,} parameters")
+    line = f"{encoder.config}, {sum(p.numel() for p in encoder.parameters()):,} parameters"
+    show(line, result=True)
     return encoder.config
 
 

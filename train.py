@@ -3,7 +3,7 @@
     python train.py --method neural_recursion
 
 trains a Connector between two passes through the embedded LM, on questions about the embedded
-world. In 2 to 4 minutes on two CPU cores it reaches an exact match of 68 % on one-hop and 16 % on
+world. In 2 to 4 minutes on two CPU cores it reaches an exact match of 99 % on one-hop and 18 % on
 two-hop test questions, about people who occur in no training question. One pass answers 100 % and
 0 % of them. runs.py describes the folder that a run leaves.
 

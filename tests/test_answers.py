@@ -102,8 +102,8 @@ def answering(monkeypatch, *texts):
     """Replace the LM's continuations by these texts, and record what predict was called with."""
     calls = []
 
-    def predict(lm, tokenizer, ids, prefix, new, options, stops, budget):
-        calls.append((ids, prefix, new, options, stops, budget))
+    def predict(lm, tokenizer, ids, prefix, new, options, stops, budget, mean):
+        calls.append((ids, prefix, new, options, stops, budget, mean))
         return [texts[b % len(texts)] for b in range(len(ids))]
 
     monkeypatch.setattr(recurse, "predict", predict)
@@ -153,7 +153,7 @@ def test_ask_answers_examples_without_labels(place, tmp_path, monkeypatch, capsy
     shown = ["who was it", "who was it?", "It was", "It is", "which"]
     lines = [f"{text}\t{answer}" for text, answer in zip(shown, "ABCbb")]
     assert capsys.readouterr().out.splitlines() == lines
-    ids, _, _, options, ends, _ = calls[0]
+    ids, _, _, options, ends, *_ = calls[0]
     question = data.question_text
     texts = [question(shown[0]), question(shown[1]), "It was", "It is", question("which")]
     assert ids == data.encode_prompts(own_tokenizer(place), texts)
@@ -260,7 +260,7 @@ def test_score_records_what_its_scores_are_of(place, tmp_path, capsys):
     record = json.loads((tmp_path / "out" / "score.json").read_text())
     assert record["arguments"] == {
         **{"file": str(asked), "run": None, "model": str(place / "lm"), "limit": 9, "seed": 4},
-        **{"threshold": None},
+        **{"threshold": None, "rank_by": "sum"},
         **{"shots": 2, "shots_from": str(shots), "stop": ".", "max_new_tokens": 2},
     }
     hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (asked, shots)]
@@ -383,16 +383,25 @@ def test_model_says_where_the_lm_of_a_run_is(place, monkeypatch, line, capsys):
     assert capsys.readouterr().err == f"eval.py {line.split()[0]}: the run is old\n"
 
 
-RUN = {"stop": "k", "max_new_tokens": 3}
+RUN = {"stop": "k", "max_new_tokens": 3, "rank_by": "mean"}
 
 
 @pytest.mark.parametrize(
-    "flags, stop, new",
-    [("", "k", 3), ("--stop .", ".", 3), ("--max-new-tokens 7", "k", 7), ("--stop=", "", 3)],
+    "flags, stop, new, rank",
+    [
+        ("", "k", 3, "mean"),
+        ("--stop .", ".", 3, "mean"),
+        ("--max-new-tokens 7", "k", 7, "mean"),
+        ("--stop=", "", 3, "mean"),
+        ("--rank-by sum", "k", 3, "sum"),
+        ("--rank-by mean", "k", 3, "mean"),
+    ],
 )
 @pytest.mark.parametrize("line", ["score short.jsonl --out {}", "ask"])
-def test_a_run_is_asked_as_it_was_scored(place, tmp_path, monkeypatch, line, flags, stop, new):
-    """Its stop and the length of its answers are the run's, unless the flags name others."""
+def test_a_run_is_asked_as_it_was_scored(
+    place, tmp_path, monkeypatch, line, flags, stop, new, rank
+):
+    """Where answers end, and how choices are ranked, is as in the run if no flag says another."""
     lm, tokenizer = LM.from_pretrained(place / "lm"), own_tokenizer(place)
     loaded = lm, None, tokenizer, {"arguments": RUN}
     monkeypatch.setattr(runs, "load_run", lambda *_, **__: loaded)
@@ -402,10 +411,10 @@ def test_a_run_is_asked_as_it_was_scored(place, tmp_path, monkeypatch, line, fla
     question = ["who was 1"] if line == "ask" else []
     argv = [*line.format(tmp_path / "out").split(), *question, "--run", "run", *flags.split()]
     evaluation.main(argv)
-    assert calls[0][4] == [stop] and calls[0][2] == new
+    assert calls[0][4] == [stop] and calls[0][2] == new and calls[0][6] == (rank == "mean")
     if line != "ask":
         arguments = json.loads((tmp_path / "out" / "score.json").read_text())["arguments"]
-        assert (arguments["stop"], arguments["max_new_tokens"]) == (stop, new)
+        assert arguments | {"stop": stop, "max_new_tokens": new, "rank_by": rank} == arguments
 
 
 def test_answers_do_not_decide_where_an_answer_ends(place, tmp_path, monkeypatch, capsys):

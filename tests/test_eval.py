@@ -372,6 +372,7 @@ def test_the_same_questions_are_compared_whatever_their_split_is_called(tmp_path
 
 def with_settings(run, name="run.json", **arguments):
     record = {"arguments": {"method": "fine_tuning"} | arguments, "results": {}}
+    record["shots_hash"] = arguments.get("shots_from", "").removeprefix("./")
     (run / name).write_text(json.dumps(record))
 
 
@@ -389,6 +390,16 @@ SAME = {"stop": None, "shots": None, "max_new_tokens": 16}
         ({"shots": 5}, {}, "--shots 5 and None"),
         ({"max_new_tokens": 4}, {}, "--max-new-tokens 4 and 16"),
         ({"stop": ".", "shots": 2}, {"shots": 3}, "--stop '.' and None, --shots 2 and 3"),
+        ({"rank_by": "mean"}, {}, "--rank-by 'mean' and 'sum'"),
+        ({"rank_by": "sum"}, {}, None),  # early records do not have it
+        ({"shots": 2, "shots_from": "x"}, {"shots": 2, "shots_from": "./x"}, None),
+        (
+            {"shots": 2, "shots_from": "x"},
+            {"shots": 2, "shots_from": "y"},
+            "--shots-from 'x' and 'y'",
+        ),
+        ({"shots": 2, "seed": 1}, {"shots": 2}, "--seed 1 and 0"),
+        ({"shots": None, "seed": 1}, {}, None),
     ],
 )
 @pytest.mark.parametrize("names", [("score.json",) * 2, ("run.json", "score.json")])

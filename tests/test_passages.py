@@ -193,6 +193,18 @@ def test_bad_questions_are_refused_with_their_line(tmp_path, text, message):
         read_questions(write(tmp_path / "a.json", text))
 
 
+@pytest.mark.parametrize("name", ["q.json", "q.jsonl"])
+def test_a_key_without_a_value_is_absent_at_every_depth(tmp_path, name):
+    found = {"id": "1", "title": None, "text": None, "score": None}
+    record = {"question": "who wrote it", "answers": None, "answer": ["Jane"], "positives": None}
+    record |= {"positive_ctxs": [{"title": None, "text": "By Jane.", "passage_id": None}]}
+    record |= {"negative_ctxs": None, "ctxs": [found]}
+    text = json.dumps([record] if name.endswith("json") else record)
+    (question,) = read_questions(write(tmp_path / name, text), BOOK)
+    assert (question.answers, question.scores) == (["Jane"], [0.0])
+    assert question.positives == [Passage("", "By Jane.", "")] and question.found == BOOK[:1]
+
+
 def test_records_of_an_array_know_their_lines(tmp_path):
     path = write(tmp_path / "a.json", '\ufeff[\n {"a": 1}, {"b":\n 2},\n\n{"c": 3}]\n')
     assert list(json_records(path)) == [

@@ -48,7 +48,7 @@ RECUR --device cuda                                     | --device cuda
 RECUR --attention fused                                 | --attention fused needs --device cuda
 RECUR --model nowhere/at/all                            | nowhere
 RECUR --train none.jsonl                                | none.jsonl | no such file
-RECUR --train .                                         | is a folder
+RECUR --train .                                         | --train .: | no file TASK-train.jsonl
 RECUR --train broken.jsonl                              | broken.jsonl:2
 RECUR --train long.jsonl                                | long.jsonl:2 | context
 RECUR --dev long.jsonl                                  | long.jsonl:2 | context
@@ -79,6 +79,9 @@ TRAIN training_free --init connector                    | --init | training_free
 RECUR --init vocab                                      | --init vocab | neural_recursion
 RECUR --init text:words                                 | --init text:words | neural_recursion
 RECUR --init nothing                                    | --init nothing
+RECUR --init ''                                         | --init ''
+PROMPT --init ''                                        | --init ''
+PROMPT --init text:                                     | --init 'text:'
 RECUR --eval-limit 0                                    | --eval-limit | 0 is not a number from 1 up
 RECUR --eval-limit -3                                   | --eval-limit
 RECUR --eval-tokens 0                                   | --eval-tokens
@@ -107,7 +110,8 @@ PROMPT --prompt-length 90                               | train.jsonl:1 | contex
 PROMPT --prompt-length 600                              | --prompt-length 600 | context
 PROMPT --init connector                                 | Connector | prompt_tuning
 PROMPT --init prompt                                    | --prompt-length 90
-PROMPT --init vocab:4                                   | --init vocab:4
+PROMPT --init vocab:0                                   | --init vocab:0
+PROMPT --init vocab:four                                | --init vocab:four
 PROMPT --dev twice.jsonl                                | twice.jsonl:3
 PROMPT --train half.jsonl                               | half.jsonl:1
 PROMPT --out twice.jsonl/new                            | twice.jsonl
@@ -186,6 +190,8 @@ eval.py score dev.jsonl --seed x                        | --seed | invalid int v
 eval.py score dev.jsonl --out train.jsonl               | --out train.jsonl: is not a folder
 eval.py score dev.jsonl --out /dev/full                 | --out /dev/full: is not a folder
 eval.py score lines.jsonl                               | lines.jsonl:1: | holds '\n' | --stop
+eval.py mixed --prompts mine --input lines.jsonl --out mixed | lines.jsonl:1: | holds '\n' | --stop
+eval.py score dev.jsonl --rank-by most                  | --rank-by | 'most'
 eval.py score dev.jsonl --stop o                        | dev.jsonl:1: | holds 'o' | --stop
 eval.py score special.jsonl                             | special.jsonl:1: | x<|endoftext|>y
 eval.py score dev.jsonl --shots 1 --shots-from special.jsonl | special.jsonl:1: | x<|endoftext|>y

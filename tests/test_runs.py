@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -22,7 +23,7 @@ from tiny_runs import ROOT, command, die_at_5, make_place, read_lines, run, same
 import eval as metrics
 from checkpoints import load_tokenizer
 from model import LM
-from runs import load_run
+from runs import arguments, load_run
 
 # What only shows
 
@@ -132,6 +133,23 @@ def test_the_same_in_a_shell(accents, tmp_path, shell, variables, lines):
     assert is_whole(tmp_path / "run")
 
 
+SHOWN = ["data.py {}/train.jsonl", "generate.py {}/lm/model Beyonc\u00e9 --max-new-tokens 1"]
+SHOWN += ["adapters.py {}/adapter"]
+
+
+@pytest.mark.parametrize("line", SHOWN)
+def test_programs_that_only_show_escape_what_ascii_lacks(accents, line):
+    (accents / "adapter").mkdir(exist_ok=True)
+    config = {"peft_type": "PROMPT_TUNING", "base_model_name_or_path": "Beyonc\u00e9"}
+    (accents / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    vectors = {"prompt_embeddings": torch.zeros(1, 32)}
+    save_file(vectors, accents / "adapter" / "adapter_model.safetensors")
+    call = [sys.executable, *line.format(accents).split()]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(call, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and "\\xe9" in result.stdout, result.stderr
+
+
 # What is written, and what is named
 
 
@@ -198,6 +216,14 @@ def test_a_resumed_run_records_the_threads_of_its_start_and_of_later(place, tmp_
     assert later == [[], [3], [3], [3, 2]]
     assert all(record["hardware"] == first["hardware"] for record in records)
     assert first["hardware"]["threads"] == 1 and records[-1]["versions"] == first["versions"]
+
+
+@pytest.mark.parametrize("key", ["train", "dev", "test"])
+def test_the_word_suite_is_not_looked_up_as_a_path(tmp_path, monkeypatch, key):
+    (tmp_path / "suite").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert arguments(Namespace(**{key: "suite"})) == {key: "suite"}
+    assert arguments(Namespace(**{key: "./suite"})) == {key: str(tmp_path / "suite")}
 
 
 @pytest.mark.parametrize("word", ["random", "vocab", "labels", "text:run", f"text:{'so ' * 99}"])

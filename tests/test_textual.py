@@ -184,6 +184,9 @@ def test_equal_texts_are_one_candidate_as_likely_as_its_likeliest_tokens():
         Candidate("w7", -2.0, 1, 5),
         Candidate("w6", -2.5, 2, 1),
     ]
+    letters = data.train_tokenizer([], 257)
+    spaced = [Sample(letters.encode(text).ids[1:], -1.0) for text in ("  a b", " a", "b ")]
+    assert [(c.text, c.count) for c in rank(spaced, 0, letters, " ")] == [("a", 2), ("b", 1)]
 
 
 def test_candidates_stand_in_a_line_before_the_text():
