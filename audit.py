@@ -260,7 +260,9 @@ def bridge_rates(read: list[dict], alone: list[str], answers: list[dict]) -> lis
     matches = [metrics.exact_match(a, [q["bridge"]]) == 1 for q, a in zip(read, alone)]
     rows, counts = [rate("the LM alone answers with the bridge", matches)], holders(read)
     paused = len(counts) > 1
-    for i in range(len(counts)):
+    for i, count in enumerate(counts):
+        if i > 0 and count == 0:  # most positions of a long pause hold nothing
+            continue
         where = f", position {i}" if paused else ""
         first, given = ([q[key][i] == q["token"] for q in read] for key in ("first", "given"))
         rows.append(rate(f"first pass reads the bridge's first token{where}", first))

@@ -221,7 +221,7 @@ def best_threshold(run: str, examples: list[data.Example]) -> float:
 
 STEP = 34  # 32 questions of 18 tokens, once forward through the layers of the embedded LM
 ANSWER = 1.5  # one question through them, and its greedy answer
-SAMPLE = (3, 0.31)  # one question, and each sample of its answer
+SAMPLE = (5, 0.26)  # one question, and each sample of its answer
 QUESTIONS = {"train": 16128, "dev": 1344, "test": 2240}
 
 
@@ -257,7 +257,7 @@ def seconds(study: Study, job: Job) -> float:
     base, each = SAMPLE
     if job.program == "audit.py":
         samples = test * (base + 64 * each) / 1000
-        return {"hard": samples, "passes": 4 * test * ANSWER / 1000}.get(job.row.name, 100.0)
+        return {"hard": samples, "passes": 4 * test * ANSWER / 1000}.get(job.row.name, 40.0)
     if not job.trains:
         return 4 * (dev + test) * ANSWER / 1000
     line = study.line(job)

@@ -464,8 +464,12 @@ def test_a_pause_follows_the_question_in_every_stage(place, tmp_path, monkeypatc
     assert len(texts) == 2 * (8 + 5) and all(text.count("\nso:") == 2 for text in texts)
     assert all(text.endswith("born?\nA:\nso:\nso:") for text in texts)
     assert sum(text.startswith("Candidates: ") for text in texts) >= 8 + 5 - 3
-    file = str(place / "dev.jsonl")
+    file, trained = str(place / "dev.jsonl"), [tuple(row) for row in read]
+    read.clear()
     ids, _, prefix = prepare(model, tokenizer, data.read(file), prefix, 4)
+    asked = [tuple(row) for row in read]  # of both rounds: what was sampled for dev
+    assert len(asked) == 10 and set(asked[:5]) <= set(trained[:13])
+    assert set(asked[5:]) <= set(trained[13:])
     lines = read_lines(tmp_path / "run" / "candidates" / "2-dev" / "000000.jsonl")
     asked = [text_with(x["input"], [c["text"] for c in x["candidates"]]) for x in lines]
     assert [tokenizer.decode(row) for row in ids] == [f"{text}\nso:\nso:" for text in asked]
@@ -483,9 +487,10 @@ def test_trained_vectors_of_a_pause_go_on_from_the_first_prompt(place, tmp_path,
         starts[task.args.out] = start, trained.vectors.detach().clone()
         return train_adapter(task, trained, **rest)
 
-    def candidates(lm, *rest):
+    def candidates(lm, ids, *rest):
         samplers.append(lm.pause.vectors.detach())
-        return sample(lm, *rest)
+        assert all(row[-2:] == lm.pause_ids for row in ids)
+        return sample(lm, ids, *rest)
 
     monkeypatch.setattr(train, "train_adapter", note)
     monkeypatch.setattr(textual, "candidates", candidates)
@@ -499,7 +504,9 @@ def test_trained_vectors_of_a_pause_go_on_from_the_first_prompt(place, tmp_path,
     p1 = adapters.from_file(4, torch.ones(1, 32), tmp_path / "run" / "p1")
     start, prompt = starts[str(tmp_path / "run")]
     assert torch.equal(start, stored[2]) and torch.equal(prompt, p1)
-    for vectors, own in zip(samplers, (stored[1], stored[0], stored[2]), strict=True):
+    model, prefix, tokenizer, _ = load_run(tmp_path / "run")
+    prepare(model, tokenizer, data.read(place / "dev.jsonl"), prefix, 4)
+    for vectors, own in zip(samplers, (stored[1], stored[0], *stored[2:3] * 2), strict=True):
         assert torch.equal(vectors, own)
 
 
