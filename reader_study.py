@@ -46,7 +46,8 @@ def readers(args) -> dict:
         for seed in range(args.seeds if name in REPEATED else 1):
             out = folder / (name if seed == 0 else f"{name}-{seed}")
             read_from = source or (name if seed else None)
-            flags = own.format_map({run: folder / run for run in RUNS}).split()
+            places = {run: folder / run for run in RUNS}
+            flags = [word.format_map(places) for word in own.split()]
             if seed:
                 flags = ["--no-rerank"]
             if read_from:

@@ -167,7 +167,7 @@ class Study:
         args, steps = self.args, self.args.steps
         files = {split: str(self.folder / f"{split}.jsonl") for split in world.SPLITS}
         names = files | {"out": self.folder, "pretrained": args.pretrained, "long": 3 * steps}
-        line, model = job.row.command.format(**names).split()[1:], []
+        line, model = [word.format(**names) for word in job.row.command.split()[1:]], []
         if args.model:
             model = ["--model", args.model]
         if not job.trains:
