@@ -35,7 +35,7 @@ import eval as metrics
 import recurse
 import world
 from checkpoints import atomic_write, write_json
-from handover import hand_over, holders, intervene, nearest_tokens, read_bridges, same, two_hop
+from handover import hand_over, holders, intervene, nearest, read_bridges, same, two_hop
 from pause import without_pause
 from questions import prepare
 from runs import load_run, read_predictions
@@ -362,7 +362,7 @@ def draw_passes(figure, result: dict) -> None:
 def draw_bridge(figure, model, tokenizer, ids: list[int], bridge: str, rates: list[dict]) -> None:
     """Draw what is read at every position of one question, and the rates."""
     h, given = hand_over(model, ids)
-    columns = [ids, model.logits(h).argmax(-1).tolist(), nearest_tokens(model.lm, given)]
+    columns = [ids, model.logits(h).argmax(-1).tolist(), nearest(model.lm, given)]
     cells = [[repr(tokenizer.decode([t])) for t in row] for row in zip(*columns)]
     for row, token in zip(cells, ids):
         if token in getattr(model, "pause_ids", []):

@@ -23,7 +23,6 @@ takes under a second for 300 examples of two tasks and prints the difference a -
 """
 
 import argparse
-import json
 import re
 import string
 import sys
@@ -367,8 +366,8 @@ def ask_command(args: argparse.Namespace) -> list[str]:
     answers = []
     for e, answer in zip(examples, questions.answer(args, model, prefix, tokenizer, examples)):
         answers.append(answer if isinstance(answer, str) else e.options[answer])
-        line = _one_line(answers[-1])
-        show(line if len(examples) == 1 else f"{_one_line(e.id)}\t{line}", result=True)
+        line = one_line(answers[-1])
+        show(line if len(examples) == 1 else f"{one_line(e.id)}\t{line}", result=True)
     return answers
 
 
@@ -378,7 +377,6 @@ def score_command(args: argparse.Namespace) -> dict:
 
     import data
     import questions
-    from checkpoints import atomic_write, write_json
 
     path = Path(args.out or "") / "predictions.jsonl"
     if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
@@ -392,22 +390,26 @@ def score_command(args: argparse.Namespace) -> dict:
     result = summary(records)
     if args.out:
         record = questions.score_record(args, model, tokenizer, result)
-        write_json(path.with_name("score.json"), record)
-        with atomic_write(path) as unfinished:
-            lines = [json.dumps(record) + "\n" for record in records]
-            unfinished.write_text("".join(lines), encoding="utf-8")
+        questions.write_scores(path, record, records)
     for record in records[:3]:
-        shown = f"{_one_line(record['input'])[-200:]} {_one_line(record['prediction'])}"
-        answers = _one_line(", ".join(record["answers"]))
+        shown = f"{one_line(record['input'])[-200:]} {one_line(record['prediction'])}"
+        answers = one_line(", ".join(record["answers"]))
         show(f"{shown}   (accepted: {answers})", result=not args.out)
-    for task, row in [("all", result), *result["tasks"].items()]:
-        if task:
-            line = f"{task:20} EM {100 * row['em']:5.1f}   F1 {100 * row['f1']:5.1f}"
-            show(f"{line}   ({row['n']} examples)", result=not args.out)
+    show_scores(result, asked=not args.out)
     return result
 
 
-def _one_line(text: str) -> str:
+def show_scores(result: dict, asked: bool = False) -> None:
+    """Print EM and F1 of all examples and of each task. asked: they are what the user asked for."""
+    from show import show
+
+    for task, row in [("all", result), *result["tasks"].items()]:
+        if task:
+            line = f"{task:20} EM {100 * row['em']:5.1f}   F1 {100 * row['f1']:5.1f}"
+            show(f"{line}   ({row['n']} examples)", result=asked)
+
+
+def one_line(text: str) -> str:
     """Return a text without line ends and tabs, which would end a line or a column of output."""
     return " ".join(line.strip() for line in text.expandtabs(1).splitlines())
 

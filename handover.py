@@ -8,7 +8,8 @@
 The hand-over is the Connector's output. If a question ends with a pause (pause.py), it has more
 than one position at which the bridge can be handed over.
 
-Needs recurse.py, pause.py, generate.py, world.py, data.py and eval.py. audit.py has the command.
+Needs recurse.py, prompts.py, pause.py, generate.py, world.py, data.py and eval.py. The command is
+of audit.py.
 
     python audit.py bridge runs/neural_recursion --out audit/bridge
 """
@@ -25,6 +26,7 @@ import recurse
 import world
 from generate import continue_texts
 from pause import with_pause, without_pause
+from prompts import nearest_tokens
 
 
 def two_hop(examples: Sequence, made: world.World) -> list[dict]:
@@ -104,11 +106,10 @@ def answers_with(model, tokenizer, ids, at, vectors: Tensor, new: int, stops) ->
     return answers
 
 
-@torch.no_grad()
-def nearest_tokens(lm, vectors: Tensor) -> list[int]:
+def nearest(lm, vectors: Tensor) -> list[int]:
     """The token whose embedding has the largest cosine with each of the vectors (T, C)."""
-    table = torch.nn.functional.normalize(lm.embed_tokens.weight.float(), dim=-1)
-    return (vectors.float() @ table.T).argmax(-1).tolist()
+    _, ids = nearest_tokens(vectors, lm.embed_tokens.weight, k=1)["cosine"]
+    return ids[:, 0].tolist()
 
 
 def donors(questions: list[dict], seed: int) -> list[int | None]:
@@ -147,7 +148,7 @@ def read_bridges(model, tokenizer, questions: list[dict], ids: list[list[int]]) 
     ):
         h, given = (states[-count:] for states in hand_over(model, row))
         read = {"first": model.logits(h).argmax(-1).tolist(), "vectors": given}
-        read |= {"given": nearest_tokens(model.lm, given), "token": whole[len(bare)]}
+        read |= {"given": nearest(model.lm, given), "token": whole[len(bare)]}
         rows.append(q | read)
     return rows
 

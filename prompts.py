@@ -19,7 +19,6 @@ Needs the files below runs.py. eval.py registers the commands, train.py calls th
 
 import argparse
 import hashlib
-import json
 import os
 import re
 from collections import Counter
@@ -39,10 +38,10 @@ from torch import Tensor
 import data
 import eval as metrics
 from adapters import DeepPrompt, PromptGenerator, SoftPrompt, read_adapter_config, save_adapter
-from checkpoints import atomic_write, load_tokenizer, write_json
+from checkpoints import load_tokenizer
 from generate import predict
 from model import LM
-from questions import parse_question, prepare, score_record
+from questions import parse_question, prepare, score_record, write_scores
 from recurse import load_trained, prompt_prefix
 
 # Prompts of one LM
@@ -218,34 +217,23 @@ def mixed_command(args: argparse.Namespace) -> list[str] | dict:
     show(f"examples of each prompt: {counts}", "stderr")
     if out:
         records = [r | m for r, m in zip(metrics.score(examples, answers), more)]
-        return write_scores(args, lm, tokenizer, prompts, out, records)
+        return finish_scores(args, lm, tokenizer, prompts, out, records)
     texts = [a if isinstance(a, str) else e.options[a] for e, a in zip(examples, answers)]
     for e, text in zip(examples, texts):
-        show(f"{one_line(e.id)}\t{one_line(text)}", result=True)
+        show(f"{metrics.one_line(e.id)}\t{metrics.one_line(text)}", result=True)
     return texts
 
 
-def write_scores(args, lm, tokenizer, prompts: dict, path: Path, records: list) -> dict:
+def finish_scores(args, lm, tokenizer, prompts: dict, path: Path, records: list) -> dict:
     """Write predictions.jsonl and score.json as `eval.py score` does; print and return scores."""
     result = metrics.summary(records)
     given = vars(args) | {"run": None, "file": args.input, "shots_from": None}
     record = score_record(argparse.Namespace(**given), lm, tokenizer, result)
     files = {n: p.folder / "adapter_model.safetensors" for n, p in prompts.items()}
     hashes = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
-    write_json(path.with_name("score.json"), record | {"adapter_hash": hashes})
-    with atomic_write(path) as unfinished:
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        unfinished.write_text(text, encoding="utf-8")
-    for task, row in [("all", result), *result["tasks"].items()]:
-        if task:
-            scores = f"EM {100 * row['em']:5.1f}   F1 {100 * row['f1']:5.1f}"
-            show(f"{task:20} {scores}   ({row['n']} examples)")
+    write_scores(path, record | {"adapter_hash": hashes}, records)
+    metrics.show_scores(result)
     return result
-
-
-def one_line(text: str) -> str:
-    """Return a text without line ends and tabs, which would end a line or a column of output."""
-    return " ".join(line.strip() for line in text.expandtabs(1).splitlines())
 
 
 # A prompt for each task, trained in shared batches

@@ -291,7 +291,7 @@ def test_the_hand_over_is_the_connectors_output(any_stack, paused):
     close(h, lm(x)[0])
     close(given, connector(lm(x))[0])
     table = lm.embed_tokens.weight
-    assert handover.nearest_tokens(lm, table[[7, 30, 2]] * 5) == [7, 30, 2]
+    assert handover.nearest(lm, table[[7, 30, 2]] * 5) == [7, 30, 2]
 
 
 @pytest.mark.parametrize("paused", [False, True])

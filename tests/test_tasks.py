@@ -29,7 +29,6 @@ from prompts import (
     explain,
     mean_over_tasks,
     nearest_tokens,
-    one_line,
     template_medians,
 )
 from questions import prepare
@@ -236,7 +235,7 @@ def test_mixed_answers_as_ask_answers_with_each_run(place, model, library, tmp_p
     answers = ask_mixed(library, file)
     out = capsys.readouterr().out.splitlines()
     asked = [record.get("question", "It is") for record in records]
-    assert out == [f"{q}\t{one_line(a)}" for q, a in zip(asked, answers)]
+    assert out == [f"{q}\t{evaluation.one_line(a)}" for q, a in zip(asked, answers)]
     lm, tokenizer = LM.from_pretrained(model), load_tokenizer(model)
     stored = SoftPrompt(torch.randn(6, lm.config.dim, generator=seeded(7)))
     models = {"none": (lm, None, tokenizer), "stored": (lm, lm.read(stored()), tokenizer)}
