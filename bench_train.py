@@ -27,6 +27,7 @@ from torch import Tensor
 from adapters import DeepPrompt, PromptGenerator, SoftPrompt
 from contest import Contest, Setting, llama
 from fit import adamw
+from int8 import quantize
 from model import LM
 from reader import Checkpointed
 from recurse import COMPOSITIONS
@@ -114,6 +115,7 @@ def options(setting: Setting) -> Iterator[Contest]:
         for name, ours in (
             ("--checkpoint-activations", step(lm, Checkpointed(lm))),
             ("--dtype bfloat16", step(lm, setting=replace(setting, dtype=torch.bfloat16))),
+            ("--base-dtype int8", step(quantize(deepcopy(lm)))),
             ("--compile", step(compiled)),
         ):
             title = f"{name}, prompt tuning B={B} P={P} T={T}"

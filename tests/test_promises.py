@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TIERS = {  # imports at the top of a file go strictly down
-    **dict.fromkeys(["families", "show"], 0),
+    **dict.fromkeys(["families", "show", "int8"], 0),
     **dict.fromkeys(["checkpoints", "data", "eval", "world", "attention", "generate"], 1),
     **dict.fromkeys(["model", "adapters", "pause", "questions", "rerank", "t5", "genres"], 2),
     **dict.fromkeys(["recurse", "suite", "retrieve"], 3),
