@@ -168,7 +168,7 @@ class Study:
         files = {split: str(self.folder / f"{split}.jsonl") for split in world.SPLITS}
         names = files | {"out": self.folder, "pretrained": args.pretrained, "long": 3 * steps}
         line, model = [word.format(**names) for word in job.row.command.split()[1:]], []
-        if args.model:
+        if args.model and "--model" not in line:
             model = ["--model", args.model]
         if not job.trains:
             knows = "{out}/" in job.row.command  # a run, which says what its LM is
