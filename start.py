@@ -298,7 +298,7 @@ def finished_stage(args, hashes: dict) -> Path | None:
     own = argparse.Namespace(**vars(args) | same)
     Run(folder, arguments(own), resume=True).check()
     for key, what in HASHES.items():
-        if record.get(key) != hashes[key]:
+        if record.get(key) != hashes.get(key):
             raise ValueError(f"--stages-from: {folder} was trained {what} (its {key} differs)")
     return folder
 

@@ -389,6 +389,7 @@ def hashes(task: start.Task, trained: nn.Module | None) -> dict[str, str | None]
     texts += task.more
     return {
         "data_hash": hashlib.sha256(texts.encode()).hexdigest(),
+        "templates_hash": hash_templates(task),
         "tokens_hash": hashlib.sha256(tokens.encode()).hexdigest(),
         "tokenizer_hash": hash_tokenizer(task.tokenizer),
         "eos": list(task.lm.config.eos),
@@ -396,6 +397,14 @@ def hashes(task: start.Task, trained: nn.Module | None) -> dict[str, str | None]
         "init_hash": adapter,
         "encoder_hash": encoder,
     }
+
+
+def hash_templates(task: start.Task) -> str | None:
+    """What --mixture-cap mixes the training questions by. It is no part of their repr."""
+    if not task.args.mixture_cap:
+        return None
+    templates = repr([example.template for example in task.examples["train"]])
+    return hashlib.sha256(templates.encode()).hexdigest()
 
 
 # What is shown at the end
@@ -517,4 +526,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    run_program("train.py", main)
+    run_program("train.py", main, resumes=True)

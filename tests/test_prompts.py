@@ -498,5 +498,8 @@ def test_a_run_of_id_pt_needs_an_encoder_and_remembers_it(place, tmp_path):
     )
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert record["encoder_hash"]
+    shutil.rmtree(moved / "t5")
+    with pytest.raises(FileNotFoundError, match=f"run: its encoder, --encoder {tmp_path}/x/t5/m"):
+        load_run(moved / "run")
     with pytest.raises(ValueError, match="--init vocab starts a prompt, and id_pt trains"):
         run(command(place, "id_pt", tmp_path / "c", "--init vocab"))
