@@ -46,7 +46,6 @@ from adapters import (
     SoftPrompt,
     load_adapter,
     rms,
-    save_adapter,
 )
 from checkpoints import load_tokenizer
 from generate import (
@@ -327,24 +326,6 @@ def load_trained(folder, lm, tokenizer, encoder_folder=None):
     elif isinstance(adapter, SoftPrompt) and adapter.bos is not None:
         tokenizer = without_bos(tokenizer)
     return adapter, tokenizer
-
-
-# A prefix as a file
-
-
-def save_prefix(folder, prefix, lm, **info) -> None:
-    """Stores a shared prefix, such as examples read once, as a deep prompt. PEFT loads it too."""
-    save_adapter(folder, DeepPrompt(prefix), lm, **info)
-
-
-def load_prefix(folder, lm, tokenizer=None, encoder_folder=None):
-    """The prefix of the prompt in a folder, of any kind, for `generate` and `predict`.
-
-    ValueError if the prompt was made for another LM, or if the folder holds a Connector. ID-PT
-    needs the LM's tokenizer and the folder of its encoder.
-    """
-    adapter, _ = load_trained(folder, lm, tokenizer, encoder_folder)
-    return prompt_prefix(adapter, lm, folder)
 
 
 def prompt_prefix(adapter, lm, source=""):
