@@ -194,8 +194,6 @@ def planned(args, lm: LM, encoder: T5Encoder | None = None) -> torch.nn.Module:
     elif args.method != "training_free":
         gaps = args.passes - 1 if args.connectors == "each" else 1
         parts.extend(Connector(lm.new_layers(args.connector_layers)) for _ in range(gaps))
-    if args.pause_text == "trained":
-        parts.append(SoftPrompt(torch.empty(args.pause, lm.config.dim)))
     return parts
 
 

@@ -2,7 +2,6 @@
 
     adapter_config.json, adapter_model.safetensors   the trained adapter, best on dev
     model/                                           the model, if it was trained itself
-    pause.safetensors                                trained filler after every question, if any
     predictions.jsonl                                each test question (dev, if there is no test),
                                                      its prediction and scores
     run.json                                         arguments, versions, hardware, hashes, results
@@ -42,9 +41,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoints import atomic_write, hash_tensors, load_tokenizer, write_json
+from data import filler
 from model import LM
-from pause import load_pause
-from recurse import COMPOSITIONS, compose, load_trained, without_bos
+from recurse import COMPOSITIONS, load_trained, without_bos
 from textual import TextualRecursion
 
 ASSETS = Path(__file__).parent / "assets"  # the embedded LM and the Connectors pretrained on it
@@ -376,8 +375,9 @@ def read_record(folder: str | Path) -> dict:
 def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None = None):
     """Load what a run trained. Returns (model, prefix, tokenizer, record).
 
-    model      the LM, or a Stack, TextualRecursion, Reader or Paused with the LM's interface;
-               float32, whatever the run used. questions.prepare makes what it reads of a question
+    model      the LM, or a Stack, TextualRecursion or Reader with the LM's interface; float32,
+               whatever the run used. questions.prepare makes what it reads of a question, with
+               `model.filler` behind it
     prefix     the trained prompt as a Prefix, or None
     tokenizer  the one that the run used
     record     run.json
@@ -393,6 +393,8 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     encoder = method in ("retriever", "reranker")  # a model, but no LM
     if encoder or not (own_lm or method in COMPOSITIONS):
         raise ValueError(f"{folder}/run.json: {args['method']} trains nothing that answers")
+    if (folder / "pause.safetensors").is_file():
+        raise ValueError(f"{folder}: its questions end with trained vectors; only text is read now")
     if args.get("per_task"):
         raise ValueError(f"{folder}: has a prompt for each task; `eval.py mixed` answers with them")
     lm, tokenizer = load_base(folder, record, device, model)
@@ -402,14 +404,14 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     elif method != "training_free":
         t5 = find_encoder(folder, record) if method == "id_pt" else None
         adapter, tokenizer = load_trained(folder, lm, tokenizer, t5)
-    pause = load_pause(folder, args.get("pause", 0), args.get("pause_text", ""), lm)
-    model, prefix = compose(method, lm, adapter, pause)
+    model, prefix = COMPOSITIONS[method](lm, adapter)
     if method == "textual_recursion":
         model = TextualRecursion.load(folder, model, tokenizer, args)
     if args["method"] == "reader":
         from reader import Reader
 
         model = Reader.load(folder, model, tokenizer, record, device)
+    model.filler = filler(args.get("pause", 0), args.get("pause_text", ""))
     return model.requires_grad_(False), prefix, tokenizer, record
 
 
