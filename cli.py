@@ -53,9 +53,8 @@ WORLD = ("--world-seed", int, 1, "another seed, another world; the embedded LM k
 PROMPT = ("--prompt-length", COUNT, 20, "P of a prompt (papers: 100 to 400)")
 PASSES = ("--passes", number_type(int, 2), 2, "passes of a neural recursion (paper: 2)")
 CONNECTORS = ("--connectors", ["shared", "each"], "shared", "one for all gaps, or one in each gap")
-PAUSE = ("--pause", number_type(int, 0), 0, "k, filler positions after every question")
-filler = "text repeated k times (\\n: a newline), or `trained` for k trained vectors"
-PAUSE_TEXT = ("--pause-text", str, r"\nA:", filler)
+PAUSE = ("--pause", number_type(int, 0), 0, "k, how often --pause-text follows every question")
+PAUSE_TEXT = ("--pause-text", str, r"\nA:", "what --pause repeats (\\n: a newline)")
 CONNECTOR = ("--connector-layers", COUNT, 2, "layers of a Connector (paper: 1 and 2)")
 
 

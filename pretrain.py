@@ -455,4 +455,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    run_program("pretrain.py", main)
+    run_program("pretrain.py", main, resumes=True)

@@ -111,13 +111,11 @@ def load_lm(folder: Path, model=None, device: str = "cpu"):
 
 def load_prompt(folder: Path, lm: LM, tokenizer) -> Prompt:
     """Load one prompt. ValueError if it belongs to another LM."""
-    from runs import ASSETS, find
+    from runs import find_encoder
 
     place, record = run_of(folder)
-    encoder = None
-    if read_adapter_config(folder)["peft_type"] == "PROMPT_GENERATOR":
-        encoder = record.get("arguments", {}).get("encoder") or str(ASSETS / "t5")
-        encoder = find(encoder, place, record)
+    generates = read_adapter_config(folder)["peft_type"] == "PROMPT_GENERATOR"
+    encoder = find_encoder(place, record) if generates else None
     adapter, own = load_trained(folder, lm, tokenizer, encoder)
     return Prompt(folder, adapter, prompt_prefix(adapter, lm, folder), own)
 

@@ -395,9 +395,9 @@ def add_own_flags(command, name: str) -> None:
 def add_shared_flags(command) -> None:
     """The flags of the commands that train."""
     init = "folder of a trained prompt to start from, or vocab, random, labels, text:WORDS"
-    start = ("--init", str, None, f"{init}; vocab if not given")
+    init = ("--init", str, None, f"{init}; vocab if not given")
     length = ("--prompt-length", cli.COUNT, 20, "P of a soft prompt (papers: 100; 20)")
-    cli.add_flags(command, "model", cli.MODEL, cli.TOKENIZER, start, length, cli.ATTENTION)
+    cli.add_flags(command, "model", cli.MODEL, cli.TOKENIZER, init, length, cli.ATTENTION)
     files = "files, or folders with files TASK-{}.jsonl"
     for split, needed in (("train", True), ("dev", False), ("test", False)):
         help = files.format(split)
@@ -459,4 +459,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    run_program("transfer.py", main)
+    run_program("transfer.py", main, resumes=True)

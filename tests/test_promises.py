@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["families", "show"], 0),
     **dict.fromkeys(["checkpoints", "data", "eval", "world", "attention", "generate"], 1),
-    **dict.fromkeys(["model", "adapters", "pause", "questions", "rerank", "t5", "genres"], 2),
+    **dict.fromkeys(["model", "adapters", "questions", "rerank", "t5", "genres"], 2),
     **dict.fromkeys(["recurse", "suite", "retrieve"], 3),
     **dict.fromkeys(["textual", "passages"], 4),
     **dict.fromkeys(["openbook", "prompts"], 5),
