@@ -16,8 +16,6 @@ import eval as metrics
 import openbook
 import passages as books
 import reader
-import reader_study
-import reproduce
 import train
 from fit import target_loss
 from generate import predict
@@ -489,26 +487,6 @@ def small_world(shelf):
     """What genres.library returns, of eight people."""
     passages = [{"id": p.id, "title": p.title, "text": p.text} for p in BOOK]
     return passages, {"train": ASKED, "dev": ASKED[:3], "test": ASKED[3:6]}
-
-
-def test_the_experiment_shares_passages_and_does_no_run_twice(shelf, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(openbook.genres, "library", lambda world: small_world(shelf))
-    kept = ("bm25", "bm25-reranked", "not-cross-fitted", "closed-book", "fine-tuned-reranked")
-    runs = {name: reader_study.RUNS[name] for name in kept}
-    monkeypatch.setattr(reader_study, "RUNS", runs)
-    flags = f"reader --model {shelf}/lm/model --encoder {shelf}/bert --context 96 --steps 1"
-    flags += " --encoder-steps 1 --seeds 2"
-    results = reproduce.main(flags.split())
-    assert json.loads((tmp_path / "results" / "reader.json").read_text())["results"] == results
-    assert {*kept, "bm25-1", "bm25-reranked-1", "not-cross-fitted-1"} <= results.keys()
-    for first, second in (("bm25", "bm25-1"), ("bm25-reranked", "fine-tuned-reranked")):
-        texts = [tmp_path / "runs" / "reader" / name / "run.json" for name in (first, second)]
-        a, b = (json.loads(text.read_text()) for text in texts)
-        assert a["passages"]["test"]["retrieved"] != {} and b["passages"]["test"]["n"] == 3
-    assert results["bm25"]["dev passages"] > 0 == results["closed-book"]["dev passages"]
-    monkeypatch.setattr(train, "main", None)  # nothing is trained again
-    assert reproduce.main(flags.split()) == results
 
 
 def test_the_rows_of_the_benchmark_agree_with_the_peers(monkeypatch, shelf, capsys):
