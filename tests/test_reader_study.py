@@ -4,7 +4,7 @@ import argparse
 import json
 
 import pytest
-from test_reader import shelf, small_world  # noqa: F401
+from tiny_runs import make_shelf, small_world
 
 import openbook
 import reader_study
@@ -22,11 +22,16 @@ KEPT = [
 ]
 
 
+@pytest.fixture(scope="module")
+def shelf(place):
+    return make_shelf(place)
+
+
 @pytest.fixture
-def reproduces(shelf, tmp_path, monkeypatch):  # noqa: F811
+def reproduces(shelf, tmp_path, monkeypatch):
     """reproduces(flags) -> (results, names of the runs that were made, in order)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(openbook.genres, "library", lambda world: small_world(shelf))
+    monkeypatch.setattr(openbook.genres, "library", lambda world: small_world())
     monkeypatch.setattr(reader_study, "GROUPS", {"rows": KEPT})
     made, original = [], train.main
 
