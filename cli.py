@@ -155,6 +155,7 @@ def add_training_flags(parser) -> None:
 def add_open_book_flags(parser) -> None:
     """What a reader reads, how its passages are found and sorted, and how encoders learn."""
     whole, pools = number_type(int, 0), ["cls", "mean"]
+    rate = "reader: of re-rankers (paper: 1e-5); if not given 2e-3, with --encoder 5e-5"
     add_flags(
         parser,
         "open book: retriever, reranker, reader",
@@ -165,7 +166,7 @@ def add_open_book_flags(parser) -> None:
         ("--top", whole, 100, "passages found for a question (paper: 100); 0: closed book"),
         ("--reranker", str, None, "reader: a trained cross-encoder; if not given, it trains them"),
         ("--encoder-steps", COUNT, 1500, "reader: steps of each re-ranker (paper: 30,000)"),
-        ("--encoder-lr", number_type(float, 0), 3e-4, "reader: of re-rankers (paper: 1e-5)"),
+        ("--encoder-lr", number_type(float, 0), None, rate),
         ("--encoder-len", number_type(int, 8), 256, "tokens an encoder reads (DPR: 256, 350)"),
         ("--group-size", number_type(int, 2), 8, "M, passages of a question (paper: 24)"),
         ("--hard-negatives", whole, 1, "retriever: in a batch for each question (DPR: 1)"),

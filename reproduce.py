@@ -176,6 +176,10 @@ def main(argv: list[str] | None = None) -> dict:
     parser = Parser(prog="reproduce.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="experiment", required=True)
     flags = [cli.MODEL, cli.WORLD, ("--out", str, "runs", "folder for the runs that it needs")]
+    study = [
+        ("--minutes", cli.number_type(float, 0), None, "start nothing after so many"),
+        ("--only", str, "", "only rows with this text in their name or their table's title"),
+    ]
     own = {
         "lm": [
             ("--count", cli.COUNT, 300, "reading questions of each kind; 10 documents for each")
@@ -188,8 +192,7 @@ def main(argv: list[str] | None = None) -> dict:
             ("--count", cli.COUNT, None, "questions of each split; all if not given"),
             ("--steps", cli.COUNT, 1200, "steps of a training run; of a few, three times as many"),
             ("--pretrained", str, str(ASSETS), "folder of pretrained Connectors, METHOD_LAYERS"),
-            ("--minutes", cli.number_type(float, 0), None, "start nothing after so many"),
-            ("--only", str, "", "only rows with this text in their name or their table's title"),
+            *study,
         ],
         "reader": [
             ("--encoder", str, None, "folder of the BERT; assets/bert if not given"),
@@ -197,18 +200,19 @@ def main(argv: list[str] | None = None) -> dict:
             ("--encoder-steps", cli.COUNT, 400, "steps of each re-ranker and of the retriever"),
             ("--top", cli.COUNT, 50, "passages found for a question"),
             ("--context", cli.COUNT, 256, "positions that the LM reads"),
-            ("--seeds", cli.COUNT, 3, "seeds of the headline rows"),
+            ("--pretrained", str, str(ASSETS), "folder of the larger LM, lm2"),
+            ("--flags", str, "", "more flags of train.py for every run, as one argument"),
+            *study,
         ],
     }
-    switches = {
-        "--grid": "choose learning rates by short runs of seed 0, first",
-        "--plan": "print the cost sheet and end",
-    }
+    grid = ("--grid", "choose learning rates by short runs of seed 0, first")
+    plan = ("--plan", "print the cost sheet and end")
+    switches = {"recursion": (grid, plan), "reader": (plan,)}
     for name, experiment in EXPERIMENTS.items():
         summary = experiment.__doc__.split("\n")[0]
         command = commands.add_parser(name, help=summary)
         cli.add_flags(command, name, *flags, *own[name])
-        for switch, text in switches.items() if name == "recursion" else ():
+        for switch, text in switches.get(name, ()):
             command.add_argument(switch, action="store_true", help=text)
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     world_name = "" if args.world_seed == 1 else f"-world-{args.world_seed}"
