@@ -29,6 +29,7 @@ import world
 from checkpoints import load_tokenizer, write_json
 from fit import target_loss
 from generate import predict
+from int8 import quantize
 from model import LM
 from questions import prepare
 from reader_study import readers
@@ -44,6 +45,8 @@ PASSAGES = (1, 3, 5)
 def lm_checks(args) -> dict:
     """Closed-book questions, cloze by popularity, reading, and perplexity by genre."""
     lm = LM.from_pretrained(args.model or ASSETS / "lm")
+    if args.base_dtype == "int8":
+        quantize(lm)
     tokenizer = load_tokenizer(lm.folder, lm.config.vocab_size)
     place = world.make(args.world_seed)
     questions = [data.parse_record(row, "test") for row in place.questions("test")]
@@ -182,7 +185,8 @@ def main(argv: list[str] | None = None) -> dict:
     ]
     own = {
         "lm": [
-            ("--count", cli.COUNT, 300, "reading questions of each kind; 10 documents for each")
+            ("--count", cli.COUNT, 300, "reading questions of each kind; 10 documents for each"),
+            cli.BASE_DTYPE,
         ],
         "headroom": [
             ("--count", cli.COUNT, 300, "examples of each file"),
@@ -215,8 +219,9 @@ def main(argv: list[str] | None = None) -> dict:
         for switch, text in switches.get(name, ()):
             command.add_argument(switch, action="store_true", help=text)
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    world_name = "" if args.world_seed == 1 else f"-world-{args.world_seed}"
-    file = Path("results") / f"{args.experiment}{world_name}.json"
+    name = args.experiment + ("" if args.world_seed == 1 else f"-world-{args.world_seed}")
+    name += "-int8" if getattr(args, "base_dtype", None) else ""
+    file = Path("results") / f"{name}.json"
     start, record = time.perf_counter(), {"arguments": vars(args).copy()}
     args.picture = file.with_suffix(".png")
     if results := EXPERIMENTS[args.experiment](args):

@@ -42,6 +42,7 @@ from torch import Tensor
 
 from checkpoints import atomic_write, hash_tensors, load_tokenizer, write_json
 from data import filler
+from int8 import quantize
 from model import LM
 from recurse import COMPOSITIONS, load_trained, without_bos
 from textual import TextualRecursion
@@ -440,7 +441,8 @@ def _load_frozen(folder: Path, record: dict, device: str, model: str | Path | No
     for path in candidates:
         lm = LM.from_pretrained(path, device)
         if record.get("fingerprint") in (None, lm.fingerprint()):
-            return lm
+            int8 = record["arguments"].get("base_dtype") == "int8"
+            return quantize(lm) if int8 else lm
     raise ValueError(
         f"{folder}: was trained on another LM than {path} (its fingerprint differs); --model says "
         "where its own is"

@@ -26,6 +26,7 @@ import recurse
 import suite
 import world
 from checkpoints import load_tokenizer, resolve
+from int8 import quantize
 from model import LM
 from questions import check_answers, check_targets
 from runs import ASSETS, HASHES, Run, arguments, names_file, read_record
@@ -90,6 +91,12 @@ def load_lm(args) -> tuple[LM, Tokenizer]:
     bf16 = args.dtype == "bfloat16" and not whole
     dtype = torch.bfloat16 if bf16 else torch.float32
     lm = LM.from_pretrained(folder, args.device, dtype, choose_attention(args))
+    if getattr(args, "base_dtype", None) == "int8":
+        if whole:
+            raise ValueError("--base-dtype int8: the LM itself is trained, which takes float32")
+        quantize(lm)
+    if args.compile:
+        lm.layers.compile(dynamic=True)
     tokenizer = load_tokenizer(args.tokenizer or folder, lm.config.vocab_size)
     if args.tokenizer and (folder / "tokenizer.json").is_file():
         given, own = tokenizer.get_vocab(), load_tokenizer(folder).get_vocab()
