@@ -4,8 +4,9 @@
     python reproduce.py headroom      what each task of the suite leaves to be learnt
     python reproduce.py recursion     LM recursion, its relatives and its controls
     python reproduce.py reader        the frozen reader: retrieval, re-ranking, cross-fitting
+    python reproduce.py prompts       prompts of all kinds, ID-PT and fine-tuning
 
-The last three train, in runs/NAME. If one is stopped, the same command goes on.
+The last four train, in runs/NAME. If one is stopped, the same command goes on.
 """
 
 import json
@@ -30,6 +31,7 @@ from checkpoints import load_tokenizer, write_json
 from fit import target_loss
 from generate import predict
 from model import LM
+from prompt_study import prompt_study
 from questions import prepare
 from reader_study import readers
 from recursion_study import recursion
@@ -169,6 +171,7 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 # The command line
 
 EXPERIMENTS = {"lm": lm_checks, "headroom": headroom, "recursion": recursion, "reader": readers}
+EXPERIMENTS["prompts"] = prompt_study
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -176,6 +179,12 @@ def main(argv: list[str] | None = None) -> dict:
     parser = Parser(prog="reproduce.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="experiment", required=True)
     flags = [cli.MODEL, cli.WORLD, ("--out", str, "runs", "folder for the runs that it needs")]
+    study = [
+        ("--minutes", cli.number_type(float, 0), None, "start nothing after so many"),
+        ("--only", str, "", "only rows with this text in their name or their table's title"),
+    ]
+    assets = "folder of pretrained Connectors, METHOD_LAYERS, of t5 and of lm2, a larger LM"
+    study.append(("--pretrained", str, str(ASSETS), assets))
     own = {
         "lm": [
             ("--count", cli.COUNT, 300, "reading questions of each kind; 10 documents for each")
@@ -187,9 +196,12 @@ def main(argv: list[str] | None = None) -> dict:
         "recursion": [
             ("--count", cli.COUNT, None, "questions of each split; all if not given"),
             ("--steps", cli.COUNT, 1200, "steps of a training run; of a few, three times as many"),
-            ("--pretrained", str, str(ASSETS), "folder of pretrained Connectors, METHOD_LAYERS"),
-            ("--minutes", cli.number_type(float, 0), None, "start nothing after so many"),
-            ("--only", str, "", "only rows with this text in their name or their table's title"),
+            *study,
+        ],
+        "prompts": [
+            ("--count", cli.COUNT, 40, "test examples of a task, each in four templates"),
+            ("--steps", cli.COUNT, 800, "steps of a run on the suite; of other runs a fifth"),
+            *study,
         ],
         "reader": [
             ("--encoder", str, None, "folder of the BERT; assets/bert if not given"),
@@ -208,7 +220,7 @@ def main(argv: list[str] | None = None) -> dict:
         summary = experiment.__doc__.split("\n")[0]
         command = commands.add_parser(name, help=summary)
         cli.add_flags(command, name, *flags, *own[name])
-        for switch, text in switches.items() if name == "recursion" else ():
+        for switch, text in switches.items() if name in ("recursion", "prompts") else ():
             command.add_argument(switch, action="store_true", help=text)
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     world_name = "" if args.world_seed == 1 else f"-world-{args.world_seed}"
