@@ -24,7 +24,7 @@ import train
 from generate import predict
 from questions import prepare
 from runs import load_run
-from study import Job, Row, Study, em, show_grid, show_orderings, show_runs
+from study import Job, Row, Study, em, show_cost, show_grid, show_orderings, show_runs
 
 # The runs
 
@@ -174,7 +174,7 @@ def recursion(args) -> dict:
     programs = {"train.py": train, "pretrain.py": pretrain, "audit.py": audit, "eval.py": metrics}
     folder = Path(args.out) / "recursion"
     study = Study(args, folder, GROUPS, RATES, programs | {"route": route})
-    cost = show_cost(study)
+    cost = show_cost(study, seconds, finished_seconds)
     if args.plan:
         return {}
     with study.alone():
@@ -289,32 +289,11 @@ def seconds(study: Study, job: Job) -> float:
     return total + asked * ANSWER * passes(run)[1] * (1 + run.pause / 6) / 1000
 
 
-def show_cost(study: Study) -> dict:
-    """Print the cost sheet. Returns the expected seconds of a core of all jobs, and what is left.
-
-    Once trainings are finished, their time corrects what is expected of the others.
-    """
-    jobs, took, expected = study.plan(), 0.0, 0.0
-    for job in jobs:
-        record = job.record() if job.program == "train.py" else None
-        if record and not job.row.command.startswith(TEXTUAL):  # it has more stages
-            took += record["seconds"]
-            expected += training_seconds(train.parse(study.line(job)))
-    factor = took / expected if expected else 1.0
-    rows, total, left = [], 0.0, 0.0
-    for job in jobs:
-        cost, steps = factor * seconds(study, job), ""
-        state = "finished" if job.record() else "failed" if job.failed() else ""
-        total, left = total + cost, left + (0.0 if state else cost)
-        if job.trains:
-            steps = study.programs[job.program].parse(study.line(job)).steps
-        rows.append([job.folder.name, steps, round(cost), state])
-    show_table("cost", ["run", "steps", "seconds of a core", ""], rows)
-    show(f"\n{len(jobs)} runs: {total:.0f} seconds of a core, {left:.0f} of them to come.")
-    show(f"Two processes on two quiet cores take {left / 7200:.1f} hours for these.")
-    if expected:
-        show(f"Finished trainings took {factor:.2f} times as long as their operations say.")
-    return {"seconds": round(total), "left": round(left), "factor": factor}
+def finished_seconds(study: Study, job: Job) -> float | None:
+    """Expected training seconds of a job, or None if its record counts those of other stages."""
+    if job.program != "train.py" or job.row.command.startswith(TEXTUAL):
+        return None
+    return training_seconds(train.parse(study.line(job)))
 
 
 # What only some rows have

@@ -4,8 +4,9 @@
     python reproduce.py headroom      what each task of the suite leaves to be learnt
     python reproduce.py recursion     LM recursion, its relatives and its controls
     python reproduce.py reader        the frozen reader: retrieval, re-ranking, cross-fitting
+    python reproduce.py prompts       prompts of all kinds, ID-PT and fine-tuning
 
-The last three train, in runs/NAME. If one is stopped, the same command goes on.
+The last four train, in runs/NAME. If one is stopped, the same command goes on.
 """
 
 import json
@@ -31,6 +32,7 @@ from fit import target_loss
 from generate import predict
 from int8 import quantize
 from model import LM
+from prompt_study import prompt_study
 from questions import prepare
 from reader_study import readers
 from recursion_study import recursion
@@ -172,6 +174,7 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 # The command line
 
 EXPERIMENTS = {"lm": lm_checks, "headroom": headroom, "recursion": recursion, "reader": readers}
+EXPERIMENTS["prompts"] = prompt_study
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -179,7 +182,9 @@ def main(argv: list[str] | None = None) -> dict:
     parser = Parser(prog="reproduce.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="experiment", required=True)
     flags = [cli.MODEL, cli.WORLD, ("--out", str, "runs", "folder for the runs that it needs")]
+    pretrained = "folder of Connectors, METHOD_LAYERS, of t5, and of a larger LM, lm2"
     study = [
+        ("--pretrained", str, str(ASSETS), pretrained),
         ("--minutes", cli.number_type(float, 0), None, "start nothing after so many"),
         ("--only", str, "", "only rows with this text in their name or their table's title"),
     ]
@@ -195,7 +200,11 @@ def main(argv: list[str] | None = None) -> dict:
         "recursion": [
             ("--count", cli.COUNT, None, "questions of each split; all if not given"),
             ("--steps", cli.COUNT, 1200, "steps of a training run; of a few, three times as many"),
-            ("--pretrained", str, str(ASSETS), "folder of pretrained Connectors, METHOD_LAYERS"),
+            *study,
+        ],
+        "prompts": [
+            ("--count", cli.COUNT, 40, "test examples of a task, each in four templates"),
+            ("--steps", cli.COUNT, 800, "steps of a run on the suite; of other runs a fifth"),
             *study,
         ],
         "reader": [
@@ -204,14 +213,13 @@ def main(argv: list[str] | None = None) -> dict:
             ("--encoder-steps", cli.COUNT, 400, "steps of each re-ranker and of the retriever"),
             ("--top", cli.COUNT, 50, "passages found for a question"),
             ("--context", cli.COUNT, 256, "positions that the LM reads"),
-            ("--pretrained", str, str(ASSETS), "folder of the larger LM, lm2"),
             ("--flags", str, "", "more flags of train.py for every run, as one argument"),
             *study,
         ],
     }
     grid = ("--grid", "choose learning rates by short runs of seed 0, first")
     plan = ("--plan", "print the cost sheet and end")
-    switches = {"recursion": (grid, plan), "reader": (plan,)}
+    switches = {"recursion": (grid, plan), "prompts": (grid, plan), "reader": (plan,)}
     for name, experiment in EXPERIMENTS.items():
         summary = experiment.__doc__.split("\n")[0]
         command = commands.add_parser(name, help=summary)

@@ -21,12 +21,12 @@ TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["runs", "reader", "handover"], 6),
     **dict.fromkeys(["fit", "cli", "start", "study"], 7),
     **dict.fromkeys(["encoders", "contest"], 8),
-    **dict.fromkeys(["train", "audit"], 9),
+    **dict.fromkeys(["train", "audit", "prompt_audit"], 9),
     **dict.fromkeys(["pretrain", "promptability", "plan"], 10),
     **dict.fromkeys(["bench_attention", "bench_retrieval"], 10),
     **dict.fromkeys(["bench_train", "bench_generate"], 10),
     **dict.fromkeys(["bench", "transfer"], 11),
-    **dict.fromkeys(["recursion_study", "reader_study"], 12),
+    **dict.fromkeys(["recursion_study", "reader_study", "prompt_study"], 12),
     "reproduce": 13,
 }
 FILES = sorted(ROOT.glob("*.py"))
