@@ -4,8 +4,9 @@
     python reproduce.py headroom      what each task of the suite leaves to be learnt
     python reproduce.py recursion     LM recursion, its relatives and its controls
     python reproduce.py reader        the frozen reader: retrieval, re-ranking, cross-fitting
+    python reproduce.py transfer      soft prompt transfer, and continued pretraining
 
-The last three train, in runs/NAME. If one is stopped, the same command goes on.
+All but the first train, in runs/NAME. If one is stopped, the same command goes on.
 """
 
 import json
@@ -34,6 +35,7 @@ from questions import prepare
 from reader_study import readers
 from recursion_study import recursion
 from runs import ASSETS, read_record
+from transfer_study import soft_transfer
 
 # What an LM knows
 
@@ -168,7 +170,15 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 
 # The command line
 
-EXPERIMENTS = {"lm": lm_checks, "headroom": headroom, "recursion": recursion, "reader": readers}
+MINUTES = ("--minutes", cli.number_type(float, 0), None, "start nothing after so many")
+ONLY = ("--only", str, "", "only rows with this text in their name or their table's title")
+EXPERIMENTS = {
+    "lm": lm_checks,
+    "headroom": headroom,
+    "recursion": recursion,
+    "reader": readers,
+    "transfer": soft_transfer,
+}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -188,8 +198,8 @@ def main(argv: list[str] | None = None) -> dict:
             ("--count", cli.COUNT, None, "questions of each split; all if not given"),
             ("--steps", cli.COUNT, 1200, "steps of a training run; of a few, three times as many"),
             ("--pretrained", str, str(ASSETS), "folder of pretrained Connectors, METHOD_LAYERS"),
-            ("--minutes", cli.number_type(float, 0), None, "start nothing after so many"),
-            ("--only", str, "", "only rows with this text in their name or their table's title"),
+            MINUTES,
+            ONLY,
         ],
         "reader": [
             ("--encoder", str, None, "folder of the BERT; assets/bert if not given"),
@@ -198,6 +208,16 @@ def main(argv: list[str] | None = None) -> dict:
             ("--top", cli.COUNT, 50, "passages found for a question"),
             ("--context", cli.COUNT, 256, "positions that the LM reads"),
             ("--seeds", cli.COUNT, 3, "seeds of the headline rows"),
+        ],
+        "transfer": [
+            ("--source-steps", cli.COUNT, 300, "steps of a source prompt (paper: 262,144)"),
+            ("--target-steps", cli.COUNT, 80, "steps of a target's prompt (paper: 100,000)"),
+            ("--examples", cli.COUNT, 64, "training examples of a target"),
+            ("--count", cli.COUNT, 300, "test examples of a target"),
+            ("--steps", cli.COUNT, 100, "steps of continued pretraining; of some, thrice as many"),
+            ("--pretrained", str, str(ASSETS), "folder of the larger LM, lm2"),
+            MINUTES,
+            ONLY,
         ],
     }
     switches = {
@@ -208,8 +228,8 @@ def main(argv: list[str] | None = None) -> dict:
         summary = experiment.__doc__.split("\n")[0]
         command = commands.add_parser(name, help=summary)
         cli.add_flags(command, name, *flags, *own[name])
-        for switch, text in switches.items() if name == "recursion" else ():
-            command.add_argument(switch, action="store_true", help=text)
+        for switch in {"recursion": switches, "transfer": ["--plan"]}.get(name, ()):
+            command.add_argument(switch, action="store_true", help=switches[switch])
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     world_name = "" if args.world_seed == 1 else f"-world-{args.world_seed}"
     file = Path("results") / f"{args.experiment}{world_name}.json"
