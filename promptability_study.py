@@ -12,7 +12,7 @@ Reptile, too), and `reptile-small` reads one task a step. `mtl-long` and `t0-lon
 Reptile.
 """
 
-from show import show_table
+from show import show, show_table
 
 import numpy as np
 
@@ -22,7 +22,7 @@ import suite
 from promptability import HELD_OUT, average_relative_gain
 from study import Row, Study, verdict
 
-CONTINUE = "transfer.py continue --train {suite} --prompt-length 10 --eval-every 100000"
+CONTINUE = "transfer.py continue --train {suite} --limit 300 --prompt-length 10 --eval-every 100000"
 META = "--batch-size 64 --grad-accum"
 VARIANTS = {  # name: its flags; {steps} of all but the long ones
     "t0": "--variant t0 --batch-size 16 --grad-accum 4",
@@ -162,7 +162,9 @@ def promptability(study: Study, file: str) -> dict:
     ]
     details.append(["chance", "", *levels])
     show_table("accuracy by dataset, in percent", ["", "shots", *datasets], details)
-    return {"gains": results, "claims": show_claims(found, chance)}
+    floor = at_the_floor(found, chance)
+    show(f"\nnot above chance, so these tasks are too hard for them: {', '.join(floor) or 'none'}")
+    return {"gains": results, "floor": floor, "promptability": show_claims(found, chance)}
 
 
 def test_rows(study: Study, name: str) -> list[dict]:
@@ -198,6 +200,13 @@ def relative_gains(runs: list[dict], chance: dict) -> np.ndarray:
     level = np.array([chance[key] for key in keys])
     right = np.array([[run[key]["em"] for key in keys] for run in runs])
     return weight * (right - level) / level
+
+
+def at_the_floor(found: dict[str, list[dict]], chance: dict) -> list[str]:
+    """The rows whose gain may well be zero: the bootstrap's 95 % interval reaches it."""
+    gains = {name: relative_gains(runs, chance) for name, runs in found.items()}
+    zero = {name: np.zeros_like(part) for name, part in gains.items()}
+    return [n for n in found if metrics.paired_bootstrap(gains[n], zero[n], iters=2000)[1] <= 0]
 
 
 def show_claims(found: dict[str, list[dict]], chance: dict) -> list[dict]:

@@ -22,7 +22,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,6 +113,7 @@ class Study:
     groups: dict[str, list[Row]]
     rates: dict[str, tuple[str, ...]]  # row: learning rates; the first needs no grid
     programs: dict  # name: what has a function main(arguments), which returns a dict
+    there: set[Path] = field(default_factory=set)  # folders that `ready` has found finished
 
     @property
     def rows(self) -> dict[str, Row]:
@@ -163,6 +164,8 @@ class Study:
             return False
         for place, name in re.findall(r"\{(out|pretrained)\}/([\w-]+)", job.command):
             folder = Path(self.args.pretrained if place == "pretrained" else self.folder) / name
+            if folder in self.there:
+                continue
             if (folder / "run.json").is_file():
                 there = "results" in read_record(folder)
             elif place == "pretrained":  # an asset is no run
@@ -171,6 +174,7 @@ class Study:
                 there = (folder / "result.json").is_file()
             if not there:
                 return False
+            self.there.add(folder)
         return True
 
     def line(self, job: Job) -> list[str]:

@@ -230,7 +230,12 @@ def silhouette(similarities, labels) -> float:
 
 
 def pearson(x, y, iters: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """Pearson's r, and a two-sided p from permutations: no normal distribution is assumed."""
+    """Pearson's r, and a two-sided p from permutations: no normal distribution is assumed.
+
+    A constant correlates with nothing: r is 0 and p is 1.
+    """
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0, 1.0
     _, p = permutation_test(lambda y: abs(np.corrcoef(x, y)[0, 1]), y, iters, seed)
     return float(np.corrcoef(x, y)[0, 1]), p
 

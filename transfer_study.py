@@ -38,11 +38,16 @@ from study import Job, Row, Study
 
 # The runs
 
-SOURCES = [name for name, task in suite.TASKS.items() if task.size == suite.LARGE]
+SOURCES = (
+    "food_reviews news_topic subject_type question_pairs sentence_pairs sentence_nli profile "
+    "record_to_text people_trivia passage_qa two_passage_qa passage_choice pronoun_reference "
+    "word_meaning"
+).split()
 TARGETS = (
     "staff_reviews question_type record_nli triple_to_text place_trivia record_qa "
     "fact_completion possessive_reference same_sense"
 ).split()
+SOURCE_EXAMPLES = 2000
 K = 3  # prompts that are averaged, or tasks that are mixed
 LIMIT = 512  # examples of a task that a mixture has at most (paper: 2^19)
 KEEP = 50  # the step of the task embedding (paper: 10,000 of 262,144)
@@ -169,7 +174,7 @@ class TransferStudy(Study):
         place, sets = world.make(args.world_seed), {}
         sources = [row.name.removeprefix("source-") for row in self.groups["sources"]]
         for name in sources:
-            sets[f"suite/{name}-train.jsonl"] = suite.rows(place, name, "train")
+            sets[f"suite/{name}-train.jsonl"] = suite.rows(place, name, "train")[:SOURCE_EXAMPLES]
         for name in transfer_tables.targets_of(self):
             for split, count in (("train", args.examples), ("test", args.count)):
                 sets[f"few/{name}-{split}.jsonl"] = suite.rows(place, name, split)[:count]
@@ -304,7 +309,7 @@ def report(study: TransferStudy) -> dict:
     show("")
     for reason in reasons:
         names = [name for name, r in results["missing"].items() if r == reason]
-        show(f"{len(names)} are not made, {reason}: {', '.join(names)}")
+        show(f"{len(names)} are not made ({reason}): {', '.join(names[:3])}, ...")
     if "pairs" in results:
         study.args.picture.parent.mkdir(exist_ok=True)
         with only_shows("picture"), audit.picture(study.args.picture, 15, 15) as figure:

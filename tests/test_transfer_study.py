@@ -68,9 +68,7 @@ def test_every_row_is_made_once_but_those_of_an_absent_lm(done):
     missing = results["missing"]
     assert missing and set(missing.values()) == {"what it starts from is missing"}
     assert all("larger" in name for name in missing)
-    for part in (results, again):
-        part.pop("cost")
-    assert again == results
+    assert again["gains"] == results["gains"] and again["pairs"] == results["pairs"]
 
 
 def test_a_targets_prompt_starts_from_its_sources(done):
@@ -172,7 +170,6 @@ def test_a_random_search_keeps_what_chance_keeps():
 
 
 def whole_study(tmp_path) -> TransferStudy:
-    args = "transfer --plan".split()
     flags = {"source_steps": 300, "target_steps": 80, "examples": 64, "count": 300, "steps": 100}
     flags |= {"model": None, "only": "", "grid": False, "pretrained": "assets", "world_seed": 1}
     args = argparse.Namespace(**flags)
