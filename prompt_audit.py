@@ -28,7 +28,7 @@ from runs import ASSETS, Run, load_run
 def few_shot(line: list[str]) -> dict:
     """Answer NAME-test.jsonl behind SHOTS examples of NAME-train.jsonl, of the same template.
 
-    The line is NAME SHOTS [--model LM]. Writes predictions.jsonl. Returns the summary of the scores.
+    The line is NAME SHOTS [--model LM]. Writes predictions.jsonl. Returns the scores in sum.
     """
     name, shots, *rest, _, out = line
     lm = LM.from_pretrained(rest[-1] if rest else ASSETS / "lm")

@@ -5,8 +5,9 @@
     python reproduce.py recursion     LM recursion, its relatives and its controls
     python reproduce.py reader        the frozen reader: retrieval, re-ranking, cross-fitting
     python reproduce.py prompts       prompts of all kinds, ID-PT and fine-tuning
+    python reproduce.py transfer      soft prompt transfer, and continued pretraining
 
-The last four train, in runs/NAME. If one is stopped, the same command goes on.
+All but the first train, in runs/NAME. If one is stopped, the same command goes on.
 """
 
 import json
@@ -37,6 +38,7 @@ from questions import prepare
 from reader_study import readers
 from recursion_study import recursion
 from runs import ASSETS, read_record
+from transfer_study import soft_transfer
 
 # What an LM knows
 
@@ -173,8 +175,14 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 
 # The command line
 
-EXPERIMENTS = {"lm": lm_checks, "headroom": headroom, "recursion": recursion, "reader": readers}
-EXPERIMENTS["prompts"] = prompt_study
+EXPERIMENTS = {
+    "lm": lm_checks,
+    "headroom": headroom,
+    "recursion": recursion,
+    "reader": readers,
+    "prompts": prompt_study,
+    "transfer": soft_transfer,
+}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -216,10 +224,23 @@ def main(argv: list[str] | None = None) -> dict:
             ("--flags", str, "", "more flags of train.py for every run, as one argument"),
             *study,
         ],
+        "transfer": [
+            ("--source-steps", cli.COUNT, 300, "steps of a source prompt (paper: 262,144)"),
+            ("--target-steps", cli.COUNT, 80, "steps of a target's prompt (paper: 100,000)"),
+            ("--examples", cli.COUNT, 64, "training examples of a target"),
+            ("--count", cli.COUNT, 300, "test examples of a target"),
+            ("--steps", cli.COUNT, 100, "steps of continued pretraining; of some, thrice as many"),
+            *study,
+        ],
     }
     grid = ("--grid", "choose learning rates by short runs of seed 0, first")
     plan = ("--plan", "print the cost sheet and end")
-    switches = {"recursion": (grid, plan), "prompts": (grid, plan), "reader": (plan,)}
+    switches = {
+        "recursion": (grid, plan),
+        "prompts": (grid, plan),
+        "reader": (plan,),
+        "transfer": (plan,),
+    }
     for name, experiment in EXPERIMENTS.items():
         summary = experiment.__doc__.split("\n")[0]
         command = commands.add_parser(name, help=summary)

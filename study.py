@@ -49,8 +49,11 @@ class Row(NamedTuple):
     name: str  # with the seed, the run's folder
     seeds: int
     rates: str  # the row whose learning rates it takes; "" for the command's default
-    command: str  # {out}: the study's folder; {pretrained}; {dev}, {test}: files; {long}: steps;
-    # and the names of the study
+    # {out}: the study's folder; {pretrained}; {seed}; {dev}, {test}: files; {long}: steps; names
+    command: str
+
+
+TRAIN = ("train.py", "pretrain.py", "transfer.py source", "transfer.py continue")
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,19 @@ class Job:
     folder: Path
 
     @property
+    def command(self) -> str:
+        """The row's command for this seed."""
+        return self.row.command.replace("{seed}", str(self.seed))
+
+    @property
     def program(self) -> str:
         """The first word of the command."""
-        return self.row.command.split()[0]
+        return self.command.split()[0]
 
     @property
     def trains(self) -> bool:
         """Whether the program leaves a run's folder, with run.json."""
-        return self.program in ("train.py", "pretrain.py")
+        return self.command.startswith(TRAIN)
 
     @property
     def short(self) -> bool:
@@ -110,6 +118,7 @@ class Study:
     share: int = 4  # a run that compares learning rates takes 1 / share of the steps
     metric: str = "em"  # what orderings compare
     score: Callable[[dict], float] = itemgetter("em")  # of results["dev"]; chooses learning rates
+    there: set[Path] = field(default_factory=set)  # folders that `ready` has found finished
 
     @property
     def rows(self) -> dict[str, Row]:
@@ -158,14 +167,19 @@ class Study:
         grid = self.grid(job.row.rates) if self.args.grid else []
         if any(not j.record() and not j.failed() for j in grid):
             return False
-        for place, name in re.findall(r"\{(out|pretrained)\}/([\w-]+)", job.row.command):
+        for place, name in re.findall(r"\{(out|pretrained)\}/([\w-]+)", job.command):
             folder = Path(self.args.pretrained if place == "pretrained" else self.folder) / name
+            if folder in self.there:
+                continue
             if (folder / "run.json").is_file():
                 there = "results" in read_record(folder)
-            else:  # an asset is no run
-                there = place == "pretrained" and folder.is_dir()
+            elif place == "pretrained":  # an asset is no run
+                there = folder.is_dir()
+            else:  # an analysis
+                there = (folder / "result.json").is_file()
             if not there:
                 return False
+            self.there.add(folder)
         return True
 
     def line(self, job: Job) -> list[str]:
@@ -174,11 +188,11 @@ class Study:
         files = {split: str(self.folder / f"{split}.jsonl") for split in world.SPLITS}
         names = files | {"out": self.folder, "pretrained": args.pretrained, "long": 3 * steps}
         names |= self.names
-        line, model = [word.format(**names) for word in job.row.command.split()[1:]], []
+        line, model = [word.format(**names) for word in job.command.split()[1:]], []
         if args.model and "--model" not in line:
             model = ["--model", args.model]
         if not job.trains:
-            knows = "{out}/" in job.row.command  # a run, which says what its LM is
+            knows = "{out}/" in job.command  # a run, which says what its LM is
             return [*line, *([] if knows else model), "--out", str(job.answers)]
         line += [*model, "--world-seed", args.world_seed, "--seed", job.seed]
         if job.program == "train.py":

@@ -25,9 +25,10 @@ TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["pretrain", "promptability", "plan"], 10),
     **dict.fromkeys(["bench_attention", "bench_retrieval"], 10),
     **dict.fromkeys(["bench_train", "bench_generate"], 10),
-    **dict.fromkeys(["bench", "transfer"], 11),
-    **dict.fromkeys(["recursion_study", "reader_study", "prompt_study"], 12),
-    "reproduce": 13,
+    **dict.fromkeys(["bench", "transfer", "promptability_study"], 11),
+    **dict.fromkeys(["recursion_study", "reader_study", "prompt_study", "transfer_tables"], 12),
+    "transfer_study": 13,
+    "reproduce": 14,
 }
 FILES = sorted(ROOT.glob("*.py"))
 TREES = {path.stem: ast.parse(path.read_text()) for path in FILES}
