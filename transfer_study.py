@@ -135,7 +135,7 @@ GROUPS = groups() | promptability_study.groups()
 class TransferStudy(Study):
     """A study whose commands name their own files."""
 
-    def names(self, job: Job) -> dict:
+    def values(self, job: Job) -> dict:
         """What the names in a command stand for."""
         args = self.args
         return {
@@ -156,7 +156,7 @@ class TransferStudy(Study):
 
     def line(self, job: Job) -> list[str]:
         """The arguments of a job's program."""
-        line = [word.format(**self.names(job)) for word in job.command.split()[1:]]
+        line = [word.format(**self.values(job)) for word in job.command.split()[1:]]
         if self.args.model and job.program.endswith(".py") and not {"--model", "--run"} & set(line):
             line += ["--model", self.args.model]
         if not job.trains:
