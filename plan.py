@@ -3,10 +3,10 @@
     python bench.py plan --method neural_recursion --model EleutherAI/pythia-1b
 
 It takes the flags of train.py. A training step and a batch of answers run on torch's meta device,
-where tensors have shapes and no values: Memory counts their bytes, torch's FlopCounterMode their
-operations. The lengths are those of the questions that the flags name. --seq-len assumes a length
-instead, of a question with its answer; --text makes every token a target, as in pretrain.py
-connector. In textual recursion the texts are longer by the candidates.
+where tensors have shapes and no values, and Counter counts their bytes and operations. The lengths
+are those of the questions that the flags name. --seq-len assumes a length instead, of a question
+with its answer; --text makes every token a target, as in pretrain.py connector. In textual
+recursion the texts are longer by the candidates.
 """
 
 import argparse
@@ -16,15 +16,16 @@ import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 from show import Parser, show
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 import cli
 import prompts
@@ -195,49 +196,46 @@ def optimizer_memory(optimizer: str, trained: nn.Module) -> int:
 # A run without values
 
 
-@contextmanager
-def without_values():
-    """A context whose new tensors and modules have shapes and no values."""
-    with torch.device("meta"), skip_init(), FusedAttention():
-        yield
-
-
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-class FusedAttention(TorchFunctionMode):
-    """A context in which attention keeps no scores, as it does on a CPU and on a GPU.
+def fused_attention(q, k, v, attn_mask=None, *_, **__):
+    """Attention that keeps no scores, as on a CPU and on a GPU. Without values torch would take
+    another way, which keeps them."""
+    return FLASH(q, k, v, attn_mask=attn_mask)[0]
 
-    For tensors without values torch would choose the way that keeps them.
+
+@contextmanager
+def without_values():
+    """A context whose new tensors and modules have shapes and no values."""
+    fused = patch.object(F, "scaled_dot_product_attention", fused_attention)
+    with torch.device("meta"), skip_init(), fused:
+        yield
+
+
+FORMULAS = dict(flop_registry)  # of operations; torch lacks those of FLASH
+for name in ("", "_backward"):
+    known = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{name}")
+    flash = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{name}")
+    FORMULAS.setdefault(flash, flop_registry[known])
+
+
+class Counter(TorchDispatchMode):
+    """A context that counts operations, and the bytes of the tensors made in it.
+
+    operations   of products of matrices; a multiplication and its sum are two
+    live, peak   the bytes of tensors now, and at most
     """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **kwargs)
-        return FLASH(*args[:3], attn_mask=args[3] if len(args) > 3 else kwargs.get("attn_mask"))[0]
-
-
-def operation_counter():
-    """torch's FlopCounterMode, which does not know FLASH. A multiplication and its sum are two."""
-    from torch.utils import flop_counter
-
-    for name in ("", "_backward"):
-        known = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{name}")
-        unknown = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{name}")
-        flop_counter.flop_registry.setdefault(unknown, flop_counter.flop_registry[known])
-    return flop_counter.FlopCounterMode(display=False)
-
-
-class Memory(TorchDispatchMode):
-    """A context that counts the bytes of the tensors made in it: `live` now, `peak` at most."""
 
     def __init__(self):
         super().__init__()
-        self.live = self.peak = 0
+        self.operations = self.live = self.peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        if function.overloadpacket in FORMULAS:
+            self.operations += FORMULAS[function.overloadpacket](*args, **kwargs, out_val=out)
         known = {storage._cdata for storage in storages((args, kwargs))}  # of what it views
         for storage in storages(out):
             if storage._cdata not in known:
@@ -310,26 +308,27 @@ class DryRun:
         args, c = self.args, self.lm.config
         targets = args.batch_size * self.lengths.targets
         ids = torch.zeros(args.batch_size, self.lengths.text, dtype=torch.long)
-        with operation_counter() as operations:
-            with Memory() as memory:
-                model, prefix = self.compose(args.batch_size, self.lengths.asked)
-                if args.checkpoint_activations:
-                    model = reader.Checkpointed(model)
-                x = model.embed(ids)
-                if self.lengths.kept:  # x: the first pass's states
-                    model = model.after_first(x)
-                h = model(x, prefix)
-                held = memory.live
-                h.backward(torch.empty_like(h))
+        with Counter() as step:
+            model, prefix = self.compose(args.batch_size, self.lengths.asked)
+            if args.checkpoint_activations:
+                model = reader.Checkpointed(model)
+            x = model.embed(ids)
+            if self.lengths.kept:  # x: the first pass's states
+                model = model.after_first(x)
+            h = model(x, prefix)
+            held = step.live
+            h.backward(torch.empty_like(h))
+        with Counter() as end:
             h = torch.empty(targets, c.dim, dtype=self.dtype, requires_grad=True)
             self.lm.logits(h).sum().backward()
-        gradients = self.dtype.itemsize * count(self.trained)
-        table = {"activations": max(held, memory.peak - gradients)}  # or blocks computed again
-        table["logits"] = 3 * 4 * targets * c.vocab_size  # with log softmax and gradient
-        one, trainings = operations.get_total_flops() * args.grad_accum, 1
+        if args.checkpoint_activations:  # the backward pass makes those of a block again
+            held = step.peak - self.dtype.itemsize * count(self.trained)
+        logits = 3 * 4 * targets * c.vocab_size  # with log softmax and gradient
+        one, trainings = (step.operations + end.operations) * args.grad_accum, 1
         if args.method == "textual_recursion":
             rounds = args.rounds - (args.stages_from is not None)
             trainings += rounds * (1 if args.no_cross_fit else 3)
+        table = {"activations": held, "logits": logits}
         return table, {"a step": one, "all steps": args.steps * trainings * one}
 
     def evaluation(self) -> int:
@@ -353,7 +352,7 @@ class DryRun:
         """The peak of `rows` answers to questions that are read once, as in generate.py."""
         read = max(1, question - 1)  # the last token is fed with the answer
         index, new = torch.zeros(rows, dtype=torch.long), self.lengths.new
-        with Memory() as memory:
+        with Counter() as counter:
             model, prefix = self.compose(questions, read)
             ids = torch.zeros(questions, read, dtype=torch.long)
             cache = model.read(model.embed(ids), prefix)
@@ -367,7 +366,7 @@ class DryRun:
                 values = model.logits(h[:, -1]).log_softmax(-1)
                 values = values.double() if samples else values
                 cache.select(index)  # the rows that go on
-        return memory.peak
+        return counter.peak
 
     @torch.no_grad()
     def answer_operations(self) -> dict[str, int]:
@@ -376,15 +375,15 @@ class DryRun:
         asked, new = lengths.question or lengths.asked, lengths.new or args.max_new_tokens
         model, prefix = self.compose(1, asked)
         new = max(1, min(new, self.lm.config.max_len - asked - (prefix.size if prefix else 0)))
-        with operation_counter() as answer:
+        with Counter() as answer:
             model, prefix = self.compose(1, asked)
             h = model(model.embed(torch.zeros(1, asked + new - 1, dtype=torch.long)), prefix)
             self.lm.logits(h[0, -new:])
-        operations = {"an answer": answer.get_total_flops()}
+        operations = {"an answer": answer.operations}
         if args.method == "textual_recursion":
-            with operation_counter() as samples:
+            with Counter() as samples:
                 cache = model.read(model.embed(torch.zeros(1, asked, dtype=torch.long)), prefix)
                 ids = torch.zeros(args.candidates, new, dtype=torch.long)
                 self.lm.logits(model(model.embed(ids), cache))
-            operations = {"samples of a question": samples.get_total_flops()} | operations
+            operations = {"samples of a question": samples.operations} | operations
         return operations

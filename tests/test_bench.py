@@ -193,7 +193,7 @@ def test_the_plan_reads_the_lengths_of_the_questions(place, tmp_path, capsys, me
 @pytest.mark.parametrize("method", PLANNED)
 def test_the_plan_counts_evaluation(place, method):
     """It grows with the budget of tokens, with the prompt, and not without questions to answer."""
-    rest = f"--dev {place}/dev.jsonl --batch-size 1 --eval-tokens"
+    rest = f"--dev {place}/dev.jsonl --batch-size 1 --candidates 2 --eval-tokens"
     cases = ("", f"{rest} 500", f"{rest} 1000", f"{rest} 1000 --prompt-length 40")
     beyond = [plan_of(place, flags, method)["evaluation beyond this"] for flags in cases]
     assert 0 == beyond[0] < beyond[1] < beyond[2]
