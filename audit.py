@@ -17,15 +17,12 @@ Each command asks the questions in the run's predictions.jsonl again. Scores are
 """
 
 import argparse
-import json
 import math
-import os
 import sys
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
-from show import Parser, only_shows, run_program, show
+from show import Parser, only_shows, picture, run_program, show
 
 import numpy as np
 
@@ -34,7 +31,7 @@ import data
 import eval as metrics
 import recurse
 import world
-from checkpoints import atomic_write, write_json
+from checkpoints import write_json, write_lines
 from handover import hand_over, holders, intervene, nearest, read_bridges, same, two_hop
 from questions import prepare
 from runs import load_run, read_predictions
@@ -136,10 +133,8 @@ def hard_command(args: argparse.Namespace) -> dict:
         model, ids, args.samples, prefix, tokenizer, new, stops, seed=args.seed
     )
     hard = hard_subset(examples, ranked)
-    with atomic_write(Path(args.out)) as unfinished, open(unfinished, "w") as file:
-        for e in hard:
-            line = {"id": e.id, "task": e.task, "input": e.input, "target": e.target}
-            file.write(json.dumps(line | {"answers": list(e.answers)}) + "\n")
+    keys = ("id", "task", "input", "target", "answers")
+    write_lines(args.out, [{key: getattr(e, key) for key in keys} for e in hard])
     rows = scores_on(hard, args.runs)
     show(f"{args.out}: {len(hard)} of {len(examples)} questions have no right answer")
     show(f"among {args.samples} samples of {args.run}")
@@ -325,21 +320,6 @@ def bridge_command(args: argparse.Namespace) -> dict:
 
 
 # ------------------------------------------------------------------------------------ pictures
-
-
-@contextmanager
-def picture(path: Path, width: float, height: float):
-    """A context with a matplotlib figure, which needs no display and is written at the end."""
-    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's may be missing here
-    try:
-        from matplotlib.figure import Figure
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
-    figure = Figure(figsize=(width, height), layout="constrained")
-    yield figure
-    with atomic_write(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=110)
 
 
 def draw_passes(figure, result: dict) -> None:

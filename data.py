@@ -70,6 +70,12 @@ def question_text(question: str) -> str:
     return f"Q: {question.strip().rstrip('?').rstrip()}?\nA:"
 
 
+def bare_question(text: str) -> str:
+    """A question as it is searched for: with one "?", whether or not it is in that format."""
+    bare = text.removeprefix("Q: ").removesuffix("\nA:")
+    return question_text(bare).removeprefix("Q: ").removesuffix("\nA:")
+
+
 def filler(count: int, text: str) -> str:
     """What --pause and --pause-text put behind every question. \\n in `text` is a newline."""
     return text.replace("\\n", "\n") * count

@@ -29,7 +29,7 @@ from passages import Passage, Question, with_found
 from reader import check
 from rerank import CrossEncoder, reranker_loss
 from retrieve import DenseIndex, DualEncoder, retriever_loss
-from runs import Run, finish_record, hash_tokenizer, read_record, start_record
+from runs import Run, finish_record, finished, hash_tokenizer, start_record
 
 COSINE_SCALE = 20.0  # vectors of length 1 are scaled so for the loss; sentence-transformers' value
 RERANKER = {"steps": 1500, "warmup": 0.1, "weight_decay": 0.0, "batch_size": 16}
@@ -94,7 +94,7 @@ def stage(args, name: str, book: Book) -> CrossEncoder:
     folder = Path(args.out) / name
     flags = vars(args) | RERANKER | STAGE | {"method": "reranker"}
     flags |= {"out": str(folder), "steps": args.encoder_steps, "lr": args.encoder_lr}
-    if not (folder / "run.json").is_file() or "results" not in read_record(folder):
+    if not finished(folder):
         show(f"{folder}: {len(book.questions['train'])} training questions")
         train_encoder(Namespace(**flags), book, scored=False)
     return CrossEncoder.from_pretrained(folder / "model", args.device, args.encoder_len)

@@ -8,7 +8,6 @@ so it knows no method and no data file. train.py and pretrain.py call it.
 """
 
 import math
-import os
 import signal
 import sys
 import time
@@ -17,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 
-from show import only_shows, show
+from show import only_shows, picture, show
 
 import torch
 import torch.nn as nn
@@ -25,7 +24,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from checkpoints import atomic_write
 from data import IGNORE_INDEX, Batch
 from runs import Run, State
 
@@ -391,24 +389,15 @@ def progress(steps: int, first: int):
 
 def draw_curve(run: Run, history: list[dict]) -> None:
     """Write curve.png: loss and dev score against steps."""
-    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's may be missing here; none is needed
-    try:
-        from matplotlib.figure import Figure
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
     losses = [(r["step"], r["loss"]) for r in history if r.get("loss") is not None]
     scores = [(r["step"], r["score"]) for r in history if r.get("score") is not None]
-    figure = Figure(figsize=(7, 4))
-    left = figure.subplots()
-    left.plot(*zip(*losses), color="tab:gray")
-    left.set(xlabel="step", ylabel="loss (nats a token)")
     name = run.folder.name.encode("utf-8", "backslashreplace").decode()
-    left.set_title(f"{run.arguments['method']}: {name}", parse_math=False)  # $ is no formula
-    if scores:
-        right = left.twinx()
-        right.plot(*zip(*scores), color="tab:blue", marker="o")
-        right.set_ylabel("dev score", color="tab:blue")
-    figure.tight_layout()
-    with atomic_write(run.folder / "curve.png") as path:
-        figure.savefig(path, format="png", dpi=110)
+    with picture(run.folder / "curve.png", 7, 4) as figure:
+        left = figure.subplots()
+        left.plot(*zip(*losses), color="tab:gray")
+        left.set(xlabel="step", ylabel="loss (nats a token)")
+        left.set_title(f"{run.arguments['method']}: {name}", parse_math=False)  # $ is no formula
+        if scores:
+            right = left.twinx()
+            right.plot(*zip(*scores), color="tab:blue", marker="o")
+            right.set_ylabel("dev score", color="tab:blue")

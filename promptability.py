@@ -47,7 +47,7 @@ import data
 import eval as metrics
 import start
 import train
-from checkpoints import write_json
+from checkpoints import write_json, write_lines
 from data import IGNORE_INDEX, Batch
 from fit import Adafactor, Recipe, autocast, fit, target_loss
 from model import LM
@@ -286,7 +286,8 @@ def train_learner(task: start.Task, tasks: list[list], learner: Learner, prompt)
         record |= fit(run, recipe, learner, batch_at, loss_of, evaluate, save, gradient)
         splits = [split for split in ("dev", "test") if tokens[split]]
         predictions = {split: train.predict_split(task, prompt, split) for split in splits}
-        run.write_lines("predictions.jsonl", predictions[splits[-1]] if splits else [])
+        rows = predictions[splits[-1]] if splits else []
+        write_lines(run.folder / "predictions.jsonl", rows)
         results = {split: metrics.summary(part) for split, part in predictions.items()}
         return finish_record(run, record, frozen, results)
 
@@ -348,7 +349,7 @@ def few_shot(args: Namespace) -> dict:
         chance = float(np.mean([1 / len(e.options) for e in task.examples["test"]]))
         result = {"accuracy": record["results"]["test"]["em"], "chance": chance}
         datasets.setdefault(name, {})[template] = result
-    Run(out, {}).write_lines("predictions.jsonl", rows)
+    write_lines(out / "predictions.jsonl", rows)
     gain = average_relative_gain(datasets)
     write_json(out / "few_shot.json", {"datasets": datasets, "average_relative_gain": gain})
     show(f"{out}: {len(plans)} templates, average relative gain {100 * gain:.1f} %")

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models
 
 import data
 import eval as metrics
-from checkpoints import atomic_write, write_json
+from checkpoints import write_json, write_lines
 from generate import check_ids, find_stop, prefix_lengths
 
 SHOT_END = "\n\n"  # follows each of the examples that stand before a question
@@ -321,6 +321,4 @@ def score_record(args, model, tokenizer, results: dict) -> dict:
 def write_scores(path: Path, record: dict, records: list[dict]) -> None:
     """Write predictions.jsonl at `path`, and score.json beside it, which says what it is of."""
     write_json(path.with_name("score.json"), record)
-    with atomic_write(path) as unfinished:
-        lines = [json.dumps(record) + "\n" for record in records]
-        unfinished.write_text("".join(lines), encoding="utf-8")
+    write_lines(path, records)

@@ -49,7 +49,6 @@ from openbook import (
     encoder_folder,
     recalls,
     retrieve,
-    spelt,
     write_book,
     write_found,
 )
@@ -339,8 +338,7 @@ class Reader(nn.Module):
 
     def read_back(self, examples: list) -> list:
         """Put the passages before the questions of examples of data.py."""
-        bare = [e.input.removeprefix("Q: ").removesuffix("\nA:") for e in examples]
-        questions = [Question(spelt(text), list(e.answers)) for text, e in zip(bare, examples)]
+        questions = [Question(data.bare_question(e.input), list(e.answers)) for e in examples]
         if self.args.top > 0:
             if self.search is None:
                 self.open_book()

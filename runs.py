@@ -40,7 +40,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from checkpoints import atomic_write, hash_tensors, load_tokenizer, write_json
+from checkpoints import atomic_write, hash_tensors, load_tokenizer, write_json, write_lines
 from data import filler
 from int8 import quantize
 from model import LM
@@ -225,11 +225,6 @@ class Run:
     def __exit__(self, *_) -> None:
         self.lock.close()
 
-    def write_lines(self, name: str, records: list[dict]) -> None:
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        with atomic_write(self.folder / name) as path:
-            path.write_text(text, encoding="utf-8")
-
     def log(self, record: dict) -> None:
         with open(self.metrics_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -242,7 +237,7 @@ class Run:
                 with suppress(json.JSONDecodeError):  # a kill can cut the last line short
                     records.append(json.loads(line))
         records = [r for r in records if isinstance(r, dict) and r.get("step", math.inf) <= step]
-        self.write_lines("metrics.jsonl", records)
+        write_lines(self.metrics_path, records)
         return records
 
     def save_state(self, trained: nn.Module, optimizer, state: State) -> None:
@@ -373,6 +368,12 @@ def read_record(folder: str | Path) -> dict:
     return record
 
 
+def finished(folder: str | Path) -> dict | None:
+    """The record of a run that has finished, or None."""
+    record = read_record(folder) if (Path(folder) / "run.json").is_file() else {}
+    return record if "results" in record else None
+
+
 def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None = None):
     """Load what a run trained. Returns (model, prefix, tokenizer, record).
 
@@ -473,17 +474,6 @@ def _set_eos(folder: Path, record: dict, lm: LM) -> None:
         lm.config = replace(lm.config, eos=tuple(then))
 
 
-PREDICTION_KEYS = {
-    "id": (str, int),
-    "task": (str,),
-    "input": (str,),
-    "prediction": (str,),
-    "answers": (list,),
-    "em": (int, float),
-    "f1": (int, float),
-}
-
-
 def read_predictions(folder: str | Path) -> list[dict]:
     """Return the records of predictions.jsonl in file order. `eval.score` describes them.
 
@@ -494,34 +484,13 @@ def read_predictions(folder: str | Path) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a run writes it when it has been tested")
     records, line_of = [], {}
-    # Bytes, split at "\n" only: the decoding errors of a text file name no line.
-    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
-    for number, line in enumerate([] if lines == [b""] else lines, start=1):  # []: nothing tested
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            record = _check_prediction(json.loads(line.decode("utf-8")))
-            task, id = record["task"], record["id"]
-            first = line_of.setdefault((task, id), number)
-            if first != number:
-                raise ValueError(f"id {id!r} of task {task!r} is already on line {first}")
-        except ValueError as error:  # json and decode raise it too
-            raise ValueError(f"{path}:{number}: {error}") from None
+            record = json.loads(line)
+            key = record["task"], record["id"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: not a prediction ({error!r})") from None
+        if line_of.setdefault(key, number) != number:
+            raise ValueError(f"{path}:{number}: the id {key[1]!r} is on line {line_of[key]} too")
         records.append(record)
     return records
-
-
-def _check_prediction(record) -> dict:
-    if not isinstance(record, dict):
-        raise ValueError("a line must be a JSON object")
-    for key, kinds in PREDICTION_KEYS.items():
-        if key not in record:
-            raise ValueError(f"key {key!r} is missing")
-        if type(record[key]) not in kinds:  # not isinstance: to Python, true and false are ints
-            names = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"key {key!r} must be {names}, got {record[key]!r}")
-    answers = record["answers"]
-    if not answers or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f"key 'answers' must be a list with at least one string, got {answers!r}")
-    for metric in ("em", "f1"):
-        if not 0 <= record[metric] <= 1:  # refuses NaN too
-            raise ValueError(f"key {metric!r} must be from 0 to 1, got {record[metric]!r}")
-    return record

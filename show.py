@@ -5,6 +5,7 @@
     show_table(title, columns, rows)                 Markdown
     show_result("test", result)                      the scores of a run on a split
     with only_shows("curve.png"): draw(...)          if it fails, one line says why
+    with picture("curve.png", 7, 4) as figure:       draws with matplotlib
     Parser(prog="train.py")                          a bad flag is one line and status 2
     run_program("train.py", main)                    so is any other bad input
 
@@ -67,6 +68,23 @@ def only_shows(what: str) -> Iterator[None]:
     except Exception as error:  # from any library, and no result may be lost by it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         show(f"no {what}: {reason}")
+
+
+@contextmanager
+def picture(path, width: float, height: float):
+    """A context with a matplotlib figure, which needs no display and is written at the end."""
+    from checkpoints import atomic_write
+
+    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's may be missing here; none is needed
+    try:
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure
+    with atomic_write(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=110)
 
 
 def show_table(title: str, columns: list[str], rows: list[list]) -> None:

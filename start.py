@@ -29,7 +29,7 @@ from checkpoints import load_tokenizer, resolve
 from int8 import quantize
 from model import LM
 from questions import check_answers, check_targets
-from runs import ASSETS, HASHES, Run, arguments, names_file, read_record
+from runs import ASSETS, HASHES, Run, arguments, finished, names_file
 
 SUITE = "suite"  # --train suite
 SUITE_DEFAULTS = {"mixture_cap": 500, "max_new_tokens": 32}
@@ -271,10 +271,8 @@ def finished_stage(args, hashes: dict) -> Path | None:
     other flags than those of STAGE_FREE.
     """
     folder = Path(args.stages_from) / Path(args.out).name
-    if not (folder / "run.json").is_file():
-        return None
-    record = read_record(folder)
-    if "results" not in record:
+    record = finished(folder)
+    if record is None:
         return None
     same = {key: record["arguments"][key] for key in STAGE_FREE if key in record["arguments"]}
     own = argparse.Namespace(**vars(args) | same)

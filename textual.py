@@ -27,8 +27,6 @@ passes its Task and trains.
     python train.py --method textual_recursion
 """
 
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -40,10 +38,10 @@ from torch import Tensor
 import data
 import eval as metrics
 from adapters import SoftPrompt, load_adapter
-from checkpoints import atomic_write
+from checkpoints import write_lines
 from data import encode_prompts
 from recurse import Candidate, candidates, text_with
-from rerank import cross_fit
+from rerank import cross_fit, progress
 
 QUESTIONS_IN_FILE = 128  # a kill costs at most the candidates of so many questions
 
@@ -233,7 +231,7 @@ def sample_split(task, asked, name: str, prompt: SoftPrompt, split: str, rows) -
     with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         prefix = task.lm.read(prompt())
         recursion = TextualRecursion(task.lm, task.tokenizer, [], vars(args))
-        for start in progress(range(0, len(rows), QUESTIONS_IN_FILE), split):
+        for start in progress(range(0, len(rows), QUESTIONS_IN_FILE), f"files of {split}"):
             path, part = folder / f"{start:06d}.jsonl", rows[start : start + QUESTIONS_IN_FILE]
             if not path.is_file():
                 ids = [asked.tokens[split][row].input for row in part]
@@ -244,20 +242,13 @@ def sample_split(task, asked, name: str, prompt: SoftPrompt, split: str, rows) -
     return ranked
 
 
-def progress(starts: range, split: str):
-    """The range, with a bar on a terminal."""
-    from tqdm import tqdm
-
-    on_terminal = sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(starts, f"candidates of {split}", unit="file", disable=not on_terminal)
-
-
 def write_candidates(path: Path, examples: list[data.Example], ranked: list[list]) -> None:
     """Write a line {"id", "task", "input", "answers", "candidates"} for each question."""
-    with atomic_write(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
-        for e, row in zip(examples, ranked):
-            line = {"id": e.id, "task": e.task, "input": e.input, "answers": e.answers}
-            file.write(json.dumps(line | {"candidates": list(map(asdict, row))}) + "\n")
+    lines = []
+    for e, row in zip(examples, ranked):
+        line = {"id": e.id, "task": e.task, "input": e.input, "answers": e.answers}
+        lines.append(line | {"candidates": list(map(asdict, row))})
+    write_lines(path, lines)
 
 
 def read_candidates(task, ranked: dict[str, list], report: Callable) -> tuple:

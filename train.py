@@ -57,11 +57,11 @@ import reader
 import recurse
 import start
 import textual
-from checkpoints import hash_tensors, read_tensors, write_json
+from checkpoints import hash_tensors, read_tensors, write_json, write_lines
 from fit import Recipe, autocast, fit, target_loss
 from generate import predict, stack_prefixes
 from model import LM
-from runs import Run, finish_record, hash_tokenizer, read_record, start_record
+from runs import Run, finish_record, finished, hash_tokenizer, start_record
 
 # The methods
 
@@ -286,11 +286,10 @@ def train_stage(task: start.Task, name: str, before: adapters.SoftPrompt | None)
     args, known = stage_of(task, name)
     folder = Path(args.out)
     start.take_stage(args, known)
-    record = read_record(folder) if (folder / "run.json").is_file() else {}
-    if "results" in record:
-        if record["data_hash"] != known["data_hash"]:
-            raise ValueError(f"{folder} was trained on other questions; choose another --out")
-    else:
+    record = finished(folder)
+    if record and record["data_hash"] != known["data_hash"]:
+        raise ValueError(f"{folder} was trained on other questions; choose another --out")
+    if not record:
         show(f"{folder}: {len(task.tokens['train'])} training questions")
         train_adapter(replace(task, args=args), trained=start.next_prompt(task, before))
     return adapters.load_adapter(folder, task.lm)
@@ -314,7 +313,7 @@ def finish(task: start.Task, run: Run, record: dict, adapter) -> dict:
         splits = [split for split in ("dev", "test") if task.tokens[split]]
         predictions = {split: predict_split(task, adapter, split) for split in splits}
     rows = predictions.get("test") or predictions.get("dev") or []
-    run.write_lines("predictions.jsonl", rows)
+    write_lines(run.folder / "predictions.jsonl", rows)
     with only_shows("examples"):
         show_examples(rows)
         if args.method == "neural_recursion" and rows:

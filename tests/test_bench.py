@@ -282,12 +282,12 @@ def test_the_plan_counts_a_prompt_for_each_task(place):
 
 
 def test_the_plan_counts_the_blocks_that_are_computed_again(place):
-    flags = "--seq-len 60 --prompt-length 4"
+    flags = f"--model {ROOT}/assets/lm --seq-len 60 --prompt-length 4"  # 6 blocks
     whole, again = (
         plan_of(place, f"{flags} {more}", "prompt_tuning")
         for more in ("", "--checkpoint-activations")
     )
-    assert 0.4 * whole["activations"] < again["activations"] < 0.75 * whole["activations"]
+    assert 0.2 * whole["activations"] < again["activations"] < 0.5 * whole["activations"]
     with pytest.raises(ValueError, match="--checkpoint-activations: not for neural_recursion"):
         plan_of(place, "--checkpoint-activations")
 
