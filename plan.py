@@ -38,6 +38,7 @@ from checkpoints import HUB_FILES, load_tokenizer, read_config, resolve, skip_in
 from families import t5_from_hf
 from fit import Recipe, linear_weights, make_optimizer
 from generate import stack_prefixes, token_logprobs
+from int8 import quantize
 from model import LM, Config
 from runs import ASSETS
 from t5 import T5Config, T5Encoder
@@ -147,6 +148,7 @@ def estimate(args: argparse.Namespace) -> tuple[dict[str, int], dict[str, int], 
     encoder_config = read_encoder(args) if args.method == "id_pt" else None
     with without_values():
         lm = LM(config)
+    size = count(lm)
     lengths = read_lengths(args, lm, folder)
     if args.method == "textual_recursion":
         lengths = add_candidates(args, config, lengths)
@@ -156,9 +158,9 @@ def estimate(args: argparse.Namespace) -> tuple[dict[str, int], dict[str, int], 
         step, operations = run.step() if args.method != "training_free" else ({}, {})
         evaluation = run.evaluation()
         operations |= run.answer_operations()
-    trained = count(run.trained)
-    frozen, size = 0 if run.trained is lm else count(lm), run.dtype.itemsize
-    table = {"frozen weights": size * frozen}
+    trained, frozen = count(run.trained), 0 if run.trained is lm else size
+    held = 0 if run.trained is lm else sum(p.nbytes for p in lm.parameters())
+    table = {"frozen weights": held}
     if encoder:
         table["frozen encoder"] = 4 * count(encoder)
     table |= {"trained": 4 * trained, "the best so far": 4 * trained}
@@ -166,7 +168,7 @@ def estimate(args: argparse.Namespace) -> tuple[dict[str, int], dict[str, int], 
     step = {"its gradients": 4 * trained} | step
     table |= step | {"evaluation beyond this": max(0, evaluation - sum(step.values()))}
     if lengths.kept:
-        table["first pass, kept"] = size * config.dim * lengths.kept
+        table["first pass, kept"] = run.dtype.itemsize * config.dim * lengths.kept
     if args.device == "cpu":
         table["Python and libraries"] = libraries
         # malloc keeps freed blocks: 0.2 to 0.65 of the others, in runs that were measured.
@@ -291,6 +293,8 @@ class DryRun:
         self.adapter = new_adapter(args, lm, encoder, lengths.tasks).to(self.dtype)
         self.trained = lm.requires_grad_(True) if args.method == "fine_tuning" else self.adapter
         lm.to(self.dtype)
+        if args.base_dtype == "int8":
+            quantize(lm)
 
     def compose(self, questions: int, asked: int) -> tuple:
         """(model, prefix) for a batch of questions of `asked` tokens, as train.compose."""

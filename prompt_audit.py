@@ -17,12 +17,12 @@ from torch import Tensor
 
 import data
 import eval as metrics
-from checkpoints import load_tokenizer
+from checkpoints import load_tokenizer, write_lines
 from fit import target_loss
 from generate import predict, stack_prefixes
 from model import LM
 from questions import SHOT_END, prepare
-from runs import ASSETS, Run, load_run
+from runs import ASSETS, load_run
 
 
 def few_shot(line: list[str]) -> dict:
@@ -47,7 +47,7 @@ def few_shot(line: list[str]) -> dict:
         answers = predict(lm, tokenizer, ids, prefix, 16, options, stops)
         records += metrics.score(examples, answers)
     Path(out).mkdir(parents=True, exist_ok=True)
-    Run(out, {}).write_lines("predictions.jsonl", records)
+    write_lines(out / "predictions.jsonl", records)
     return metrics.summary(records)
 
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
-from show import show
+from show import show, show_result
 
 import torch
 import torch.nn as nn
@@ -230,7 +230,7 @@ def finish_scores(args, lm, tokenizer, prompts: dict, path: Path, records: list)
     files = {n: p.folder / "adapter_model.safetensors" for n, p in prompts.items()}
     hashes = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
     write_scores(path, record | {"adapter_hash": hashes}, records)
-    metrics.show_scores(result)
+    show_result("score", result)
     return result
 
 
@@ -484,8 +484,10 @@ def templates_command(args: argparse.Namespace) -> dict:
 # The command line of eval.py
 
 
-def add_commands(commands, count, utf8) -> None:
-    """Add mixed, explain and templates to the sub-commands of eval.py, with its argparse types."""
+def add_commands(commands) -> None:
+    """Add mixed, explain and templates to the sub-commands of eval.py."""
+    from cli import COUNT
+
     summary = "answer examples in shared batches, each with its own prompt"
     command = commands.add_parser("mixed", help=summary, description=summary)
     command.set_defaults(function=mixed_command, seed=0)
@@ -498,17 +500,17 @@ def add_commands(commands, count, utf8) -> None:
     command.add_argument("--out", help="folder for predictions.jsonl and score.json")
     command.add_argument("--model", help="the LM's checkpoint; that of the first prompt")
     stop = "text that ends an answer; a newline for questions if not given, '' for none"
-    command.add_argument("--stop", type=utf8, help=stop)
-    command.add_argument("--max-new-tokens", type=count, default=16, help="tokens (default 16)")
-    command.add_argument("--eval-tokens", type=count, default=8192, help="tokens in a batch")
-    rank = "of an answer choice's log-probabilities (default sum)"
+    command.add_argument("--stop", help=stop)
+    command.add_argument("--max-new-tokens", type=COUNT, default=16, help="tokens of an answer")
+    command.add_argument("--eval-tokens", type=COUNT, default=8192, help="tokens in a batch")
+    rank = "of an answer choice's log-probabilities"
     command.add_argument("--rank-by", choices=["sum", "mean"], default="sum", help=rank)
 
     summary = "the vocabulary tokens nearest to each row of a prompt"
     command = commands.add_parser("explain", help=summary, description=summary)
     command.set_defaults(function=explain_command)
     command.add_argument("run", help="run, or folder of a prompt")
-    command.add_argument("--top", type=count, default=5, help="tokens of a row (default 5)")
+    command.add_argument("--top", type=COUNT, default=5, help="tokens of a row")
     command.add_argument("--input", help="questions of a prompt that depends on them")
     command.add_argument("--model", help="the LM's checkpoint; the prompt's own if not given")
 

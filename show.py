@@ -94,8 +94,11 @@ def show_table(title: str, columns: list[str], rows: list[list]) -> None:
         show(f"| {' | '.join(map(str, row))} |")
 
 
-def show_result(split: str, result: dict) -> None:
-    """Print the loss of a text, recall, or the scores of all questions and of each task."""
+def show_result(split: str, result: dict, asked: bool = False) -> None:
+    """Print the loss of a text, recall, or the scores of all questions and of each task.
+
+    asked: they are the result that the user asked for.
+    """
     if "recall" in result:
         for name, row in result["recall"].items():
             shares = "  ".join(f"@{k} {100 * share:5.1f}" for k, share in row.items())
@@ -108,7 +111,7 @@ def show_result(split: str, result: dict) -> None:
     for task, row in {"all": result, **result["tasks"]}.items():
         if task:
             scores = f"EM {100 * row['em']:5.1f}   F1 {100 * row['f1']:5.1f}"
-            show(f"{split:5} {task:12} {scores}   ({row['n']} questions)")
+            show(f"{split:5} {task:12} {scores}   ({row['n']} questions)", result=asked)
 
 
 class Parser(argparse.ArgumentParser):
@@ -137,22 +140,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2)
 
 
-def run_program(program: str, main: Callable[[], object], resumes: bool = False) -> None:
-    """Run `main`. Bad input prints one line and exits with 2; SIGINT or SIGTERM, with 130.
+def run_program(program: str, main: Callable[[], object], resumes: bool = False):
+    """Run `main` and return its result. Bad input prints one line and exits with 2.
 
-    resumes: the program has the flag --resume.
+    SIGINT and SIGTERM exit with 130. resumes: the program has the flag --resume.
     """
     from safetensors import SafetensorError
 
     def show_warning(message, *_, **__):
         show(f"{program}: {message}", "stderr")
 
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed, and no file of the run may get its number
-            setattr(sys, name, open(os.devnull, "w"))
-    warnings.showwarning = show_warning  # without the file and line that raised it
     try:
-        main()
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning  # without the file and line that raised it
+            return main()
     except KeyboardInterrupt:
         advice = "; the same command with --resume goes on from the last checkpoint"
         show(f"{program}: stopped{advice if resumes else ''}", "stderr")
