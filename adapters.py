@@ -38,7 +38,7 @@ class SoftPrompt(nn.Module):
     """P trained vectors that the LM reads before the text, like token embeddings: (P, C).
 
     With `bos` (C,), the embedding of BOS, the prompt stands between BOS and the text: it returns
-    (P + 1, C), and the text comes without a BOS. Otherwise it precedes the text's.
+    (P + 1, C), and the text comes without a BOS. Without `bos` it stands before the text's BOS.
     """
 
     def __init__(self, vectors: Tensor, bos: Tensor | None = None):
@@ -65,8 +65,8 @@ class DeepPrompt(nn.Module):
     same way, so both have the same numbers.
 
     `hidden` is the width of an MLP that computes the keys and values from P trained vectors during
-    training (paper: 512, which trained more stably). Its output layer is solved for `start`. Only
-    what the MLP computes is stored: a prompt that is loaded again has none.
+    training (paper: 512, which trained more stably). Its last layer is solved by least squares, so
+    that the prompt starts as `start`. Only what the MLP computes is stored, not the MLP.
     """
 
     def __init__(self, start, hidden: int | None = None):

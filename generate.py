@@ -176,7 +176,7 @@ def generate(
     A question is read once, however many samples are drawn. Memory: the cache has 2 * K * D values
     per row, layer (of every part of a Stack) and position; the positions are the prefix's, the
     longest question's and max_new_tokens. The peak is twice that, because old and new cache exist
-    together when it is preallocated and when finished rows are removed. A prefix that the caller
+    together when it is one_each and when finished rows are removed. A prefix that the caller
     keeps comes on top.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, n)
@@ -184,8 +184,8 @@ def generate(
     device, R = token.device, len(ids) * n
     eos_ids = torch.tensor(as_list(eos), dtype=torch.long, device=device)
     rows = torch.arange(len(ids), device=device).repeat_interleave(n)
-    preallocated = n == 1 and cache is not None
-    if preallocated:
+    one_each = n == 1 and cache is not None  # every question has its own row already
+    if one_each:
         cache = cache.preallocate(rows, max_new_tokens)
     active = torch.arange(R, device=device)  # row i of the batch writes sample active[i]
     new_tokens = torch.full((R, max_new_tokens), -1, device=device)  # -1: not written
@@ -193,7 +193,7 @@ def generate(
     for step in range(max_new_tokens):
         h, cache = lm(lm.embed(token), cache, keep=True)
         logits = lm.logits(h[:, -1])
-        if step == 0 and not preallocated:  # until here n samples of a question share one row
+        if step == 0 and not one_each:  # until here n samples of a question share one row
             logits, cache = logits[rows], cache.preallocate(rows, max_new_tokens - 1)
         token = sample_next_token(logits, temperature, top_k, top_p, generator)[:, None]
         new_tokens[active, step] = token[:, 0]
@@ -356,7 +356,7 @@ def predict(
     ids. If it is not empty, the answer is the index of the choice with the highest sum of
     log-probabilities (as T0 ranks answers), or with `mean` the highest mean over its tokens.
 
-    With `logprobs` it returns pairs (answer, its log-probability, with the tokens that end a text).
+    With `logprobs` it returns pairs (answer, log-probability). The end token of a text counts.
 
     A batch has at most batch_size rows and max_tokens positions: rows times (prefix + longest
     question + its new tokens). Every option is a row.
@@ -416,7 +416,7 @@ def continue_texts(lm, tokenizer, ids, prefix, max_new_tokens: int, stop: str) -
 def find_stop(text: str, stop: str) -> int | None:
     """Where `stop` begins in an answer, or None. Spaces before the answer are no stop."""
     spaces = len(text) - len(text.lstrip(" "))
-    # A stop such as " Q:" may begin with these spaces, but it must reach beyond them.
+    # A stop may begin with a space, so it may overlap these spaces by all but its last letter.
     index = text.find(stop, max(0, spaces - len(stop) + 1)) if stop else -1
     return None if index < 0 else index
 

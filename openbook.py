@@ -43,7 +43,7 @@ TUNED_AT = 5  # the weight of a hybrid search: an answer among so many passages 
 
 @dataclass
 class Book:
-    """The passages, with ids that differ, and the questions of each split."""
+    """The passages, with unique ids, and the questions of each split."""
 
     passages: list[Passage]
     questions: dict[str, list[Question]]
@@ -261,7 +261,7 @@ def retrieve(args, book: Book, folder: Path) -> Book:
     """Search for the questions without passages. Complete files of `folder`/retrieved are read."""
     questions, search = dict(book.questions), None
     for split, part in questions.items():
-        missing = [row for row, q in enumerate(part) if searched(args, book, q)]
+        missing = [row for row, q in enumerate(part) if needs_search(args, book, q)]
         if not missing or args.top == 0:
             continue
         path = folder / "retrieved" / f"{split}.jsonl"
@@ -276,8 +276,9 @@ def retrieve(args, book: Book, folder: Path) -> Book:
     return replace(book, questions=questions)
 
 
-def searched(args, book: Book, question: Question) -> bool:
-    """Whether a question needs a search. If no book is given, an encoder learns from its lists."""
+def needs_search(args, book: Book, question: Question) -> bool:
+    """Whether a question needs a search. Retriever and re-ranker use the lists of a DPR file if no
+    --passages is given."""
     listed = not book.path and args.train and (question.hard_negatives or question.negatives)
     return not question.found and not (listed and args.method != "reader")
 

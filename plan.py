@@ -278,7 +278,7 @@ def new_adapter(args, lm: LM, encoder: T5Encoder | None, tasks: list[str]) -> nn
     def connector() -> Connector:
         return Connector(lm.new_layers(args.connector_layers))
 
-    between = recurse.between_passes(args.passes, args.connectors == "shared", connector)
+    between = recurse.make_connectors(args.passes, args.connectors == "shared", connector)
     return start.set_residual(between, args.residual)
 
 

@@ -133,7 +133,7 @@ def pretrain_connector(args) -> dict:
     def new() -> adapters.Connector:
         return recurse.new_connector(lm, args.composition, args.connector_layers)
 
-    connector = recurse.between_passes(args.passes, args.connectors == "shared", new)
+    connector = recurse.make_connectors(args.passes, args.connectors == "shared", new)
     return train_adapter_on_text(args, text, lm, connector, lm.config.max_len)
 
 

@@ -92,7 +92,7 @@ VARIANTS = {  # name: (what is trained: T the LM, P a prompt; its gradient)
 
 
 class Learner(nn.Module):
-    """What is trained, and the inner loop. Either `lm` or `prompt` may be None: frozen, or absent.
+    """What is trained, and the inner loop. lm is None if frozen, prompt None if there is none.
 
     All parameters together are handled as one vector (N,).
 

@@ -77,7 +77,7 @@ def load_prompts(paths: Sequence[str | Path], model=None, device: str = "cpu"):
 
 
 def run_of(folder: Path) -> tuple[Path, dict]:
-    """Return (folder, record) of the run that a prompt belongs to, or (the prompt's folder, {}).
+    """Return (folder, record) of a prompt's run. Without a run: (folder, {}).
 
     The run is the folder itself, or with --per-task the folder above it. ValueError if questions of
     the run get more than a prompt.

@@ -109,7 +109,7 @@ class Stack(nn.Module):
 
     Stack(lm, [c]) is LM-Connector-LM and Stack(lm, [c1, c2]) runs the LM three times; `parts` gives
     any other order. If the first part is the frozen LM, autograd records nothing for it, because
-    nothing trained comes before it. `embeddings` is only for after_first.
+    nothing trained comes before it. `after_first` sets `embeddings`.
     """
 
     def __init__(self, lm, connectors=(), parts=None, embeddings: Tensor | None = None):
@@ -205,7 +205,8 @@ class FirstPass:
         self.starts = self.starts.to(device)
 
     def __call__(self, rows: list[int], T: int) -> Tensor:
-        """The states of the texts `rows` as (B, T, C). Beyond a text's end they are of others."""
+        """The states of the texts `rows` as (B, T, C). Positions after a text's end are padding:
+        they hold states of other texts."""
         if self.states is None:
             self.compute()
         index = self.starts[rows][:, None] + torch.arange(T, device=self.starts.device)
@@ -258,17 +259,17 @@ def gaps(connector: Connector | Connectors) -> list[Connector]:
     return connector.gaps() if isinstance(connector, Connectors) else [connector]
 
 
-def between_passes(
-    passes: int, shared: bool, start: Callable[[], Connector]
+def make_connectors(
+    passes: int, shared: bool, new: Callable[[], Connector]
 ) -> Connector | Connectors:
     """What stands between `passes` passes: a shared Connector, or one for each gap.
 
-    start() returns a new Connector. Two passes have one gap, and get a plain Connector.
+    new() returns a Connector. Two passes have one gap, and get a plain Connector.
     """
     if passes == 2:
-        return start()
+        return new()
     count = 1 if shared else passes - 1
-    return Connectors([start() for _ in range(count)], passes)
+    return Connectors([new() for _ in range(count)], passes)
 
 
 def new_connector(lm, method: str, layers: int) -> Connector:
@@ -331,7 +332,7 @@ def prompt_prefix(adapter, lm, source=""):
 def prompt_embeddings(adapter, lm, ids: list[int]) -> Tensor:
     """[prompt; embeddings] of a question (P + T, C), for engines that take prompt embeddings.
 
-    ids are the question's tokens as the LM reads them, after a prompt after BOS without BOS.
+    ids are the question's tokens. If the prompt stands after BOS, pass ids without BOS.
     ValueError for a deep prompt, which is no embeddings. With vLLM:
 
         llm = vllm.LLM(model, enable_prompt_embeds=True)

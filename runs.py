@@ -302,7 +302,7 @@ def start_record(run: Run, trained: nn.Module, frozen: LM | None, hashes: dict) 
     if frozen:
         line += f", {sum(p.numel() for p in frozen.parameters()):,} frozen"
     show(line)
-    # The results of a finished run stay until it is scored again, and what it was started on stays.
+    # Keep the earlier results, versions and hardware.
     record = {"command": run.command} | environment(run.arguments["device"]) | before
     record |= {
         "arguments": run.arguments,
@@ -401,7 +401,7 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
         raise ValueError(f"{folder}: has a prompt for each task; `eval.py mixed` answers with them")
     lm, tokenizer = load_base(folder, record, device, model)
     adapter = None
-    if own_lm and method != "prompt_tuning":  # else a prompt was trained together with the LM
+    if own_lm and method != "prompt_tuning":  # `continue` stores a prompt beside its LM
         method = "fine_tuning"
     elif method != "training_free":
         t5 = find_encoder(folder, record) if method == "id_pt" else None

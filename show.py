@@ -36,7 +36,7 @@ def show(text: str, stream: str = "stdout", result: bool = False) -> None:
 
     Letters that the stream cannot write are escaped. A stream that is closed or full is silent
     from then on. But OSError if the line is the `result` of a command, unless its reader has left.
-    Lines of stderr have no numbers of errors, and the middle of a very long one is left out.
+    On stderr, "[Errno n]" and the middle of a very long line are left out.
     """
     out = getattr(sys, stream)
     if out is None and result:

@@ -44,7 +44,7 @@ class Task:
     tokenizer: Tokenizer
     examples: dict[str, list[data.Example]]
     tokens: dict[str, list[data.TokenizedExample]]
-    more: str = ""  # a hash of what else the data consist of
+    extra_hash: str = ""  # of passages and encoders
 
 
 def load_task(args, lm: LM, tokenizer: Tokenizer, examples: dict | None = None) -> Task:
@@ -171,7 +171,7 @@ def start_connector(task: Task) -> adapters.Connector | adapters.Connectors:
             return load_init(folder, args, lm, adapters.Connector)
         return recurse.new_connector(lm, args.method, args.connector_layers)
 
-    connector = recurse.between_passes(args.passes, args.connectors == "shared", new)
+    connector = recurse.make_connectors(args.passes, args.connectors == "shared", new)
     return set_residual(connector, args.residual)
 
 

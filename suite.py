@@ -24,7 +24,7 @@ from pathlib import Path
 
 import genres
 from genres import SENSES, TEXTS, TOPICS, Cast, passage, passage_text, record_table, strangers
-from world import ASSETS, DRAWS, RELATIONS, SPLITS, World, read_sections, render
+from world import ASSETS, MAX_DRAWS, RELATIONS, SPLITS, World, read_sections, render
 
 FIELDS = set(
     """text first second premise hypothesis record subject relation object question passage
@@ -423,7 +423,7 @@ def examples(world: World, name: str, split: str, count: int = 0) -> list[dict]:
     """The fields of a task's examples, all or `count`; each label equally often, no text twice.
 
     A small world has fewer texts about its own people and places. The examples are then fewer, or
-    none: they end when `DRAWS` texts in a row are not new.
+    none: they end when `MAX_DRAWS` texts in a row are not new.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
@@ -432,7 +432,7 @@ def examples(world: World, name: str, split: str, count: int = 0) -> list[dict]:
     count = count or (task.size if split == "train" else SIZES[split])
     casts = strangers(world, f"suite {name} {split}", rng, times=30)
     own, found, labels, in_vain = Cast(world, rng), {}, Counter(), 0
-    while len(found) < count and in_vain < DRAWS:
+    while len(found) < count and in_vain < MAX_DRAWS:
         in_vain += 1
         fields = task.make(own if task.own else next(casts))
         if "choices" in fields:

@@ -56,7 +56,7 @@ def with_candidates(tokenizer, examples, ranked, left: int, max_new_tokens: int,
     longer, left_out = [], 0
     for e, kept in zip(examples, ranked, strict=True):
         answers = encode_prompts(tokenizer, [f" {text}" for text in (e.target, *e.options)])
-        # An answer may need a token more after the input, and it has an end. The last is never read
+        # + 1 for another split after the input, + 1 for EOS, - 1: the last token is not read.
         limit = left - max(max_new_tokens - 1, *(len(ids) + 1 for ids in answers))
         kept = list(kept)
         while kept:

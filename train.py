@@ -107,7 +107,7 @@ def textual_recursion(task: start.Task) -> dict:
         asked, before, rounds, halves = textual.sample_rounds(task, train_stage, show_candidates)
         split = {"halves": "".join(halves)} if halves else {}
         write_json(run.folder / "run.json", record | {"candidates": rounds} | split)
-    return train_adapter(asked, trained=start.next_prompt(task, before), loaded=task)
+    return train_adapter(asked, trained=start.next_prompt(task, before), hashed=task)
 
 
 def neural_recursion(task: start.Task) -> dict:
@@ -148,7 +148,7 @@ def frozen_reader(args) -> dict:
     book = openbook.load_book(args)
     used = reader.check(args, book)
     task = start.load_task(args, *start.load_lm(args), reader.examples(book))
-    task.more = book.hash() + openbook.hash_encoders(used)
+    task.extra_hash = book.hash() + openbook.hash_encoders(used)
     if args.tune == "lm":
         trained, frozen, adapter = task.lm.requires_grad_(True), None, None
     else:
@@ -164,7 +164,7 @@ def frozen_reader(args) -> dict:
         asked, info = reader.prepare(task, book, run.folder, train_reranker)
         write_json(run.folder / "run.json", record | {"passages": info})
     torch.manual_seed(args.seed)  # whichever stages were loaded
-    record = train_adapter(asked, trained=trained, loaded=task)
+    record = train_adapter(asked, trained=trained, hashed=task)
     if args.top > 0:
         record["seconds_per_question"] = reader.time_reader(asked, adapter, book)
         write_json(run.folder / "run.json", record)
@@ -210,11 +210,12 @@ def default_prompt_lr(lm: LM) -> float:
     return 0.25 * lm.embed_tokens.weight.float().std().item()
 
 
-def train_adapter(task, trained: nn.Module, loaded=None, batch_at=None, after_step=None) -> dict:
+def train_adapter(task, trained: nn.Module, hashed=None, batch_at=None, after_step=None) -> dict:
     """Train an adapter, or the LM itself, to answer the training questions.
 
-    Dev chooses the best parameters. Returns the record of run.json. `loaded` is the task whose
-    hashes identify the run, if its questions have since got other tokens. The last two: see `fit`.
+    Dev chooses the best parameters. Returns the record of run.json. `hashed` is the task as it was
+    loaded, whose hashes identify the run: `task` may have passages or candidates in its tokens. The
+    last two: see `fit`.
     """
     args, lm, tokens = task.args, task.lm, task.tokens
     recipe, run = Recipe.from_args(args), Run.from_args(args)
@@ -251,7 +252,7 @@ def train_adapter(task, trained: nn.Module, loaded=None, batch_at=None, after_st
             prompts.save(run.folder, adapter, lm, **info)
 
     with run:
-        record = start_record(run, trained, frozen, hashes(loaded or task, adapter))
+        record = start_record(run, trained, frozen, hashes(hashed or task, adapter))
         record["lr"] = recipe.lr
         if args.lr is None:
             show(f"learning rate {recipe.lr:.3g}, a quarter of the embeddings' standard deviation")
@@ -375,7 +376,7 @@ def hashes(task: start.Task, trained: nn.Module | None) -> dict[str, str | None]
     if isinstance(trained, adapters.PromptGenerator):
         encoder = hash_tensors(trained.encoder[0].state_dict())
     texts, tokens = (repr(sorted(part.items())) for part in (task.examples, task.tokens))
-    texts += task.more
+    texts += task.extra_hash
     return {
         "data_hash": hashlib.sha256(texts.encode()).hexdigest(),
         "templates_hash": hash_templates(task),
@@ -407,7 +408,7 @@ def show_examples(rows: list[dict]) -> None:
 
 
 def what_recursion_adds(task: start.Task, rows: list[dict]) -> dict:
-    """One of the last correct answers, one that the LM alone does not give if there is one."""
+    """A correct answer to show, if possible one that the LM alone gets wrong."""
     rows = [row for row in rows if row["em"]][-100:] or rows[-1:]
     ids = data.encode_prompts(task.tokenizer, [row["input"] for row in rows])
     alone = predict(task.lm, task.tokenizer, ids, stops=["\n"] * len(ids))

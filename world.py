@@ -92,7 +92,7 @@ RELATIONS = read_relations(ASSETS / "relations.txt")
 TWO_HOP = read_sections(ASSETS / "two_hop.txt", SUBJECT_FIELDS)  # "born_in.country" -> questions
 WORDS = read_sections(ASSETS / "words.txt")
 SPLITS = ("train", "dev", "test")
-DRAWS = 10_000  # so many in a row that bring nothing new: there is nothing new left
+MAX_DRAWS = 10_000  # give up after so many draws in a row without a new one
 TRAIN_WORDINGS = 3  # train questions ask each fact in three wordings; dev and test ask once
 
 
@@ -300,8 +300,8 @@ class Names:
         return sep.join(self.rng.choice(WORDS[p] if isinstance(p, str) else p) for p in parts)
 
     def unused(self, draw) -> str:
-        """The first draw that is no name yet. ValueError if `DRAWS` of them are names already."""
-        for _ in range(DRAWS):
+        """The first draw that is no name yet. ValueError if `MAX_DRAWS` are names already."""
+        for _ in range(MAX_DRAWS):
             if (name := draw()) not in self.used:
                 self.used.add(name)
                 return name
