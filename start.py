@@ -302,6 +302,14 @@ def take_stage(args, hashes: dict) -> None:
         unfinished.rename(folder)
 
 
+SIZES = {  # kind of adapter: (what its size counts, the flag of the size)
+    adapters.SoftPrompt: ("vectors", "prompt_length"),
+    adapters.DeepPrompt: ("keys_values", "prompt_length"),
+    adapters.PromptGenerator: ("queries", "prompt_length"),
+    adapters.Connector: ("layers", "connector_layers"),
+}
+
+
 def load_init(init: Path, args, lm: LM, kind: type | tuple[type, ...], encoder=None) -> nn.Module:
     """Load the stored adapter that --init names. ValueError if the method does not train it."""
     method = args.method
@@ -319,16 +327,6 @@ def load_init(init: Path, args, lm: LM, kind: type | tuple[type, ...], encoder=N
             f"--init {init} was trained for {made_for}, where the Connector stands "
             f"elsewhere than in {method}"
         )
-    wanted, flag = args.prompt_length, "--prompt-length"
-    if isinstance(adapter, (adapters.Connector, adapters.Connectors)):
-        one = adapter[0] if kind is adapters.Connectors else adapter
-        size, wanted, flag = len(one.layers), args.connector_layers, "--connector-layers"
-    elif isinstance(adapter, adapters.SoftPrompt):
-        size = len(adapter.vectors)
-    elif isinstance(adapter, adapters.DeepPrompt):
-        size = len(adapter.keys_values)
-    else:
-        size = len(adapter.queries)
     if kind is adapters.Connectors:
         between = "shared" if len(adapter) == 1 else "each"
         if (adapter.passes, between) != (args.passes, args.connectors):
@@ -336,8 +334,12 @@ def load_init(init: Path, args, lm: LM, kind: type | tuple[type, ...], encoder=N
                 f"--init {init} was trained for other passes; say so with --passes "
                 f"{adapter.passes} --connectors {between}"
             )
-    if size != wanted:
-        raise ValueError(f"--init {init} holds a {name} of {size}; say so with {flag} {size}")
+    one = adapter[0] if kind is adapters.Connectors else adapter
+    part, flag = SIZES[type(one)]
+    size = len(getattr(one, part))
+    if size != getattr(args, flag):
+        flag = f"--{flag.replace('_', '-')} {size}"
+        raise ValueError(f"--init {init} holds a {name} of {size}; say so with {flag}")
     return adapter
 
 

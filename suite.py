@@ -26,10 +26,6 @@ import genres
 from genres import SENSES, TEXTS, TOPICS, Cast, passage, passage_text, record_table, strangers
 from world import ASSETS, MAX_DRAWS, RELATIONS, SPLITS, World, read_sections, render
 
-FIELDS = set(
-    """text first second premise hypothesis record subject relation object question passage
-    passages options deed thing word""".split()
-)
 LARGE, LOW = 4000, 200  # training examples
 SIZES = {"dev": 60, "test": 150}  # examples
 TYPES = {  # relation of a person: what kind of thing its object is
@@ -394,7 +390,7 @@ TASKS = {
 def read_templates(path: str | Path) -> dict[str, list[tuple[str, list[str], str]]]:
     """task -> [(template name, choices, input)]."""
     templates = {}
-    for task, lines in read_sections(path, FIELDS).items():
+    for task, lines in read_sections(path).items():
         templates[task] = []
         for line in lines:
             if line.count(" | ") < 2:
