@@ -371,29 +371,29 @@ def predict(
     lengths = prefix_lengths(prefix, len(ids))
     widths = [P + len(row) + new for P, row, new in zip(lengths, ids, max_new)]
     rows = [max(1, len(choices)) for choices in options]
-    by_length = sorted(range(len(ids)), key=lambda b: widths[b])
+    groups = {}  # (whether there are options, or else the stop): questions, the shortest first
+    for b in sorted(range(len(ids)), key=lambda b: widths[b]):
+        groups.setdefault((bool(options[b]), "" if options[b] else stops[b]), []).append(b)
     answers: list = [("", 0.0)] * len(ids)
-
-    def prefix_of(batch: list[int]):
-        return [prefix[b] for b in batch] if isinstance(prefix, list) else prefix
-
-    for stop in dict.fromkeys(stops):
-        group = [b for b in by_length if not options[b] and stops[b] == stop]
+    for (chooses, stop), group in groups.items():
         for batch in batches(group, rows, widths, batch_size, max_tokens):
             prompts = [ids[b] for b in batch]
-            before = prefix_of(batch)
-            texts = continue_texts(lm, tokenizer, prompts, before, max_new_tokens, stop)
-            for b, text in zip(batch, texts):
-                answers[b] = text
-    group = [b for b in by_length if options[b]]
-    for batch in batches(group, rows, widths, batch_size, max_tokens):
-        prompts, choices = [ids[b] for b in batch], [options[b] for b in batch]
-        longest = max(widths[b] for b in batch)  # one question's options may exceed the budget
-        max_rows = max(1, min(batch_size, max_tokens // longest))
-        scores = option_scores(lm, prompts, choices, prefix_of(batch), mean, max_rows)
-        for b, row in zip(batch, scores):
-            answers[b] = row.argmax().item(), row.max().item()
+            before = [prefix[b] for b in batch] if isinstance(prefix, list) else prefix
+            if chooses:  # one question's options may exceed the budget
+                max_rows = max(1, min(batch_size, max_tokens // max(widths[b] for b in batch)))
+                choices = [options[b] for b in batch]
+                found = choose(lm, prompts, before, choices, mean, max_rows)
+            else:
+                found = continue_texts(lm, tokenizer, prompts, before, max_new_tokens, stop)
+            for b, answer in zip(batch, found):
+                answers[b] = answer
     return answers if logprobs else [answer for answer, _ in answers]
+
+
+def choose(lm, ids, prefix, options, mean: bool, max_rows: int) -> list[tuple[int, float]]:
+    """The index of the likeliest option of each question, and its log-probability."""
+    scores = option_scores(lm, ids, options, prefix, mean, max_rows)
+    return [(row.argmax().item(), row.max().item()) for row in scores]
 
 
 def continue_texts(lm, tokenizer, ids, prefix, max_new_tokens: int, stop: str) -> list:
@@ -446,6 +446,8 @@ def main(argv: list[str] | None = None) -> dict:
     """Continues one text. Returns {"ids": the new tokens, "nats": the text's loss per token}."""
     from show import Parser, show
 
+    from cli import SEED
+
     parser = Parser(
         prog="generate.py",
         description="Continue a text with a published checkpoint, and print its loss per token.",
@@ -454,10 +456,8 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("text")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     args = parser.parse_args(argv)
-    if not 0 <= args.seed < 2**63:
-        parser.error(f"argument --seed: {args.seed} is not between 0 and {2**63 - 1}")
 
     from checkpoints import load_tokenizer
     from model import LM

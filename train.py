@@ -258,8 +258,8 @@ def train_adapter(task, trained: nn.Module, hashed=None, batch_at=None, after_st
             show(f"learning rate {recipe.lr:.3g}, a quarter of the embeddings' standard deviation")
         record["question_format"] = asks_questions(task)
         cache = first_pass(task)
-        given = (batch_at or batches(task), loss_of, evaluate, save, None, after_step)
-        record |= fit(run, recipe, trained, *given)
+        given = batch_at or batches(task)
+        record |= fit(run, recipe, trained, given, loss_of, evaluate, save, None, after_step)
         return finish(task, run, record, adapter)
 
 
