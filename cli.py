@@ -11,26 +11,12 @@ Needs runs.py.
 """
 
 import argparse
-import math
+
+from show import COUNT, SEED, number_type
 
 import torch
 
 from runs import Run, find, names_file
-
-
-def number_type(kind: type, low: float, high: float = math.inf):
-    """An argparse type: a finite number from `low` to `high`, both included."""
-
-    def convert(text: str):
-        value = kind(text)
-        if low <= value <= high and value < math.inf:
-            return value
-        if high < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        raise argparse.ArgumentTypeError(f"{text} is not a number from {low} up")
-
-    convert.__name__ = kind.__name__  # argparse puts it into its messages
-    return convert
 
 
 def add_flags(parser, title: str, *rows):
@@ -44,8 +30,6 @@ def add_flags(parser, title: str, *rows):
     return group
 
 
-COUNT = number_type(int, 1)
-SEED = number_type(int, 0, 2**63 - 1)
 MODEL = ("--model", str, None, "checkpoint folder or hub id; the embedded LM if not given")
 TOKENIZER = ("--tokenizer", str, None, "tokenizer.json or its folder, if not the model's own")
 ATTENTION = ("--attention", ["plain", "fused"], "plain", "fused: attention.py, needs CUDA, triton")

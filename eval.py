@@ -404,9 +404,8 @@ def one_line(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from show import Parser  # before torch
+    from show import COUNT, SEED, Parser  # before torch
 
-    from cli import COUNT, SEED
     from prompts import add_commands  # the flags of mixed, explain and templates
 
     parser = Parser(prog="eval.py", description="Compare runs, and use what they trained.")
@@ -439,7 +438,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_answer_flags(command: argparse.ArgumentParser) -> None:
     """The flags of both commands that answer: the model, and what stands around a question."""
-    from cli import COUNT, SEED
+    from show import COUNT, SEED
 
     command.add_argument("--run", help="run folder; the bare LM if not given")
     model = "the LM's checkpoint, if a run's has moved; the embedded LM if neither is given"

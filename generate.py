@@ -444,9 +444,7 @@ def batches(order: list[int], rows, widths, max_rows: int, max_tokens: int) -> I
 
 def main(argv: list[str] | None = None) -> dict:
     """Continues one text. Returns {"ids": the new tokens, "nats": the text's loss per token}."""
-    from show import Parser, show
-
-    from cli import SEED
+    from show import SEED, Parser, show
 
     parser = Parser(
         prog="generate.py",

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
-from show import show, show_result
+from show import COUNT, show, show_result
 
 import torch
 import torch.nn as nn
@@ -486,8 +486,6 @@ def templates_command(args: argparse.Namespace) -> dict:
 
 def add_commands(commands) -> None:
     """Add mixed, explain and templates to the sub-commands of eval.py."""
-    from cli import COUNT
-
     summary = "answer examples in shared batches, each with its own prompt"
     command = commands.add_parser("mixed", help=summary, description=summary)
     command.set_defaults(function=mixed_command, seed=0)

@@ -185,11 +185,14 @@ def check_answers(tokenizer: Tokenizer, examples, eos=(), stops=None, limit=None
 def spells(tokenizer: Tokenizer, answer: str, eos, stop: str = "", limit=None) -> bool:
     """Whether `predict` returns an answer if the LM gives its tokens. Unicode form and what the
     scores normalise may change."""
-    ids = tokenizer.encode(f" {answer}", add_special_tokens=False).ids[:limit]
-    end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
-    text = tokenizer.decode(ids[:end])
-    text = text[: find_stop(text, stop)].strip()
-    return text != "" and metrics.exact_match(text, [answer], "NFKC") == 1.0
+    for text in (f" {answer}", answer):  # tokenizers differ in which they need
+        ids = tokenizer.encode(text, add_special_tokens=False).ids[:limit]
+        end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
+        given = tokenizer.decode(ids[:end])
+        given = given[: find_stop(given, stop)].strip()
+        if given and metrics.exact_match(given, [answer], "NFKC"):
+            return True
+    return False
 
 
 # The commands `ask` and `score` of eval.py

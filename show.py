@@ -7,6 +7,7 @@
     with only_shows("curve.png"): draw(...)          if it fails, one line says why
     with picture("curve.png", 7, 4) as figure:       draws with matplotlib
     Parser(prog="train.py")                          a bad flag is one line and status 2
+    COUNT, SEED, number_type(float, 0)               types of flags
     run_program("train.py", main)                    so is any other bad input
 
 A closed terminal, a pipe without a reader or a full disk never ends a run. Only if the line is the
@@ -14,6 +15,7 @@ result that was asked for is it an error.
 """
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -112,6 +114,25 @@ def show_result(split: str, result: dict, asked: bool = False) -> None:
         if task:
             scores = f"EM {100 * row['em']:5.1f}   F1 {100 * row['f1']:5.1f}"
             show(f"{split:5} {task:12} {scores}   ({row['n']} questions)", result=asked)
+
+
+def number_type(kind: type, low: float, high: float = math.inf):
+    """An argparse type: a finite number from `low` to `high`, both included."""
+
+    def convert(text: str):
+        value = kind(text)
+        if low <= value <= high and value < math.inf:
+            return value
+        if high < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        raise argparse.ArgumentTypeError(f"{text} is not a number from {low} up")
+
+    convert.__name__ = kind.__name__  # argparse puts it into its messages
+    return convert
+
+
+COUNT = number_type(int, 1)
+SEED = number_type(int, 0, 2**63 - 1)
 
 
 class Parser(argparse.ArgumentParser):

@@ -192,7 +192,7 @@ def test_an_answer_that_holds_the_stop_is_named(target, stop, refused):
 
 def test_answers_longer_than_the_limit_are_counted():
     tokenizer, texts = data.train_tokenizer(["x"], 257), ["abc", "abcde", "abcd.", "abcdef"]
-    for limit, count, first in ((9, 0, 0), (6, 1, 4), (5, 2, 2), (4, 3, 2), (3, 4, 1)):
+    for limit, count, first in ((9, 0, 0), (5, 1, 4), (4, 2, 2), (3, 3, 2), (2, 4, 1)):
         lines = warned(tokenizer, examples(*texts), limit=limit)
         expected = f"{count} of 4 questions cannot be scored as right: their answers have more than"
         expected += f" --max-new-tokens {limit} tokens (first: a.jsonl:{first})"
