@@ -28,8 +28,8 @@ from recurse import COMPOSITIONS  # noqa: E402
 def small_tiles(monkeypatch):
     """Tiles of 16 queries and 16 keys, and few programs: short rows have several tiles, and a
     program sums the gradient of a shared prefix over several rows."""
-    monkeypatch.setattr(attention, "TILES", dict.fromkeys(attention.TILES, (16, 16, 4, 2)))
-    monkeypatch.setattr(attention, "FLOAT32", (16, 16, 4, 2))
+    monkeypatch.setattr(attention, "TILES", dict.fromkeys(attention.TILES, (16, 16, 2)))
+    monkeypatch.setattr(attention, "FLOAT32", (16, 16, 2))
     monkeypatch.setattr(attention, "PROGRAMS", 8)
 
 
@@ -221,19 +221,23 @@ class Driver:  # of a GPU that is not there
     def get_active_torch_device(self): return torch.device("cpu")
 
 triton.runtime.driver.set_active(Driver())
-q = torch.empty(4, 4, 100, 64, dtype=torch.bfloat16)
+q = torch.empty(4, 4, 100, 128, dtype=torch.bfloat16)
 k, prefix, lse = q[:, :2], q[:1, :2], torch.empty(4, 2, 200)
 given = (q, k, k, prefix, prefix, torch.zeros(4, dtype=torch.int32), 30)
 x, y = attention.strided(q), attention.strided(k)
-*sources, S, grid, options = attention.kernel_inputs(*given, backward=False)
-kernels = [attention.forward_kernel.warmup(x, *sources, x, lse, S, grid=grid, **options)]
-*sources, S, grid, options = attention.kernel_inputs(*given, backward=True)
-more = x, *sources, x, x, lse, lse, x, S
-kernels += [attention.backward_q_kernel.warmup(*more, grid=grid, **options)]
-more = x, sources[0], x, lse, lse, y, y, S, 4
-kernels += [attention.backward_kv_kernel.warmup(*more, grid=grid, **options)]
-for kernel in kernels:  # tensor cores are used, and the tiles fit consumer GPUs too
-    assert "wgmma" in kernel.asm["ptx"] and kernel.metadata.shared <= 99 * 1024
+*sources, sizes = attention.kernel_inputs(*given)
+
+def compile(kernel, *arguments, rows=()):
+    S, grid, options = attention.tiled(kernel, q.dtype, sizes, 100)
+    compiled = getattr(attention, kernel + "_kernel").warmup(
+        *arguments, S, *rows, grid=grid, **options
+    )
+    # Tensor cores are used, and the tiles fit consumer GPUs too.
+    assert "wgmma" in compiled.asm["ptx"] and compiled.metadata.shared <= 99 * 1024
+
+compile("forward", x, *sources, x, lse)
+compile("backward_q", x, *sources, x, x, lse, lse, x)
+compile("backward_kv", x, sources[0], x, lse, lse, y, y, rows=(4,))
 """
 
 
