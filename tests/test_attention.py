@@ -12,6 +12,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from conftest import QUESTIONS, TINY, before, build, close, randomise, seeded  # noqa: E402
 from test_promises import ROOT  # noqa: E402
+from torch.nn.attention.flex_attention import create_block_mask  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 import attention  # noqa: E402
@@ -193,14 +194,21 @@ def test_a_training_step_equals_the_plain_one(method):
 
 def test_the_contestants_compute_the_same(monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_of_bf16)
-    tensors, contestants = bench_attention.contest(3, 5, 7, "cpu", H=2, D=16)
+    tensors = bench_attention.draw(3, 5, 7, "cpu", H=2, D=16)
     exact = bench_attention.exact_step(tensors)
-    assert len(contestants) == 3
-    for who, attend in contestants.items():
+    for who, attend in bench_attention.CONTESTANTS.items():
         backward = who != "flex_attention"  # it has no backward pass on a CPU
         given = tensors if backward else [x.detach() for x in tensors]
         ours = bench_attention.step(attend, given, backward)
         assert max(map(bench_attention.error, ours, exact)) < 0.01
+
+
+@pytest.mark.parametrize("B, P, T", [(3, 5, 7), (5, 150, 60), (2, 300, 200), (3, 128, 128)])
+def test_the_block_mask_of_flex_attention(B, P, T):
+    mask = bench_attention.rows_mask(B, P, T, torch.device("cpu"))
+    exact = create_block_mask(mask.mask_mod, None, None, B * T, P + B * T, "cpu")
+    assert torch.equal(mask.to_dense(), exact.to_dense()) and mask.seq_lengths == exact.seq_lengths
+    assert torch.equal(mask.full_kv_num_blocks, exact.full_kv_num_blocks)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
