@@ -36,18 +36,11 @@ LN2 = tl.constexpr(math.log(2))
 # The score of a key that a query must not see: a power of two, so that HIDDEN * scale is exact.
 HIDDEN = tl.constexpr(-(2.0**100))
 PROGRAMS = 512  # to keep a large GPU busy; an H100 has 132 processors
-# By kernel and D > 64: BLOCK_M, BLOCK_N, warps (of 32 threads) and stages, the tiles in flight from
-# memory. Larger tiles read less, but do not fit into registers. Tensor cores take 64 rows per 4
-# warps, BLOCK_M of them in the first two kernels and BLOCK_N in the last.
-TILES = {
-    ("forward", False): (128, 64, 4, 3),
-    ("forward", True): (128, 64, 8, 3),
-    ("backward_q", False): (128, 64, 8, 3),
-    ("backward_q", True): (128, 64, 8, 2),
-    ("backward_kv", False): (64, 128, 8, 3),
-    ("backward_kv", True): (64, 128, 8, 2),
-}
-FLOAT32 = 32, 32, 8, 2
+# By kernel: BLOCK_M, BLOCK_N and stages, the tiles in flight from memory. Tensor cores take 64 rows
+# of 4 warps (of 32 threads), BLOCK_M of them in the first two kernels and BLOCK_N in the last. More
+# rows in 8 warps read less, but do not fit into registers, and short texts leave them empty.
+TILES = {"forward": (64, 32, 3), "backward_q": (64, 64, 2), "backward_kv": (64, 64, 2)}
+FLOAT32 = 32, 32, 2
 ON_CPU = bool(triton.knobs.runtime.interpret)  # Triton's interpreter takes tensors on the CPU
 
 # A tensor (B, heads, positions, D) as kernels get it: its data and strides. That of D is 1.
@@ -310,17 +303,15 @@ def kernel_inputs(q, k, v, prefix_k, prefix_v, lengths, window):
 def tiled(kernel: str, dtype: torch.dtype, S: Sizes, keys: int):
     """Sizes with the tiles of a kernel that visits so many keys, the number of programs for
     queries, and options of Triton."""
-    M, N, warps, stages = TILES[kernel, S.D.value > 64] if dtype != torch.float32 else FLOAT32
+    M, N, stages = FLOAT32 if dtype == torch.float32 else TILES[kernel]
     if S.D.value > 128:
-        M, N = M // 2, N // 2
+        N = N // 2
     M, N = (
         min(x, max(16, triton.next_power_of_2(n))) for x, n in ((M, S.T * S.G.value), (N, keys))
     )
-    if (N if kernel == "backward_kv" else M) <= 64:
-        warps = 4
     S = S._replace(BLOCK_M=tl.constexpr(M), BLOCK_N=tl.constexpr(N))
     grid = (triton.cdiv(S.T * S.G.value, M) * S.B * S.K,)
-    return S, grid, {"num_warps": warps, "num_stages": stages}
+    return S, grid, {"num_warps": 4, "num_stages": stages}
 
 
 class FusedAttention(torch.autograd.Function):
