@@ -144,7 +144,9 @@ def larger(targets: list[str], both: str) -> list[Row]:
     return rows + baselines(targets, "-larger", LARGER, both)
 
 
-GROUPS = groups() | promptability_study.groups()
+SPOT = groups()
+LAST = {title: SPOT.pop(title) for title in ("shallow prompts", "figure 1: the larger LM")}
+GROUPS = SPOT | promptability_study.groups() | LAST
 
 
 class TransferStudy(Study):
