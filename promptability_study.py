@@ -66,6 +66,8 @@ def rows(name: str, flags: str | None, seeds: int, deep: bool = False) -> list[R
     variant = flags.split()[1]
     steps = "{long}" if name.endswith("-long") else "{steps}"
     name, more = (f"{name}-deep", " --deep") if deep else (name, "")
+    if deep and variant == "ppt":
+        more = f" {DEEP_LR}"
     start = SHOTS
     if variant != "ppt":
         start += f" --model {{out}}/{name}-{{seed}}/model"

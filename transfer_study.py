@@ -11,9 +11,11 @@ study.py makes all of them, in runs/transfer, the most important first.
 Several processes can share the work: start the second command once for each core, each time with
 OMP_NUM_THREADS=1. Rows of the larger LM need it in assets/lm2.
 
-A target has 64 training examples and no dev examples: its prompt is scored once, after its last
-step. Scores are F1, which is accuracy where an example has options. A task embedding is the prompt
-after KEEP steps. Similarities are means over the seeds of both prompts.
+Prompts are deep: they have keys and values of their own in every layer. Before the first layer
+alone, as in the paper, prompts of this small LM learn little in so few steps, as the rows named
+`shallow` show. A target has 64 training examples and no dev examples. Its prompt is scored once,
+after its last step. Scores are F1, which is accuracy where an example has options. A task embedding
+is the prompt after KEEP steps. Similarities are means over the seeds of both prompts.
 """
 
 import argparse
@@ -51,9 +53,10 @@ SOURCE_EXAMPLES = 2000
 K = 3  # prompts that are averaged, or tasks that are mixed
 LIMIT = 512  # examples of a task that a mixture has at most (paper: 2^19)
 KEEP = 50  # the step of the task embedding (paper: 10,000 of 262,144)
-PROMPT = "transfer.py source --prompt-length 10 --batch-size 16 --eval-every 100000 --lr 0.1"
-SOURCE = f"{PROMPT} --keep-at {{keep}} --steps {{source_steps}}"
-TARGET = f"{PROMPT} --keep-at {{keep}} --steps {{target_steps}}"
+PROMPT = "transfer.py source --prompt-length 10 --batch-size 16 --eval-every 100000"
+DEEP, SHALLOW = f"{PROMPT} --deep --lr 0.03", f"{PROMPT} --lr 0.1"
+STEPS = "--keep-at {keep} --steps"
+SOURCE, TARGET = f"{DEEP} {STEPS} {{source_steps}}", f"{DEEP} {STEPS} {{target_steps}}"
 TUNE = "train.py --method fine_tuning --batch-size 16 --eval-every 100000 --steps"
 LARGER = "--model {pretrained}/lm2"
 
@@ -95,6 +98,7 @@ def groups(sources: list[str] = SOURCES, targets: list[str] = TARGETS) -> dict[s
             for name, more in (("average", ""), ("top-mixture", f"{{few}}/{t}-train.jsonl"))
         ],
         "baselines": baselines(targets, "", "", both),
+        "shallow prompts": shallow(targets),
         "figure 1: the larger LM": larger(targets, both),
     }
     found["targeted transfer"] += [
@@ -119,6 +123,17 @@ def baselines(targets: list[str], end: str, model: str, both: str) -> list[Row]:
     return rows
 
 
+def shallow(targets: list[str]) -> list[Row]:
+    """From scratch and from a mixture, with prompts before the first layer alone."""
+    start, init = f"{SHALLOW} {STEPS} {{target_steps}}", "--init {out}/mixture-shallow-0"
+    mixed = f"{SHALLOW} {STEPS} {{source_steps}} --train {{suite}} --limit {LIMIT}"
+    rows = [Row("mixture-shallow", 1, "", mixed)]
+    for t in targets:
+        rows.append(Row(f"scratch-shallow-to-{t}", 1, "", f"{start} {files(t)}"))
+        rows.append(Row(f"mixture-shallow-to-{t}", 1, "", f"{start} {files(t)} {init}"))
+    return rows
+
+
 def larger(targets: list[str], both: str) -> list[Row]:
     """The rows of figure 1 on the larger LM."""
     rows = [Row("mixture-larger", 1, "", f"{SOURCE} --train {{suite}} --limit {LIMIT} {LARGER}")]
@@ -129,7 +144,9 @@ def larger(targets: list[str], both: str) -> list[Row]:
     return rows + baselines(targets, "-larger", LARGER, both)
 
 
-GROUPS = groups() | promptability_study.groups()
+SPOT = groups()
+LAST = {title: SPOT.pop(title) for title in ("shallow prompts", "figure 1: the larger LM")}
+GROUPS = SPOT | promptability_study.groups() | LAST
 
 
 class TransferStudy(Study):
@@ -209,7 +226,7 @@ def targeted(kind: str, argv: list[str]) -> dict:
     record = {run: read_json(Path(run) / "run.json")["arguments"] for run, _ in best}
     first = record[best[0][0]]
     trained = [file for run in record for file in record[run]["train"]]
-    line = [*PROMPT.split()[2:], "--steps", first["steps"], "--keep-at", 0, "--train", *trained]
+    line = [*DEEP.split()[2:], "--steps", first["steps"], "--keep-at", 0, "--train", *trained]
     line += [file, "--limit", LIMIT, "--out", args.out]
     line += ["--model", first["model"]] if first["model"] else []
     transfer.main(["source", *map(str, line)])

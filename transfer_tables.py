@@ -21,6 +21,7 @@ from study import Study, verdict
 
 METHODS = (
     "scratch longer tuned multitask text mixture average top-mixture "
+    "scratch-shallow mixture-shallow "
     "scratch-larger longer-larger tuned-larger multitask-larger mixture-larger"
 ).split()
 CLAIMS = [  # the claim is that the first method has the higher score
@@ -32,6 +33,8 @@ CLAIMS = [  # the claim is that the first method has the higher score
     ("transfer from a mixture > multi-task tuning of the LM", "mixture", "multitask"),
     ("average of the 3 nearest > from scratch", "average", "scratch"),
     ("mixture of the 3 nearest > from scratch", "top-mixture", "scratch"),
+    ("shallow: transfer from a mixture > from scratch", "mixture-shallow", "scratch-shallow"),
+    ("from scratch: deep > shallow", "scratch", "scratch-shallow"),
     ("larger LM: transfer from a mixture > from scratch", "mixture-larger", "scratch-larger"),
     ("larger LM: transfer > tuning of the LM", "mixture-larger", "tuned-larger"),
 ]
