@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -152,7 +153,8 @@ class PromptGenerator(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, dim)
         nn.init.normal_(self.queries, std=0.02)
-        nn.init.normal_(self.project.weight, std=scale * width**-0.5)
+        nn.init.constant_(self.norm.weight, scale)
+        nn.init.normal_(self.project.weight, std=width**-0.5)
         nn.init.zeros_(self.project.bias)
         self.to(start.device)
 
@@ -162,7 +164,8 @@ class PromptGenerator(nn.Module):
         x = torch.cat([self.start.expand(B, -1, -1), encoder.embed(ids)], dim=1)
         lengths = lengths + len(self.start)
         padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
-        y = self.cross(self.queries.expand(B, -1, -1), encoder(x, lengths), padding)
+        queries = F.layer_norm(self.queries, self.queries.shape[1:])
+        y = self.cross(queries.expand(B, -1, -1), encoder(x, lengths), padding)
         for layer in self.layers:
             y = layer(y)
         return self.project(self.norm(y))
