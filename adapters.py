@@ -30,7 +30,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -164,7 +163,7 @@ class PromptGenerator(nn.Module):
         x = torch.cat([self.start.expand(B, -1, -1), encoder.embed(ids)], dim=1)
         lengths = lengths + len(self.start)
         padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
-        queries = F.layer_norm(self.queries, self.queries.shape[1:])
+        queries = nn.functional.layer_norm(self.queries, self.queries.shape[1:])
         y = self.cross(queries.expand(B, -1, -1), encoder(x, lengths), padding)
         for layer in self.layers:
             y = layer(y)
@@ -184,10 +183,8 @@ class PromptGenerator(nn.Module):
 
 
 def random(length: int, table: Tensor, scale: float = 0.5, generator=None) -> Tensor:
-    """Uniform in [-scale, scale], as in the paper. (Its released code draws from [0, scale).)
-
-    The default of 0.5 fits T5's large embeddings. train.py keeps it.
-    """
+    """Uniform in [-scale, scale], as in the paper, whose 0.5 fits T5's large embeddings.
+    (Its released code draws from [0, scale).)"""
     return (torch.rand(length, table.shape[1], generator=generator) * 2 - 1) * scale
 
 

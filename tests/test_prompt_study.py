@@ -46,7 +46,9 @@ def made(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(suite, "TASKS", {name: suite.TASKS[name] for name in TASKS})
         patch.setattr(prompt_study, "GROUPS", groups)
-        line = f"prompts --model {folder}/lm --count 2 --steps 8"
+        rates = {name: rates for name, rates in prompt_study.RATES.items() if name in ROWS}
+        patch.setattr(prompt_study, "RATES", rates)
+        line = f"prompts --model {folder}/lm --count 2 --steps 3"
         return reproduce.main(line.split()), folder
 
 
@@ -56,7 +58,7 @@ def test_every_row_is_made_but_those_of_an_lm_that_is_not_there(made):
     stored = read_json(folder / "results/prompts.json")["results"]
     assert stored.keys() == results.keys() and (folder / "results/prompts.png").is_file()
     assert stored["suite"].keys() == set(ROWS[:5]) | {"old-tasks-after-it"}
-    assert [step for step, _ in results["curves"]["id-pt-20"]] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [step for step, _ in results["curves"]["id-pt-20"]] == [1, 2, 3]
 
 
 def test_the_suite_s_scores_are_the_medians_of_the_predictions(made):
@@ -95,7 +97,7 @@ def test_a_task_is_answered_with_the_prompt_of_the_other(made):
     rows = read_predictions(runs / "shift-prompt-question_pairs-0/out")
     assert {(row["task"], row["prompt"]) for row in rows} == {("sentence_pairs",) * 2}
     command = read_json(runs / "shift-prompt-question_pairs-0/result.json")["command"]
-    assert f"sentence_pairs={runs}/shallow-vocab-0/question_pairs" in command
+    assert "sentence_pairs=runs/prompts/shallow-vocab-0/question_pairs" in command
     assert results["single"]["shift-tuned-question_pairs"].keys() == {"sentence_pairs"}
     started = read_json(runs / "shallow-text-0/run.json")["arguments"]["init"]
     assert started == prompt_study.INSTRUCTION
