@@ -152,7 +152,8 @@ class PromptGenerator(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, dim)
         nn.init.normal_(self.queries, std=0.02)
-        nn.init.normal_(self.project.weight, std=scale * width**-0.5)
+        nn.init.constant_(self.norm.weight, scale)
+        nn.init.normal_(self.project.weight, std=width**-0.5)
         nn.init.zeros_(self.project.bias)
         self.to(start.device)
 
@@ -162,7 +163,8 @@ class PromptGenerator(nn.Module):
         x = torch.cat([self.start.expand(B, -1, -1), encoder.embed(ids)], dim=1)
         lengths = lengths + len(self.start)
         padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
-        y = self.cross(self.queries.expand(B, -1, -1), encoder(x, lengths), padding)
+        queries = nn.functional.layer_norm(self.queries, self.queries.shape[1:])
+        y = self.cross(queries.expand(B, -1, -1), encoder(x, lengths), padding)
         for layer in self.layers:
             y = layer(y)
         return self.project(self.norm(y))
@@ -181,10 +183,8 @@ class PromptGenerator(nn.Module):
 
 
 def random(length: int, table: Tensor, scale: float = 0.5, generator=None) -> Tensor:
-    """Uniform in [-scale, scale], as in the paper. (Its released code draws from [0, scale).)
-
-    The default of 0.5 fits T5's large embeddings. train.py keeps it.
-    """
+    """Uniform in [-scale, scale], as in the paper, whose 0.5 fits T5's large embeddings.
+    (Its released code draws from [0, scale).)"""
     return (torch.rand(length, table.shape[1], generator=generator) * 2 - 1) * scale
 
 

@@ -9,6 +9,7 @@ Each takes the words of a row of prompt_study.py, then "--out" and a folder. Nee
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from runs import ASSETS, load_run
 def few_shot(line: list[str]) -> dict:
     """Answer NAME-test.jsonl behind SHOTS examples of NAME-train.jsonl, of the same template.
 
-    The line is NAME SHOTS [--model LM]. Writes predictions.jsonl. Returns the scores in sum.
+    The line is NAME SHOTS [--model LM]. Writes predictions.jsonl. Returns a summary of scores.
     """
     name, shots, *rest, _, out = line
     lm = LM.from_pretrained(rest[-1] if rest else ASSETS / "lm")
@@ -39,9 +40,8 @@ def few_shot(line: list[str]) -> dict:
         groups.setdefault((example.task, example.template), []).append(example)
     for key, examples in groups.items():
         pool = [e for e in training if (e.task, e.template) == key]
-        before = (
-            [pool[row] for row in data.sample(len(pool), int(shots), 0)] if shots != "0" else []
-        )
+        rows = data.sample(len(pool), int(shots), 0) if int(shots) else []
+        before = [pool[row] for row in rows]
         stops = [SHOT_END if before else ""] * len(examples)
         ids, options, prefix = prepare(lm, tokenizer, examples, None, 16, before, stops)
         answers = predict(lm, tokenizer, ids, prefix, 16, options, stops)
@@ -139,8 +139,9 @@ def text_loss(model, prefix, batches: list[data.Batch]) -> float:
     """The mean loss of the tokens from READ on."""
     total, count = 0.0, 0
     for batch in batches:
-        batch.targets[:, :READ] = data.IGNORE_INDEX
+        targets = batch.targets.clone()  # `windows` keeps ids and targets in the same memory
+        targets[:, :READ] = data.IGNORE_INDEX
         before = stack_prefixes(prefix, [row[:READ] for row in batch.ids.tolist()])
-        total += target_loss(model, before, batch).item()
-        count += int((batch.targets != data.IGNORE_INDEX).sum())
+        total += target_loss(model, before, replace(batch, targets=targets)).item()
+        count += int((targets != data.IGNORE_INDEX).sum())
     return total / count

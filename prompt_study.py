@@ -30,7 +30,7 @@ import train
 import world
 from prompt_audit import distances, few_shot, forgetting, speed
 from runs import read_predictions
-from study import Job, Row, Study, show_cost, show_grid, show_orderings
+from study import Job, Row, Study, curve, show_cost, show_grid, show_orderings
 
 # The runs
 
@@ -159,16 +159,7 @@ OPEN = ("summarization", "structure to text")  # ROUGE-L stands beside F1
 
 def prompt_study(args) -> dict:
     """Prompts of all kinds, ID-PT and fine-tuning: what they answer, cost and leave intact."""
-    folder = Path(args.out) / "prompts"
-    analyses = {"few-shot": few_shot, "distances": distances, "speed": speed}
-    analyses |= {"forgetting": forgetting}
-    programs = {name: SimpleNamespace(main=function) for name, function in analyses.items()}
-    names = {"files": folder, "suite": folder / "suite", "single": folder / "single"}
-    names |= {"instruction": INSTRUCTION, "short": max(1, args.steps // 5)}
-    names |= {"every": max(1, args.steps // 8)}
-    programs |= {"train.py": train, "eval.py": metrics}
-    more = {"names": names, "share": 10, "metric": "f1", "score": mean_f1}
-    study = Study(args, folder, GROUPS, RATES, programs, **more)
+    study = make_study(args, Path(args.out) / "prompts")
     cost = show_cost(study, seconds, training_seconds)
     if args.plan:
         return {}
@@ -177,6 +168,19 @@ def prompt_study(args) -> dict:
     study.make()
     with study.alone():
         return report(study) | {"cost": cost}
+
+
+def make_study(args, folder: Path) -> Study:
+    """The study in a folder, with flags of reproduce.py. Nothing is written."""
+    functions = {"few-shot": few_shot, "distances": distances, "speed": speed}
+    functions["forgetting"] = forgetting
+    programs = {name: SimpleNamespace(main=function) for name, function in functions.items()}
+    programs |= {"train.py": train, "eval.py": metrics}
+    names = {"files": folder, "suite": folder / "suite", "single": folder / "single"}
+    names |= {"instruction": INSTRUCTION, "short": max(1, args.steps // 5)}
+    names |= {"every": max(1, args.steps // 8)}
+    more = {"names": names, "share": 10, "metric": "f1", "score": mean_f1}
+    return Study(args, folder, GROUPS, RATES, programs, **more)
 
 
 def mean_f1(result: dict) -> float:
@@ -218,8 +222,8 @@ def report(study: Study) -> dict:
             results[name] = job.record()["results"]
             for key, value in results[name].items():
                 show(f"{name}: {key}: {value}")
-    results["curves"] = {name: curve(study, name) for name in ("id-pt-20", "prompt-20")}
-    results["curves"]["fine-tuning"] = curve(study, "fine-tuning")
+    drawn = ("id-pt-20", "prompt-20", "fine-tuning")
+    results["curves"] = {name: curve(study, name) for name in drawn}
     results["missing"] = study.missing()
     show("")
     for name, reason in results["missing"].items():
@@ -234,17 +238,14 @@ def report(study: Study) -> dict:
 
 
 def show_suite(study: Study) -> dict[str, dict]:
-    """Print the medians over templates: of each row, and of the first group by cluster and task.
+    """Print the medians over templates: of each row, and of those of TABLE_1 by cluster and task.
 
     Returns {row: {"seeds", "lr", "f1", "em", "rouge", "clusters", "datasets", ...}}, where f1 is a
     list of one for each seed, and other scores are means over seeds.
     """
-    groups, results, table = list(GROUPS), {}, []
-    for row in [row for title in groups[:2] for row in study.groups.get(title, ())]:
-        jobs = study.finished(row.name)
+    results, table = {}, []
+    for row, jobs in answered(study, on_suite=True):
         runs = [prompts.template_medians(read_predictions(job.answers)) for job in jobs]
-        if not runs:
-            continue
         f1, record = [run["f1"] for run in runs], jobs[0].record()
         result = {"seeds": len(runs), "f1": f1}
         result |= {key: mean(run[key] for run in runs) for key in ("em", "rouge")}
@@ -260,14 +261,24 @@ def show_suite(study: Study) -> dict[str, dict]:
     columns = ["", "seeds", "rate", "trained", "seconds", "best step", "F1", "accuracy"]
     if table:
         show_table("the suite: median over templates, mean over datasets, test", columns, table)
-    names = [row.name for row in study.groups.get(groups[0], ()) if row.name in results]
+    names = dict.fromkeys(name for _, *pair in TABLE_1 for name in pair if name in results)
     lines = []
     for part in ("clusters", "datasets") if names else ():
-        for name in results[names[0]][part]:
+        for name in results[next(iter(names))][part]:
             lines.append([name, *(scores(results[row][part], name) for row in names)])
     if lines:
         show_table("F1 / accuracy (/ ROUGE-L) by cluster and dataset", ["", *names], lines)
     return results
+
+
+def answered(study: Study, on_suite: bool) -> list[tuple[Row, list[Job]]]:
+    """The rows with finished runs that answered test questions, of the whole suite or not."""
+    pairs = []
+    for row in study.rows.values():
+        jobs = [j for j in study.finished(row.name) if (j.answers / "predictions.jsonl").is_file()]
+        if jobs and on_suite == ("{suite}" in row.command):
+            pairs.append((row, jobs))
+    return pairs
 
 
 def spread(values: list[float]) -> str:
@@ -287,12 +298,10 @@ def scores(part: dict, name: str) -> str:
 def show_single(study: Study) -> dict[str, dict]:
     """Print F1 of each task for the rows about few tasks. Returns {row: {task: F1}}."""
     results, rates = {}, {}
-    for row in [row for title in list(GROUPS)[3:] for row in study.groups.get(title, ())]:
-        for job in study.finished(row.name):
-            if row.name != "old-tasks-after-it":
-                tasks = metrics.summary(read_predictions(job.answers))["tasks"]
-                results[row.name] = {task: scored["f1"] for task, scored in tasks.items()}
-                rates[row.name] = job.record().get("lr", "")
+    for row, jobs in answered(study, on_suite=False):
+        tasks = metrics.summary(read_predictions(jobs[0].answers))["tasks"]
+        results[row.name] = {task: scored["f1"] for task, scored in tasks.items()}
+        rates[row.name] = jobs[0].record().get("lr", "")
     columns = list(dict.fromkeys(task for row in results.values() for task in row))
     table = []
     for name, row in results.items():
@@ -301,15 +310,6 @@ def show_single(study: Study) -> dict[str, dict]:
     if table:
         show_table("single tasks: F1, test", ["", "rate", *columns], table)
     return results
-
-
-def curve(study: Study, name: str) -> list[list[float]]:
-    """Steps and dev score along the training of seed 0."""
-    points = []
-    for job in study.finished(name)[:1]:
-        records = [record for _, record in data.json_lines(job.folder / "metrics.jsonl")]
-        points = [[r["step"], r["score"]] for r in records if r.get("score") is not None]
-    return points
 
 
 def draw(figure, results: dict) -> None:

@@ -433,8 +433,8 @@ def template_medians(records: Sequence[dict]) -> dict:
     groups = {}
     for record in records:
         templates = groups.setdefault(record["task"], {})
-        record = record | {"rouge": rouge_l(record["prediction"], record["answers"])}
-        templates.setdefault(record.get("template", ""), []).append(record)
+        rouge = rouge_l(record["prediction"], record["answers"])
+        templates.setdefault(record.get("template", ""), []).append(record | {"rouge": rouge})
     datasets = {}
     for task, templates in groups.items():
         parts = list(templates.values())
@@ -461,9 +461,9 @@ def show_medians(medians: dict, result: bool = False) -> None:
         for task, part in medians["datasets"].items():
             if part["cluster"] == cluster:
                 lines.append((f"  {task or 'other'}", part))
-    show(f"{'median over templates':<28}     F1     EM", result=result)
+    show(f"{'median over templates':<28}     F1     EM  ROUGE", result=result)
     for name, row in [*lines, ("overall", medians)]:
-        line = f"{name:<28} {100 * row['f1']:6.1f} {100 * row['em']:6.1f}"
+        line = " ".join([f"{name:<28}", *(f"{100 * row[m]:6.1f}" for m in ("f1", "em", "rouge"))])
         if "n" in row:
             line += f"   ({row['templates']} templates, {row['n']} examples)"
         show(line, result=result)

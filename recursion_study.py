@@ -24,7 +24,7 @@ import train
 from generate import predict
 from questions import prepare
 from runs import load_run
-from study import Job, Row, Study, em, show_cost, show_grid, show_orderings, show_runs
+from study import Job, Row, Study, curve, em, show_cost, show_grid, show_orderings, show_runs
 
 # The runs
 
@@ -190,7 +190,7 @@ def report(study: Study) -> dict:
     results["orderings"] = show_orderings(study, ORDERINGS)
     results["candidates"] = show_candidates(study)
     results |= show_analyses(study)
-    results["saturation"] = saturation(study)
+    results["saturation"] = curve(study, "prompt-long")
     results["missing"] = study.missing()
     show("")
     for name, reason in results["missing"].items():
@@ -349,15 +349,6 @@ def show_analyses(study: Study) -> dict:
         show(f"\ntwo-hop questions: what the first pass of {run} hands over\n")
         audit.show_rates(results[job.row.name])
     return results
-
-
-def saturation(study: Study) -> list[list[float]]:
-    """Steps and dev EM along the longest prompt tuning."""
-    points = []
-    for job in study.finished("prompt-long"):
-        records = [record for _, record in data.json_lines(job.folder / "metrics.jsonl")]
-        points += [[r["step"], r["score"]] for r in records if "score" in r]
-    return points
 
 
 def draw(figure, results: dict) -> None:

@@ -395,6 +395,15 @@ def em(record: dict, split: str, part: str) -> float | None:
     return (result if part == "all" else result["tasks"].get(part, {})).get("em")
 
 
+def curve(study: Study, name: str) -> list[list[float]]:
+    """Steps and dev score along the training of seed 0."""
+    points = []
+    for job in study.finished(name)[:1]:
+        records = [record for _, record in data.json_lines(job.folder / "metrics.jsonl")]
+        points = [[r["step"], r["score"]] for r in records if r.get("score") is not None]
+    return points
+
+
 def show_orderings(study: Study, orderings: list[tuple], slices=SLICES) -> list[dict]:
     """Print whether the claims (claim, row with the higher score, other row) hold, for each slice.
 
