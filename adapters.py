@@ -89,7 +89,7 @@ class DeepPrompt(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(K * D, hidden), nn.Tanh(), last)
         with torch.no_grad():
             features = self.mlp[:2](self.embedding)  # (P, hidden), of rank P
-            last.weight.copy_((torch.linalg.pinv(features) @ kv.cpu()).T)
+            last.weight.copy_((torch.linalg.pinv(features) @ kv.to(features.device)).T)
             last.bias.zero_()
         self.to(kv.device)
 

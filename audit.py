@@ -36,7 +36,6 @@ import recurse
 import world
 from checkpoints import atomic_write, write_json
 from handover import hand_over, holders, intervene, nearest, read_bridges, same, two_hop
-from pause import without_pause
 from questions import prepare
 from runs import load_run, read_predictions
 
@@ -204,7 +203,7 @@ def passes_command(args: argparse.Namespace) -> dict:
     out = new_folder(args.out)
     asked, examples, rows, _ = ask_again(args)
     recurse.check_stack(asked[0])
-    stack, tokenizer, ids = without_pause(asked[0]), *asked[1:3]
+    stack, tokenizer, ids = asked[:3]
     beside = [(folder, *scores_on(examples, [folder])) for folder in args.runs]
     pairs = recurse.first_pass(*asked)
     answers, confidence = [a for a, _ in pairs], [logprob for _, logprob in pairs]
@@ -261,7 +260,7 @@ def bridge_rates(read: list[dict], alone: list[str], answers: list[dict]) -> lis
     rows, counts = [rate("the LM alone answers with the bridge", matches)], holders(read)
     paused = len(counts) > 1
     for i, count in enumerate(counts):
-        if i > 0 and count == 0:  # most positions of a long pause hold nothing
+        if i > 0 and count == 0:  # most positions of long filler hold nothing
             continue
         where = f", position {i}" if paused else ""
         first, given = ([q[key][i] == q["token"] for q in read] for key in ("first", "given"))
@@ -289,7 +288,7 @@ def bridge_command(args: argparse.Namespace) -> dict:
     """Audit the two-hop questions of a neural recursion. Returns {"rates", "held", "questions"}.
 
     held: how many questions' bridges each position holds. Position 0 is the question's last one,
-    and the others are those of the pause.
+    and the others are those of the filler.
     """
     out = new_folder(args.out)
     asked, examples, _, record = ask_again(args)
@@ -364,9 +363,6 @@ def draw_bridge(figure, model, tokenizer, ids: list[int], bridge: str, rates: li
     h, given = hand_over(model, ids)
     columns = [ids, model.logits(h).argmax(-1).tolist(), nearest(model.lm, given)]
     cells = [[repr(tokenizer.decode([t])) for t in row] for row in zip(*columns)]
-    for row, token in zip(cells, ids):
-        if token in getattr(model, "pause_ids", []):
-            row[0] = "a trained vector"
     left, right = figure.subplots(1, 2)
     left.axis("off")
     names = ["token", "first pass reads", "nearest to the Connector"]

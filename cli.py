@@ -49,13 +49,14 @@ SEED = number_type(int, 0, 2**63 - 1)
 MODEL = ("--model", str, None, "checkpoint folder or hub id; the embedded LM if not given")
 TOKENIZER = ("--tokenizer", str, None, "tokenizer.json or its folder, if not the model's own")
 ATTENTION = ("--attention", ["plain", "fused"], "plain", "fused: attention.py, needs CUDA, triton")
+BASE_DTYPE = ("--base-dtype", ["int8"], None, "of the frozen LM's matrices; --dtype if not given")
+THREADS = ("--threads", COUNT, None, "of the CPU; as many as it has cores if not given")
 WORLD = ("--world-seed", int, 1, "another seed, another world; the embedded LM knows world 1")
 PROMPT = ("--prompt-length", COUNT, 20, "P of a prompt (papers: 100 to 400)")
 PASSES = ("--passes", number_type(int, 2), 2, "passes of a neural recursion (paper: 2)")
 CONNECTORS = ("--connectors", ["shared", "each"], "shared", "one for all gaps, or one in each gap")
-PAUSE = ("--pause", number_type(int, 0), 0, "k, filler positions after every question")
-filler = "text repeated k times (\\n: a newline), or `trained` for k trained vectors"
-PAUSE_TEXT = ("--pause-text", str, r"\nA:", filler)
+PAUSE = ("--pause", number_type(int, 0), 0, "k, how often --pause-text follows every question")
+PAUSE_TEXT = ("--pause-text", str, r"\nA:", "what --pause repeats (\\n: a newline)")
 CONNECTOR = ("--connector-layers", COUNT, 2, "layers of a Connector (paper: 1 and 2)")
 
 
@@ -80,6 +81,7 @@ def add_model_flags(parser) -> None:
         ("--encoder-prompt", COUNT, 20, "id_pt: the encoder's own prompt (paper: about 430)"),
         CONNECTOR,
         ("--residual", ["on", "off"], "on", residual),
+        BASE_DTYPE,
         ATTENTION,
         PASSES,
         CONNECTORS,
@@ -195,7 +197,12 @@ def add_run_flags(parser) -> None:
         ("--out", str, None, "the run's folder; runs/METHOD if not given"),
         ("--device", ["cpu", "cuda"], device, "where to compute"),
         ("--dtype", ["float32", "bfloat16", "auto"], None, dtype),
+        THREADS,
     )
+    text = (
+        "compile the LM's layers first (torch.compile): a minute, for steps that are faster after"
+    )
+    group.add_argument("--compile", action="store_true", help=text)
     text = "continue from the last checkpoint in --out, bit for bit on a CPU"
     group.add_argument("--resume", action="store_true", help=text)
 
@@ -242,4 +249,6 @@ def check_and_seed(args: argparse.Namespace) -> None:
     for key, value in list(vars(args).items()):
         if names_file(key, value):
             setattr(args, key, find(value, run.folder, record))
+    if args.threads:
+        torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

@@ -70,6 +70,11 @@ def question_text(question: str) -> str:
     return f"Q: {question.strip().rstrip('?').rstrip()}?\nA:"
 
 
+def filler(count: int, text: str) -> str:
+    """What --pause and --pause-text put behind every question. \\n in `text` is a newline."""
+    return text.replace("\\n", "\n") * count
+
+
 def read(path: str | Path) -> list[Example]:
     """Read a JSONL file of examples.
 

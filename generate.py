@@ -8,7 +8,6 @@ prefix has the methods of model.Prefix: rows, row_lengths, select, preallocate a
     generate           prefill, then one token per step; finished rows leave the batch
     sample_answers     n samples of each question; samples that agree so far are one row
     option_scores      log-probabilities of answer choices; each question is read once
-    vote               the answer that most of several prompts give
     predict            answers: texts, or choices among options; in batches within a memory budget
 
 Needs torch, and only its command line needs other files of the project. Dimensions as in model.py.
@@ -22,7 +21,6 @@ if __name__ == "__main__":
     import show  # before torch: it sets how threads wait
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -396,22 +394,6 @@ def predict(
         for b, row in zip(batch, scores):
             answers[b] = row.argmax().item(), row.max().item()
     return answers if logprobs else [answer for answer, _ in answers]
-
-
-def vote(
-    lm, tokenizer, ids, prefixes: list, max_new_tokens=16, options=None, stops=None, **limits
-) -> list[str | int]:
-    """Answers B questions with several prompts of one task: the most frequent answer of each.
-
-    Lester et al. (2021, section 6) ensemble prompts in this way, in one batch. If answers are
-    equally frequent, the one of the earliest prompt wins. The arguments are those of `predict`.
-    """
-    B, N = len(ids), len(prefixes)
-    each = [prefix for prefix in prefixes for _ in ids]
-    options, stops = ((part or [None] * B) * N for part in (options, stops))
-    options, stops = [o or [] for o in options], [s or "" for s in stops]
-    answers = predict(lm, tokenizer, ids * N, each, max_new_tokens, options, stops, **limits)
-    return [Counter(answers[b::B]).most_common(1)[0][0] for b in range(B)]
 
 
 def continue_texts(lm, tokenizer, ids, prefix, max_new_tokens: int, stop: str) -> list:

@@ -413,8 +413,8 @@ def parse(argv: list[str], program: str = "pretrain.py") -> argparse.Namespace:
         "encoder": [cli.MODEL, cli.TOKENIZER, *shape, hidden],
         "bert": [cli.MODEL, cli.TOKENIZER, *shape, context],
         "connector": [cli.MODEL, cli.TOKENIZER, use, cli.CONNECTOR, cli.PASSES, cli.CONNECTORS]
-        + [cli.ATTENTION],
-        "prompt": [cli.MODEL, cli.TOKENIZER, cli.PROMPT, cli.ATTENTION],
+        + [cli.BASE_DTYPE, cli.ATTENTION],
+        "prompt": [cli.MODEL, cli.TOKENIZER, cli.PROMPT, cli.BASE_DTYPE, cli.ATTENTION],
     }
     data_flags = [
         ("--train", str, None, "text: .txt or JSONL; the embedded world's if not given"),
@@ -455,4 +455,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    run_program("pretrain.py", main)
+    run_program("pretrain.py", main, resumes=True)

@@ -111,13 +111,11 @@ def load_lm(folder: Path, model=None, device: str = "cpu"):
 
 def load_prompt(folder: Path, lm: LM, tokenizer) -> Prompt:
     """Load one prompt. ValueError if it belongs to another LM."""
-    from runs import ASSETS, find
+    from runs import find_encoder
 
     place, record = run_of(folder)
-    encoder = None
-    if read_adapter_config(folder)["peft_type"] == "PROMPT_GENERATOR":
-        encoder = record.get("arguments", {}).get("encoder") or str(ASSETS / "t5")
-        encoder = find(encoder, place, record)
+    generates = read_adapter_config(folder)["peft_type"] == "PROMPT_GENERATOR"
+    encoder = find_encoder(place, record) if generates else None
     adapter, own = load_trained(folder, lm, tokenizer, encoder)
     return Prompt(folder, adapter, prompt_prefix(adapter, lm, folder), own)
 
@@ -403,6 +401,22 @@ def explained_questions(args: argparse.Namespace, folder: Path) -> list[str]:
 
 # The multi-task protocol
 
+MEDIANS = (*metrics.METRICS, "rouge")
+
+
+def rouge_l(prediction: str, answers: Sequence[str]) -> float:
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, maximum over answers."""
+    best, a = 0.0, re.findall("[a-z0-9]+", prediction.lower())
+    for answer in answers:
+        b = re.findall("[a-z0-9]+", answer.lower())
+        row = [0] * (len(b) + 1)  # row[j]: the longest of the words so far and of b[:j]
+        for x in a:
+            diagonal = 0
+            for j, y in enumerate(b, 1):
+                diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
+        best = max(best, 2 * row[-1] / max(1, len(a) + len(b)))
+    return best
+
 
 def mean_over_tasks(records: Sequence[dict]) -> float:
     """The mean over tasks of their F1: the dev score that chooses the checkpoint."""
@@ -413,17 +427,18 @@ def template_medians(records: Sequence[dict]) -> dict:
     """Scores of a suite of prompted tasks from the lines of predictions.jsonl.
 
     A dataset's score is the median over its templates, a cluster's and the overall one are means
-    over datasets (Levine et al. 2022, table 1). Returns {"f1", "em", "datasets", "clusters"}. The
-    last two are {name: {"f1", "em"}}; datasets also have "cluster", "templates" and "n".
+    over datasets (Levine et al. 2022, table 1). Returns {"f1", "em", "rouge", "datasets",
+    "clusters"}. The last two are {name: scores}; datasets have "cluster", "templates" and "n" too.
     """
     groups = {}
     for record in records:
         templates = groups.setdefault(record["task"], {})
+        record = record | {"rouge": rouge_l(record["prediction"], record["answers"])}
         templates.setdefault(record.get("template", ""), []).append(record)
     datasets = {}
     for task, templates in groups.items():
         parts = list(templates.values())
-        row = {m: median(mean(r[m] for r in part) for part in parts) for m in metrics.METRICS}
+        row = {m: median(mean(r[m] for r in part) for part in parts) for m in MEDIANS}
         cluster, n = parts[0][0].get("cluster", ""), sum(map(len, parts))
         datasets[task] = row | {"cluster": cluster, "templates": len(templates), "n": n}
     clusters = {}
@@ -435,7 +450,7 @@ def template_medians(records: Sequence[dict]) -> dict:
 
 def means(rows: Sequence[dict]) -> dict:
     """The mean of each metric over rows."""
-    return {metric: mean(row[metric] for row in rows) for metric in metrics.METRICS}
+    return {metric: mean(row[metric] for row in rows) for metric in MEDIANS}
 
 
 def show_medians(medians: dict, result: bool = False) -> None:

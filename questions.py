@@ -99,19 +99,19 @@ def prepare(lm, tokenizer, examples, prefix=None, max_new_tokens: int = 16, shot
     `shots` are examples that stand, with their answers, before every question. They are read here,
     once, and the prefix is extended by them, if it is the same for all questions. ValueError, with
     the example's name, if one of its options or max_new_tokens exceed the context, or what
-    `check_answers` refuses. A TextualRecursion first adds its candidates; a Paused adds filler
-    behind a question.
+    `check_answers` refuses. A TextualRecursion first adds its candidates. The text `lm.filler`, if
+    there is one, stands behind every question.
     """
-    config, pause_ids = lm.config, getattr(lm, "pause_ids", [])
+    config = lm.config
     check_targets(tokenizer, shots, config.eos)
     stops = stops or [""] * len(examples)
     check_answers(tokenizer, examples, config.eos, stops, max_new_tokens)
     if hasattr(lm, "read_back"):
         examples = lm.read_back(examples)
     longest = max(prefix_lengths(prefix, len(examples)), default=0)
-    left = config.max_len - longest - len(pause_ids)
+    left = config.max_len - longest
     before = "".join(f"{shot.input} {shot.target}{SHOT_END}" for shot in shots)
-    after, V = getattr(lm, "pause_text", ""), config.vocab_size - len(pause_ids)
+    after, V = getattr(lm, "filler", ""), config.vocab_size
     examples = [replace(e, input=before + e.input + after) for e in examples]
     eos = config.eos[0] if config.eos else None
     choices = [e for e in examples if e.options]
@@ -122,7 +122,7 @@ def prepare(lm, tokenizer, examples, prefix=None, max_new_tokens: int = 16, shot
             data.check_vocabulary(row, tokenizer, V)
         except ValueError as error:
             raise ValueError(f"{e.source}: {error}") from None
-        ids.append(row + pause_ids)
+        ids.append(row)
         options.append(next(tokenized).options if e.options else [])
         if not e.options and len(row) + max_new_tokens - 1 > left:  # the last is never read
             raise ValueError(

@@ -396,7 +396,7 @@ def time_reader(task, adapter, book: Book) -> dict[str, float]:
     rows = data.sample(len(questions), 32, args.seed)
     if not rows:
         return {}
-    model, prefix = recurse.compose(args.method, task.lm, adapter)
+    model, prefix = recurse.COMPOSITIONS[args.method](task.lm, adapter)
     stops = metrics.stops([task.examples["train"][0]] * len(rows), args.stop)
 
     def answer(texts: list[str]) -> list:

@@ -4,8 +4,10 @@
     python reproduce.py headroom      what each task of the suite leaves to be learnt
     python reproduce.py recursion     LM recursion, its relatives and its controls
     python reproduce.py reader        the frozen reader: retrieval, re-ranking, cross-fitting
+    python reproduce.py prompts       prompts of all kinds, ID-PT and fine-tuning
+    python reproduce.py transfer      soft prompt transfer, and continued pretraining
 
-The last three train, in runs/NAME. If one is stopped, the same command goes on.
+All but the first train, in runs/NAME. If one is stopped, the same command goes on.
 """
 
 import json
@@ -29,11 +31,14 @@ import world
 from checkpoints import load_tokenizer, write_json
 from fit import target_loss
 from generate import predict
+from int8 import quantize
 from model import LM
+from prompt_study import prompt_study
 from questions import prepare
 from reader_study import readers
 from recursion_study import recursion
 from runs import ASSETS, read_record
+from transfer_study import soft_transfer
 
 # What an LM knows
 
@@ -44,6 +49,8 @@ PASSAGES = (1, 3, 5)
 def lm_checks(args) -> dict:
     """Closed-book questions, cloze by popularity, reading, and perplexity by genre."""
     lm = LM.from_pretrained(args.model or ASSETS / "lm")
+    if args.base_dtype == "int8":
+        quantize(lm)
     tokenizer = load_tokenizer(lm.folder, lm.config.vocab_size)
     place = world.make(args.world_seed)
     questions = [data.parse_record(row, "test") for row in place.questions("test")]
@@ -168,7 +175,14 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 
 # The command line
 
-EXPERIMENTS = {"lm": lm_checks, "headroom": headroom, "recursion": recursion, "reader": readers}
+EXPERIMENTS = {
+    "lm": lm_checks,
+    "headroom": headroom,
+    "recursion": recursion,
+    "reader": readers,
+    "prompts": prompt_study,
+    "transfer": soft_transfer,
+}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -176,13 +190,16 @@ def main(argv: list[str] | None = None) -> dict:
     parser = Parser(prog="reproduce.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="experiment", required=True)
     flags = [cli.MODEL, cli.WORLD, ("--out", str, "runs", "folder for the runs that it needs")]
+    pretrained = "folder of Connectors, METHOD_LAYERS, of t5, and of a larger LM, lm2"
     study = [
+        ("--pretrained", str, str(ASSETS), pretrained),
         ("--minutes", cli.number_type(float, 0), None, "start nothing after so many"),
         ("--only", str, "", "only rows with this text in their name or their table's title"),
     ]
     own = {
         "lm": [
-            ("--count", cli.COUNT, 300, "reading questions of each kind; 10 documents for each")
+            ("--count", cli.COUNT, 300, "reading questions of each kind; 10 documents for each"),
+            cli.BASE_DTYPE,
         ],
         "headroom": [
             ("--count", cli.COUNT, 300, "examples of each file"),
@@ -191,7 +208,11 @@ def main(argv: list[str] | None = None) -> dict:
         "recursion": [
             ("--count", cli.COUNT, None, "questions of each split; all if not given"),
             ("--steps", cli.COUNT, 1200, "steps of a training run; of a few, three times as many"),
-            ("--pretrained", str, str(ASSETS), "folder of pretrained Connectors, METHOD_LAYERS"),
+            *study,
+        ],
+        "prompts": [
+            ("--count", cli.COUNT, 40, "test examples of a task, each in four templates"),
+            ("--steps", cli.COUNT, 800, "steps of a run on the suite; of other runs a fifth"),
             *study,
         ],
         "reader": [
@@ -200,14 +221,26 @@ def main(argv: list[str] | None = None) -> dict:
             ("--encoder-steps", cli.COUNT, 400, "steps of each re-ranker and of the retriever"),
             ("--top", cli.COUNT, 50, "passages found for a question"),
             ("--context", cli.COUNT, 256, "positions that the LM reads"),
-            ("--pretrained", str, str(ASSETS), "folder of the larger LM, lm2"),
             ("--flags", str, "", "more flags of train.py for every run, as one argument"),
+            *study,
+        ],
+        "transfer": [
+            ("--source-steps", cli.COUNT, 300, "steps of a source prompt (paper: 262,144)"),
+            ("--target-steps", cli.COUNT, 80, "steps of a target's prompt (paper: 100,000)"),
+            ("--examples", cli.COUNT, 64, "training examples of a target"),
+            ("--count", cli.COUNT, 300, "test examples of a target"),
+            ("--steps", cli.COUNT, 100, "steps of continued pretraining; of some, thrice as many"),
             *study,
         ],
     }
     grid = ("--grid", "choose learning rates by short runs of seed 0, first")
     plan = ("--plan", "print the cost sheet and end")
-    switches = {"recursion": (grid, plan), "reader": (plan,)}
+    switches = {
+        "recursion": (grid, plan),
+        "prompts": (grid, plan),
+        "reader": (plan,),
+        "transfer": (plan,),
+    }
     for name, experiment in EXPERIMENTS.items():
         summary = experiment.__doc__.split("\n")[0]
         command = commands.add_parser(name, help=summary)
@@ -215,8 +248,9 @@ def main(argv: list[str] | None = None) -> dict:
         for switch, text in switches.get(name, ()):
             command.add_argument(switch, action="store_true", help=text)
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    world_name = "" if args.world_seed == 1 else f"-world-{args.world_seed}"
-    file = Path("results") / f"{args.experiment}{world_name}.json"
+    name = args.experiment + ("" if args.world_seed == 1 else f"-world-{args.world_seed}")
+    name += "-int8" if getattr(args, "base_dtype", None) else ""
+    file = Path("results") / f"{name}.json"
     start, record = time.perf_counter(), {"arguments": vars(args).copy()}
     args.picture = file.with_suffix(".png")
     if results := EXPERIMENTS[args.experiment](args):

@@ -2,7 +2,6 @@
 
     adapter_config.json, adapter_model.safetensors   the trained adapter, best on dev
     model/                                           the model, if it was trained itself
-    pause.safetensors                                trained filler after every question, if any
     predictions.jsonl                                each test question (dev, if there is no test),
                                                      its prediction and scores
     run.json                                         arguments, versions, hardware, hashes, results
@@ -42,9 +41,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoints import atomic_write, hash_tensors, load_tokenizer, write_json
+from data import filler
+from int8 import quantize
 from model import LM
-from pause import load_pause
-from recurse import COMPOSITIONS, compose, load_trained, without_bos
+from recurse import COMPOSITIONS, load_trained, without_bos
 from textual import TextualRecursion
 
 ASSETS = Path(__file__).parent / "assets"  # the embedded LM and the Connectors pretrained on it
@@ -59,6 +59,7 @@ HASHES = {  # keys of run.json that identify what a run reads
     "fingerprint": "on another LM",
     "init_hash": "from another adapter",
     "encoder_hash": "with another encoder",
+    "templates_hash": "with other templates",
 }
 PATHS = {  # arguments that name files, and the hash that identifies what they hold
     "model": "fingerprint",
@@ -116,11 +117,6 @@ def hash_tokenizer(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(does).encode()).hexdigest()
 
 
-def has_hash(record: dict, key: str) -> bool:
-    """Whether a record holds this hash, or knows that there is none. Early records lack some."""
-    return record.get(key) is not None or key in record and "tokens_hash" in record
-
-
 def places(path: str, folder: str | Path, record: dict) -> list[str]:
     """Return where a path of a run's record may be now: the path itself, and the same place
     relative to the run's folder, in case that both were moved together."""
@@ -135,6 +131,15 @@ def find(path: str | list[str], folder: str | Path, record: dict) -> str | list[
     if isinstance(path, list):
         return [find(one, folder, record) for one in path]
     return [*filter(os.path.exists, places(path, folder, record)), path][0]
+
+
+def find_encoder(folder: str | Path, record: dict) -> str:
+    """The folder of the encoder that --encoder named for a run of ID-PT, or assets/t5."""
+    stored = record.get("arguments", {}).get("encoder") or str(ASSETS / "t5")
+    path = find(stored, folder, record)
+    if not os.path.isdir(path):
+        raise FileNotFoundError(f"{folder}: its encoder, --encoder {stored}, is not there any more")
+    return path
 
 
 # The run folder
@@ -196,7 +201,7 @@ class Run:
         for key, value in self.arguments.items():
             before = record["arguments"].get(key, value)  # an earlier program lacks some flags
             words = key == "init" and (is_word(key, before) or is_word(key, value))
-            if key in PATHS and has_hash(record, PATHS[key]) and not words:
+            if key in PATHS and PATHS[key] in record and not words:
                 continue  # a path is a hint; start_record compares the hashes
             if before != value and key not in ("eval_tokens", "stages_from"):  # change no result
                 flag = f"--{key.replace('_', '-')}"
@@ -295,7 +300,7 @@ def start_record(run: Run, trained: nn.Module, frozen: LM | None, hashes: dict) 
     """
     before = run.record() or {}
     for key, what in HASHES.items():
-        if has_hash(before, key) and before.get(key) != hashes.get(key):
+        if key in before and before[key] != hashes.get(key):
             raise ValueError(f"{run.folder} was started {what} (its {key} differs)")
     count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     line = f"{run.arguments['method']}: {count:,} parameters trained"
@@ -371,8 +376,9 @@ def read_record(folder: str | Path) -> dict:
 def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None = None):
     """Load what a run trained. Returns (model, prefix, tokenizer, record).
 
-    model      the LM, or a Stack, TextualRecursion, Reader or Paused with the LM's interface;
-               float32, whatever the run used. questions.prepare makes what it reads of a question
+    model      the LM, or a Stack, TextualRecursion or Reader with the LM's interface; float32,
+               whatever the run used. questions.prepare makes what it reads of a question, with
+               `model.filler` behind it
     prefix     the trained prompt as a Prefix, or None
     tokenizer  the one that the run used
     record     run.json
@@ -388,21 +394,25 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     encoder = method in ("retriever", "reranker")  # a model, but no LM
     if encoder or not (own_lm or method in COMPOSITIONS):
         raise ValueError(f"{folder}/run.json: {args['method']} trains nothing that answers")
+    if (folder / "pause.safetensors").is_file():
+        raise ValueError(f"{folder}: its questions end with trained vectors; only text is read now")
+    if args.get("per_task"):
+        raise ValueError(f"{folder}: has a prompt for each task; `eval.py mixed` answers with them")
     lm, tokenizer = load_base(folder, record, device, model)
     adapter = None
     if own_lm and method != "prompt_tuning":  # else a prompt was trained together with the LM
         method = "fine_tuning"
     elif method != "training_free":
-        t5 = find(args.get("encoder") or str(ASSETS / "t5"), folder, record)
-        adapter, tokenizer = load_trained(folder, lm, tokenizer, t5 if method == "id_pt" else None)
-    pause = load_pause(folder, args.get("pause", 0), args.get("pause_text", ""), lm)
-    model, prefix = compose(method, lm, adapter, pause)
+        t5 = find_encoder(folder, record) if method == "id_pt" else None
+        adapter, tokenizer = load_trained(folder, lm, tokenizer, t5)
+    model, prefix = COMPOSITIONS[method](lm, adapter)
     if method == "textual_recursion":
         model = TextualRecursion.load(folder, model, tokenizer, args)
     if args["method"] == "reader":
         from reader import Reader
 
         model = Reader.load(folder, model, tokenizer, record, device)
+    model.filler = filler(args.get("pause", 0), args.get("pause_text", ""))
     return model.requires_grad_(False), prefix, tokenizer, record
 
 
@@ -431,7 +441,8 @@ def _load_frozen(folder: Path, record: dict, device: str, model: str | Path | No
     for path in candidates:
         lm = LM.from_pretrained(path, device)
         if record.get("fingerprint") in (None, lm.fingerprint()):
-            return lm
+            int8 = record["arguments"].get("base_dtype") == "int8"
+            return quantize(lm) if int8 else lm
     raise ValueError(
         f"{folder}: was trained on another LM than {path} (its fingerprint differs); --model says "
         "where its own is"
@@ -454,7 +465,7 @@ def _load_tokenizer(folder: Path, record: dict, lm: LM) -> Tokenizer:
 
 
 def _set_eos(folder: Path, record: dict, lm: LM) -> None:
-    """Let the LM end answers with the tokens that the run recorded. Early runs recorded none."""
+    """Let the LM end answers with the tokens that the run recorded."""
     now, then = list(lm.config.eos), record.get("eos")
     if then is not None and then != now:
         text = f"{folder}: answers end with its own tokens {then}, not with its LM's {now}"

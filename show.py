@@ -119,8 +119,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2)
 
 
-def run_program(program: str, main: Callable[[], object]) -> None:
-    """Run `main`. Bad input prints one line and exits with 2; SIGINT or SIGTERM, with 130."""
+def run_program(program: str, main: Callable[[], object], resumes: bool = False) -> None:
+    """Run `main`. Bad input prints one line and exits with 2; SIGINT or SIGTERM, with 130.
+
+    resumes: the program has the flag --resume.
+    """
     from safetensors import SafetensorError
 
     def show_warning(message, *_, **__):
@@ -133,8 +136,8 @@ def run_program(program: str, main: Callable[[], object]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        text = "stopped; the same command with --resume goes on from the last checkpoint"
-        show(f"{program}: {text}", "stderr")
+        advice = "; the same command with --resume goes on from the last checkpoint"
+        show(f"{program}: stopped{advice if resumes else ''}", "stderr")
         sys.exit(130)
     except (ValueError, OSError, SafetensorError) as error:
         show(f"{program}: {' '.join(str(error).splitlines())}", "stderr")

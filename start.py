@@ -10,7 +10,6 @@ writes anything.
 import argparse
 import shutil
 from collections import Counter
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,11 +26,10 @@ import recurse
 import suite
 import world
 from checkpoints import load_tokenizer, resolve
+from int8 import quantize
 from model import LM
-from pause import Pause, load_pause, pause_parts, tokenize_paused
 from questions import check_answers, check_targets
 from runs import ASSETS, HASHES, Run, arguments, names_file, read_record
-from textual import Stage
 
 SUITE = "suite"  # --train suite
 SUITE_DEFAULTS = {"mixture_cap": 500, "max_new_tokens": 32}
@@ -46,7 +44,6 @@ class Task:
     tokenizer: Tokenizer
     examples: dict[str, list[data.Example]]
     tokens: dict[str, list[data.TokenizedExample]]
-    pause: Pause | None = None  # what follows every question
     more: str = ""  # a hash of what else the data consist of
 
 
@@ -62,23 +59,23 @@ def load_task(args, lm: LM, tokenizer: Tokenizer, examples: dict | None = None) 
         P += 1
         tokenizer = recurse.without_bos(tokenizer)
     context = min(lm.config.max_len, getattr(args, "context", None) or lm.config.max_len)
-    after, k = pause_parts(args.pause, args.pause_text)  # what follows every question
-    left = context - P - k  # for a question and its answer
+    left = context - P  # for a question and its answer
     if left < 2:
-        flags = f"--prompt-length {P}" + (f" and --pause {k}" if k else "")
-        raise ValueError(f"{flags} leaves {left} of the LM's context of {context}")
+        raise ValueError(f"--prompt-length {P} leaves {left} of the LM's context of {context}")
     if examples is None:
         examples = {split: load_split(args, split) for split in ("train", "dev", "test")}
     check_targets(tokenizer, examples["train"], lm.config.eos)
     for split in ("dev", "test"):
         stops = metrics.stops(examples[split], args.stop)
         check_answers(tokenizer, examples[split], lm.config.eos, stops, args.max_new_tokens)
-    tokens = {}
+    tokens, eos = {}, lm.config.eos[0] if lm.config.eos else None
+    filler = data.filler(args.pause, args.pause_text)
     for split, part in examples.items():
-        tokens[split] = tokenize_paused(part, tokenizer, lm.config, left, after, k)
+        part = [replace(e, input=e.input + filler) for e in part]
+        tokens[split] = data.tokenize(part, tokenizer, eos, left, lm.config.vocab_size)
     for split in ("dev", "test"):  # refuse before training what `predict` would refuse after it
         for example, question in zip(examples[split], tokens[split]):
-            T, new = len(question.input) - k, args.max_new_tokens
+            T, new = len(question.input), args.max_new_tokens
             if not example.options and T + new - 1 > left:  # the last new token is never read
                 raise ValueError(
                     f"{example.source}: {T} tokens and {new} new ones exceed the {left} that the "
@@ -94,6 +91,12 @@ def load_lm(args) -> tuple[LM, Tokenizer]:
     bf16 = args.dtype == "bfloat16" and not whole
     dtype = torch.bfloat16 if bf16 else torch.float32
     lm = LM.from_pretrained(folder, args.device, dtype, choose_attention(args))
+    if getattr(args, "base_dtype", None) == "int8":
+        if whole:
+            raise ValueError("--base-dtype int8: the LM itself is trained, which takes float32")
+        quantize(lm)
+    if args.compile:
+        lm.layers.compile(dynamic=True)
     tokenizer = load_tokenizer(args.tokenizer or folder, lm.config.vocab_size)
     if args.tokenizer and (folder / "tokenizer.json").is_file():
         given, own = tokenizer.get_vocab(), load_tokenizer(folder).get_vocab()
@@ -251,32 +254,11 @@ def start_vectors(task: Task) -> Tensor:
     return adapters.from_vocab(P, table, int(population), generator=rng)
 
 
-def start_pause(task: Task) -> Pause | None:
-    """The filler after every question. Trained vectors start as the tokens of "\\nA:", repeated, or
-    as those of the adapter that training starts from, if it has any."""
-    args, lm, folder = task.args, task.lm, init_folder(task.args)
-    text, k = pause_parts(args.pause, args.pause_text)
-    if folder and (folder / "pause.safetensors").is_file():
-        stored = adapters.read_adapter_config(folder)["pause"]
-        if stored != k:
-            raise ValueError(
-                f"--init {folder} ends questions with {stored} trained vectors; say so with "
-                f"--pause {stored} --pause-text trained"
-            )
-        return load_pause(folder, k, "trained", lm)
-    if k == 0:
-        return Pause(text) if text else None
-    filler = adapters.from_text(k, lm.embed_tokens.weight, task.tokenizer, "\nA:" * k)
-    return Pause(vectors=filler).to(args.device)
-
-
-def next_stage(task: Task, before: Stage | None) -> tuple[adapters.SoftPrompt, Pause | None]:
-    """The prompt and the pause that a stage starts from: those of the stage before it, if there is
-    one and no --init."""
+def next_prompt(task: Task, before: adapters.SoftPrompt | None) -> adapters.SoftPrompt:
+    """What a stage starts from: the prompt of the one before it, if there is one and no --init."""
     if before is None or task.args.init:
-        return start_prompt(task), start_pause(task)
-    prompt, pause = before
-    return adapters.SoftPrompt(prompt.vectors).to(task.args.device), deepcopy(pause)
+        return start_prompt(task)
+    return adapters.SoftPrompt(before.vectors).to(task.args.device)
 
 
 STAGE_FREE = ("candidates", "rounds", "no_cross_fit", "eval_tokens")  # flags that no p1 depends on
@@ -298,7 +280,7 @@ def finished_stage(args, hashes: dict) -> Path | None:
     own = argparse.Namespace(**vars(args) | same)
     Run(folder, arguments(own), resume=True).check()
     for key, what in HASHES.items():
-        if record.get(key) != hashes[key]:
+        if record.get(key) != hashes.get(key):
             raise ValueError(f"--stages-from: {folder} was trained {what} (its {key} differs)")
     return folder
 

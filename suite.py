@@ -447,10 +447,11 @@ def examples(world: World, name: str, split: str, count: int = 0) -> list[dict]:
     return list(found.values())
 
 
-def rows(world: World, name: str, split: str) -> list[dict]:
-    """A task in P3's format. Train examples take turns through the templates, others have all."""
+def rows(world: World, name: str, split: str, count: int = 0) -> list[dict]:
+    """A task in P3's format, all its examples or `count`. Train examples take turns through the
+    templates, others have all."""
     out, templates = [], TEMPLATES[name]
-    for number, fields in enumerate(examples(world, name, split)):
+    for number, fields in enumerate(examples(world, name, split, count)):
         turn = number % len(templates)
         for template, choices, text in [templates[turn]] if split == "train" else templates:
             row = {

@@ -23,6 +23,7 @@ from recurse import COMPOSITIONS, CONNECTOR_METHODS, new_connector  # noqa: E402
 PEERS = {
     "test_parity.py": ("transformers", "peft", "bm25s", "regex"),
     "test_attention.py": ("triton",),
+    "test_bench_rows.py": ("transformers", "peft"),
 }
 if not os.environ.get("CI"):
     collect_ignore = [f for f, needed in PEERS.items() if not all(map(find_spec, needed))]

@@ -28,7 +28,8 @@ from recurse import COMPOSITIONS  # noqa: E402
 def small_tiles(monkeypatch):
     """Tiles of 16 queries and 16 keys, and few programs: short rows have several tiles, and a
     program sums the gradient of a shared prefix over several rows."""
-    monkeypatch.setattr(attention, "TILES", dict.fromkeys(attention.TILES, (16, 16)))
+    monkeypatch.setattr(attention, "TILES", dict.fromkeys(attention.TILES, (16, 16, 4, 2)))
+    monkeypatch.setattr(attention, "FLOAT32", (16, 16, 4, 2))
     monkeypatch.setattr(attention, "PROGRAMS", 8)
 
 

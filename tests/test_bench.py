@@ -273,6 +273,25 @@ def test_every_method_has_a_plan(place, method):
     assert ("a step" in operations) == (method != "training_free")
 
 
+def test_the_plan_counts_a_prompt_for_each_task(place):
+    one, each = (
+        plan_of(place, f"--prompt-length 4 {more}", "prompt_tuning") for more in ("", "--per-task")
+    )
+    assert each["trained"] == 2 * one["trained"]  # the tasks a and b
+    assert each["activations"] > one["activations"]  # every text has a copy of its prompt
+
+
+def test_the_plan_counts_the_blocks_that_are_computed_again(place):
+    flags = "--seq-len 60 --prompt-length 4"
+    whole, again = (
+        plan_of(place, f"{flags} {more}", "prompt_tuning")
+        for more in ("", "--checkpoint-activations")
+    )
+    assert 0.4 * whole["activations"] < again["activations"] < 0.75 * whole["activations"]
+    with pytest.raises(ValueError, match="--checkpoint-activations: not for neural_recursion"):
+        plan_of(place, "--checkpoint-activations")
+
+
 @pytest.mark.parametrize("method", train.OPEN_BOOK)
 def test_the_plan_refuses_what_reads_passages(place, method):
     with pytest.raises(ValueError, match=f"plan: what {method} reads is not counted yet"):

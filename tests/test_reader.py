@@ -101,10 +101,23 @@ def test_an_encoder_resumes_to_the_same_bits(shelf, tmp_path, monkeypatch, metho
     assert two == (method == "retriever" and "--shared" not in flags)
 
 
+def write_dpr(path, questions, keys):
+    """Write DPR's format, whose keys are named by the lists of a Question."""
+    records = []
+    for q in questions:
+        record = {"question": q.question, "answers": q.answers}
+        record |= {k: [p._asdict() for p in vars(q)[n]] for n, k in keys.items()}
+        for passage, score in zip(record.get("ctxs", []), q.scores):
+            passage["score"] = score
+        records.append(record)
+    path.write_text(json.dumps(records))
+
+
 def test_without_a_book_an_encoder_learns_from_the_lists_of_dprs_training_files(shelf, tmp_path):
     questions = read_questions(shelf / "ask-dev.jsonl", BOOK)
     listed = [books.replace(q, hard_negatives=[BOOK[8 + i]]) for i, q in enumerate(questions)]
-    books.write_training(tmp_path / "nq.json", listed)
+    keys = {"positives": "positive_ctxs", "hard_negatives": "hard_negative_ctxs"}
+    write_dpr(tmp_path / "nq.json", listed, keys)
     for method in ("reranker", "retriever"):
         words = line(shelf, method, tmp_path / method, f"--train {tmp_path}/nq.json")
         i = words.index("--passages")
@@ -267,7 +280,7 @@ def test_a_reader_starts_from_any_dpr_result(shelf, tmp_path):
     bm25, rows = BM25(BOOK), []
     for q in questions:
         rows.append(books.with_found(q, BOOK, bm25.search(q.question, 4)))
-    books.write_results(tmp_path / "nq.json", rows)
+    write_dpr(tmp_path / "nq.json", rows, {"found": "ctxs"})
     result = f"--passages {tmp_path}/nq.json --no-rerank --steps 1"
     files = f"--train {shelf}/plain.jsonl --dev {shelf}/plain.jsonl"
     record = run(line(shelf, "reader", tmp_path / "run", f"{result} {files}"))

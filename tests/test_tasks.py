@@ -145,6 +145,8 @@ def test_a_prompt_for_each_task_is_trained_in_shared_batches_and_used_again(
     assert [r["prediction"] for r in mixed] == [r["prediction"] for r in trained]
     assert [r["prompt"] for r in mixed] == [r["task"] for r in mixed]
     assert len({r["prediction"] for r in mixed}) > 1
+    with pytest.raises(ValueError, match="has a prompt for each task; `eval.py mixed`"):
+        load_run(out)
     assert "examples of each prompt: b 4, a 4" in capsys.readouterr().err
     swapped = [f"b={out / 'a'}", f"a={out / 'b'}"]
     evaluation.main(["mixed", "--prompts", *swapped, *line[4:], "--out", str(tmp_path / "swapped")])
@@ -455,6 +457,25 @@ def test_a_run_on_a_folder_of_tasks_follows_the_protocol(place, tmp_path, capsys
     assert "ranked by the mean of their log-probabilities" in out and "overall" in out
     with pytest.raises(ValueError, match="holds no file TASK-dev.jsonl"):
         run(command(place, method, tmp_path / "no", f"--train {folder} --dev {place}"))
+
+
+def test_a_mixture_goes_on_with_the_same_templates_only(place, tmp_path):
+    """Without a mixture the templates change no run."""
+    rows, lines = suite_rows("car", 4, "train", "a"), {}
+    for name, flags in (("mixed", "--mixture-cap 3"), ("plain", "")):
+        file = write_lines(tmp_path / "rows.jsonl", rows)
+        flags = f"--train {file} --dev {file} --steps 1 {flags}"
+        lines[name] = [*command(place, "prompt_tuning", tmp_path / name, flags), "--resume"]
+        run(lines[name])
+    write_lines(tmp_path / "rows.jsonl", [row | {"template": "is"} for row in rows])
+    run(lines["plain"])
+    with pytest.raises(ValueError, match="started with other templates"):
+        run(lines["mixed"])
+    path = tmp_path / "mixed" / "run.json"
+    record = json.loads(path.read_text())
+    del record["templates_hash"]  # a run of an earlier program
+    path.write_text(json.dumps(record))
+    run(lines["mixed"])
 
 
 def test_the_word_suite_stands_for_the_embedded_tasks(monkeypatch):

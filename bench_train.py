@@ -1,0 +1,254 @@
+"""Workloads of bench.py that train: one step, forward and backward, beside PEFT and transformers.
+
+prompt       prompt tuning. The frozen LM reads a shared prompt once per batch instead of once per
+             example, so a step computes P + BT positions instead of B(P + T). Logits are computed
+             at the 8 answer tokens only. The peer "trimmed" computes its logits there only, too.
+deep_prompt  keys and values of P positions in every layer, against PEFT's prefix tuning
+id_pt        a prompt computed from each text. No peer has it: transformers gets the same prompts
+reader       prompt tuning on texts that fill the context
+fine_tuning  a step of the whole LM, with AdamW's update
+options      what our own options cost or gain, each against the same step without it
+
+Without PEFT the peer is transformers, which then computes what PEFT would: `Prepended`.
+"""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from adapters import DeepPrompt, PromptGenerator, SoftPrompt
+from contest import Contest, Setting, llama
+from fit import adamw
+from int8 import quantize
+from model import LM
+from reader import Checkpointed
+from recurse import COMPOSITIONS
+from runs import ASSETS
+from t5 import T5Config, T5Encoder
+
+SMALL = llama(4096, 192, 6, 6, 512, max_len=512)
+WIDE = replace(SMALL, vocab_size=32_000)  # the vocabulary of Llama 2
+ANSWER = 8  # tokens with a loss at the end of each text
+
+
+def prompt(setting: Setting) -> Iterator[Contest]:
+    """Prompt tuning, by length of prompt and text and by vocabulary."""
+    for source in setting.sources(SMALL, WIDE):
+        lm, peer = setting.pair(source)
+        lengths = [(4, 12)] if setting.tiny else product((100, 20), (64, 32, 256))
+        for P, T in lengths:
+            yield tuning(setting, "prompt_tuning", lm, peer, soft_prompt(setting, lm, P), P, T)
+
+
+def deep_prompt(setting: Setting) -> Iterator[Contest]:
+    """Prefix tuning."""
+    for source in setting.sources(SMALL):
+        lm, peer = setting.pair(source)
+        for P in (4,) if setting.tiny else (100, 20):
+            with torch.no_grad():
+                deep = DeepPrompt(lm.read(lm.embed(setting.random_ids(lm, 1, P))))
+            yield tuning(setting, "deep_prompt", lm, peer, deep, P, 12 if setting.tiny else 64)
+
+
+def id_pt(setting: Setting) -> Iterator[Contest]:
+    """Input-dependent prompt tuning with a frozen T5 encoder."""
+    for source in setting.sources(ASSETS / "lm"):
+        lm, peer = setting.pair(source)
+        if setting.tiny or not (ASSETS / "t5").is_dir():
+            encoder = T5Encoder(T5Config(300, 128, 2, 4, 32, 256)).requires_grad_(False)
+            encoder = encoder.to(setting.device)
+        else:
+            encoder = T5Encoder.from_pretrained(ASSETS / "t5", setting.device)
+        P, T = (4, 12) if setting.tiny else (20, 64)
+        start = torch.randn(P, encoder.config.dim, device=setting.device)
+        generator = PromptGenerator(encoder, start, P, lm.config.dim, 0.02)
+        below = encoder.config.vocab_size
+        yield tuning(setting, "id_pt", lm, peer, generator, P, T, below=below)
+
+
+def reader(setting: Setting) -> Iterator[Contest]:
+    """A prompt behind which texts fill the LM's context, at the batch size of --method reader."""
+    for source in setting.sources(ASSETS / "lm"):
+        lm, peer = setting.pair(source)
+        P = 4 if setting.tiny else 20
+        T = min(lm.config.max_len, 4096) - P
+        yield tuning(setting, "reader", lm, peer, soft_prompt(setting, lm, P), P, T, B=16)
+
+
+def fine_tuning(setting: Setting) -> Iterator[Contest]:
+    """The whole LM, in float32, with AdamW."""
+    for source in setting.sources(ASSETS / "lm"):
+        lm, peer = setting.pair(source, torch.float32)
+        B, T = (2, 12) if setting.tiny else (32, 64)
+        ids = setting.random_ids(lm, B, T)
+        whole = partial(COMPOSITIONS["fine_tuning"], lm, None)
+        ours = updated(training_step(setting, lm, whole, ids), lm)
+        peers = {"transformers": None, "transformers, trimmed": None}
+        if peer is not None:
+            steps = peer_steps(setting, peer, ids)
+            peers = {name: updated(step, peer) for name, step in zip(peers, steps)}
+        title = f"fine_tuning B={B} T={T} V={lm.config.vocab_size}"
+        yield Contest(setting, title, lm, ours, peers, B * T, B * T)
+
+
+def options(setting: Setting) -> Iterator[Contest]:
+    """Activation checkpointing, bf16 arithmetic, an int8 LM and torch.compile, one by one."""
+    for source in setting.sources(SMALL):
+        lm, _ = setting.pair(source)
+        B, P = (2, 4) if setting.tiny else (16, 20)
+        T = min(lm.config.max_len, 512) - P
+        ids, vectors = setting.random_ids(lm, B, T), soft_prompt(setting, lm, P)
+
+        def step(lm: LM, model=None, setting=setting, vectors=vectors, ids=ids) -> Callable:
+            return training_step(setting, vectors, lambda: (model or lm, lm.read(vectors())), ids)
+
+        compiled = deepcopy(lm)
+        compiled.layers.compile(dynamic=True)
+        for name, ours in (
+            ("--checkpoint-activations", step(lm, Checkpointed(lm))),
+            ("--dtype bfloat16", step(lm, setting=replace(setting, dtype=torch.bfloat16))),
+            ("--base-dtype int8", step(quantize(deepcopy(lm)))),
+            ("--compile", step(compiled)),
+        ):
+            title = f"{name}, prompt tuning B={B} P={P} T={T}"
+            yield Contest(setting, title, lm, ours, {"without it": step(lm)}, B * T, B * T)
+
+
+WORKLOADS = {f.__name__: f for f in (prompt, deep_prompt, id_pt, reader, fine_tuning, options)}
+
+
+# Steps
+
+
+def soft_prompt(setting: Setting, lm: LM, P: int) -> SoftPrompt:
+    """A soft prompt of P random tokens."""
+    return SoftPrompt(lm.embed(setting.random_ids(lm, P)))
+
+
+def tuning(setting: Setting, method: str, lm: LM, peer, prompt, P: int, T: int, B=32, below=None):
+    """The contest of a prompt of any kind before texts of T tokens, with ids below a bound."""
+    B = 2 if setting.tiny else B
+    ids = setting.random_ids(lm, B, T, below=below)
+    questions = ids[:, :-ANSWER].tolist()
+
+    def compose():
+        model, prefix = COMPOSITIONS[method](lm, prompt)
+        return model, prefix(questions) if callable(prefix) else prefix
+
+    peers = {"PEFT": None, "PEFT, trimmed": None}
+    if peer is not None:
+        has_peft = find_spec("peft") and not isinstance(prompt, PromptGenerator)
+        name = "PEFT" if has_peft else "transformers"
+        model = peft_model(peer, prompt) if has_peft else Prepended(peer, prompt, questions)
+        peers = dict(zip((name, f"{name}, trimmed"), peer_steps(setting, model, ids)))
+    title = f"{method} P={P} B={B} T={T} V={lm.config.vocab_size}"
+    ours = training_step(setting, prompt, compose, ids)
+    return Contest(setting, title, lm, ours, peers, B * T, B * T)
+
+
+def training_step(setting: Setting, trained: nn.Module, compose: Callable, ids: Tensor) -> Callable:
+    """Our step: compose() gives the model and the prefix before the texts `ids` (B, T)."""
+
+    def step() -> float:
+        trained.zero_grad()
+        with setting.autocast():
+            model, prefix = compose()
+            h = model(model.embed(ids[:, :-1]), prefix)
+            loss = answer_loss(model.logits(h[:, -ANSWER:]), ids)
+        loss.backward()
+        return loss.item()
+
+    return step
+
+
+def answer_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """The mean loss of the answers, the last tokens of ids (B, T), whose logits these are."""
+    return F.cross_entropy(logits.float().flatten(0, 1), ids[:, -ANSWER:].flatten())
+
+
+def peer_steps(setting: Setting, model: nn.Module, ids: Tensor) -> tuple[Callable, Callable]:
+    """A peer's step with all its logits, as its own loss takes them, and with the answers' only."""
+    labels = ids.clone()
+    labels[:, :-ANSWER] = -100
+
+    def whole() -> Tensor:
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+
+    def trimmed() -> Tensor:
+        kept = {"attention_mask": torch.ones_like(ids[:, :-1]), "logits_to_keep": ANSWER}
+        return answer_loss(model(input_ids=ids[:, :-1], **kept).logits, ids)
+
+    def step_of(loss_of: Callable) -> Callable:
+        def step() -> float:
+            model.zero_grad()
+            with setting.autocast():
+                loss = loss_of()
+            loss.backward()
+            return loss.item()
+
+        return step
+
+    return step_of(whole), step_of(trimmed)
+
+
+def updated(step: Callable, model: nn.Module) -> Callable:
+    """The step of a whole model, with an update of its parameters by a learning rate of 0: as much
+    work as any, and the next step has the same loss."""
+    optimizer = adamw([{"params": list(model.requires_grad_(True).parameters())}], 0.0)
+
+    def both() -> float:
+        loss = step()
+        optimizer.step()
+        return loss
+
+    return both
+
+
+# The peers
+
+
+def peft_model(base: nn.Module, prompt: SoftPrompt | DeepPrompt) -> nn.Module:
+    """PEFT's model of the same prompt."""
+    import peft
+
+    soft = isinstance(prompt, SoftPrompt)
+    kind = peft.PromptTuningConfig if soft else peft.PrefixTuningConfig
+    values = (prompt.vectors if soft else prompt.table()).detach()
+    model = peft.get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=len(values)))
+    model.prompt_encoder["default"].embedding.weight.data.copy_(values)
+    return model
+
+
+class Prepended(nn.Module):
+    """transformers' model with a prompt of any kind before every row, as PEFT computes it."""
+
+    def __init__(self, base: nn.Module, prompt: nn.Module, questions: list[list[int]]):
+        super().__init__()
+        self.base, self.prompt, self.questions = base, prompt, questions
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels=None, **options):
+        B = len(input_ids)
+        if isinstance(self.prompt, DeepPrompt):
+            from transformers import DynamicCache
+
+            options["past_key_values"] = cache = DynamicCache()
+            for i, pair in enumerate(self.prompt().layers):
+                cache.update(*(t.expand(B, -1, -1, -1) for t in pair), i)
+            return self.base(input_ids=input_ids, labels=labels, **options)
+        if isinstance(self.prompt, PromptGenerator):
+            prompts = self.prompt.prompts(self.questions)
+        else:
+            prompts = self.prompt().expand(B, -1, -1)
+        x = self.base.get_input_embeddings()(input_ids)
+        x = torch.cat([prompts.to(x.dtype), x], dim=1)
+        if labels is not None:
+            labels = F.pad(labels, (prompts.shape[1], 0), value=-100)
+        return self.base(inputs_embeds=x, labels=labels, **options)

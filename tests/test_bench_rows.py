@@ -1,0 +1,123 @@
+"""The rows of bench.py, in tiny shapes: ours and the peers' steps compute the same, and operations,
+matrix rate and memory are what they are called."""
+
+import json
+
+import pytest
+import torch
+
+import bench
+import bench_generate
+import bench_train
+import contest
+from contest import TINY, Contest, Setting
+from model import LM
+
+V, C, LAYERS, HIDDEN = TINY.vocab_size, TINY.dim, TINY.n_layers, TINY.hidden_dim
+
+
+def rows_of(capsys, workload, *flags):
+    """The rows of a tiny workload as they were printed."""
+    rows = bench.main(["--tiny", "--runs", "2", "--json", "--only", workload, *flags])
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
+    return rows
+
+
+@pytest.mark.parametrize("workload", ["prompt", "deep_prompt", "id_pt", "reader", "fine_tuning"])
+def test_a_training_step_has_the_loss_of_its_peers(capsys, workload):
+    rows = rows_of(capsys, workload)
+    whole, trimmed = (row["peer"] for row in rows)
+    assert trimmed == f"{whole}, trimmed"
+    assert (whole == "PEFT") == (workload in ("prompt", "deep_prompt", "reader"))
+    assert all(row["loss_difference"] < 2e-6 for row in rows)
+    ratios = [row["operations_ratio"] for row in rows]
+    assert ratios[0] > ratios[1] >= 1  # the peer with all its logits computes more
+
+
+def test_generation_writes_the_tokens_of_its_peer(capsys):
+    samples, greedy, mixed, recursion = rows_of(capsys, "generation")
+    assert greedy["identical"] == mixed["identical"] == 1
+    assert "identical" not in samples and "identical" not in recursion
+    assert samples["operations_ratio"] > greedy["operations_ratio"]
+    assert samples["tokens_per_second"] == pytest.approx(3 * 2 * 4 / samples["seconds"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformers_computes_what_peft_would(monkeypatch, capsys, dtype):
+    """Where PEFT is not installed, `Prepended` takes its place."""
+    for workload in ("prompt", "deep_prompt"):
+        with_peft = rows_of(capsys, workload, "--dtype", dtype)
+        monkeypatch.setattr(bench_train, "find_spec", lambda _: None)
+        without = rows_of(capsys, workload, "--dtype", dtype)
+        monkeypatch.undo()
+        assert [row["peer"] for row in without] == ["transformers", "transformers, trimmed"]
+        assert all(row["loss_difference"] < 5e-2 for row in [*with_peft, *without])
+        for key in ("operations", "peer_operations"):
+            assert [row[key] for row in with_peft] == [row[key] for row in without]
+
+
+def test_what_is_not_installed_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(contest, "find_spec", lambda _: None)
+    (row,) = bench.main("--tiny --runs 1 --only prompt".split())
+    assert "peer" not in row and row["seconds"] > 0
+    assert "not installed: PEFT" in capsys.readouterr().err
+
+
+def test_the_operations_of_a_step_are_those_of_its_products():
+    """Two positions before one, by hand: every matrix, scores and values, and the logits."""
+    lm = LM(TINY).requires_grad_(False)
+    ids = torch.randint(V, (5, 3))
+
+    def step():
+        with torch.no_grad():
+            lm.logits(lm(lm.embed(ids))[:, -1])
+
+    matrices = 4 * C * C + 3 * C * HIDDEN
+    by_hand = LAYERS * (2 * 15 * matrices + 4 * 5 * 3 * 3 * C) + 2 * 5 * C * V
+    assert contest.count_operations(step, lm) == by_hand
+    multiply, products = contest.layer_products(lm, 15)
+    assert products == LAYERS * 2 * 15 * matrices
+    assert contest.count_operations(multiply, lm) == products
+
+
+def test_memory_is_the_peak_of_what_a_step_holds():
+    held = 80_000_000
+    peaks = [contest.peak_memory(lambda: torch.ones(held // 4).sum()) for _ in range(2)]
+    assert all(0.9 * held < peak < 1.2 * held for peak in peaks)  # the second one, too
+
+
+def test_a_ratio_is_that_of_its_rounds():
+    row = contest.compare([(1.0, 2.0), (2.0, 8.0), (4.0, 12.0)])
+    assert row == {"seconds": 2.0, "peer_seconds": 8.0, "ratio": 3.0, "spread": [2.0, 4.0]}
+
+
+def test_every_contestant_steps_once_in_each_round():
+    order, lm = [], LM(TINY).requires_grad_(False)
+
+    def step(name):
+        def take():
+            order.append(name)
+            return lm(lm.embed(torch.tensor([[1]]))).sum().item()
+
+        return take
+
+    setting = Setting(runs=3, tiny=True)
+    peers = {"a": step("a"), "b": step("b"), "c": None}
+    rows = contest.measure(Contest(setting, "", lm, step("ours"), peers, 1, 1))
+    assert order == [name for name in ("ours", "a", "b") for _ in range(3)] + ["ours", "a", "b"] * 3
+    assert [(row["peer"], row["missing"]) for row in rows] == [("a", ["c"]), ("b", ["c"])]
+
+
+def test_loading_and_the_start_are_measured_in_processes_of_their_own(monkeypatch, capsys):
+    alone = {"ours": {"seconds": 1.0, "peak": 6e6}, "peer": {"seconds": 3.0, "peak": 9e6}}
+    monkeypatch.setattr(bench_generate, "alone", lambda who, *_: alone[who])
+    for row in rows_of(capsys, "loading"):
+        assert row["ratio"] == 3.0
+        assert row["peer_peak_over_weights"] == 1.5 * row["ours_peak_over_weights"]
+
+
+def test_a_table_has_a_cell_for_each_column(capsys):
+    bench.main("--tiny --runs 1 --only prompt".split())
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert {line.count("|") for line in lines} == {len(bench.COLUMNS) + 1}
