@@ -120,7 +120,8 @@ def _unquote(value: str) -> str:
 
 def json_records(path: str | Path) -> Iterator[tuple[str, dict]]:
     """Yield ("file:line", record) of a JSON array or of JSON lines; the line is the record's first.
-    A key whose value is null is absent, in passages and paragraphs too.
+    If two records begin in one line, the number of the second follows. A key whose value is null is
+    absent, in passages and paragraphs too.
 
     FileNotFoundError if there is no file. ValueError, with file and line, if it is neither.
     """
@@ -129,7 +130,7 @@ def json_records(path: str | Path) -> Iterator[tuple[str, dict]]:
         for source, record in json_lines(path):
             yield source, _without_nulls(record)
         return
-    text, line, last = read_utf8(path), 1, 0
+    text, line, last, number, place = read_utf8(path), 1, 0, 0, ""
     space, decoder = re.compile(r"[ \t\r\n]*"), json.JSONDecoder()
     position = space.match(text, text.index("[") + 1).end()
     while not text.startswith("]", position):
@@ -140,7 +141,9 @@ def json_records(path: str | Path) -> Iterator[tuple[str, dict]]:
             raise ValueError(f"{path.name}:{line}: not a record of JSON ({error})") from None
         if not isinstance(record, dict):
             raise ValueError(f"{path.name}:{line}: a JSON object is expected")
-        yield f"{path.name}:{line}", _without_nulls(record)
+        number, before, place = number + 1, place, f"{path.name}:{line}"
+        same = place == before  # a whole array may stand in one line
+        yield f"{place} record {number}" if same else place, _without_nulls(record)
         position = space.match(text, end).end()
         if text.startswith(",", position):
             position = space.match(text, position + 1).end()

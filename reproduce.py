@@ -218,8 +218,8 @@ def main(argv: list[str] | None = None) -> dict:
         "reader": [
             ("--encoder", str, None, "folder of the BERT; assets/bert if not given"),
             ("--steps", cli.COUNT, 300, "steps of each prompt and LM"),
-            ("--encoder-steps", cli.COUNT, 400, "steps of each re-ranker and of the retriever"),
-            ("--top", cli.COUNT, 50, "passages found for a question"),
+            ("--encoder-steps", cli.COUNT, 600, "steps of each re-ranker and of the retriever"),
+            ("--top", cli.COUNT, 20, "passages found for a question"),
             ("--context", cli.COUNT, 256, "positions that the LM reads"),
             ("--flags", str, "", "more flags of train.py for every run, as one argument"),
             *study,

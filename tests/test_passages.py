@@ -203,7 +203,7 @@ def test_records_of_an_array_know_their_lines(tmp_path):
     path = write(tmp_path / "a.json", '\ufeff[\n {"a": 1}, {"b":\n 2},\n\n{"c": 3}]\n')
     assert list(json_records(path)) == [
         ("a.json:2", {"a": 1}),
-        ("a.json:2", {"b": 2}),
+        ("a.json:2 record 2", {"b": 2}),
         ("a.json:5", {"c": 3}),
     ]
 
