@@ -38,7 +38,7 @@ class SoftPrompt(nn.Module):
     """P trained vectors that the LM reads before the text, like token embeddings: (P, C).
 
     With `bos` (C,), the embedding of BOS, the prompt stands between BOS and the text: it returns
-    (P + 1, C), and the text comes without a BOS. Otherwise it precedes the text's.
+    (P + 1, C), and the text comes without a BOS. Without `bos` it stands before the text's BOS.
     """
 
     def __init__(self, vectors: Tensor, bos: Tensor | None = None):
@@ -65,8 +65,8 @@ class DeepPrompt(nn.Module):
     same way, so both have the same numbers.
 
     `hidden` is the width of an MLP that computes the keys and values from P trained vectors during
-    training (paper: 512, which trained more stably). Its output layer is solved for `start`. Only
-    what the MLP computes is stored: a prompt that is loaded again has none.
+    training (paper: 512, which trained more stably). Its last layer is solved by least squares, so
+    that the prompt starts as `start`. Only what the MLP computes is stored, not the MLP.
     """
 
     def __init__(self, start, hidden: int | None = None):
@@ -89,7 +89,7 @@ class DeepPrompt(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(K * D, hidden), nn.Tanh(), last)
         with torch.no_grad():
             features = self.mlp[:2](self.embedding)  # (P, hidden), of rank P
-            last.weight.copy_((torch.linalg.pinv(features) @ kv.cpu()).T)
+            last.weight.copy_((torch.linalg.pinv(features) @ kv.to(features.device)).T)
             last.bias.zero_()
         self.to(kv.device)
 
@@ -152,7 +152,8 @@ class PromptGenerator(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, dim)
         nn.init.normal_(self.queries, std=0.02)
-        nn.init.normal_(self.project.weight, std=scale * width**-0.5)
+        nn.init.constant_(self.norm.weight, scale)
+        nn.init.normal_(self.project.weight, std=width**-0.5)
         nn.init.zeros_(self.project.bias)
         self.to(start.device)
 
@@ -162,7 +163,8 @@ class PromptGenerator(nn.Module):
         x = torch.cat([self.start.expand(B, -1, -1), encoder.embed(ids)], dim=1)
         lengths = lengths + len(self.start)
         padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
-        y = self.cross(self.queries.expand(B, -1, -1), encoder(x, lengths), padding)
+        queries = nn.functional.layer_norm(self.queries, self.queries.shape[1:])
+        y = self.cross(queries.expand(B, -1, -1), encoder(x, lengths), padding)
         for layer in self.layers:
             y = layer(y)
         return self.project(self.norm(y))
@@ -181,10 +183,8 @@ class PromptGenerator(nn.Module):
 
 
 def random(length: int, table: Tensor, scale: float = 0.5, generator=None) -> Tensor:
-    """Uniform in [-scale, scale], as in the paper. (Its released code draws from [0, scale).)
-
-    The default of 0.5 fits T5's large embeddings. train.py keeps it.
-    """
+    """Uniform in [-scale, scale], as in the paper, whose 0.5 fits T5's large embeddings.
+    (Its released code draws from [0, scale).)"""
     return (torch.rand(length, table.shape[1], generator=generator) * 2 - 1) * scale
 
 

@@ -33,10 +33,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LN2 = tl.constexpr(math.log(2))
-HIDDEN = tl.constexpr(-1e30)  # the score of a key that a query must not see
+# The score of a key that a query must not see: a power of two, so that HIDDEN * scale is exact.
+HIDDEN = tl.constexpr(-(2.0**100))
 PROGRAMS = 512  # to keep a large GPU busy; an H100 has 132 processors
-# BLOCK_M and BLOCK_N by (float32, backward). Larger tiles do not fit into registers.
-TILES = {(0, 0): (128, 64), (0, 1): (64, 64), (1, 0): (32, 32), (1, 1): (32, 32)}
+# By kernel: BLOCK_M, BLOCK_N and stages, the tiles in flight from memory. Tensor cores take 64 rows
+# of 4 warps (of 32 threads), BLOCK_M of them in the first two kernels and BLOCK_N in the last. More
+# rows in 8 warps read less, but do not fit into registers, and short texts leave them empty.
+TILES = {"forward": (64, 32, 3), "backward_q": (64, 64, 2), "backward_kv": (64, 64, 2)}
+FLOAT32 = 32, 32, 2
 ON_CPU = bool(triton.knobs.runtime.interpret)  # Triton's interpreter takes tensors on the CPU
 
 # A tensor (B, heads, positions, D) as kernels get it: its data and strides. That of D is 1.
@@ -90,9 +94,10 @@ def pick(b, head, m, S):
 
 @triton.jit
 def program_queries(S):
-    """The Queries of this program: tile by tile, then row by row, then head by head."""
+    """The Queries of this program: tile by tile, then row by row, then head by head. The last tile
+    sees the most keys and comes first."""
     tiles = tl.cdiv(S.T * S.G, S.BLOCK_M)
-    tile, row = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    tile, row = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
     return pick(row % S.B, row // S.B, tile * S.BLOCK_M + tl.arange(0, S.BLOCK_M), S)
 
 
@@ -134,15 +139,15 @@ def absorb(state, q, queries, source, low, high, S, MASKED: tl.constexpr):
     for low_n in range(low, high, S.BLOCK_N):
         n = low_n + tl.arange(0, S.BLOCK_N)
         keys = load(source.k, queries.b, queries.head, n, source.N, S)
-        s = dot(q, tl.trans(keys)) * S.scale
+        s = dot(q, tl.trans(keys))
         if MASKED:
             seen = visible(source, n[None, :], queries.t[:, None], queries.start, S)
             s = tl.where(seen, s, HIDDEN)
         # Before a query's first visible key its terms are 2^0, and that key rescales them to 0,
         # because HIDDEN is finite. With minus infinity they would be 2^(inf - inf).
-        larger = tl.maximum(largest, tl.max(s, 1))
+        larger = tl.maximum(largest, tl.max(s, 1) * S.scale)
         rescale = tl.exp2(largest - larger)
-        p = tl.exp2(s - larger[:, None])
+        p = tl.exp2(s * S.scale - larger[:, None])  # one multiply-add and one power
         values = load(source.v, queries.b, queries.head, n, source.N, S)
         acc = acc * rescale[:, None] + dot(p.to(values.dtype), values)
         total = total * rescale + tl.sum(p, 1)
@@ -174,22 +179,23 @@ def forward_kernel(q, prefix, text, o, lse, S):
 
 
 @triton.jit
-def weights(a, b, lse, seen, S):
+def weights(a, b, lse, S):
     """Softmax weights, in the layout of a @ b^T. lse holds the forward pass's largest score and its
     sum at once: 2^(s - largest) / total = 2^(s - lse)."""
-    return tl.where(seen, tl.exp2(dot(a, tl.trans(b)) * S.scale - lse), 0.0)
+    return tl.exp2(dot(a, tl.trans(b)) * S.scale - lse)
 
 
 @triton.jit
-def add_dq(dq, q, do, lse, delta, queries, source, S):
-    """dq, and to it the part of a source's keys."""
-    low, _, high = key_range(source, queries, S)
+def add_dq(dq, q, do, lse, delta, queries, source, low, high, S, MASKED: tl.constexpr):
+    """dq, and to it the part of the keys low to high of a source."""
     for low_n in range(low, high, S.BLOCK_N):
         n = low_n + tl.arange(0, S.BLOCK_N)
         keys = load(source.k, queries.b, queries.head, n, source.N, S)
         values = load(source.v, queries.b, queries.head, n, source.N, S)
-        seen = visible(source, n[None, :], queries.t[:, None], queries.start, S)
-        p = weights(q, keys, lse[:, None], seen, S)
+        p = weights(q, keys, lse[:, None], S)
+        if MASKED:
+            seen = visible(source, n[None, :], queries.t[:, None], queries.start, S)
+            p = tl.where(seen, p, 0.0)
         ds = p * (dot(do, tl.trans(values)) - delta[:, None])
         dq += dot(ds.to(keys.dtype), keys)
     return dq
@@ -206,10 +212,39 @@ def backward_q_kernel(q, prefix, text, o, do, lse, delta, dq, S):
     tl.store(delta + queries.index, d, mask=queries.t < S.T)
     e = tl.load(lse + queries.index, mask=queries.t < S.T, other=0.0)
     acc = tl.zeros((S.BLOCK_M, S.BLOCK_D), tl.float32)
-    acc = add_dq(acc, q_tile, do_tile, e, d, queries, prefix, S)
-    acc = add_dq(acc, q_tile, do_tile, e, d, queries, text, S)
+    low, full, high = key_range(prefix, queries, S)
+    acc = add_dq(acc, q_tile, do_tile, e, d, queries, prefix, low, full, S, False)
+    acc = add_dq(acc, q_tile, do_tile, e, d, queries, prefix, full, high, S, True)
+    low, full, high = key_range(text, queries, S)
+    acc = add_dq(acc, q_tile, do_tile, e, d, queries, text, low, full, S, False)
+    acc = add_dq(acc, q_tile, do_tile, e, d, queries, text, full, high, S, True)
     # A score counts in units of log2(e), hence scale * ln(2), which is 1 / sqrt(D).
     store(dq, queries.b, queries.q_head, queries.t, S.T, acc * (S.scale * LN2), S)
+
+
+@triton.jit
+def add_dkv(
+    state, tensors, source, keys, values, n, head, row, rows, low, high, S, MASKED: tl.constexpr
+):
+    """dk and dv of a tile of keys, and to them the parts of queries low to high of each row."""
+    dk, dv = state
+    q, do, lse, delta = tensors
+    blocks = tl.cdiv(tl.maximum(high - low, 0), S.BLOCK_M)
+    for i in range(0, rows * blocks):
+        m = low + i % blocks * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
+        queries = pick(row + i // blocks, head, m, S)
+        q_tile = load(q, queries.b, queries.q_head, queries.t, S.T, S)
+        do_tile = load(do, queries.b, queries.q_head, queries.t, S.T, S)
+        e = tl.load(lse + queries.index, mask=queries.t < S.T, other=0.0)
+        d = tl.load(delta + queries.index, mask=queries.t < S.T, other=0.0)
+        p = weights(keys, q_tile, e[None, :], S)  # (BLOCK_N, BLOCK_M), transposed
+        if MASKED:
+            seen = visible(source, n[:, None], queries.t[None, :], queries.start, S)
+            p = tl.where(seen, p, 0.0)
+        dv += dot(p.to(do_tile.dtype), do_tile)
+        ds = p * (dot(values, tl.trans(do_tile)) - d[None, :])
+        dk += dot(ds.to(q_tile.dtype), q_tile)
+    return dk, dv
 
 
 @triton.jit(do_not_specialize=["S", "rows"])
@@ -219,30 +254,27 @@ def backward_kv_kernel(q, source, do, lse, delta, dk, dv, S, rows):
     tiles, program = tl.cdiv(source.N, S.BLOCK_N), tl.program_id(0)
     tile, head, part = program % tiles, program // tiles % S.K, program // tiles // S.K
     n, key = tile * S.BLOCK_N + tl.arange(0, S.BLOCK_N), source.first + tile * S.BLOCK_N
-    first_row = part * rows
-    keys = load(source.k, first_row, head, n, source.N, S)
-    values = load(source.v, first_row, head, n, source.N, S)
+    row = part * rows
+    keys = load(source.k, row, head, n, source.N, S)
+    values = load(source.v, row, head, n, source.N, S)
+    # Queries from low to full need a mask: some of them do not see all keys of the tile. Queries
+    # past the text are zeros and add nothing, and the gradients of keys past N are not stored.
     low, high = tl.maximum(key - S.P, 0) * S.G, S.T * S.G
+    last = tl.minimum(key + S.BLOCK_N, source.first + source.N) - 1
+    full = low + tl.cdiv(tl.maximum(last - S.P, 0) * S.G - low, S.BLOCK_M) * S.BLOCK_M
+    full = tl.minimum(full, high)
     if S.window is not None:
         high = tl.minimum(high, (key + S.BLOCK_N - 1 - S.P + S.window) * S.G)
-    blocks = tl.cdiv(tl.maximum(high - low, 0), S.BLOCK_M)
+        full = high
     if S.lengths is not None:  # no query sees the padding of its row
-        hidden = (rows == 1) & (key + S.BLOCK_N <= S.P - tl.load(S.lengths + first_row))
-        blocks = tl.where(hidden, 0, blocks)
-    dk_acc = tl.zeros((S.BLOCK_N, S.BLOCK_D), tl.float32)
-    dv_acc = tl.zeros((S.BLOCK_N, S.BLOCK_D), tl.float32)
-    for i in range(0, blocks * (tl.minimum(first_row + rows, S.B) - first_row)):
-        m = low + i % blocks * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
-        queries = pick(first_row + i // blocks, head, m, S)
-        q_tile = load(q, queries.b, queries.q_head, queries.t, S.T, S)
-        do_tile = load(do, queries.b, queries.q_head, queries.t, S.T, S)
-        e = tl.load(lse + queries.index, mask=queries.t < S.T, other=0.0)
-        d = tl.load(delta + queries.index, mask=queries.t < S.T, other=0.0)
-        seen = visible(source, n[:, None], queries.t[None, :], queries.start, S)
-        p = weights(keys, q_tile, e[None, :], seen, S)  # (BLOCK_N, BLOCK_M), transposed
-        dv_acc += dot(p.to(do_tile.dtype), do_tile)
-        ds = p * (dot(values, tl.trans(do_tile)) - d[None, :])
-        dk_acc += dot(ds.to(q_tile.dtype), q_tile)
+        hidden = (rows == 1) & (key + S.BLOCK_N <= S.P - tl.load(S.lengths + row))
+        high = tl.where(hidden, low, high)
+        full = high
+    zeros = tl.zeros((S.BLOCK_N, S.BLOCK_D), tl.float32)
+    state, tensors, rows = (zeros, zeros), (q, do, lse, delta), tl.minimum(rows, S.B - row)
+    tile = source, keys, values, n, head, row, rows
+    state = add_dkv(state, tensors, *tile, low, full, S, True)
+    dk_acc, dv_acc = add_dkv(state, tensors, *tile, full, high, S, False)
     store(dk, part, head, n, source.N, dk_acc * (S.scale * LN2), S)
     store(dv, part, head, n, source.N, dv_acc, S)
 
@@ -255,23 +287,31 @@ def strided(x: Tensor) -> Strided:
     return Strided(x, *x.stride()[:3])
 
 
-def kernel_inputs(q, k, v, prefix_k, prefix_v, lengths, window, backward: bool):
-    """The prefix and the text as Sources, Sizes, the number of programs for queries, and options of
-    Triton. A prefix of batch 1 becomes one of B with stride 0."""
+def kernel_inputs(q, k, v, prefix_k, prefix_v, lengths, window):
+    """The prefix and the text as Sources, and Sizes without tiles. A prefix of batch 1 becomes one
+    of B with stride 0."""
     (B, H, T, D), K, P = q.shape, k.shape[1], 0
     text = prefix = Source(strided(k), strided(v), 0, 0)
     if prefix_k is not None:
         P = prefix_k.shape[2]
         prefix = Source(*(strided(x.expand(B, -1, -1, -1)) for x in (prefix_k, prefix_v)), 0, P)
-    M, N = TILES[q.dtype == torch.float32, backward]
-    if D > 128:
-        M, N = M // 2, N // 2
-    M = min(M, max(16, triton.next_power_of_2(T * H // K)))
-    compiled = map(tl.constexpr, (H // K, D, max(16, triton.next_power_of_2(D)), M, N))
+    compiled = map(tl.constexpr, (H // K, D, max(16, triton.next_power_of_2(D)), 0, 0))
     S = Sizes(B, K, T, P, math.log2(math.e) / math.sqrt(D), window, lengths, *compiled)
-    grid = (triton.cdiv(T * H // K, M) * B * K,)
-    options = {"num_warps": 8 if D > 64 else 4, "num_stages": 2}  # 256 or 128 threads a program
-    return prefix, text._replace(first=P, N=T), S, grid, options
+    return prefix, text._replace(first=P, N=T), S
+
+
+def tiled(kernel: str, dtype: torch.dtype, S: Sizes, keys: int):
+    """Sizes with the tiles of a kernel that visits so many keys, the number of programs for
+    queries, and options of Triton."""
+    M, N, stages = FLOAT32 if dtype == torch.float32 else TILES[kernel]
+    if S.D.value > 128:
+        N = N // 2
+    M, N = (
+        min(x, max(16, triton.next_power_of_2(n))) for x, n in ((M, S.T * S.G.value), (N, keys))
+    )
+    S = S._replace(BLOCK_M=tl.constexpr(M), BLOCK_N=tl.constexpr(N))
+    grid = (triton.cdiv(S.T * S.G.value, M) * S.B * S.K,)
+    return S, grid, {"num_warps": 4, "num_stages": stages}
 
 
 class FusedAttention(torch.autograd.Function):
@@ -281,8 +321,9 @@ class FusedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, prefix_k, prefix_v, lengths, window):
         """q (B, H, T, D), k and v (B, K, T, D), prefix (1 | B, K, P, D), lengths (B,) or None."""
         given = q, k, v, prefix_k, prefix_v, lengths
-        prefix, text, S, grid, options = kernel_inputs(*given, window, backward=False)
+        prefix, text, sizes = kernel_inputs(*given, window)
         B, H, T, D = q.shape
+        S, grid, options = tiled("forward", q.dtype, sizes, max(prefix.N, T))
         o = q.new_empty(B, T, H, D).transpose(1, 2)  # the layout that o_proj reads
         lse = q.new_empty(B, S.K, T * H // S.K, dtype=torch.float32)
         forward_kernel[grid](strided(q), prefix, text, strided(o), lse, S, **options)
@@ -296,7 +337,8 @@ class FusedAttention(torch.autograd.Function):
         """do (B, H, T, D) -> the gradients of q, k, v and the prefix."""
         *given, o, lse = ctx.saved_tensors
         q, k, v, prefix_k, prefix_v, _ = given
-        prefix, text, S, grid, options = kernel_inputs(*given, ctx.window, backward=True)
+        prefix, text, sizes = kernel_inputs(*given, ctx.window)
+        S, grid, options = tiled("backward_q", q.dtype, sizes, max(prefix.N, text.N))
         do = do if do.stride(3) == 1 else do.contiguous()
         dq, delta = torch.empty_like(q), torch.empty_like(lse)
         tensors = strided(q), prefix, text, strided(o), strided(do), lse, delta, strided(dq)
@@ -305,6 +347,7 @@ class FusedAttention(torch.autograd.Function):
         def kv_gradients(source: Source, k: Tensor, v: Tensor, needed):
             if not any(needed):
                 return None, None
+            S, _, options = tiled("backward_kv", q.dtype, sizes, source.N)
             tiles, parts, dtype = triton.cdiv(source.N, S.BLOCK_N.value) * S.K, S.B, k.dtype
             if len(k) < S.B:  # shared: divide the batch only as far as the GPU needs programs
                 parts, dtype = min(S.B, triton.cdiv(PROGRAMS, max(1, tiles))), torch.float32

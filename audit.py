@@ -17,15 +17,12 @@ Each command asks the questions in the run's predictions.jsonl again. Scores are
 """
 
 import argparse
-import json
 import math
-import os
 import sys
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
-from show import Parser, only_shows, run_program, show
+from show import Parser, only_shows, picture, run_program, show
 
 import numpy as np
 
@@ -34,9 +31,8 @@ import data
 import eval as metrics
 import recurse
 import world
-from checkpoints import atomic_write, write_json
+from checkpoints import write_json, write_lines
 from handover import hand_over, holders, intervene, nearest, read_bridges, same, two_hop
-from pause import without_pause
 from questions import prepare
 from runs import load_run, read_predictions
 
@@ -137,10 +133,8 @@ def hard_command(args: argparse.Namespace) -> dict:
         model, ids, args.samples, prefix, tokenizer, new, stops, seed=args.seed
     )
     hard = hard_subset(examples, ranked)
-    with atomic_write(Path(args.out)) as unfinished, open(unfinished, "w") as file:
-        for e in hard:
-            line = {"id": e.id, "task": e.task, "input": e.input, "target": e.target}
-            file.write(json.dumps(line | {"answers": list(e.answers)}) + "\n")
+    keys = ("id", "task", "input", "target", "answers")
+    write_lines(args.out, [{key: getattr(e, key) for key in keys} for e in hard])
     rows = scores_on(hard, args.runs)
     show(f"{args.out}: {len(hard)} of {len(examples)} questions have no right answer")
     show(f"among {args.samples} samples of {args.run}")
@@ -204,7 +198,7 @@ def passes_command(args: argparse.Namespace) -> dict:
     out = new_folder(args.out)
     asked, examples, rows, _ = ask_again(args)
     recurse.check_stack(asked[0])
-    stack, tokenizer, ids = without_pause(asked[0]), *asked[1:3]
+    stack, tokenizer, ids = asked[:3]
     beside = [(folder, *scores_on(examples, [folder])) for folder in args.runs]
     pairs = recurse.first_pass(*asked)
     answers, confidence = [a for a, _ in pairs], [logprob for _, logprob in pairs]
@@ -261,7 +255,7 @@ def bridge_rates(read: list[dict], alone: list[str], answers: list[dict]) -> lis
     rows, counts = [rate("the LM alone answers with the bridge", matches)], holders(read)
     paused = len(counts) > 1
     for i, count in enumerate(counts):
-        if i > 0 and count == 0:  # most positions of a long pause hold nothing
+        if i > 0 and count == 0:  # most positions of long filler hold nothing
             continue
         where = f", position {i}" if paused else ""
         first, given = ([q[key][i] == q["token"] for q in read] for key in ("first", "given"))
@@ -289,7 +283,7 @@ def bridge_command(args: argparse.Namespace) -> dict:
     """Audit the two-hop questions of a neural recursion. Returns {"rates", "held", "questions"}.
 
     held: how many questions' bridges each position holds. Position 0 is the question's last one,
-    and the others are those of the pause.
+    and the others are those of the filler.
     """
     out = new_folder(args.out)
     asked, examples, _, record = ask_again(args)
@@ -328,21 +322,6 @@ def bridge_command(args: argparse.Namespace) -> dict:
 # ------------------------------------------------------------------------------------ pictures
 
 
-@contextmanager
-def picture(path: Path, width: float, height: float):
-    """A context with a matplotlib figure, which needs no display and is written at the end."""
-    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's may be missing here
-    try:
-        from matplotlib.figure import Figure
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
-    figure = Figure(figsize=(width, height), layout="constrained")
-    yield figure
-    with atomic_write(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=110)
-
-
 def draw_passes(figure, result: dict) -> None:
     """Draw the curve, over the average passes and over the operations."""
     curve = result["curve"]
@@ -364,9 +343,6 @@ def draw_bridge(figure, model, tokenizer, ids: list[int], bridge: str, rates: li
     h, given = hand_over(model, ids)
     columns = [ids, model.logits(h).argmax(-1).tolist(), nearest(model.lm, given)]
     cells = [[repr(tokenizer.decode([t])) for t in row] for row in zip(*columns)]
-    for row, token in zip(cells, ids):
-        if token in getattr(model, "pause_ids", []):
-            row[0] = "a trained vector"
     left, right = figure.subplots(1, 2)
     left.axis("off")
     names = ["token", "first pass reads", "nearest to the Connector"]

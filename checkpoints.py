@@ -197,7 +197,7 @@ def tensor_files(folder: str | Path) -> dict[str, Path]:
     """Return {tensor name: its file} for model.safetensors, or for the shards that its index names.
 
     FileNotFoundError or ValueError if there are no weights or only pickled ones, if a file is
-    corrupt, or if a shard is missing, outside the folder or without its tensors; it names the file.
+    corrupt, or if a shard is missing or without its tensors; it names the file.
     """
     folder = Path(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
@@ -209,9 +209,6 @@ def tensor_files(folder: str | Path) -> dict[str, Path]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: not a safetensors index ({error!r})") from None
     for path in dict.fromkeys(files.values()):
-        # The file itself may be a link to another folder: the hub's cache has such links.
-        if path.parent.resolve() != folder.resolve():
-            raise ValueError(f"{index}: names {path}, which lies outside the folder")
         if not path.is_file():
             raise FileNotFoundError(f"{index}: names {path.name}, which is missing")
         lacking = {name for name in files if files[name] == path} - set(read_tensors(path))
@@ -297,6 +294,13 @@ def write_json(path: str | Path, value: dict) -> None:
     """Write an object as a JSON file."""
     with atomic_write(path) as unfinished:
         unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def write_lines(path: str | Path, records: list[dict]) -> None:
+    """Write objects as JSON lines."""
+    with atomic_write(path) as unfinished:
+        lines = [json.dumps(record) + "\n" for record in records]
+        unfinished.write_text("".join(lines), encoding="utf-8")
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
@@ -386,9 +390,9 @@ def hub_reason(error: Exception, name: str, revision: str) -> str:
     """Return in one line why a download from the hub failed."""
     from huggingface_hub import errors
 
+    gated = f"it is gated: accept its terms at huggingface.co/{name}, then log in (hf auth login)"
     reasons = {  # in this order: a gated repository counts as a missing one too
-        "GatedRepoError": f"it is gated: accept its terms at huggingface.co/{name}, then log in "
-        "(hf auth login)",
+        "GatedRepoError": gated,
         "RepositoryNotFoundError": "the hub has no such repository, or it is private: log in",
         "RevisionNotFoundError": f"it has no revision {revision!r}",
         "LocalEntryNotFoundError": "the hub does not answer, and the local cache does not have it",
@@ -488,11 +492,8 @@ def gpt2_tokenizer(path: Path) -> Tokenizer:
         add([token])
     if settings.get("add_bos_token"):
         bos = special["bos_token"]
-        tokenizer.post_processor = TemplateProcessing(
-            single=f"{bos} $A",
-            pair=f"{bos} $A {bos} $B",
-            special_tokens=[(bos, tokenizer.token_to_id(bos))],
-        )
+        tokens = [(bos, tokenizer.token_to_id(bos))]
+        tokenizer.post_processor = TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", tokens)
     return tokenizer
 
 

@@ -11,26 +11,12 @@ Needs runs.py.
 """
 
 import argparse
-import math
+
+from show import COUNT, SEED, number_type
 
 import torch
 
 from runs import Run, find, names_file
-
-
-def number_type(kind: type, low: float, high: float = math.inf):
-    """An argparse type: a finite number from `low` to `high`, both included."""
-
-    def convert(text: str):
-        value = kind(text)
-        if low <= value <= high and value < math.inf:
-            return value
-        if high < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        raise argparse.ArgumentTypeError(f"{text} is not a number from {low} up")
-
-    convert.__name__ = kind.__name__  # argparse puts it into its messages
-    return convert
 
 
 def add_flags(parser, title: str, *rows):
@@ -44,8 +30,6 @@ def add_flags(parser, title: str, *rows):
     return group
 
 
-COUNT = number_type(int, 1)
-SEED = number_type(int, 0, 2**63 - 1)
 MODEL = ("--model", str, None, "checkpoint folder or hub id; the embedded LM if not given")
 TOKENIZER = ("--tokenizer", str, None, "tokenizer.json or its folder, if not the model's own")
 ATTENTION = ("--attention", ["plain", "fused"], "plain", "fused: attention.py, needs CUDA, triton")
@@ -55,9 +39,8 @@ WORLD = ("--world-seed", int, 1, "another seed, another world; the embedded LM k
 PROMPT = ("--prompt-length", COUNT, 20, "P of a prompt (papers: 100 to 400)")
 PASSES = ("--passes", number_type(int, 2), 2, "passes of a neural recursion (paper: 2)")
 CONNECTORS = ("--connectors", ["shared", "each"], "shared", "one for all gaps, or one in each gap")
-PAUSE = ("--pause", number_type(int, 0), 0, "k, filler positions after every question")
-filler = "text repeated k times (\\n: a newline), or `trained` for k trained vectors"
-PAUSE_TEXT = ("--pause-text", str, r"\nA:", filler)
+PAUSE = ("--pause", number_type(int, 0), 0, "k, how often --pause-text follows every question")
+PAUSE_TEXT = ("--pause-text", str, r"\nA:", "what --pause repeats (\\n: a newline)")
 CONNECTOR = ("--connector-layers", COUNT, 2, "layers of a Connector (paper: 1 and 2)")
 
 
@@ -159,6 +142,7 @@ def add_training_flags(parser) -> None:
 def add_open_book_flags(parser) -> None:
     """What a reader reads, how its passages are found and sorted, and how encoders learn."""
     whole, pools = number_type(int, 0), ["cls", "mean"]
+    rate = "reader: of re-rankers (paper: 1e-5); if not given 2e-3, with --encoder 5e-5"
     add_flags(
         parser,
         "open book: retriever, reranker, reader",
@@ -169,7 +153,7 @@ def add_open_book_flags(parser) -> None:
         ("--top", whole, 100, "passages found for a question (paper: 100); 0: closed book"),
         ("--reranker", str, None, "reader: a trained cross-encoder; if not given, it trains them"),
         ("--encoder-steps", COUNT, 1500, "reader: steps of each re-ranker (paper: 30,000)"),
-        ("--encoder-lr", number_type(float, 0), 3e-4, "reader: of re-rankers (paper: 1e-5)"),
+        ("--encoder-lr", number_type(float, 0), None, rate),
         ("--encoder-len", number_type(int, 8), 256, "tokens an encoder reads (DPR: 256, 350)"),
         ("--group-size", number_type(int, 2), 8, "M, passages of a question (paper: 24)"),
         ("--hard-negatives", whole, 1, "retriever: in a batch for each question (DPR: 1)"),

@@ -2,7 +2,7 @@
 
     corpus = token_file("text.jsonl", tokenizer, vocab_size, "runs/tokens")
 
-The text is read, tokenised and written in parts of 256 documents, so 1 GB of it takes no more
+The text is read, tokenised and written in parts of 64 documents, so 1 GB of it takes no more
 memory than 1 MB. (A document must fit in memory a few dozen times.) The file's name is a hash of
 the text, the tokenizer and the vocabulary: the next run that reads the same finds it. Delete the
 folder to have its space back.
@@ -82,6 +82,14 @@ def write_tokens(path, tokenizer, vocab_size, tokens: Path, starts: Path, dtype)
     finally:
         with suppress(OSError):  # a refused text leaves no empty folder
             tokens.parent.rmdir()
+
+
+def split(corpus: data.Corpus, count: int) -> tuple[data.Corpus, data.Corpus]:
+    """All documents but the last `count`, and these. The tokens are not copied."""
+    cut = len(corpus.starts) - 1 - count
+    middle = corpus.starts[cut]
+    last = data.Corpus(corpus.tokens[middle:], corpus.starts[cut:] - middle)
+    return data.Corpus(corpus.tokens[:middle], corpus.starts[: cut + 1]), last
 
 
 def hash_tokens(corpora: Iterable[data.Corpus]) -> str:

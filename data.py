@@ -71,6 +71,17 @@ def question_text(question: str) -> str:
     return f"Q: {question.strip().rstrip('?').rstrip()}?\nA:"
 
 
+def bare_question(text: str) -> str:
+    """A question as it is searched for: with one "?", whether or not it is in that format."""
+    bare = text.removeprefix("Q: ").removesuffix("\nA:")
+    return question_text(bare).removeprefix("Q: ").removesuffix("\nA:")
+
+
+def filler(count: int, text: str) -> str:
+    """What --pause and --pause-text put behind every question. \\n in `text` is a newline."""
+    return text.replace("\\n", "\n") * count
+
+
 def read(path: str | Path) -> list[Example]:
     """Read a JSONL file of examples.
 
@@ -169,8 +180,7 @@ def _is_text(value) -> bool:
 
 
 def read_texts(path: str | Path) -> Iterator[str]:
-    """Yield the documents of a .txt file (with blank lines between them) or of a JSONL file, one at
-    a time, so that a file may be larger than memory.
+    """Yield the documents of a .txt file (between blank lines) or of a JSONL file, one at a time.
 
     If the first line of a JSONL file is an example, all must be, and a document is the input, a
     space and the target. FileNotFoundError if there is no such file, ValueError if it has no text.
@@ -200,11 +210,10 @@ def _json_texts(path: str | Path) -> Iterator[str]:
         plain = "text" in record if plain is None else plain
         if not plain:
             example = parse_record(record, source)
-            yield f"{example.input} {example.target}"
-        elif _is_text(record.get("text")):
-            yield record["text"]
-        else:
+            record = {"text": f"{example.input} {example.target}"}
+        if not _is_text(record.get("text")):
             raise ValueError(f"{source}: the key text holds no text")
+        yield record["text"]
 
 
 def decode_utf8(content: bytes, path: str | Path) -> str:
@@ -428,25 +437,16 @@ class Corpus:
     tokens: np.ndarray
     starts: np.ndarray  # (documents + 1,)
 
-    def split(self, count: int) -> "tuple[Corpus, Corpus]":
-        """All documents but the last `count`, and these. The tokens are not copied."""
-        cut = len(self.starts) - 1 - count
-        middle = self.starts[cut]
-        held_out = Corpus(self.tokens[middle:], self.starts[cut:] - middle)
-        return Corpus(self.tokens[:middle], self.starts[: cut + 1]), held_out
-
 
 def encode_texts(texts: Iterable[str], tokenizer: Tokenizer, vocab_size=None) -> Corpus:
     """Tokenise documents, with the special tokens that the tokenizer adds (usually a BOS).
     ValueError if a token is outside the LM's vocabulary of `vocab_size`."""
-    parts, lengths = [np.empty(0, np.int32)], [0]
-    for tokens, counts in encode_parts(texts, tokenizer, vocab_size):
-        parts.append(tokens)
-        lengths += counts
-    return Corpus(np.concatenate(parts), np.cumsum(lengths))
+    parts = list(encode_parts(texts, tokenizer, vocab_size))
+    tokens = np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in parts)])
+    return Corpus(tokens, np.cumsum([0, *chain(*(lengths for _, lengths in parts))]))
 
 
-def encode_parts(texts: Iterable[str], tokenizer: Tokenizer, vocab_size=None, count: int = 256):
+def encode_parts(texts: Iterable[str], tokenizer: Tokenizer, vocab_size=None, count: int = 64):
     """Tokenise `count` documents at a time: tokenizers need a hundred bytes for each letter. Yields
     the tokens of these documents, end to end, as an array, and a list of their lengths."""
     texts = iter(texts)

@@ -27,7 +27,6 @@ import re
 import string
 import sys
 import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -373,7 +372,7 @@ def ask_command(args: argparse.Namespace) -> list[str]:
 
 def score_command(args: argparse.Namespace) -> dict:
     """Answer a file of examples; print and return the summary of the scores."""
-    from show import show
+    from show import show, show_result
 
     import data
     import questions
@@ -395,18 +394,8 @@ def score_command(args: argparse.Namespace) -> dict:
         shown = f"{one_line(record['input'])[-200:]} {one_line(record['prediction'])}"
         answers = one_line(", ".join(record["answers"]))
         show(f"{shown}   (accepted: {answers})", result=not args.out)
-    show_scores(result, asked=not args.out)
+    show_result("score", result, asked=not args.out)
     return result
-
-
-def show_scores(result: dict, asked: bool = False) -> None:
-    """Print EM and F1 of all examples and of each task. asked: they are what the user asked for."""
-    from show import show
-
-    for task, row in [("all", result), *result["tasks"].items()]:
-        if task:
-            line = f"{task:20} EM {100 * row['em']:5.1f}   F1 {100 * row['f1']:5.1f}"
-            show(f"{line}   ({row['n']} examples)", result=asked)
 
 
 def one_line(text: str) -> str:
@@ -414,35 +403,9 @@ def one_line(text: str) -> str:
     return " ".join(line.strip() for line in text.expandtabs(1).splitlines())
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors, and its sub-commands' errors, are one line without the usage."""
+def _parser() -> argparse.ArgumentParser:
+    from show import COUNT, SEED, Parser  # before torch
 
-    def error(self, message: str):
-        self.exit(2, re.sub("(?s)(.{300}).{9,}(.{200})", r"\1 ... \2", f"{self.prog}: {message}\n"))
-
-
-def _count(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not 0 <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {2**63 - 1}")
-    return int(text)
-
-
-_count.__name__ = _seed.__name__ = "int"  # argparse puts it into its messages
-
-
-def _utf8(text: str) -> str:
-    if text != text.encode("utf-8", "replace").decode("utf-8"):  # other bytes are surrogates here
-        raise argparse.ArgumentTypeError(f"{ascii(text)} is not UTF-8 text")
-    return text
-
-
-def _parser() -> Parser:
     from prompts import add_commands  # the flags of mixed, explain and templates
 
     parser = Parser(prog="eval.py", description="Compare runs, and use what they trained.")
@@ -452,13 +415,13 @@ def _parser() -> Parser:
     command.set_defaults(function=lambda a: compare(a.run_a, a.run_b, a.iters, a.seed))
     command.add_argument("run_a", help="run folder of system a, or --out of score")
     command.add_argument("run_b", help="run folder of system b, or --out of score")
-    command.add_argument("--iters", type=_count, default=10_000, help="resamples (default 10000)")
-    command.add_argument("--seed", type=_seed, default=0, help="of the resampling (default 0)")
+    command.add_argument("--iters", type=COUNT, default=10_000, help="resamples")
+    command.add_argument("--seed", type=SEED, default=0, help="of the resampling")
 
     command = commands.add_parser("ask", help="answer questions with a run or the bare LM")
     command.set_defaults(function=ask_command)
     questions = "each in quotation marks; used as it is if the run was trained on inputs"
-    command.add_argument("question", nargs="*", type=_utf8, help=questions)
+    command.add_argument("question", nargs="*", help=questions)
     file = "a file of questions, one a line, or JSONL of examples, whose answers are not needed"
     command.add_argument("--input", help=file)
     _add_answer_flags(command)
@@ -466,50 +429,43 @@ def _parser() -> Parser:
     command = commands.add_parser("score", help="score a run or the bare LM on a file of examples")
     command.set_defaults(function=score_command)
     command.add_argument("file", help="examples; of options, the likeliest is the answer")
-    command.add_argument("--limit", type=_count, help="score that many, sampled with --seed")
+    command.add_argument("--limit", type=COUNT, help="score that many, sampled with --seed")
     command.add_argument("--out", help="folder for predictions.jsonl and score.json")
     _add_answer_flags(command)
-    add_commands(commands, _count, _utf8)
+    add_commands(commands)
     return parser
 
 
 def _add_answer_flags(command: argparse.ArgumentParser) -> None:
     """The flags of both commands that answer: the model, and what stands around a question."""
+    from show import COUNT, SEED
+
     command.add_argument("--run", help="run folder; the bare LM if not given")
     model = "the LM's checkpoint, if a run's has moved; the embedded LM if neither is given"
     command.add_argument("--model", help=model)
     stop = "text that ends an answer, '' for none; if not given, the run's, a newline for questions"
-    command.add_argument("--stop", type=_utf8, help=stop)
-    command.add_argument("--shots", type=_count, help="examples that stand before every question")
+    command.add_argument("--stop", help=stop)
+    command.add_argument("--shots", type=COUNT, help="examples that stand before every question")
     command.add_argument("--shots-from", help="the file that they are sampled from")
-    command.add_argument("--seed", type=_seed, default=0, help="of samples of examples (default 0)")
+    command.add_argument("--seed", type=SEED, default=0, help="of samples of examples")
     new = "tokens of an answer; if not given, as many as the run's, or 16"
-    command.add_argument("--max-new-tokens", type=_count, help=new)
+    command.add_argument("--max-new-tokens", type=COUNT, help=new)
     rank = "of an answer choice's log-probabilities; if not given, the run's, or sum"
     command.add_argument("--rank-by", choices=["sum", "mean"], help=rank)
-    budget = "tokens in a batch, options included (default 8192)"
-    command.add_argument("--eval-tokens", type=_count, default=8192, help=budget)
+    budget = "tokens in a batch, options included"
+    command.add_argument("--eval-tokens", type=COUNT, default=8192, help=budget)
     one = "neural_recursion: one pass answers if its log-probability is at least this"
     command.add_argument("--threshold", type=float, help=one)
 
 
 def main(argv: list[str] | None = None):
     """Run a command and return its result. Bad input ends with one line and exit status 2."""
+    from show import run_program
+
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     args.argv = argv
-    from show import show
-
-    def show_warning(message, *_, **__):
-        show(f"eval.py {args.command}: {message}", "stderr")
-
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show_warning  # without the file and line that raised it
-            return args.function(args)
-    except (ValueError, OSError) as error:
-        show(f"eval.py {args.command}: {' '.join(str(error).splitlines())}", "stderr")
-        sys.exit(2)
+    return run_program(f"eval.py {args.command}", lambda: args.function(args))
 
 
 if __name__ == "__main__":

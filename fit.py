@@ -8,7 +8,6 @@ so it knows no method and no data file. train.py and pretrain.py call it.
 """
 
 import math
-import os
 import signal
 import sys
 import time
@@ -17,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 
-from show import only_shows, show
+from show import only_shows, picture, show
 
 import torch
 import torch.nn as nn
@@ -26,7 +25,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
-from checkpoints import atomic_write
 from data import IGNORE_INDEX, Batch
 from runs import Run, State
 
@@ -60,25 +58,13 @@ class Recipe:
 class Adafactor(torch.optim.Optimizer):
     """Adafactor (Shazeer & Stern 2018) as the prompt-tuning papers use it.
 
-    By default the learning rate is absolute and the second moment is kept in full; torch's own
-    Adafactor can do neither. `scale_parameter` multiplies the rate by the parameter's root mean
-    square, and `factored` keeps only row and column means of the second moment. At step t, beta2
-    is 1 - t ** decay. An update is scaled down if its own root mean square exceeds `clip`.
+    The learning rate is absolute and the second moment is kept in full. (torch's own Adafactor can
+    do neither.) At step t, beta2 is 1 - t ** decay. An update is scaled down if its own root mean
+    square exceeds `clip`.
     """
 
-    def __init__(
-        self,
-        params,
-        lr: float,
-        decay: float = -0.8,
-        clip: float = 1.0,
-        weight_decay: float = 0.0,
-        factored: bool = False,
-        scale_parameter: bool = False,
-    ):
-        defaults = {"lr": lr, "decay": decay, "clip": clip, "weight_decay": weight_decay}
-        defaults |= {"factored": factored, "scale_parameter": scale_parameter}
-        super().__init__(params, defaults)
+    def __init__(self, params, lr: float, decay=-0.8, clip: float = 1.0, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, decay=decay, clip=clip, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -90,30 +76,16 @@ class Adafactor(torch.optim.Optimizer):
 
     def update(self, p: Tensor, g: Tensor, state: dict, group: dict) -> None:
         """Update one parameter from its gradient `g`."""
-        factored = group["factored"] and p.dim() >= 2
         if not state:
             state["step"] = torch.zeros(())
-            if factored:
-                state["row"] = g.new_zeros(g.shape[:-1])
-                state["column"] = g.new_zeros(g.shape[:-2] + g.shape[-1:])
-            else:
-                state["square"] = torch.zeros_like(g)
+            state["square"] = torch.zeros_like(g)
         state["step"] += 1
         beta2 = 1 - state["step"].item() ** group["decay"]
         square = g.square() + 1e-30
-        if factored:  # second moment: row means times column means, over the mean of the rows
-            row = state["row"].lerp_(square.mean(-1), 1 - beta2)
-            column = state["column"].lerp_(square.mean(-2), 1 - beta2)
-            row_factor = (row / row.mean(-1, keepdim=True)).rsqrt()[..., None]
-            update = g * row_factor * column.rsqrt()[..., None, :]
-        else:
-            update = g * state["square"].lerp_(square, 1 - beta2).rsqrt()
+        update = g * state["square"].lerp_(square, 1 - beta2).rsqrt()
         update /= (update.square().mean().sqrt() / group["clip"]).clamp(min=1)
-        scale = 1.0
-        if group["scale_parameter"]:
-            scale = p.float().square().mean().sqrt().clamp(min=1e-3)
-        p.mul_(1 - group["lr"] * scale * group["weight_decay"])
-        p.sub_(update.to(p.dtype), alpha=float(group["lr"] * scale))
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.sub_(update.to(p.dtype), alpha=group["lr"])
 
 
 class Muon:
@@ -432,24 +404,15 @@ def progress(steps: int, first: int):
 
 def draw_curve(run: Run, history: list[dict]) -> None:
     """Write curve.png: loss and dev score against steps."""
-    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's may be missing here; none is needed
-    try:
-        from matplotlib.figure import Figure
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
     losses = [(r["step"], r["loss"]) for r in history if r.get("loss") is not None]
     scores = [(r["step"], r["score"]) for r in history if r.get("score") is not None]
-    figure = Figure(figsize=(7, 4))
-    left = figure.subplots()
-    left.plot(*zip(*losses), color="tab:gray")
-    left.set(xlabel="step", ylabel="loss (nats a token)")
     name = run.folder.name.encode("utf-8", "backslashreplace").decode()
-    left.set_title(f"{run.arguments['method']}: {name}", parse_math=False)  # $ is no formula
-    if scores:
-        right = left.twinx()
-        right.plot(*zip(*scores), color="tab:blue", marker="o")
-        right.set_ylabel("dev score", color="tab:blue")
-    figure.tight_layout()
-    with atomic_write(run.folder / "curve.png") as path:
-        figure.savefig(path, format="png", dpi=110)
+    with picture(run.folder / "curve.png", 7, 4) as figure:
+        left = figure.subplots()
+        left.plot(*zip(*losses), color="tab:gray")
+        left.set(xlabel="step", ylabel="loss (nats a token)")
+        left.set_title(f"{run.arguments['method']}: {name}", parse_math=False)  # $ is no formula
+        if scores:
+            right = left.twinx()
+            right.plot(*zip(*scores), color="tab:blue", marker="o")
+            right.set_ylabel("dev score", color="tab:blue")

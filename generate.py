@@ -8,7 +8,6 @@ prefix has the methods of model.Prefix: rows, row_lengths, select, preallocate a
     generate           prefill, then one token per step; finished rows leave the batch
     sample_answers     n samples of each question; samples that agree so far are one row
     option_scores      log-probabilities of answer choices; each question is read once
-    vote               the answer that most of several prompts give
     predict            answers: texts, or choices among options; in batches within a memory budget
 
 Needs torch, and only its command line needs other files of the project. Dimensions as in model.py.
@@ -22,7 +21,6 @@ if __name__ == "__main__":
     import show  # before torch: it sets how threads wait
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -178,7 +176,7 @@ def generate(
     A question is read once, however many samples are drawn. Memory: the cache has 2 * K * D values
     per row, layer (of every part of a Stack) and position; the positions are the prefix's, the
     longest question's and max_new_tokens. The peak is twice that, because old and new cache exist
-    together when it is preallocated and when finished rows are removed. A prefix that the caller
+    together when it is one_each and when finished rows are removed. A prefix that the caller
     keeps comes on top.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, n)
@@ -186,8 +184,8 @@ def generate(
     device, R = token.device, len(ids) * n
     eos_ids = torch.tensor(as_list(eos), dtype=torch.long, device=device)
     rows = torch.arange(len(ids), device=device).repeat_interleave(n)
-    preallocated = n == 1 and cache is not None
-    if preallocated:
+    one_each = n == 1 and cache is not None  # every question has its own row already
+    if one_each:
         cache = cache.preallocate(rows, max_new_tokens)
     active = torch.arange(R, device=device)  # row i of the batch writes sample active[i]
     new_tokens = torch.full((R, max_new_tokens), -1, device=device)  # -1: not written
@@ -195,7 +193,7 @@ def generate(
     for step in range(max_new_tokens):
         h, cache = lm(lm.embed(token), cache, keep=True)
         logits = lm.logits(h[:, -1])
-        if step == 0 and not preallocated:  # until here n samples of a question share one row
+        if step == 0 and not one_each:  # until here n samples of a question share one row
             logits, cache = logits[rows], cache.preallocate(rows, max_new_tokens - 1)
         token = sample_next_token(logits, temperature, top_k, top_p, generator)[:, None]
         new_tokens[active, step] = token[:, 0]
@@ -358,7 +356,7 @@ def predict(
     ids. If it is not empty, the answer is the index of the choice with the highest sum of
     log-probabilities (as T0 ranks answers), or with `mean` the highest mean over its tokens.
 
-    With `logprobs` it returns pairs (answer, its log-probability, with the tokens that end a text).
+    With `logprobs` it returns pairs (answer, log-probability). The end token of a text counts.
 
     A batch has at most batch_size rows and max_tokens positions: rows times (prefix + longest
     question + its new tokens). Every option is a row.
@@ -373,45 +371,29 @@ def predict(
     lengths = prefix_lengths(prefix, len(ids))
     widths = [P + len(row) + new for P, row, new in zip(lengths, ids, max_new)]
     rows = [max(1, len(choices)) for choices in options]
-    by_length = sorted(range(len(ids)), key=lambda b: widths[b])
+    groups = {}  # (whether there are options, or else the stop): questions, the shortest first
+    for b in sorted(range(len(ids)), key=lambda b: widths[b]):
+        groups.setdefault((bool(options[b]), "" if options[b] else stops[b]), []).append(b)
     answers: list = [("", 0.0)] * len(ids)
-
-    def prefix_of(batch: list[int]):
-        return [prefix[b] for b in batch] if isinstance(prefix, list) else prefix
-
-    for stop in dict.fromkeys(stops):
-        group = [b for b in by_length if not options[b] and stops[b] == stop]
+    for (chooses, stop), group in groups.items():
         for batch in batches(group, rows, widths, batch_size, max_tokens):
             prompts = [ids[b] for b in batch]
-            before = prefix_of(batch)
-            texts = continue_texts(lm, tokenizer, prompts, before, max_new_tokens, stop)
-            for b, text in zip(batch, texts):
-                answers[b] = text
-    group = [b for b in by_length if options[b]]
-    for batch in batches(group, rows, widths, batch_size, max_tokens):
-        prompts, choices = [ids[b] for b in batch], [options[b] for b in batch]
-        longest = max(widths[b] for b in batch)  # one question's options may exceed the budget
-        max_rows = max(1, min(batch_size, max_tokens // longest))
-        scores = option_scores(lm, prompts, choices, prefix_of(batch), mean, max_rows)
-        for b, row in zip(batch, scores):
-            answers[b] = row.argmax().item(), row.max().item()
+            before = [prefix[b] for b in batch] if isinstance(prefix, list) else prefix
+            if chooses:  # one question's options may exceed the budget
+                max_rows = max(1, min(batch_size, max_tokens // max(widths[b] for b in batch)))
+                choices = [options[b] for b in batch]
+                found = choose(lm, prompts, before, choices, mean, max_rows)
+            else:
+                found = continue_texts(lm, tokenizer, prompts, before, max_new_tokens, stop)
+            for b, answer in zip(batch, found):
+                answers[b] = answer
     return answers if logprobs else [answer for answer, _ in answers]
 
 
-def vote(
-    lm, tokenizer, ids, prefixes: list, max_new_tokens=16, options=None, stops=None, **limits
-) -> list[str | int]:
-    """Answers B questions with several prompts of one task: the most frequent answer of each.
-
-    Lester et al. (2021, section 6) ensemble prompts in this way, in one batch. If answers are
-    equally frequent, the one of the earliest prompt wins. The arguments are those of `predict`.
-    """
-    B, N = len(ids), len(prefixes)
-    each = [prefix for prefix in prefixes for _ in ids]
-    options, stops = ((part or [None] * B) * N for part in (options, stops))
-    options, stops = [o or [] for o in options], [s or "" for s in stops]
-    answers = predict(lm, tokenizer, ids * N, each, max_new_tokens, options, stops, **limits)
-    return [Counter(answers[b::B]).most_common(1)[0][0] for b in range(B)]
+def choose(lm, ids, prefix, options, mean: bool, max_rows: int) -> list[tuple[int, float]]:
+    """The index of the likeliest option of each question, and its log-probability."""
+    scores = option_scores(lm, ids, options, prefix, mean, max_rows)
+    return [(row.argmax().item(), row.max().item()) for row in scores]
 
 
 def continue_texts(lm, tokenizer, ids, prefix, max_new_tokens: int, stop: str) -> list:
@@ -434,7 +416,7 @@ def continue_texts(lm, tokenizer, ids, prefix, max_new_tokens: int, stop: str) -
 def find_stop(text: str, stop: str) -> int | None:
     """Where `stop` begins in an answer, or None. Spaces before the answer are no stop."""
     spaces = len(text) - len(text.lstrip(" "))
-    # A stop such as " Q:" may begin with these spaces, but it must reach beyond them.
+    # A stop may begin with a space, so it may overlap these spaces by all but its last letter.
     index = text.find(stop, max(0, spaces - len(stop) + 1)) if stop else -1
     return None if index < 0 else index
 
@@ -462,7 +444,7 @@ def batches(order: list[int], rows, widths, max_rows: int, max_tokens: int) -> I
 
 def main(argv: list[str] | None = None) -> dict:
     """Continues one text. Returns {"ids": the new tokens, "nats": the text's loss per token}."""
-    from show import Parser, show
+    from show import SEED, Parser, show
 
     parser = Parser(
         prog="generate.py",
@@ -472,10 +454,8 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("text")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     args = parser.parse_args(argv)
-    if not 0 <= args.seed < 2**63:
-        parser.error(f"argument --seed: {args.seed} is not between 0 and {2**63 - 1}")
 
     from checkpoints import load_tokenizer
     from model import LM

@@ -28,10 +28,9 @@ from collections.abc import Iterable, Iterator
 
 from world import (
     ASSETS,
-    DRAWS,
+    MAX_DRAWS,
     RELATIONS,
     SPLITS,
-    SUBJECT_FIELDS,
     TRAIN_WORDINGS,
     WORDS,
     World,
@@ -42,12 +41,7 @@ from world import (
     render,
 )
 
-FACT_FIELDS = {relation for relations in RELATIONS.values() for relation in relations}
-SCENE_FIELDS = {"a", "b", "x", "y", "X", "Y", "p", "day", "season", "food", "ware"}
-OTHER_FIELDS = {"city", "company", "person", "a_worker", "o", "an_o", "claim", "first", "second"}
-TEXTS = read_sections(
-    ASSETS / "genres.txt", SUBJECT_FIELDS | FACT_FIELDS | SCENE_FIELDS | OTHER_FIELDS
-)
+TEXTS = read_sections(ASSETS / "genres.txt")
 TOPICS = {  # of news, and what each is about
     "politics": "city",
     "business": "company",
@@ -327,11 +321,11 @@ def strangers(world: World, purpose: str, rng: random.Random, times: int = 6) ->
     """Casts of small worlds, each world for `times` texts and then never again.
 
     `purpose` seeds them. No person, city or company there has a name of `world`, and no person has
-    the name of an earlier stranger. ValueError if `DRAWS` small worlds in a row have such a name.
+    the name of an earlier stranger. ValueError if `MAX_DRAWS` worlds in a row have such a name.
     """
     seen, last = set(), 0  # the last world whose names were new
     for number in itertools.count():
-        if number - last > DRAWS:
+        if number - last > MAX_DRAWS:
             raise ValueError(f"{purpose}: all names of strangers are in use; take fewer people")
         other = make(f"{world.seed} {purpose} {number}", people=20, cities=8, companies=8)
         if world.facts.keys().isdisjoint(other.facts) and seen.isdisjoint(other.people):

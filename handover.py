@@ -5,10 +5,10 @@
     read_bridges    what the vocabulary and the table of embeddings read where a question ends
     intervene       the answers if another question's hand-over, or the mean, takes its place
 
-The hand-over is the Connector's output. If a question ends with a pause (pause.py), it has more
+The hand-over is the Connector's output. If filler follows a question (--pause), there is more
 than one position at which the bridge can be handed over.
 
-Needs recurse.py, prompts.py, pause.py, generate.py, world.py, data.py and eval.py. The command is
+Needs recurse.py, prompts.py, generate.py, world.py, data.py and eval.py. The command is
 of audit.py.
 
     python audit.py bridge runs/neural_recursion --out audit/bridge
@@ -25,7 +25,6 @@ import eval as metrics
 import recurse
 import world
 from generate import continue_texts
-from pause import with_pause, without_pause
 from prompts import nearest_tokens
 
 
@@ -54,11 +53,11 @@ def two_hop(examples: Sequence, made: world.World) -> list[dict]:
 def hand_over(model, ids: list[int]) -> tuple[Tensor, Tensor]:
     """What a question of T tokens leads to in the first two parts, the LM and the Connector.
 
-    model  a Stack, Paused if the run has a pause, whose tokens are then among ids
+    model  a Stack; ids are the question's, with those of the filler behind it
     Returns (the first pass's last hidden states (T, C), the Connector's output (T, C)). The second
     pass reads this output, or if it is residual, the question's embeddings plus this output.
     """
-    first, connector = without_pause(model).parts[:2]
+    first, connector = model.parts[:2]
     h = first(model.embed(torch.tensor([ids], device=model.lm.embed_tokens.weight.device)))
     return h[0], connector(h)[0]
 
@@ -91,15 +90,14 @@ def answers_with(model, tokenizer, ids, at, vectors: Tensor, new: int, stops) ->
     at  positions, counted from the end of a question: -1 is the last. Other positions, before and
         behind it, stay as they are
     """
-    stack, answers, alike = without_pause(model), [""] * len(ids), {}
+    answers, alike = [""] * len(ids), {}
     for b, (row, stop) in enumerate(zip(ids, stops, strict=True)):
         alike.setdefault((len(row), stop), []).append(b)
     for (length, stop), rows in alike.items():
         for start in range(0, len(rows), 32):
             part = rows[start : start + 32]
-            given = Replaced(stack.parts[1], [length + i for i in at], vectors[part])
-            changed = recurse.Stack(stack.lm, parts=[stack.parts[0], given, *stack.parts[2:]])
-            changed = with_pause(changed, getattr(model, "pause", None))
+            given = Replaced(model.parts[1], [length + i for i in at], vectors[part])
+            changed = recurse.Stack(model.lm, parts=[model.parts[0], given, *model.parts[2:]])
             texts = continue_texts(changed, tokenizer, [ids[b] for b in part], None, new, stop)
             for b, (text, _) in zip(part, texts):
                 answers[b] = text
@@ -133,7 +131,7 @@ def same(question: dict, answers: Sequence[str]) -> bool:
 def read_bridges(model, tokenizer, questions: list[dict], ids: list[list[int]]) -> list[dict]:
     """What stands at the end of every question, added to its dict.
 
-    The positions are the last one of the question itself and those of the pause, if there is one.
+    The positions are the last one of the question itself and those of the filler, if there is any.
     For each, "first" is the vocabulary's reading of the first pass, "given" the embedding nearest
     to the Connector's output, "vectors" (positions, C) this output. "token" is the first token of
     the bridge.
@@ -166,7 +164,7 @@ def intervene(model, tokenizer, read: list[dict], ids, new: int, stops, seed: in
     """Answers with the hand-over as it is, with that of a donor, and with the mean.
 
     Returns rows {"own", "other", "mean": the answers, "donor": its index}, where the hand-over is
-    replaced at all positions. If there is a pause, "other_one" and "mean_one" are the answers if it
+    replaced at all positions. If there is filler, "other_one" and "mean_one" are the answers if it
     is replaced only where the bridge is held most often. "other" and "donor" are None if there is
     no donor.
     """

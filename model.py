@@ -189,7 +189,7 @@ class Attention(nn.Module):
         return apply_rope(q, cos_sin), apply_rope(k, cos_sin), v
 
     def forward(self, x: Tensor, cos_sin, prefix: "Prefix | None", keep: bool, attend):
-        """x (B, T, C) -> (B, T, C) and (k, v): the text's or, if keep, the prefix's and text's."""
+        """x (B, T, C) -> (B, T, C), and (k, v) of the text, or with keep of prefix and text."""
         q, k, v = self.qkv(x, cos_sin)
         past, lengths = None, None
         if prefix is not None:

@@ -8,7 +8,6 @@ Needs retrieve.py, passages.py, genres.py and what these need.
 """
 
 import hashlib
-import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ import data
 import genres
 import passages as books
 import world
-from checkpoints import atomic_write, read_json, resolve, write_json
+from checkpoints import read_json, resolve, write_json, write_lines
 from families import bert_from_hf
 from passages import Passage, Question, with_found
 from retrieve import (
@@ -44,7 +43,7 @@ TUNED_AT = 5  # the weight of a hybrid search: an answer among so many passages 
 
 @dataclass
 class Book:
-    """The passages, with ids that differ, and the questions of each split."""
+    """The passages, with unique ids, and the questions of each split."""
 
     passages: list[Passage]
     questions: dict[str, list[Question]]
@@ -93,7 +92,7 @@ def load_book(args) -> Book:
     for split in SPLITS:
         questions[split] = check_questions(questions[split], args.method == "reader")
     if found and args.train:
-        results = {spelt(q.question): q for q in found}
+        results = {data.bare_question(q.question): q for q in found}
         for split in SPLITS:
             questions[split] = [take_results(q, results, args.passages) for q in questions[split]]
     book = Book(listed, questions, args.passages if listed and args.passages else None)
@@ -116,11 +115,6 @@ def cut(questions: list[Question], seed: int) -> dict[str, list[Question]]:
     return {"dev": order[:tenth], "test": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
 
 
-def spelt(question: str) -> str:
-    """The question as it is searched for and re-ranked, whether or not it came with a "?"."""
-    return data.question_text(question).removeprefix("Q: ").removesuffix("\nA:")
-
-
 def check_questions(questions: Iterable[Question], answered: bool) -> list[Question]:
     """The questions (or those with an answer), spelt alike. ValueError if an id occurs twice."""
     kept, sources = [], {}
@@ -129,7 +123,7 @@ def check_questions(questions: Iterable[Question], answered: bool) -> list[Quest
             raise ValueError(f"{q.source}: the id {q.id} is taken by {sources[q.task, q.id]}")
         sources[q.task, q.id] = q.source
         if q.answers or not answered:
-            kept.append(replace(q, question=spelt(q.question)))
+            kept.append(replace(q, question=data.bare_question(q.question)))
     return kept
 
 
@@ -166,21 +160,19 @@ def collect(book: Book) -> Book:
 
 def write_book(path: Path, passages: Sequence[Passage]) -> None:
     """Write passages as JSON lines, which read_passages reads without a change."""
-    lines = [json.dumps({"id": p.id, "title": p.title, "text": p.text}) + "\n" for p in passages]
-    with atomic_write(path) as unfinished:
-        unfinished.write_text("".join(lines), encoding="utf-8")
+    write_lines(path, [{"id": p.id, "title": p.title, "text": p.text} for p in passages])
 
 
 def write_found(path: Path, questions: Sequence[Question]) -> None:
     """Write questions with what was found, a DPR result a line. Passages are named by their ids."""
+    lines = []
+    for q in questions:
+        hits = zip(q.found, q.scores, books.answer_hits(q))
+        ctxs = [{"id": p.id, "score": score, "has_answer": hit} for p, score, hit in hits]
+        line = {"id": q.id, "task": q.task, "question": q.question, "answers": q.answers}
+        lines.append(line | {"positives": [p.id for p in q.positives], "ctxs": ctxs})
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
-        for q in questions:
-            hits = zip(q.found, q.scores, books.answer_hits(q))
-            ctxs = [{"id": p.id, "score": score, "has_answer": hit} for p, score, hit in hits]
-            line = {"id": q.id, "task": q.task, "question": q.question, "answers": q.answers}
-            line |= {"positives": [p.id for p in q.positives], "ctxs": ctxs}
-            file.write(json.dumps(line) + "\n")
+    write_lines(path, lines)
 
 
 # --------------------------------------------------------------------------------------- search
@@ -269,7 +261,7 @@ def retrieve(args, book: Book, folder: Path) -> Book:
     """Search for the questions without passages. Complete files of `folder`/retrieved are read."""
     questions, search = dict(book.questions), None
     for split, part in questions.items():
-        missing = [row for row, q in enumerate(part) if searched(args, book, q)]
+        missing = [row for row, q in enumerate(part) if needs_search(args, book, q)]
         if not missing or args.top == 0:
             continue
         path = folder / "retrieved" / f"{split}.jsonl"
@@ -284,8 +276,9 @@ def retrieve(args, book: Book, folder: Path) -> Book:
     return replace(book, questions=questions)
 
 
-def searched(args, book: Book, question: Question) -> bool:
-    """Whether a question needs a search. If no book is given, an encoder learns from its lists."""
+def needs_search(args, book: Book, question: Question) -> bool:
+    """Whether a question needs a search. Retriever and re-ranker use the lists of a DPR file if no
+    --passages is given."""
     listed = not book.path and args.train and (question.hard_negatives or question.negatives)
     return not question.found and not (listed and args.method != "reader")
 

@@ -15,7 +15,7 @@ and "positives" may be a list of ids. A passage of a record may be an id alone: 
     samples, skipped = reranker_samples(questions, encoder)
     batch = reranker_batch(samples, encoder, size=16, passages=24, seed=0, step=0)
 
-Needs rerank.py, data.py, checkpoints.py, torch, numpy and tokenizers.
+Needs rerank.py, data.py, torch, numpy and tokenizers.
 """
 
 import json
@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints import atomic_write
 from data import BOM, json_lines, question_text
 from rerank import CrossEncoder, pad
 from retrieve import has_answer
@@ -119,19 +118,10 @@ def _unquote(value: str) -> str:
     return quoted[1].replace('""', '"') if quoted else value
 
 
-def write_passages(path: str | Path, passages: Sequence[Passage]) -> None:
-    """Write a file like psgs_w100.tsv. Tabs and line ends in a text become spaces."""
-    with atomic_write(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
-        file.write("id\ttext\ttitle\n")
-        for title, text, id in passages:
-            values = (re.sub(r"[\t\r\n]+", " ", value) for value in (id, text, title))
-            quoted = ('"' + v.replace('"', '""') + '"' if '"' in v else v for v in values)
-            file.write("\t".join(quoted) + "\n")
-
-
 def json_records(path: str | Path) -> Iterator[tuple[str, dict]]:
     """Yield ("file:line", record) of a JSON array or of JSON lines; the line is the record's first.
-    A key whose value is null is absent, in passages and paragraphs too.
+    If two records begin in one line, the number of the second follows. A key whose value is null is
+    absent, in passages and paragraphs too.
 
     FileNotFoundError if there is no file. ValueError, with file and line, if it is neither.
     """
@@ -140,7 +130,7 @@ def json_records(path: str | Path) -> Iterator[tuple[str, dict]]:
         for source, record in json_lines(path):
             yield source, _without_nulls(record)
         return
-    text, line, last = read_utf8(path), 1, 0
+    text, line, last, number, place = read_utf8(path), 1, 0, 0, ""
     space, decoder = re.compile(r"[ \t\r\n]*"), json.JSONDecoder()
     position = space.match(text, text.index("[") + 1).end()
     while not text.startswith("]", position):
@@ -151,7 +141,9 @@ def json_records(path: str | Path) -> Iterator[tuple[str, dict]]:
             raise ValueError(f"{path.name}:{line}: not a record of JSON ({error})") from None
         if not isinstance(record, dict):
             raise ValueError(f"{path.name}:{line}: a JSON object is expected")
-        yield f"{path.name}:{line}", _without_nulls(record)
+        number, before, place = number + 1, place, f"{path.name}:{line}"
+        same = place == before  # a whole array may stand in one line
+        yield f"{place} record {number}" if same else place, _without_nulls(record)
         position = space.match(text, end).end()
         if text.startswith(",", position):
             position = space.match(text, position + 1).end()
@@ -258,37 +250,6 @@ def _squad(articles: list, source: str) -> list[Question]:
 
 def _is_text(value) -> bool:
     return isinstance(value, str) and value.strip() != ""
-
-
-def write_results(path: str | Path, questions: Sequence[Question]) -> None:
-    """Write DPR's result format: question, answers, and `found` with scores and has_answer."""
-    records = []
-    for q in questions:
-        ctxs = [
-            {"id": p.id, "title": p.title, "text": p.text, "score": score}
-            | {"has_answer": has_answer(q.answers, p.text)}
-            for p, score in zip(q.found, q.scores)
-        ]
-        records.append({"question": q.question, "answers": q.answers, "ctxs": ctxs})
-    _write_array(path, records)
-
-
-def write_training(path: str | Path, questions: Sequence[Question]) -> None:
-    """Write DPR's training format: question, answers, positives and negatives."""
-    records = []
-    for q in questions:
-        record = {"question": q.question, "answers": q.answers}
-        keys = ("positive_ctxs", "hard_negative_ctxs", "negative_ctxs")
-        for key, some in zip(keys, (q.positives, q.hard_negatives, q.negatives)):
-            record[key] = [{"title": p.title, "text": p.text, "passage_id": p.id} for p in some]
-        records.append(record)
-    _write_array(path, records)
-
-
-def _write_array(path: str | Path, records: list[dict]) -> None:
-    lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-    with atomic_write(path) as unfinished:
-        unfinished.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 # --------------------------------------------------------------------------- what was found

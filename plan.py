@@ -2,31 +2,43 @@
 
     python bench.py plan --method neural_recursion --model EleutherAI/pythia-1b
 
-It takes the flags of train.py. The weights are counted from config.json (with --method id_pt, those
-of the encoder too), the lengths are those of the questions that the flags name. --seq-len assumes a
-length instead, of a question with its answer; --text makes every token a target, as in
-pretrain.py connector. In textual recursion the texts are longer by the candidates.
+It takes the flags of train.py. A training step and a batch of answers run on torch's meta device,
+where tensors have shapes and no values, and Counter counts their bytes and operations. The lengths
+are those of the questions that the flags name. --seq-len assumes a length instead, of a question
+with its answer; --text makes every token a target, as in pretrain.py connector. In textual
+recursion the texts are longer by the candidates.
 """
 
 import argparse
 import math
 import re
-from collections.abc import Iterable
+import weakref
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 from show import Parser, show
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 import cli
+import prompts
+import reader
 import recurse
 import start
 import train
-from adapters import Connector, PromptGenerator, SoftPrompt
+from adapters import Connector, DeepPrompt, PromptGenerator, SoftPrompt
 from checkpoints import HUB_FILES, load_tokenizer, read_config, resolve, skip_init
 from families import t5_from_hf
 from fit import Recipe, linear_weights, make_optimizer
+from generate import stack_prefixes, token_logprobs
+from int8 import quantize
 from model import LM, Config
 from runs import ASSETS
 from t5 import T5Config, T5Encoder
@@ -43,6 +55,7 @@ class Lengths:
     new: int  # after a question: new tokens, or those of its longest option
     options: int
     kept: int  # positions of the first pass that are computed once and kept
+    tasks: list[str]  # that have a prompt each, with --per-task
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -52,6 +65,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     first.add_argument("--text", action="store_true")  # every token is a target, as in pretraining
     more, rest = first.parse_known_args(argv)
     args = train.parse(rest, "bench.py plan")
+    train.check_flags(args)
     args.seq_len, args.text = more.seq_len, more.text
     if args.text and args.seq_len is None:
         args.seq_len = 128  # as in pretrain.py
@@ -62,7 +76,9 @@ def read_lengths(args: argparse.Namespace, lm: LM, folder: str | Path) -> Length
     """The lengths that --seq-len assumes, or else those of the questions of the run."""
     if args.seq_len:
         T, new = args.seq_len, args.max_new_tokens
-        return Lengths(T, T if args.text else min(T, new), T, T, new, 0, 0)
+        part = {"train": start.load_split(args, "train")} if args.per_task else {"train": []}
+        targets, question = T if args.text else min(T, new), max(1, T - new)
+        return Lengths(T, targets, T, question, new, 0, 0, prompts.tasks_of(part))
     files = [name for name in HUB_FILES if "safetensors" not in name]
     tokenizer = load_tokenizer(args.tokenizer or resolve(folder, files), lm.config.vocab_size)
     task = start.load_task(args, lm, tokenizer)
@@ -77,6 +93,7 @@ def read_lengths(args: argparse.Namespace, lm: LM, folder: str | Path) -> Length
         new=max(ends, default=0),
         options=min((len(e.options) for e in asked), default=0),
         kept=0 if first_pass is None else first_pass.positions,
+        tasks=prompts.tasks_of(task.examples) if args.per_task else [],
     )
 
 
@@ -124,183 +141,46 @@ def estimate(args: argparse.Namespace) -> tuple[dict[str, int], dict[str, int], 
     """Return ({what: bytes}, {what: floating-point operations}, a line about the run)."""
     if args.method in train.OPEN_BOOK:
         raise ValueError(f"plan: what {args.method} reads is not counted yet")
+    make_optimizer(nn.Linear(1, 1), Recipe(steps=1, lr=1.0))  # torch imports more for it
+    libraries = memory("VmRSS")  # this process has loaded the same ones as a run
     folder = args.model or ASSETS / "lm"
     config = Config(**read_config(resolve(folder, ["config.json"])))
-    e = read_encoder(args) if args.method == "id_pt" else None
-    with torch.device("meta"), skip_init():
+    encoder_config = read_encoder(args) if args.method == "id_pt" else None
+    with without_values():
         lm = LM(config)
-        encoder = T5Encoder(e) if e else None
-        module = planned(args, lm, encoder)
-    lengths = asked = read_lengths(args, lm, folder)
+    size = count(lm)
+    lengths = read_lengths(args, lm, folder)
     if args.method == "textual_recursion":
-        lengths = add_candidates(args, config, asked)
-    trained = count(module.parameters())
-    frozen = 0 if args.method == "fine_tuning" else count(lm.parameters())
-    size = 2 if args.dtype == "bfloat16" else 4  # what is trained is in float32 all the same
-    step = {"its gradients": 4 * trained} | step_memory(args, config, lengths, size)
+        lengths = add_candidates(args, config, lengths)
+    with without_values():
+        encoder = None if encoder_config is None else T5Encoder(encoder_config)
+        run = DryRun(args, lm, encoder, lengths)
+        step, operations = run.step() if args.method != "training_free" else ({}, {})
+        evaluation = run.evaluation()
+        operations |= run.answer_operations()
+    trained, frozen = count(run.trained), 0 if run.trained is lm else size
+    held = 0 if run.trained is lm else sum(p.nbytes for p in lm.parameters())
+    table = {"frozen weights": held}
     if encoder:
-        step["encoder, generator"] = 4 * generator_values(args, e, lengths)
-    evaluation = evaluation_memory(args, config, lengths, size)
-    if args.method == "textual_recursion":
-        evaluation = max(evaluation, sampling_memory(args, config, lengths, size))
-    table = {
-        "frozen weights": size * frozen,
-        "frozen encoder": 4 * count(encoder.parameters()) if encoder else 0,
-        "trained": 4 * trained,
-        "the best so far": 4 * trained,
-        f"optimiser ({args.optimizer})": optimizer_memory(args.optimizer, module),
-        **step,
-        "evaluation beyond this": max(0, evaluation - sum(step.values())),
-    }
-    if not encoder:
-        del table["frozen encoder"]
+        table["frozen encoder"] = 4 * count(encoder)
+    table |= {"trained": 4 * trained, "the best so far": 4 * trained}
+    table[f"optimiser ({args.optimizer})"] = optimizer_memory(args.optimizer, run.trained)
+    step = {"its gradients": 4 * trained} | step
+    table |= step | {"evaluation beyond this": max(0, evaluation - sum(step.values()))}
     if lengths.kept:
-        table["first pass, kept"] = size * config.dim * lengths.kept
+        table["first pass, kept"] = run.dtype.itemsize * config.dim * lengths.kept
     if args.device == "cpu":
-        recipe = Recipe(steps=1, lr=1.0, optimizer=args.optimizer)
-        make_optimizer(torch.nn.Linear(1, 1), recipe)  # torch imports more for it
-        table["Python and libraries"] = memory("VmRSS")  # this process has loaded the same ones
+        table["Python and libraries"] = libraries
         # malloc keeps freed blocks: 0.2 to 0.65 of the others, in runs that were measured.
         table["allocator, about"] = max(sum(step.values()), evaluation) // 2
     line = f"{args.method}: {trained:,} parameters trained, {frozen:,} frozen; "
     line += f"{args.batch_size} texts of at most {lengths.text} tokens, {args.dtype}"
-    return table, count_operations(args, config, e, lengths), line
+    return table, operations, line
 
 
-def count(parameters: Iterable[torch.Tensor]) -> int:
+def count(module: nn.Module) -> int:
     """The number of entries of all parameters."""
-    return sum(p.numel() for p in parameters)
-
-
-def optimizer_memory(optimizer: str, trained: torch.nn.Module) -> int:
-    """Bytes of the moments: two of each entry with AdamW, one with Adafactor or Muon."""
-    entries, linear = count(trained.parameters()), count(linear_weights(trained))
-    moments = {"adamw": 2 * entries, "adafactor": entries, "muon": 2 * entries - linear}
-    return 4 * moments[optimizer]
-
-
-def planned(args, lm: LM, encoder: T5Encoder | None = None) -> torch.nn.Module:
-    """What the method trains, or as many parameters."""
-    parts = torch.nn.ModuleList()
-    if args.method == "deep_prompt":
-        parts.append(SoftPrompt(torch.empty(deep_parameters(args, lm.config), 1)))
-    elif args.method == "id_pt":
-        begin = torch.empty(args.encoder_prompt, encoder.config.dim)
-        parts.append(PromptGenerator(encoder, begin, args.prompt_length, lm.config.dim))
-    elif args.method in recurse.PROMPT_METHODS:
-        parts.append(SoftPrompt(torch.empty(args.prompt_length, lm.config.dim)))
-    elif args.method == "fine_tuning":
-        parts.append(lm)
-    elif args.method != "training_free":
-        gaps = args.passes - 1 if args.connectors == "each" else 1
-        parts.extend(Connector(lm.new_layers(args.connector_layers)) for _ in range(gaps))
-    if args.pause_text == "trained":
-        parts.append(SoftPrompt(torch.empty(args.pause, lm.config.dim)))
-    return parts
-
-
-def deep_parameters(args, c: Config) -> int:
-    """Count what a deep prompt trains."""
-    P, width = args.prompt_length, c.n_kv_heads * c.head_dim
-    if args.reparam_dim is None:
-        return P * 2 * c.n_layers * width
-    mlp = (width + 1) * args.reparam_dim + (args.reparam_dim + 1) * 2 * c.n_layers * width
-    return P * width + mlp
-
-
-# Memory
-
-
-def step_memory(args, c: Config, lengths: Lengths, size: int) -> dict[str, int]:
-    """What a training step holds beside the gradients."""
-    trained_layers, frozen_layers = args.connector_layers, c.n_layers
-    tokens = args.batch_size * lengths.text
-    if args.method in recurse.PROMPT_METHODS:
-        trained_layers = 0
-    if args.method in ("prompt_tuning", "textual_recursion"):
-        tokens += args.prompt_length  # read once per batch
-    elif args.method == "id_pt":
-        tokens += args.batch_size * args.prompt_length  # each text has its own
-    elif args.method == "fine_tuning":
-        trained_layers, frozen_layers = c.n_layers, 0
-    elif args.method == "lm_connector":  # the gradient ends in the Connector
-        frozen_layers = 0
-    elif args.method == "training_free":  # no step
-        return {}
-    elif args.method == "neural_recursion":  # the first pass keeps nothing
-        trained_layers *= args.passes - 1
-        frozen_layers *= args.passes - 1
-    kept = trained_layers * activations(c, trained=True)
-    kept += frozen_layers * activations(c, trained=False)
-    targets = args.batch_size * lengths.targets
-    held = size * tokens * kept
-    if args.method == "id_pt":  # keys and values of each prompt, joined with those of its text
-        key = c.n_kv_heads * c.head_dim
-        held += size * args.batch_size * args.prompt_length * 2 * key * c.n_layers
-    return {
-        "activations": held,
-        "logits": 3 * 4 * targets * c.vocab_size,  # with log softmax and gradient
-    }
-
-
-def generator_values(args, e: T5Config, lengths: Lengths) -> int:
-    """Count the values that the encoder and the generator of ID-PT leave for the backward pass.
-
-    The encoder is frozen. Its prompt is trained, so the gradient goes through all of it.
-    """
-    query, B, P = e.n_heads * e.head_dim, args.batch_size, args.prompt_length
-    L = args.encoder_prompt + lengths.asked  # about as many tokens as the LM's
-    layer = 2 * e.dim + 4 * query  # inputs of the norms; q, k, v and attention's output
-    layer += e.hidden_dim * (3 if e.gated else 1)
-    bias = e.n_heads * L * L  # on the scores of a row, and its mask; the layers share it
-    # A block of the generator: inputs of two norms and of q, k, v and o; q, k, v; the MLP.
-    block = 8 * e.dim + 8 * e.dim
-    return B * (L * (e.n_layers * layer + 5 * e.dim) + bias + 3 * P * block)
-
-
-def sampling_memory(args, c: Config, lengths: Lengths, size: int) -> int:
-    """What a batch of samples holds if no two of a question agree: each then has its own cache."""
-    question = max(lengths.question, lengths.text - lengths.targets)
-    length = args.prompt_length + question + args.max_new_tokens
-    cache = 2 * c.n_kv_heads * c.head_dim * c.n_layers * size
-    questions = max(1, args.eval_tokens // (args.candidates * length))  # as in recurse.candidates
-    rows = questions * args.candidates
-    held = 2 * rows * length * cache  # before and after a row ends
-    return held + (4 + 8) * rows * c.vocab_size  # log-probabilities, and their sums in float64
-
-
-def evaluation_memory(args, c: Config, lengths: Lengths, size: int) -> int:
-    """What a batch of questions holds: in all its rows at most --eval-tokens positions."""
-    if args.text or not lengths.question:  # a loss without gradients, or nothing: less than a step
-        return 0
-    P = args.prompt_length if args.method in recurse.PROMPT_METHODS else 0
-    length = P + lengths.question + lengths.new
-    rows = min(128, max(1, args.eval_tokens // length))  # as in generate.predict
-    gaps = args.passes - 1
-    passes = {"neural_recursion": (gaps + 1) * c.n_layers + gaps * args.connector_layers}
-    passes["training_free"] = 2 * c.n_layers
-    passes |= dict.fromkeys((*recurse.PROMPT_METHODS, "fine_tuning"), c.n_layers)
-    layers = passes.get(args.method, c.n_layers + args.connector_layers)
-    cache = 2 * c.n_kv_heads * c.head_dim * layers * size
-    cached = 2 * rows * length  # positions, before and after a row ends
-    read, scored = rows * length, rows  # positions that a layer reads at once, and with logits
-    if lengths.options:  # each question is read once, then its cache is copied for every option
-        questions = math.ceil(rows / lengths.options)
-        cached = (questions + rows) * length
-        read = questions * length + rows * lengths.new
-        scored = min(rows * lengths.new, max(1, 2**25 // c.vocab_size))  # generate.token_logprobs
-    held = cached * cache + read * size * activations(c, trained=True)
-    return held + 2 * 4 * scored * c.vocab_size
-
-
-def activations(c: Config, trained: bool) -> int:
-    """Count the values that a token leaves in one layer for the backward pass."""
-    query, key = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    values = 2 * c.dim + 2 * query + 2 * key  # inputs of the norms; q, k, v and attention's output
-    values += c.hidden_dim * (3 if c.gated else 1)  # the activation's input, the gate's factors
-    if trained:
-        values += 2 * c.dim + query + c.hidden_dim  # inputs of the weights
-    return values
+    return sum(p.numel() for p in module.parameters())
 
 
 def memory(mark: str) -> int:
@@ -308,69 +188,206 @@ def memory(mark: str) -> int:
     return 1024 * int(re.search(rf"{mark}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-# Operations
+def optimizer_memory(optimizer: str, trained: nn.Module) -> int:
+    """Bytes of the moments: two of each entry with AdamW, one with Adafactor or Muon."""
+    entries, linear = count(trained), sum(p.numel() for p in linear_weights(trained))
+    moments = {"adamw": 2 * entries, "adafactor": entries, "muon": 2 * entries - linear}
+    return 4 * moments[optimizer]
 
 
-def count_operations(args, c: Config, e: T5Config | None, lengths: Lengths) -> dict[str, int]:
-    """Floating-point operations of a step, of all steps, and of an answer, all of the greatest
-    length. Attention is counted as if it had no causal mask.
+# A run without values
+
+
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def fused_attention(q, k, v, attn_mask=None, *_, **__):
+    """Attention that keeps no scores, as on a CPU and on a GPU. Without values torch would take
+    another way, which keeps them."""
+    return FLASH(q, k, v, attn_mask=attn_mask)[0]
+
+
+@contextmanager
+def without_values():
+    """A context whose new tensors and modules have shapes and no values."""
+    fused = patch.object(F, "scaled_dot_product_attention", fused_attention)
+    with torch.device("meta"), skip_init(), fused:
+        yield
+
+
+FORMULAS = dict(flop_registry)  # of operations; torch lacks those of FLASH
+for name in ("", "_backward"):
+    known = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{name}")
+    flash = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{name}")
+    FORMULAS.setdefault(flash, flop_registry[known])
+
+
+class Counter(TorchDispatchMode):
+    """A context that counts operations, and the bytes of the tensors made in it.
+
+    operations   of products of matrices; a multiplication and its sum are two
+    live, peak   the bytes of tensors now, and at most
     """
-    n, gaps = c.n_layers, args.passes - 1
-    connectors = args.connector_layers
-    first = 0 if lengths.kept else 1  # a first pass that is kept is computed once
-    passes = {  # method: layers, and how often a step computes them
-        "fine_tuning": [(n, 3)],
-        "neural_recursion": [(n, first), (gaps * connectors, 3), (gaps * n, 2)],
-        "lm_connector": [(n, first), (connectors, 3)],
-        "connector_lm": [(connectors, 3), (n, 2)],
-        "training_free": [(2 * n, 0)],
-    }.get(args.method, [(n, 2)])
-    B, P = args.batch_size, args.prompt_length if args.method in recurse.PROMPT_METHODS else 0
-    prompts = {"deep_prompt": 0, "id_pt": B}.get(args.method, 1) * P  # positions read in a step
-    step = sum(
-        k * layer_operations(c, B * lengths.text, P + lengths.text, times)
-        + k * layer_operations(c, prompts, P, times)
-        for k, times in passes
-    )
-    logits, layers = 2 * c.dim * c.vocab_size, sum(k for k, _ in passes)
-    step += B * lengths.targets * logits * (3 if args.method == "fine_tuning" else 2)
-    asked, new = lengths.question or lengths.asked, lengths.new or args.max_new_tokens
-    answer = layers * layer_operations(c, asked + new, P + asked + new) + new * logits
-    if e:
-        encoder, generator = generator_operations(args, c, e, lengths.asked)
-        step += B * (2 * encoder + 3 * generator)
-        answer += encoder + generator + n * layer_operations(c, P, P)
-    operations, prompts = {}, 1
-    if args.method == "textual_recursion":
-        rounds = args.rounds - (args.stages_from is not None)
-        prompts += rounds * (1 if args.no_cross_fit else 3)
-        sampled = args.candidates * new
-        read = layer_operations(c, asked + sampled, P + asked + new)
-        operations["samples of a question"] = n * read + sampled * logits
-    if args.method != "training_free":
-        steps = args.steps * args.grad_accum * prompts
-        operations = {"a step": step * args.grad_accum, "all steps": step * steps} | operations
-    return operations | {"an answer": answer}
+
+    def __init__(self):
+        super().__init__()
+        self.operations = self.live = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        if function.overloadpacket in FORMULAS:
+            self.operations += FORMULAS[function.overloadpacket](*args, **kwargs, out_val=out)
+        known = {storage._cdata for storage in storages((args, kwargs))}  # of what it views
+        for storage in storages(out):
+            if storage._cdata not in known:
+                known.add(storage._cdata)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return out
+
+    def add(self, size: int) -> None:
+        """Count the bytes of a new tensor, or subtract those of one that is freed."""
+        self.live += size
+        self.peak = max(self.peak, self.live)
 
 
-def layer_operations(c: Config, tokens: int, positions: int, times: int = 1) -> int:
-    """Operations of one layer on tokens that each attend to so many positions.
-
-    times: 1 forward, 2 with the gradient of the input, 3 with that of the weights. The gradient of
-    attention takes 2.5 times what attention takes: five products of matrices, not two.
-    """
-    query, key = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    weights = c.dim * (2 * query + 2 * key) + c.dim * c.hidden_dim * (3 if c.gated else 2)
-    attention = query * positions * (7 if times > 1 else 2 * times)
-    return 2 * tokens * (weights * times + attention)
+def storages(tree) -> list:
+    """The storages of all tensors in nested lists, tuples and dicts."""
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if torch.is_tensor(leaf)]
 
 
-def generator_operations(args, c: Config, e: T5Config, asked: int) -> tuple[int, int]:
-    """Operations of the encoder and of the generator of ID-PT, forward, for one question."""
-    L, P, W, query = args.encoder_prompt + asked, args.prompt_length, e.dim, e.n_heads * e.head_dim
-    weights = 4 * W * query + W * e.hidden_dim * (3 if e.gated else 2)
-    encoder = e.n_layers * 2 * L * (weights + 2 * query * L)
-    # CrossBlock: q and o have W * W weights, the MLP 8 of that. The first reads L tokens of the
-    # encoder, the other two the P vectors themselves.
-    blocks = P * (10 + 12 + 12) * W * W + L * 2 * W * W + 2 * W * P * (L + 2 * P)
-    return encoder, 2 * (blocks + P * W * c.dim)
+def new_adapter(args, lm: LM, encoder: T5Encoder | None, tasks: list[str]) -> nn.Module:
+    """What the method trains around the LM."""
+    P, C = args.prompt_length, lm.config.dim
+    if args.per_task:
+        one = argparse.Namespace(**vars(args) | {"per_task": False})
+        return prompts.TaskPrompts({task: new_adapter(one, lm, encoder, []) for task in tasks})
+    if args.method == "deep_prompt":
+        return DeepPrompt(lm.read(torch.empty(P, C)), args.reparam_dim)
+    if args.method == "id_pt":
+        start_vectors = torch.empty(args.encoder_prompt, encoder.config.dim)
+        return PromptGenerator(encoder, start_vectors, P, C)
+    if args.method in recurse.PROMPT_METHODS:
+        return SoftPrompt(
+            torch.empty(P, C), torch.empty(C) if args.placement == "after_bos" else None
+        )
+    if args.method not in recurse.CONNECTOR_METHODS:
+        return nn.Module()
+
+    def connector() -> Connector:
+        return Connector(lm.new_layers(args.connector_layers))
+
+    between = recurse.make_connectors(args.passes, args.connectors == "shared", connector)
+    return start.set_residual(between, args.residual)
+
+
+class DryRun:
+    """The steps and answers of a run, to be counted. All its tensors are without values."""
+
+    def __init__(self, args, lm: LM, encoder: T5Encoder | None, lengths: Lengths):
+        self.args, self.lm, self.lengths = args, lm.requires_grad_(False), lengths
+        self.dtype = getattr(torch, args.dtype)
+        if encoder is not None:
+            encoder.requires_grad_(False).to(self.dtype)
+        self.adapter = new_adapter(args, lm, encoder, lengths.tasks).to(self.dtype)
+        self.trained = lm.requires_grad_(True) if args.method == "fine_tuning" else self.adapter
+        lm.to(self.dtype)
+        if args.base_dtype == "int8":
+            quantize(lm)
+
+    def compose(self, questions: int, asked: int) -> tuple:
+        """(model, prefix) for a batch of questions of `asked` tokens, as train.compose."""
+        if self.args.per_task:
+            tasks = [self.lengths.tasks[b % len(self.lengths.tasks)] for b in range(questions)]
+            model, prefix = self.lm, self.adapter.prefixes(self.lm, tasks)
+        elif self.args.method == "training_free":
+            model, prefix = recurse.Stack(self.lm, parts=[self.lm, self.lm]), None
+        else:
+            model, prefix = recurse.COMPOSITIONS[self.args.method](self.lm, self.adapter)
+        return model, stack_prefixes(prefix, [[0] * asked] * questions)
+
+    def step(self) -> tuple[dict[str, int], dict[str, int]]:
+        """What a step holds beside the gradients, and the operations of a step and of all."""
+        args, c = self.args, self.lm.config
+        targets = args.batch_size * self.lengths.targets
+        ids = torch.zeros(args.batch_size, self.lengths.text, dtype=torch.long)
+        with Counter() as step:
+            model, prefix = self.compose(args.batch_size, self.lengths.asked)
+            if args.checkpoint_activations:
+                model = reader.Checkpointed(model)
+            x = model.embed(ids)
+            if self.lengths.kept:  # x: the first pass's states
+                model = model.after_first(x)
+            h = model(x, prefix)
+            held = step.live
+            h.backward(torch.empty_like(h))
+        with Counter() as end:
+            h = torch.empty(targets, c.dim, dtype=self.dtype, requires_grad=True)
+            self.lm.logits(h).sum().backward()
+        if args.checkpoint_activations:  # the backward pass makes those of a block again
+            held = step.peak - self.dtype.itemsize * count(self.trained)
+        logits = 3 * 4 * targets * c.vocab_size  # with log softmax and gradient
+        one, trainings = (step.operations + end.operations) * args.grad_accum, 1
+        if args.method == "textual_recursion":
+            rounds = args.rounds - (args.stages_from is not None)
+            trainings += rounds * (1 if args.no_cross_fit else 3)
+        table = {"activations": held, "logits": logits}
+        return table, {"a step": one, "all steps": args.steps * trainings * one}
+
+    def evaluation(self) -> int:
+        """What a batch of answers holds: in all its rows at most --eval-tokens positions."""
+        args, lengths = self.args, self.lengths
+        if args.text or not lengths.question:  # a loss without gradients, or nothing
+            return 0
+        P = args.prompt_length if args.method in recurse.PROMPT_METHODS else 0
+        rows = args.eval_tokens // (P + lengths.question + lengths.new)
+        rows = min(128, max(1, rows))  # as in generate.predict
+        held = self.answers(lengths.question, math.ceil(rows / max(1, lengths.options)), rows)
+        if args.method != "textual_recursion":
+            return held
+        # Samples of which no two agree: each then has its own cache, as in recurse.candidates.
+        n, question = args.candidates, max(lengths.question, lengths.text - lengths.targets)
+        questions = max(1, args.eval_tokens // (n * (P + question + args.max_new_tokens)))
+        return max(held, self.answers(question, questions, n * questions, samples=True))
+
+    @torch.no_grad()
+    def answers(self, question: int, questions: int, rows: int, samples: bool = False) -> int:
+        """The peak of `rows` answers to questions that are read once, as in generate.py."""
+        read = max(1, question - 1)  # the last token is fed with the answer
+        index, new = torch.zeros(rows, dtype=torch.long), self.lengths.new
+        with Counter() as counter:
+            model, prefix = self.compose(questions, read)
+            ids = torch.zeros(questions, read, dtype=torch.long)
+            cache = model.read(model.embed(ids), prefix)
+            if self.lengths.options and not samples:
+                ids = index[:, None].expand(-1, new)
+                h = model(model.embed(ids), cache.select(index))
+                token_logprobs(self.lm, h.flatten(0, 1), ids.flatten())
+            else:
+                cache = cache.preallocate(index, self.args.max_new_tokens)
+                h, cache = model(model.embed(index[:, None]), cache, keep=True)
+                values = model.logits(h[:, -1]).log_softmax(-1)
+                values = values.double() if samples else values
+                cache.select(index)  # the rows that go on
+        return counter.peak
+
+    @torch.no_grad()
+    def answer_operations(self) -> dict[str, int]:
+        """Operations of an answer, and of the samples of a question of textual recursion."""
+        args, lengths = self.args, self.lengths
+        asked, new = lengths.question or lengths.asked, lengths.new or args.max_new_tokens
+        model, prefix = self.compose(1, asked)
+        new = max(1, min(new, self.lm.config.max_len - asked - (prefix.size if prefix else 0)))
+        with Counter() as answer:
+            model, prefix = self.compose(1, asked)
+            h = model(model.embed(torch.zeros(1, asked + new - 1, dtype=torch.long)), prefix)
+            self.lm.logits(h[0, -new:])
+        operations = {"an answer": answer.operations}
+        if args.method == "textual_recursion":
+            with Counter() as samples:
+                cache = model.read(model.embed(torch.zeros(1, asked, dtype=torch.long)), prefix)
+                ids = torch.zeros(args.candidates, new, dtype=torch.long)
+                self.lm.logits(model(model.embed(ids), cache))
+            operations = {"samples of a question": samples.operations} | operations
+        return operations

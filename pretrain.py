@@ -39,7 +39,7 @@ import recurse
 import start
 import world
 from checkpoints import load_tokenizer, resolve
-from corpus import hash_tokens, token_file
+from corpus import hash_tokens, split, token_file
 from fit import Recipe, fit, target_loss
 from model import LM, Config
 from rerank import Bert, BertConfig, token_type_ids
@@ -135,7 +135,7 @@ def pretrain_connector(args) -> dict:
     def new() -> adapters.Connector:
         return recurse.new_connector(lm, args.composition, args.connector_layers)
 
-    connector = recurse.between_passes(args.passes, args.connectors == "shared", new)
+    connector = recurse.make_connectors(args.passes, args.connectors == "shared", new)
     return train_adapter_on_text(args, text, lm, connector, lm.config.max_len)
 
 
@@ -336,7 +336,7 @@ def tokenize_corpus(args, tokenizer: Tokenizer, vocab_size: int) -> Text:
             f"{args.train}: holds one document; separate documents with blank lines, or name "
             "held-out text with --dev"
         )
-    return Text(tokenizer, *train.split(max(1, documents // 50)))
+    return Text(tokenizer, *split(train, max(1, documents // 50)))
 
 
 def train_on_text(
@@ -459,4 +459,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    run_program("pretrain.py", main)
+    run_program("pretrain.py", main, resumes=True)

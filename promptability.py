@@ -47,7 +47,7 @@ import data
 import eval as metrics
 import start
 import train
-from checkpoints import write_json
+from checkpoints import write_json, write_lines
 from data import IGNORE_INDEX, Batch
 from fit import Adafactor, Recipe, autocast, fit, target_loss
 from model import LM
@@ -92,7 +92,7 @@ VARIANTS = {  # name: (what is trained: T the LM, P a prompt; its gradient)
 
 
 class Learner(nn.Module):
-    """What is trained, and the inner loop. Either `lm` or `prompt` may be None: frozen, or absent.
+    """What is trained, and the inner loop. lm is None if frozen, prompt None if there is none.
 
     All parameters together are handled as one vector (N,).
 
@@ -234,8 +234,9 @@ def continued_pretraining(args: Namespace) -> dict:
     All variants read the same batches. A step takes --grad-accum of them: the meta-batch.
     """
     trains, gradient = VARIANTS[args.variant]
-    if trains == "T" and args.init:
-        raise ValueError(f"--init: {args.variant} trains no prompt")
+    if trains == "T" and (args.init or args.deep):
+        flag = "--init" if args.init else "--deep"
+        raise ValueError(f"{flag}: {args.variant} trains no prompt")
     cli.check_and_seed(args)
     dtype = "float32" if "T" in trains else args.dtype  # what is trained is held in float32
     lm, tokenizer = start.load_lm(Namespace(**vars(args) | {"dtype": dtype}))
@@ -243,7 +244,7 @@ def continued_pretraining(args: Namespace) -> dict:
     examples = {"train": sum(groups, [])} | read_dev_and_test(args)
     task = load_task(args, lm, tokenizer, examples)
     tasks = pieces(task.tokens["train"], groups)
-    prompt = start.start_prompt(task) if "P" in trains else None
+    prompt = new_prompt(task) if "P" in trains else None
     trained_lm = lm.requires_grad_(True) if "T" in trains else None
     inner = {key: getattr(args, key) for key in vars(args) if key.startswith("inner_")}
     learner = Learner(trained_lm, prompt, gradient, **inner, support=args.support)
@@ -285,7 +286,8 @@ def train_learner(task: start.Task, tasks: list[list], learner: Learner, prompt)
         record |= fit(run, recipe, learner, batch_at, loss_of, evaluate, save, gradient)
         splits = [split for split in ("dev", "test") if tokens[split]]
         predictions = {split: train.predict_split(task, prompt, split) for split in splits}
-        run.write_lines("predictions.jsonl", predictions[splits[-1]] if splits else [])
+        rows = predictions[splits[-1]] if splits else []
+        write_lines(run.folder / "predictions.jsonl", rows)
         results = {split: metrics.summary(part) for split, part in predictions.items()}
         return finish_record(run, record, frozen, results)
 
@@ -336,7 +338,7 @@ def few_shot(args: Namespace) -> dict:
         cli.check_and_seed(run)
         splits = {"train": examples, "dev": [], "test": tests}
         task = load_task(run, lm, tokenizer, splits)
-        plans.append((name, template, task, start.start_prompt(task)))
+        plans.append((name, template, task, new_prompt(task)))
         shots[folder.name] = [example.id for example in examples]
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "shots.json", shots)
@@ -347,7 +349,7 @@ def few_shot(args: Namespace) -> dict:
         chance = float(np.mean([1 / len(e.options) for e in task.examples["test"]]))
         result = {"accuracy": record["results"]["test"]["em"], "chance": chance}
         datasets.setdefault(name, {})[template] = result
-    Run(out, {}).write_lines("predictions.jsonl", rows)
+    write_lines(out / "predictions.jsonl", rows)
     gain = average_relative_gain(datasets)
     write_json(out / "few_shot.json", {"datasets": datasets, "average_relative_gain": gain})
     show(f"{out}: {len(plans)} templates, average relative gain {100 * gain:.1f} %")
@@ -400,6 +402,12 @@ def load_task(args: Namespace, lm: LM, tokenizer, examples: dict) -> start.Task:
             longer = [replace(t, input=[*t.input, lm.config.eos[0]]) for t in tokens]
             task.tokens[split] = longer
     return task
+
+
+def new_prompt(task: start.Task) -> nn.Module:
+    """The prompt that training starts from; with --deep keys and values of every layer."""
+    deep = task.args.method == "deep_prompt"
+    return start.start_deep_prompt(task) if deep else start.start_prompt(task)
 
 
 def read_dev_and_test(args: Namespace) -> dict[str, list[data.Example]]:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
-from show import show
+from show import COUNT, show, show_result
 
 import torch
 import torch.nn as nn
@@ -77,7 +77,7 @@ def load_prompts(paths: Sequence[str | Path], model=None, device: str = "cpu"):
 
 
 def run_of(folder: Path) -> tuple[Path, dict]:
-    """Return (folder, record) of the run that a prompt belongs to, or (the prompt's folder, {}).
+    """Return (folder, record) of a prompt's run. Without a run: (folder, {}).
 
     The run is the folder itself, or with --per-task the folder above it. ValueError if questions of
     the run get more than a prompt.
@@ -111,13 +111,11 @@ def load_lm(folder: Path, model=None, device: str = "cpu"):
 
 def load_prompt(folder: Path, lm: LM, tokenizer) -> Prompt:
     """Load one prompt. ValueError if it belongs to another LM."""
-    from runs import ASSETS, find
+    from runs import find_encoder
 
     place, record = run_of(folder)
-    encoder = None
-    if read_adapter_config(folder)["peft_type"] == "PROMPT_GENERATOR":
-        encoder = record.get("arguments", {}).get("encoder") or str(ASSETS / "t5")
-        encoder = find(encoder, place, record)
+    generates = read_adapter_config(folder)["peft_type"] == "PROMPT_GENERATOR"
+    encoder = find_encoder(place, record) if generates else None
     adapter, own = load_trained(folder, lm, tokenizer, encoder)
     return Prompt(folder, adapter, prompt_prefix(adapter, lm, folder), own)
 
@@ -232,7 +230,7 @@ def finish_scores(args, lm, tokenizer, prompts: dict, path: Path, records: list)
     files = {n: p.folder / "adapter_model.safetensors" for n, p in prompts.items()}
     hashes = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
     write_scores(path, record | {"adapter_hash": hashes}, records)
-    metrics.show_scores(result)
+    show_result("score", result)
     return result
 
 
@@ -403,6 +401,22 @@ def explained_questions(args: argparse.Namespace, folder: Path) -> list[str]:
 
 # The multi-task protocol
 
+MEDIANS = (*metrics.METRICS, "rouge")
+
+
+def rouge_l(prediction: str, answers: Sequence[str]) -> float:
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, maximum over answers."""
+    best, a = 0.0, re.findall("[a-z0-9]+", prediction.lower())
+    for answer in answers:
+        b = re.findall("[a-z0-9]+", answer.lower())
+        row = [0] * (len(b) + 1)  # row[j]: the longest of the words so far and of b[:j]
+        for x in a:
+            diagonal = 0
+            for j, y in enumerate(b, 1):
+                diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
+        best = max(best, 2 * row[-1] / max(1, len(a) + len(b)))
+    return best
+
 
 def mean_over_tasks(records: Sequence[dict]) -> float:
     """The mean over tasks of their F1: the dev score that chooses the checkpoint."""
@@ -413,17 +427,18 @@ def template_medians(records: Sequence[dict]) -> dict:
     """Scores of a suite of prompted tasks from the lines of predictions.jsonl.
 
     A dataset's score is the median over its templates, a cluster's and the overall one are means
-    over datasets (Levine et al. 2022, table 1). Returns {"f1", "em", "datasets", "clusters"}. The
-    last two are {name: {"f1", "em"}}; datasets also have "cluster", "templates" and "n".
+    over datasets (Levine et al. 2022, table 1). Returns {"f1", "em", "rouge", "datasets",
+    "clusters"}. The last two are {name: scores}; datasets have "cluster", "templates" and "n" too.
     """
     groups = {}
     for record in records:
         templates = groups.setdefault(record["task"], {})
-        templates.setdefault(record.get("template", ""), []).append(record)
+        rouge = rouge_l(record["prediction"], record["answers"])
+        templates.setdefault(record.get("template", ""), []).append(record | {"rouge": rouge})
     datasets = {}
     for task, templates in groups.items():
         parts = list(templates.values())
-        row = {m: median(mean(r[m] for r in part) for part in parts) for m in metrics.METRICS}
+        row = {m: median(mean(r[m] for r in part) for part in parts) for m in MEDIANS}
         cluster, n = parts[0][0].get("cluster", ""), sum(map(len, parts))
         datasets[task] = row | {"cluster": cluster, "templates": len(templates), "n": n}
     clusters = {}
@@ -435,7 +450,7 @@ def template_medians(records: Sequence[dict]) -> dict:
 
 def means(rows: Sequence[dict]) -> dict:
     """The mean of each metric over rows."""
-    return {metric: mean(row[metric] for row in rows) for metric in metrics.METRICS}
+    return {metric: mean(row[metric] for row in rows) for metric in MEDIANS}
 
 
 def show_medians(medians: dict, result: bool = False) -> None:
@@ -446,9 +461,9 @@ def show_medians(medians: dict, result: bool = False) -> None:
         for task, part in medians["datasets"].items():
             if part["cluster"] == cluster:
                 lines.append((f"  {task or 'other'}", part))
-    show(f"{'median over templates':<28}     F1     EM", result=result)
+    show(f"{'median over templates':<28}     F1     EM  ROUGE", result=result)
     for name, row in [*lines, ("overall", medians)]:
-        line = f"{name:<28} {100 * row['f1']:6.1f} {100 * row['em']:6.1f}"
+        line = " ".join([f"{name:<28}", *(f"{100 * row[m]:6.1f}" for m in ("f1", "em", "rouge"))])
         if "n" in row:
             line += f"   ({row['templates']} templates, {row['n']} examples)"
         show(line, result=result)
@@ -469,8 +484,8 @@ def templates_command(args: argparse.Namespace) -> dict:
 # The command line of eval.py
 
 
-def add_commands(commands, count, utf8) -> None:
-    """Add mixed, explain and templates to the sub-commands of eval.py, with its argparse types."""
+def add_commands(commands) -> None:
+    """Add mixed, explain and templates to the sub-commands of eval.py."""
     summary = "answer examples in shared batches, each with its own prompt"
     command = commands.add_parser("mixed", help=summary, description=summary)
     command.set_defaults(function=mixed_command, seed=0)
@@ -483,17 +498,17 @@ def add_commands(commands, count, utf8) -> None:
     command.add_argument("--out", help="folder for predictions.jsonl and score.json")
     command.add_argument("--model", help="the LM's checkpoint; that of the first prompt")
     stop = "text that ends an answer; a newline for questions if not given, '' for none"
-    command.add_argument("--stop", type=utf8, help=stop)
-    command.add_argument("--max-new-tokens", type=count, default=16, help="tokens (default 16)")
-    command.add_argument("--eval-tokens", type=count, default=8192, help="tokens in a batch")
-    rank = "of an answer choice's log-probabilities (default sum)"
+    command.add_argument("--stop", help=stop)
+    command.add_argument("--max-new-tokens", type=COUNT, default=16, help="tokens of an answer")
+    command.add_argument("--eval-tokens", type=COUNT, default=8192, help="tokens in a batch")
+    rank = "of an answer choice's log-probabilities"
     command.add_argument("--rank-by", choices=["sum", "mean"], default="sum", help=rank)
 
     summary = "the vocabulary tokens nearest to each row of a prompt"
     command = commands.add_parser("explain", help=summary, description=summary)
     command.set_defaults(function=explain_command)
     command.add_argument("run", help="run, or folder of a prompt")
-    command.add_argument("--top", type=count, default=5, help="tokens of a row (default 5)")
+    command.add_argument("--top", type=COUNT, default=5, help="tokens of a row")
     command.add_argument("--input", help="questions of a prompt that depends on them")
     command.add_argument("--model", help="the LM's checkpoint; the prompt's own if not given")
 

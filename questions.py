@@ -18,14 +18,14 @@ import shlex
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from unicodedata import category, normalize
+from unicodedata import normalize
 
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer
 
 import data
 import eval as metrics
-from checkpoints import atomic_write, write_json
+from checkpoints import write_json, write_lines
 from generate import check_ids, find_stop, prefix_lengths
 
 SHOT_END = "\n\n"  # follows each of the examples that stand before a question
@@ -99,19 +99,19 @@ def prepare(lm, tokenizer, examples, prefix=None, max_new_tokens: int = 16, shot
     `shots` are examples that stand, with their answers, before every question. They are read here,
     once, and the prefix is extended by them, if it is the same for all questions. ValueError, with
     the example's name, if one of its options or max_new_tokens exceed the context, or what
-    `check_answers` refuses. A TextualRecursion first adds its candidates; a Paused adds filler
-    behind a question.
+    `check_answers` refuses. A TextualRecursion first adds its candidates. The text `lm.filler`, if
+    there is one, stands behind every question.
     """
-    config, pause_ids = lm.config, getattr(lm, "pause_ids", [])
+    config = lm.config
     check_targets(tokenizer, shots, config.eos)
     stops = stops or [""] * len(examples)
     check_answers(tokenizer, examples, config.eos, stops, max_new_tokens)
     if hasattr(lm, "read_back"):
         examples = lm.read_back(examples)
     longest = max(prefix_lengths(prefix, len(examples)), default=0)
-    left = config.max_len - longest - len(pause_ids)
+    left = config.max_len - longest
     before = "".join(f"{shot.input} {shot.target}{SHOT_END}" for shot in shots)
-    after, V = getattr(lm, "pause_text", ""), config.vocab_size - len(pause_ids)
+    after, V = getattr(lm, "filler", ""), config.vocab_size
     examples = [replace(e, input=before + e.input + after) for e in examples]
     eos = config.eos[0] if config.eos else None
     choices = [e for e in examples if e.options]
@@ -122,7 +122,7 @@ def prepare(lm, tokenizer, examples, prefix=None, max_new_tokens: int = 16, shot
             data.check_vocabulary(row, tokenizer, V)
         except ValueError as error:
             raise ValueError(f"{e.source}: {error}") from None
-        ids.append(row + pause_ids)
+        ids.append(row)
         options.append(next(tokenized).options if e.options else [])
         if not e.options and len(row) + max_new_tokens - 1 > left:  # the last is never read
             raise ValueError(
@@ -146,107 +146,53 @@ def read_shared(lm, ids: list[list[int]], prefix=None):
     return [row[n:] for row in ids], prefix
 
 
-# Answers that can be given. A choice among options is right by its index, so it is not checked.
+# Answers that can be given
 
 
 def check_targets(tokenizer: Tokenizer, examples, eos=()) -> None:
-    """ValueError, which names the example, if the tokens of its target do not spell it.
-
-    Some of them are special, stand for unknown text (<unk>) or end an answer, or the tokenizer
-    drops letters. It may change case, accents, spaces and Unicode form.
-    """
-    targets = {e.target: e for e in reversed(examples) if e.answers and not e.options}
-    for target, e in reversed(targets.items()):
-        problem = _misspelt(tokenizer, target, eos)
-        if problem:
-            raise ValueError(f"{e.source}: {problem}")
+    """ValueError, which names the example, if no tokens spell its target."""
+    first = {e.target: e for e in reversed(examples) if e.answers and not e.options}
+    targets = [replace(e, answers=(target,)) for target, e in reversed(first.items())]
+    check_answers(tokenizer, targets, eos)
 
 
-def check_answers(tokenizer: Tokenizer, examples, eos, stops: list[str], limit: int) -> None:
+def check_answers(tokenizer: Tokenizer, examples, eos=(), stops=None, limit=None) -> None:
     """ValueError, which names the example, if `predict` can return none of the accepted answers.
 
-    No tokens spell them (see `check_targets`), or they hold the text of stops[b]. One answer of
-    several is enough. Warnings count the examples whose answers have more than `limit` tokens, and
-    those whose answers the tokenizer changes so much that they no longer match.
+    No tokens spell them, or they hold the text of stops[b]. One answer of several is enough. A
+    warning counts the examples whose answers have more than `limit` tokens. A choice among options
+    is right by its index, so it is not checked.
     """
-    notes, free = {}, [(e, s) for e, s in zip(examples, stops) if e.answers and not e.options]
+    stops = stops or [""] * len(examples)
+    free = [(e, stop) for e, stop in zip(examples, stops) if e.answers and not e.options]
+    longer = []
     for e, stop in free:
-        problems = []
-        for answer in e.answers:
-            problem = _problem(tokenizer, answer, metrics.unicode_form(e), eos, stop, limit)
-            if problem is None:
-                break
-            problems.append(problem)
-        else:
-            is_error, message = min(problems, key=lambda problem: problem[0])
-            if is_error:
-                raise ValueError(f"{e.source}: {message}")
-            notes.setdefault(message, []).append(e.source)
-    for message, sources in notes.items():
-        scored = f"{len(sources)} of {len(free)} questions cannot be scored as right"
-        warnings.warn(f"{scored}: {message} (first: {sources[0]})", stacklevel=2)
+        if any(spells(tokenizer, answer, eos, stop, limit) for answer in e.answers):
+            continue
+        if not any(spells(tokenizer, answer, eos, stop) for answer in e.answers):
+            answer = e.answers[0]
+            problem = f"the tokenizer has no tokens for the answer {answer!r}"
+            if spells(tokenizer, answer, eos):
+                problem = f"the answer {answer!r} holds {stop!r}; --stop sets another end"
+            raise ValueError(f"{e.source}: {problem}")
+        longer.append(e.source)
+    if longer:
+        scored = f"{len(longer)} of {len(free)} questions cannot be scored as right: their answers"
+        text = f"{scored} have more than --max-new-tokens {limit} tokens (first: {longer[0]})"
+        warnings.warn(text, stacklevel=2)
 
 
-def _problem(tokenizer, answer: str, form, eos, stop: str, limit: int) -> tuple[bool, str] | None:
-    """Why `predict` cannot return an answer, and whether that is an error. None if it can."""
-
-    def can(**limits) -> bool:
-        texts = _returned(tokenizer, answer, **limits)
-        return any(metrics.exact_match(text, [answer], form) for text in texts if text)
-
-    if can(eos=eos, stop=stop, limit=limit):
-        return None
-    message = _misspelt(tokenizer, answer, eos)
-    if message:
-        return True, message
-    if not any(_same(text, answer) for text in _returned(tokenizer, answer, eos, stop)):
-        return True, f"the answer {answer!r} holds {stop!r}, which ends it; --stop sets another end"
-    if can(eos=eos, stop=stop):
-        return False, f"their answers have more than --max-new-tokens {limit} tokens"
-    return False, "the tokenizer changes the letters of their answers"
-
-
-def _misspelt(tokenizer, text: str, eos) -> str | None:
-    """Say why the tokens of a text do not spell it. None if they do."""
-    if any(_same(given, text) for given in _returned(tokenizer, text, eos)):
-        return None
-    if any(_same(given, text) for given in _returned(tokenizer, text)):
-        return f"the answer {text!r} holds a token that ends an answer"
-    *_, given = _returned(tokenizer, text)
-    spelt = f" (they spell {given!r})" if given else ""
-    return f"the tokenizer has no tokens for the answer {text!r}{spelt}"
-
-
-def _returned(tokenizer, answer: str, eos=(), stop: str = "", limit: int | None = None):
-    """Yield what `predict` returns if the LM gives the tokens of an answer.
-
-    First those of the answer behind a space, then without: tokenizers differ in which they need.
-    """
-    unknown = getattr(tokenizer.model, "unk_token", None)
-    unigram = isinstance(tokenizer.model, models.Unigram)  # it does not tell its unk_token
-    for text in (f" {answer}", answer):
-        row, known = tokenizer.encode(text, add_special_tokens=False), []
-        for index, token in zip(row.ids[:limit], row.tokens):
-            if index in eos:
-                break
-            shows_text = unigram and token != tokenizer.id_to_token(index)  # instead of <unk>
-            if token != unknown and not shows_text:
-                known.append(index)
-        text = tokenizer.decode(known)
-        yield text[: find_stop(text, stop)].strip()
-
-
-def _same(given: str, answer: str) -> bool:
-    """Whether two texts differ in nothing but what a tokenizer or the scores normalise."""
-    if not given:
-        return False
-    return metrics.exact_match(given, [answer], "NFD") == 1 or _fold(given) == _fold(answer)
-
-
-def _fold(text: str) -> str:
-    """Drop case, accents, spaces and control characters, and compatibility forms such as "ﬁ"."""
-    letters = normalize("NFKD", normalize("NFKD", text).casefold())
-    return "".join(c for c in letters if category(c)[0] not in "MZC")
+def spells(tokenizer: Tokenizer, answer: str, eos, stop: str = "", limit=None) -> bool:
+    """Whether `predict` returns an answer if the LM gives its tokens. Unicode form and what the
+    scores normalise may change."""
+    for text in (f" {answer}", answer):  # tokenizers differ in which they need
+        ids = tokenizer.encode(text, add_special_tokens=False).ids[:limit]
+        end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
+        given = tokenizer.decode(ids[:end])
+        given = given[: find_stop(given, stop)].strip()
+        if given and metrics.exact_match(given, [answer], "NFKC"):
+            return True
+    return False
 
 
 # The commands `ask` and `score` of eval.py
@@ -321,6 +267,4 @@ def score_record(args, model, tokenizer, results: dict) -> dict:
 def write_scores(path: Path, record: dict, records: list[dict]) -> None:
     """Write predictions.jsonl at `path`, and score.json beside it, which says what it is of."""
     write_json(path.with_name("score.json"), record)
-    with atomic_write(path) as unfinished:
-        lines = [json.dumps(record) + "\n" for record in records]
-        unfinished.write_text("".join(lines), encoding="utf-8")
+    write_lines(path, records)

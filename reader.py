@@ -49,7 +49,6 @@ from openbook import (
     encoder_folder,
     recalls,
     retrieve,
-    spelt,
     write_book,
     write_found,
 )
@@ -149,7 +148,7 @@ def compare_halves(args, training, scores, halves: list[str], models: dict) -> d
 # ---------------------------------------------------------------------------- packing and reading
 
 
-def pack_split(args, tokenizer, left: int, questions: Sequence[Question], targets=()) -> tuple:
+def write_inputs(args, tokenizer, left: int, questions: Sequence[Question], targets=()) -> tuple:
     """Put the passages that fit before each question. Returns (texts, packed passages, dropped).
 
     left     positions of the LM's context that the prompt leaves
@@ -164,7 +163,7 @@ def pack_split(args, tokenizer, left: int, questions: Sequence[Question], target
     answers = data.encode_prompts(tokenizer, [f" {target}" for target in targets])
     texts, packed, dropped = [], [], 0
     for row, q in enumerate(questions):
-        # An answer may need a token more after the text, and it has an end. The last is never read.
+        # + 1 for another split after the text, + 1 for EOS, - 1: the last token is not read.
         answer = len(answers[row]) + 1 if targets else 0
         limit = left - max(args.max_new_tokens - 1, answer)
         budget = max(0, limit - len(asked[row]))
@@ -238,10 +237,10 @@ def prepare(task, book: Book, folder: Path, train: Callable) -> tuple:
             continue
         training = split == "train"
         targets = [e.target for e in task.examples[split]] if training else ()
-        texts, packed, dropped = pack_split(args, task.tokenizer, left, part, targets)
+        texts, packed, dropped = write_inputs(args, task.tokenizer, left, part, targets)
         table = {"n": len(part), "retrieved": recalls(found.questions[split])}
         table |= {"re-ranked": recalls(part)} if reranks else {}
-        table["input"] = at_input(part, packed, dropped)
+        table["input"] = recall_at_input(part, packed, dropped)
         info[split] = table
         show_passages(split, table)
         if training:
@@ -273,7 +272,9 @@ def context(args, lm) -> int:
     return min(longest, args.context or longest) - args.prompt_length
 
 
-def at_input(questions: Sequence[Question], packed: list[list[Passage]], dropped: int) -> dict:
+def recall_at_input(
+    questions: Sequence[Question], packed: list[list[Passage]], dropped: int
+) -> dict:
     """What reaches the LM: recall as in `recalls`, passages a question, and the dropped ones."""
     read = [replace(q, found=kept) for q, kept in zip(questions, packed)]
     n, known = len(read), [q for q in read if q.positives]
@@ -335,12 +336,11 @@ class Reader(nn.Module):
     def packed(self, questions: list[Question]) -> list[str]:
         """What the LM reads of the questions."""
         left = context(self.args, self.lm)
-        return pack_split(self.args, self.tokenizer, left, questions)[0]
+        return write_inputs(self.args, self.tokenizer, left, questions)[0]
 
     def read_back(self, examples: list) -> list:
         """Put the passages before the questions of examples of data.py."""
-        bare = [e.input.removeprefix("Q: ").removesuffix("\nA:") for e in examples]
-        questions = [Question(spelt(text), list(e.answers)) for text, e in zip(bare, examples)]
+        questions = [Question(data.bare_question(e.input), list(e.answers)) for e in examples]
         if self.args.top > 0:
             if self.search is None:
                 self.open_book()
@@ -396,7 +396,7 @@ def time_reader(task, adapter, book: Book) -> dict[str, float]:
     rows = data.sample(len(questions), 32, args.seed)
     if not rows:
         return {}
-    model, prefix = recurse.compose(args.method, task.lm, adapter)
+    model, prefix = recurse.COMPOSITIONS[args.method](task.lm, adapter)
     stops = metrics.stops([task.examples["train"][0]] * len(rows), args.stop)
 
     def answer(texts: list[str]) -> list:

@@ -1,10 +1,15 @@
-"""The runs behind the tables of the frozen reader: Levine et al. 2022, section 3, tables 2 and 3.
+"""The frozen reader: every run of the study, its cost, and which orderings hold.
 
-    python reproduce.py reader
+Counterparts of tables 2 and 3 of Levine et al. 2022, "Standing on the Shoulders of Giant Frozen
+Language Models", on the embedded world, and the controls that the paper leaves out. GROUPS lists
+the runs, the most important first. study.py makes them, in runs/reader. Runs that differ in their
+prompt or LM alone share their passages: they start from the ranked passages of another run.
 
-trains, in runs/reader, a dual encoder, and for each search the re-rankers and readers of RUNS. A
-run that is complete is not done again, and one that was stopped goes on. Runs that differ in their
-prompt alone share their passages: they start from the ranked passages of another run.
+    python reproduce.py reader --plan       the cost sheet
+    python reproduce.py reader              all runs, or what is missing of them, and the tables
+
+Two processes can share the work: start the second command twice, each with OMP_NUM_THREADS=1. On a
+GPU, add --flags="--device cuda --dtype float32".
 """
 
 from pathlib import Path
@@ -12,87 +17,223 @@ from pathlib import Path
 from show import show, show_table
 
 import train
-from runs import read_record
+from openbook import SPLITS
+from study import Job, Row, Study, cell, show_orderings
 
-RUNS = {  # name: (flags, the run whose ranked passages it reads); the first runs are table 2
-    "bm25": ("--no-rerank", None),
-    "bm25-reranked": ("", None),
-    "dense": ("--search dense --no-rerank", None),
-    "dense-reranked": ("--search dense", None),
-    "hybrid": ("--search hybrid --no-rerank", None),
-    "hybrid-reranked": ("--search hybrid", None),
-    "not-cross-fitted": ("--reranker {bm25-reranked}/reranker", None),
-    "closed-book": ("--top 0", None),
-    "fine-tuned-bm25": ("--tune lm --lr 3e-4 --no-rerank", "bm25"),
-    "fine-tuned-reranked": ("--tune lm --lr 3e-4 --no-rerank", "bm25-reranked"),
-    "fine-tuned-closed-book": ("--tune lm --lr 3e-4 --top 0", None),
+# The runs
+
+READER, CLOSED = "train.py --method reader", "train.py --method reader --top 0"
+DENSE, HYBRID = (
+    f"{READER} --search {kind} --retriever {{out}}/retriever-0" for kind in ("dense", "hybrid")
+)
+SEARCHED = {  # runs that search: command
+    "bm25-reranked": READER,
+    "bm25": f"{READER} --no-rerank",
+    "hybrid-reranked": HYBRID,
+    "dense-reranked": DENSE,
+    "hybrid": f"{HYBRID} --no-rerank",
+    "dense": f"{DENSE} --no-rerank",
+    "not-cross-fitted": f"{READER} --reranker {{out}}/bm25-reranked-0/reranker",
 }
-REPEATED = ("bm25", "bm25-reranked", "not-cross-fitted")  # with other seeds of the prompt
+LARGER, TUNED = "--model {pretrained}/lm2", "--tune lm"
+
+
+def searched(name: str, seeds: int = 1) -> Row:
+    """A row of SEARCHED."""
+    return Row(name, seeds, "", SEARCHED[name])
+
+
+def reads(name: str, run: str, flags: str = "", seeds: int = 1) -> Row:
+    """A row that reads what a run of SEARCHED has retrieved and ranked."""
+    found = "retrieved" if "--no-rerank" in SEARCHED[run] else "ranked"
+    place = f"{{out}}/{run}-0"
+    files = " ".join(f"--{split} {place}/{found}/{split}.jsonl" for split in SPLITS)
+    command = f"{READER} --no-rerank --passages {place}/passages.jsonl {files} {flags}"
+    return Row(name, seeds, "", command)
+
+
+GROUPS = {
+    "search and re-ranking, as in table 2": [
+        Row("retriever", 1, "", "train.py --method retriever --steps {encoder_steps}"),
+        searched("bm25-reranked", 3),
+        searched("bm25", 3),
+        searched("hybrid-reranked"),
+        searched("dense-reranked"),
+        searched("hybrid"),
+        searched("dense"),
+    ],
+    "without cross-fitting": [searched("not-cross-fitted", 3)],
+    "both LMs, frozen and fine-tuned, as in table 3": [
+        Row("closed-book", 3, "", CLOSED),
+        reads("larger-bm25-reranked", "bm25-reranked", LARGER, 3),
+        reads("larger-bm25", "bm25", LARGER, 3),
+        Row("larger-closed-book", 1, "", f"{CLOSED} {LARGER}"),
+        reads("tuned-bm25-reranked", "bm25-reranked", TUNED),
+        reads("tuned-bm25", "bm25", TUNED),
+        Row("tuned-closed-book", 1, "", f"{CLOSED} {TUNED}"),
+        reads("larger-tuned-bm25-reranked", "bm25-reranked", f"{LARGER} {TUNED}"),
+        reads("larger-tuned-bm25", "bm25", f"{LARGER} {TUNED}"),
+    ],
+}
+ORDERINGS = [  # the claim is that the first row has the higher EM
+    ("BM25: re-ranked > as found", "bm25-reranked", "bm25"),
+    ("dense: re-ranked > as found", "dense-reranked", "dense"),
+    ("hybrid: re-ranked > as found", "hybrid-reranked", "hybrid"),
+    ("hybrid > BM25", "hybrid", "bm25"),
+    ("hybrid > BM25, both re-ranked", "hybrid-reranked", "bm25-reranked"),
+    ("cross-fitted > not", "bm25-reranked", "not-cross-fitted"),
+    ("open > closed book", "bm25", "closed-book"),
+    ("larger LM: re-ranked > as found", "larger-bm25-reranked", "larger-bm25"),
+    ("larger > smaller LM, both re-ranked", "larger-bm25-reranked", "bm25-reranked"),
+    ("smaller LM, re-ranked > larger LM, as found", "bm25-reranked", "larger-bm25"),
+    ("within 3 points of fine-tuning", "bm25-reranked", "tuned-bm25-reranked", 0.03),
+    ("larger LM: the same", "larger-bm25-reranked", "larger-tuned-bm25-reranked", 0.03),
+    ("larger LM, frozen > smaller, tuned", "larger-bm25-reranked", "tuned-bm25-reranked"),
+]
+
+
+class ReaderStudy(Study):
+    """A study whose runs read the open book of the embedded world."""
+
+    def jobs(self, row: Row) -> list[Job]:
+        """A row with each of its seeds. All of them read what the first one has ranked."""
+        first, *others = super().jobs(row)
+        again = reads(row.name, row.name) if row.name in SEARCHED else row
+        return [first, *(Job(again, job.seed, job.folder) for job in others)]
+
+    def line(self, job: Job) -> list[str]:
+        """The arguments of a job's program."""
+        args = self.args
+        names = {"out": self.folder, "pretrained": args.pretrained}
+        names["encoder_steps"] = args.encoder_steps
+        line = ["--steps", args.steps, "--encoder-steps", args.encoder_steps, "--top", args.top]
+        line += ["--context", args.context, "--world-seed", args.world_seed, *args.flags.split()]
+        line += ["--model", args.model] if args.model else []
+        line += ["--encoder", args.encoder] if args.encoder else []
+        line += [word.format_map(names) for word in job.row.command.split()[1:]]
+        line += ["--seed", job.seed, "--out", job.folder, "--resume"]
+        return [str(word) for word in line]
 
 
 def readers(args) -> dict:
-    """Recall at the LM's input and EM, by search, re-ranking, cross-fitting and what is tuned."""
-    folder = Path(args.out) / "reader"
-    dual = folder / "retriever"
-    encoder = ["--encoder", args.encoder] if args.encoder else []
-    shared = ["--world-seed", str(args.world_seed), *encoder]
-    flags = ["--method", "retriever", "--steps", str(args.encoder_steps)]
-    retriever = trained(dual, [*flags, *shared])
-    shared += ["--top", str(args.top), "--context", str(args.context), "--steps", str(args.steps)]
-    shared += ["--encoder-steps", str(args.encoder_steps), "--retriever", str(dual)]
-    shared += ["--model", args.model] if args.model else []
-    results = {"retriever": retriever["results"]}
-    for name, (own, source) in RUNS.items():
-        for seed in range(args.seeds if name in REPEATED else 1):
-            out = folder / (name if seed == 0 else f"{name}-{seed}")
-            read_from = source or (name if seed else None)
-            places = {run: folder / run for run in RUNS}
-            flags = [word.format_map(places) for word in own.split()]
-            if seed:
-                flags = ["--no-rerank"]
-            if read_from:
-                flags += ranked_files(folder / read_from, folder / "bm25" / "passages.jsonl")
-            record = trained(out, ["--method", "reader", *shared, *flags, "--seed", str(seed)])
-            results[out.name] = row(record)
-    scored = {name: part for name, part in results.items() if "dev EM" in part}
-    columns = list(dict.fromkeys(key for part in scored.values() for key in part))
-    table = [[name, *(part.get(key, "") for key in columns)] for name, part in scored.items()]
-    show_table("what the LM reads, and its answers", ["", *columns], table)
-    compared = read_record(folder / "bm25-reranked")
-    results["cross-fitting"] = compared["passages"]["cross-fitting"]
-    results["seconds per question"] = compared["seconds_per_question"]
-    for key in ("cross-fitting", "seconds per question"):
-        show(f"{key}: {results[key]}")
+    """The frozen reader: what it reads and answers, by search, re-ranking, LM and what is tuned."""
+    args.grid = False
+    study = ReaderStudy(args, Path(args.out) / "reader", GROUPS, {}, {"train.py": train})
+    cost = show_cost(study)
+    if args.plan:
+        return {}
+    study.make()
+    with study.alone():
+        return report(study) | {"cost": cost}
+
+
+# What it costs. Measured on one core of the machine of RESULTS.md, in seconds.
+
+QUESTIONS = {"train": 5040, "dev": 420, "test": 700}
+RANK = 0.0009  # a question and a passage, scored
+LEARN = 0.0066  # the same, forward and backward
+RETRIEVE = 0.3  # a step of the dual encoder
+READ = 0.046  # a question behind 256 positions of passages, forward and backward
+ANSWER = 0.021  # its greedy answer
+
+
+def seconds(study: Study, job: Job) -> float:
+    """Expected seconds of a core for a job."""
+    run = train.parse(study.line(job))
+    if run.method == "retriever":
+        return run.steps * RETRIEVE
+    total, scored = 0.0, sum(QUESTIONS.values())
+    if run.top > 0 and not run.no_rerank:
+        if not run.reranker:
+            total += 3 * run.encoder_steps * 16 * run.group_size * LEARN
+            scored += run.eval_limit
+        total += scored * run.top * RANK
+    length = run.context / 256 if run.top > 0 else 0.1
+    size = 2 if LARGER in job.row.command else 1
+    answers = run.eval_limit * -(-run.steps // run.eval_every)
+    answers += QUESTIONS["dev"] + QUESTIONS["test"]
+    learn = (1.5 if run.tune == "lm" else 1) * READ * run.steps * run.batch_size
+    return total + size * length * (learn + answers * ANSWER)
+
+
+def show_cost(study: Study) -> dict:
+    """Print the cost sheet. Returns the expected seconds of a core, of all jobs and of the rest."""
+    rows, total, left = [], 0.0, 0.0
+    for job in study.plan():
+        cost = seconds(study, job)
+        state = "finished" if job.record() else "failed" if job.failed() else ""
+        total, left = total + cost, left + (0.0 if state else cost)
+        rows.append([job.folder.name, round(cost), state])
+    show_table("cost", ["run", "seconds of a core", ""], rows)
+    show(f"\n{len(rows)} runs: {total:.0f} seconds of a core, {left:.0f} of them to come.")
+    show(f"Two processes on two quiet cores take {left / 7200:.1f} hours for these.")
+    return {"seconds": round(total), "left": round(left)}
+
+
+# What came out
+
+
+def report(study: Study) -> dict:
+    """Print all tables. Returns what results/reader.json holds."""
+    results = {"search": show_search(study), "runs": show_readers(study)}
+    results["orderings"] = show_orderings(study, ORDERINGS)
+    results |= show_reranker(study)
+    results["missing"] = study.missing()
+    show("")
+    for name, reason in results["missing"].items():
+        show(f"{name} is not made: {reason}")
     return results
 
 
-def ranked_files(run: Path, book: Path) -> list[str]:
-    """The flags that start from what another run retrieved and ranked."""
-    place = run / ("ranked" if (run / "ranked").is_dir() else "retrieved")
-    flags = ["--passages", str(book)]
-    for split in ("train", "dev", "test"):
-        flags += [f"--{split}", str(place / f"{split}.jsonl")]
-    return flags
+def show_search(study: Study) -> dict:
+    """Print how often dev's first 1, 5, 20 ... passages hold an answer, as found and re-ranked."""
+    results, table = {}, []
+    for name in SEARCHED:
+        for job in study.finished(name)[:1]:
+            results[name] = job.record()["passages"]["dev"]
+            order = results[name].get("re-ranked", results[name]["retrieved"])
+            shares = (f"@{k} {100 * share:.1f}" for k, share in order["answer"].items())
+            table.append([name, ", ".join(shares)])
+    if table:
+        show_table("an answer in the first passages: dev, in percent", ["", "recall"], table)
+    return results
 
 
-def trained(out: Path, flags: list[str]) -> dict:
-    """The record of a run of train.py, made if it is missing."""
-    record = read_record(out) if (out / "run.json").is_file() else {}
-    whole = "results" in record and (
-        "--top 0" in " ".join(flags) or "retriever" in flags or "seconds_per_question" in record
-    )
-    return record if whole else train.main([*flags, "--out", str(out), "--resume"])
+def show_readers(study: Study) -> dict[str, list[dict]]:
+    """Print what reaches the LM, and EM, of every row. Returns {row: its records, without more}."""
+    keys, results = ("command", "lr", "seconds", "results", "seconds_per_question"), {}
+    for title, rows in study.groups.items():
+        table = []
+        for row in rows:
+            records = [job.record() for job in study.finished(row.name)]
+            if not records:
+                continue
+            results[row.name] = [{k: r[k] for k in keys if k in r} for r in records]
+            if "passages" in records[0]:
+                read = records[0]["passages"]["dev"]["input"]
+                cells = [f"{100 * read['answer']:.1f}", f"{read['passages']:.1f}"]
+                table.append([row.name, len(records), *cells, cell(records, "all")])
+        if table:
+            columns = ["", "seeds", "an answer there", "passages", "EM dev / test"]
+            show_table(f"{title}: what the LM reads of dev, and EM, in percent", columns, table)
+    return results
 
 
-def row(record: dict) -> dict:
-    """The columns of one run, in percent: of dev, and the EM of test."""
-    table = {}
-    for split in ("dev", "test"):
-        read = record.get("passages", {}).get(split, {}).get("input", {})
-        for key in ("answer", "gold"):
-            if key in read and read["passages"]:
-                table[f"{split} {key} at the input"] = round(100 * read[key], 1)
-        if read:
-            table[f"{split} passages"] = round(read["passages"], 1)
-        table[f"{split} EM"] = round(100 * record["results"][split]["em"], 1)
-    return table
+def show_reranker(study: Study) -> dict:
+    """Print how a re-ranker sorts the half it was trained on and the other, and its time."""
+    results = {}
+    for job in study.finished("bm25-reranked")[:1]:
+        record = job.record()
+        results["cross-fitting"] = halves = record["passages"]["cross-fitting"]
+        table = []
+        for half in ("own half", "held-out half"):
+            shares = [f"{100 * share:.1f}" for share in halves[half]["answer"].values()]
+            table.append([half, *shares])
+        columns = ["trained on", *(f"@{k}" for k in halves["own half"]["answer"])]
+        title = f"an answer in the first passages of {halves['n']} training questions, in percent"
+        show_table(title, columns, table)
+        results["seconds per question"] = spent = record["seconds_per_question"]
+        parts = [f"{name} {1000 * value:.1f} ms" for name, value in spent.items()]
+        share = 100 * spent["share of re-ranking"]
+        show(f"\na question takes {', '.join(parts[:-1])}; re-ranking is {share:.0f} % of it")
+    return results

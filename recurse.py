@@ -15,15 +15,13 @@ A residual Connector, which is not in the paper, is added to what it replaces in
 
     neural recursion   lm(x + connector(lm(x)))         x = lm.embed(ids)
 
-Every composition can end its questions with a Pause: Paused(model, pause).
-
 A Stack generates like an LM: every new token runs through all its parts, and every part has its own
 KV cache.
 
 Textual recursion (section 4 of the same paper) composes two passes as text. With a prompt p1 the LM
 samples n answers, and with a prompt p2 it reads the question and these candidates.
 
-Needs adapters.py, pause.py, generate.py, t5.py and checkpoints.py; the caller passes the LM.
+Needs adapters.py, generate.py, t5.py and checkpoints.py; the caller passes the LM.
 
     python train.py --method neural_recursion      trains one on the embedded world
 """
@@ -46,7 +44,6 @@ from adapters import (
     SoftPrompt,
     load_adapter,
     rms,
-    save_adapter,
 )
 from checkpoints import load_tokenizer
 from generate import (
@@ -59,7 +56,6 @@ from generate import (
     prefix_lengths,
     sample_answers,
 )
-from pause import Pause, with_pause, without_pause
 from t5 import T5Encoder
 
 
@@ -113,7 +109,7 @@ class Stack(nn.Module):
 
     Stack(lm, [c]) is LM-Connector-LM and Stack(lm, [c1, c2]) runs the LM three times; `parts` gives
     any other order. If the first part is the frozen LM, autograd records nothing for it, because
-    nothing trained comes before it. `embeddings` is only for after_first.
+    nothing trained comes before it. `after_first` sets `embeddings`.
     """
 
     def __init__(self, lm, connectors=(), parts=None, embeddings: Tensor | None = None):
@@ -209,7 +205,8 @@ class FirstPass:
         self.starts = self.starts.to(device)
 
     def __call__(self, rows: list[int], T: int) -> Tensor:
-        """The states of the texts `rows` as (B, T, C). Beyond a text's end they are of others."""
+        """The states of the texts `rows` as (B, T, C). Positions after a text's end are padding:
+        they hold states of other texts."""
         if self.states is None:
             self.compute()
         index = self.starts[rows][:, None] + torch.arange(T, device=self.starts.device)
@@ -257,28 +254,22 @@ PROMPT_METHODS = ("prompt_tuning", "deep_prompt", "id_pt", "textual_recursion", 
 CONNECTOR_METHODS = ("neural_recursion", "lm_connector", "connector_lm")
 
 
-def compose(method: str, lm, adapter, pause: Pause | None = None):
-    """(model, prefix) of COMPOSITIONS, whose questions end with the pause, if there is one."""
-    model, prefix = COMPOSITIONS[method](lm, adapter)
-    return with_pause(model, pause), prefix
-
-
 def gaps(connector: Connector | Connectors) -> list[Connector]:
     """The Connector of each gap between the passes of a neural recursion."""
     return connector.gaps() if isinstance(connector, Connectors) else [connector]
 
 
-def between_passes(
-    passes: int, shared: bool, start: Callable[[], Connector]
+def make_connectors(
+    passes: int, shared: bool, new: Callable[[], Connector]
 ) -> Connector | Connectors:
     """What stands between `passes` passes: a shared Connector, or one for each gap.
 
-    start() returns a new Connector. Two passes have one gap, and get a plain Connector.
+    new() returns a Connector. Two passes have one gap, and get a plain Connector.
     """
     if passes == 2:
-        return start()
+        return new()
     count = 1 if shared else passes - 1
-    return Connectors([start() for _ in range(count)], passes)
+    return Connectors([new() for _ in range(count)], passes)
 
 
 def new_connector(lm, method: str, layers: int) -> Connector:
@@ -329,24 +320,6 @@ def load_trained(folder, lm, tokenizer, encoder_folder=None):
     return adapter, tokenizer
 
 
-# A prefix as a file
-
-
-def save_prefix(folder, prefix, lm, **info) -> None:
-    """Stores a shared prefix, such as examples read once, as a deep prompt. PEFT loads it too."""
-    save_adapter(folder, DeepPrompt(prefix), lm, **info)
-
-
-def load_prefix(folder, lm, tokenizer=None, encoder_folder=None):
-    """The prefix of the prompt in a folder, of any kind, for `generate` and `predict`.
-
-    ValueError if the prompt was made for another LM, or if the folder holds a Connector. ID-PT
-    needs the LM's tokenizer and the folder of its encoder.
-    """
-    adapter, _ = load_trained(folder, lm, tokenizer, encoder_folder)
-    return prompt_prefix(adapter, lm, folder)
-
-
 def prompt_prefix(adapter, lm, source=""):
     """The prefix of a prompt of any kind. ValueError, with its source, if it is a Connector."""
     methods = dict(zip((SoftPrompt, DeepPrompt, PromptGenerator), PROMPT_METHODS))
@@ -359,7 +332,7 @@ def prompt_prefix(adapter, lm, source=""):
 def prompt_embeddings(adapter, lm, ids: list[int]) -> Tensor:
     """[prompt; embeddings] of a question (P + T, C), for engines that take prompt embeddings.
 
-    ids are the question's tokens as the LM reads them, after a prompt after BOS without BOS.
+    ids are the question's tokens. If the prompt stands after BOS, pass ids without BOS.
     ValueError for a deep prompt, which is no embeddings. With vLLM:
 
         llm = vllm.LLM(model, enable_prompt_embeds=True)
@@ -414,19 +387,17 @@ def route(
     return answers, unsure
 
 
-def check_stack(model) -> None:
-    """ValueError unless the model, Paused or not, is a Stack of passes with Connectors between."""
-    stack = without_pause(model)
+def check_stack(stack) -> None:
+    """ValueError unless it is a Stack of passes with Connectors between them."""
     passes = isinstance(stack, Stack) and stack.parts[0] is stack.parts[-1] is stack.lm
     if not passes or len(stack.parts) < 3:
         raise ValueError("only a run of neural_recursion has a first pass that can answer")
 
 
 def first_pass(stack, tokenizer, ids, prefix=None, *rest, mean: bool = False) -> list:
-    """The frozen LM's own answers and their log-probabilities, after the same pause. As predict."""
+    """The frozen LM's own answers and their log-probabilities. As predict."""
     prefix = None if prefix is None else prefix.parts[0]
-    lm = with_pause(stack.lm, getattr(stack, "pause", None))
-    return predict(lm, tokenizer, ids, prefix, *rest, mean=mean, logprobs=True)
+    return predict(stack.lm, tokenizer, ids, prefix, *rest, mean=mean, logprobs=True)
 
 
 # Textual recursion

@@ -24,7 +24,7 @@ import train
 from generate import predict
 from questions import prepare
 from runs import load_run
-from study import Job, Row, Study, em, show_grid, show_orderings, show_runs
+from study import Job, Row, Study, curve, em, show_cost, show_grid, show_orderings, show_runs
 
 # The runs
 
@@ -40,6 +40,8 @@ STORED, RANDOM, ONE = "--init {pretrained}", "--init random", "--connector-layer
 NEURAL_1 = f"{NEURAL} {ONE} {STORED}/neural_recursion_1"
 NEURAL_2 = f"{NEURAL} {STORED}/neural_recursion_2"
 AFTER_2, BEFORE_2 = f"{AFTER} {STORED}/lm_connector_2", f"{BEFORE} {STORED}/connector_lm_2"
+LARGE = "{pretrained}/lm2"
+BEST = "neural-2-muon-pause-3"
 MORE = f"{TEXTUAL} --stages-from {{out}}/textual-16-0"  # the prompts before the last are the same
 
 
@@ -50,50 +52,57 @@ def residual(command: str) -> str:
 
 RATES = {  # row: learning rates; the first is used where --grid has chosen none
     "neural-2": ("1e-3", "3e-4", "3e-3"),
-    "neural-2-residual": ("1e-3", "3e-4", "3e-3"),
+    "neural-2-residual": ("1e-3", "3e-3"),
+    "neural-2-residual-pause-3": ("1e-3", "3e-3"),
     "neural-2-random": ("1e-3", "3e-4", "3e-3"),
     "before-2": ("1e-3", "3e-4", "3e-3"),
-    "before-2-residual": ("1e-3", "3e-4", "3e-3"),
     "before-2-random": ("1e-3", "3e-4", "3e-3"),
     "after-2": ("1e-3", "3e-4", "3e-3"),
-    "after-2-residual": ("1e-3", "3e-4", "3e-3"),
     "after-2-random": ("1e-3", "3e-4", "3e-3"),
     "prompt": ("0.024", "0.008", "0.072"),  # a quarter of the embeddings' standard deviation
+    "prompt-large": ("0.024", "0.008", "0.072"),
     "fine-tuning": ("3e-4", "1e-4", "1e-3"),
 }
+FILLER, MUON = "--pause 3", "--optimizer muon --lr 2e-3"
 # neural: LM-Connector-LM; before: Connector-LM; after: LM-Connector; then the Connector's layers.
 # Connectors and prompts of the rows with "random" are not pretrained, nor are those of "prompt".
 GROUPS = {
     "headline, as in table 4": [
         Row("neural-2", 3, "neural-2", NEURAL_2),
-        Row("neural-2-residual", 3, "neural-2-residual", residual(NEURAL_2)),
+        Row("neural-2-residual", 1, "neural-2-residual", residual(NEURAL_2)),
         Row("prompt", 3, "prompt", PROMPT),
-        Row("neural-2-residual-pause-7", 3, "neural-2-residual", f"{residual(NEURAL_2)} --pause 7"),
-        Row("neural-2-residual-pause-3", 3, "neural-2-residual", f"{residual(NEURAL_2)} --pause 3"),
+        Row("neural-2-muon-pause-3", 3, "", f"{residual(NEURAL_2)} {FILLER} {MUON}"),
+        Row(
+            "neural-2-residual-pause-3",
+            3,
+            "neural-2-residual-pause-3",
+            f"{residual(NEURAL_2)} {FILLER}",
+        ),
         Row("before-2", 3, "before-2", BEFORE_2),
-        Row("before-2-random", 3, "before-2-random", f"{BEFORE} {RANDOM}"),
         Row("textual-16", 3, "prompt", f"{TEXTUAL} --candidates 16"),
     ],
     "residual Connectors and filler after the question, which are not in the paper": [
-        Row("before-2-residual", 1, "before-2-residual", residual(BEFORE_2)),
-        Row("after-2-residual", 1, "after-2-residual", residual(AFTER_2)),
-        Row("neural-1-residual", 1, "neural-2-residual", residual(NEURAL_1)),
-        Row("before-2-residual-pause-7", 1, "before-2-residual", f"{residual(BEFORE_2)} --pause 7"),
-        Row("after-2-residual-pause-7", 1, "after-2-residual", f"{residual(AFTER_2)} --pause 7"),
-        Row("prompt-pause-7", 1, "prompt", f"{PROMPT} --pause 7"),
-        Row("fine-tuning-pause-7", 1, "fine-tuning", f"{TUNED} --pause 7"),
-        Row("neural-2-pause-3", 1, "neural-2", f"{NEURAL_2} --pause 3"),
+        Row("before-2-muon-pause-3", 1, "", f"{residual(BEFORE_2)} {FILLER} {MUON}"),
+        Row("after-2-muon-pause-3", 1, "", f"{residual(AFTER_2)} {FILLER} {MUON}"),
+        Row("prompt-pause-3", 1, "prompt", f"{PROMPT} {FILLER}"),
+        Row("fine-tuning-pause-3", 1, "fine-tuning", f"{TUNED} {FILLER}"),
+        *(
+            Row(
+                f"neural-2-residual-pause-{k}",
+                1,
+                "neural-2-residual-pause-3",
+                f"{residual(NEURAL_2)} --pause {k}",
+            )
+            for k in (1, 7)
+        ),
     ],
     "Connectors, as in table 6": [
         Row("neural-2-random", 1, "neural-2-random", f"{NEURAL} {RANDOM}"),
+        Row("before-2-random", 1, "before-2-random", f"{BEFORE} {RANDOM}"),
         Row("neural-1", 1, "neural-2", NEURAL_1),
         Row("neural-1-random", 1, "neural-2-random", f"{NEURAL} {ONE} {RANDOM}"),
         Row("after-2", 1, "after-2", AFTER_2),
         Row("after-2-random", 1, "after-2-random", f"{AFTER} {RANDOM}"),
-        Row("after-1", 1, "after-2", f"{AFTER} {ONE} {STORED}/lm_connector_1"),
-        Row("after-1-random", 1, "after-2-random", f"{AFTER} {ONE} {RANDOM}"),
-        Row("before-1", 1, "before-2", f"{BEFORE} {ONE} {STORED}/connector_lm_1"),
-        Row("before-1-random", 1, "before-2-random", f"{BEFORE} {ONE} {RANDOM}"),
         Row("text-prompt", 1, "", "pretrain.py prompt --steps 700 --documents 60000"),
         Row("prompt-pretrained", 1, "prompt", f"{PROMPT} --init {{out}}/text-prompt-0"),
     ],
@@ -104,14 +113,17 @@ GROUPS = {
         Row("fine-tuning", 1, "fine-tuning", TUNED),
         Row("prompt-long", 1, "prompt", f"{PROMPT} --steps {{long}}"),
         Row("neural-2-passes-3", 1, "neural-2", f"{NEURAL_2} --passes 3"),
-        Row("neural-2-passes-3-each", 1, "neural-2", f"{NEURAL_2} --passes 3 --connectors each"),
+    ],
+    "a larger LM": [
+        Row("prompt-large", 1, "prompt-large", f"{PROMPT} --model {LARGE}"),
+        Row("lm-alone-large", 1, "", f"eval.py score {{test}} --model {LARGE}"),
     ],
     "what a recursion does": [
         Row("hard", 1, "", "audit.py hard {out}/prompt-long-0 --samples 64"),
-        Row("passes", 1, "", "audit.py passes {out}/neural-2-residual-pause-7-0"),
-        Row("neural-2-routed", 1, "", "route {out}/neural-2-residual-pause-7-0 {dev} {test}"),
+        Row("passes", 1, "", f"audit.py passes {{out}}/{BEST}-0"),
+        Row("neural-2-routed", 1, "", f"route {{out}}/{BEST}-0 {{dev}} {{test}}"),
         Row("bridge", 1, "", "audit.py bridge {out}/neural-2-0 --limit 300"),
-        Row("bridge-pause", 1, "", "audit.py bridge {out}/neural-2-residual-pause-7-0 --limit 300"),
+        Row("bridge-pause", 1, "", f"audit.py bridge {{out}}/{BEST}-0 --limit 300"),
     ],
     "textual recursion, as in table 5": [
         Row("textual-1", 1, "prompt", f"{MORE} --candidates 1"),
@@ -120,7 +132,6 @@ GROUPS = {
         Row("textual-16-whole", 1, "prompt", f"{MORE} --candidates 16 --no-cross-fit"),
     ],
 }
-BEST = "neural-2-residual-pause-7"
 ORDERINGS = [  # the claim is that the first row has the higher EM
     ("neural > textual", "neural-2", "textual-16"),
     ("textual > prompt tuning", "textual-16", "prompt"),
@@ -134,19 +145,19 @@ ORDERINGS = [  # the claim is that the first row has the higher EM
     ("64 candidates > 16", "textual-64", "textual-16"),
     # not in the paper
     ("residual > not residual", "neural-2-residual", "neural-2"),
-    ("residual > not residual, 1 layer", "neural-1-residual", "neural-1"),
-    ("residual: LM-Connector-LM > Connector-LM", "neural-2-residual", "before-2-residual"),
+    ("residual: filler 1 > 0", "neural-2-residual-pause-1", "neural-2-residual"),
     ("residual: filler 3 > 0", "neural-2-residual-pause-3", "neural-2-residual"),
-    ("residual: filler 7 > 3", BEST, "neural-2-residual-pause-3"),
-    ("residual and filler > prompt tuning", BEST, "prompt"),
-    ("residual and filler > prompt tuning with filler", BEST, "prompt-pause-7"),
-    ("residual and filler > Connector-LM with both", BEST, "before-2-residual-pause-7"),
-    ("residual and filler > LM-Connector with both", BEST, "after-2-residual-pause-7"),
-    ("residual and filler > textual", BEST, "textual-16"),
-    ("residual and filler > fine-tuning with filler", BEST, "fine-tuning-pause-7"),
-    ("residual and filler: within 3 points of prompt tuning", BEST, "prompt", 0.03),
-    ("residual and filler: within 3 points of Connector-LM", BEST, "before-2-residual", 0.03),
-    ("neural, filler 3 > 0", "neural-2-pause-3", "neural-2"),
+    ("residual: filler 7 > 3", "neural-2-residual-pause-7", "neural-2-residual-pause-3"),
+    ("residual, filler 3: Muon > AdamW", BEST, "neural-2-residual-pause-3"),
+    ("all three > prompt tuning", BEST, "prompt"),
+    ("all three > prompt tuning with filler", BEST, "prompt-pause-3"),
+    ("all three > Connector-LM with all three", BEST, "before-2-muon-pause-3"),
+    ("all three > LM-Connector with all three", BEST, "after-2-muon-pause-3"),
+    ("all three > textual", BEST, "textual-16"),
+    ("all three > fine-tuning with filler", BEST, "fine-tuning-pause-3"),
+    ("all three > prompt tuning of the larger LM", BEST, "prompt-large"),
+    ("all three: within 3 points of prompt tuning", BEST, "prompt", 0.03),
+    ("all three: within 3 points of Connector-LM", BEST, "before-2-muon-pause-3", 0.03),
     ("two passes > equal compute in one", "neural-2", "before-8-random"),
     ("the same, both random", "neural-2-random", "before-8-random"),
     ("trained > training-free loop", "neural-2", "training-free"),
@@ -163,7 +174,7 @@ def recursion(args) -> dict:
     programs = {"train.py": train, "pretrain.py": pretrain, "audit.py": audit, "eval.py": metrics}
     folder = Path(args.out) / "recursion"
     study = Study(args, folder, GROUPS, RATES, programs | {"route": route})
-    cost = show_cost(study)
+    cost = show_cost(study, seconds, finished_seconds)
     if args.plan:
         return {}
     with study.alone():
@@ -179,7 +190,7 @@ def report(study: Study) -> dict:
     results["orderings"] = show_orderings(study, ORDERINGS)
     results["candidates"] = show_candidates(study)
     results |= show_analyses(study)
-    results["saturation"] = saturation(study)
+    results["saturation"] = curve(study, "prompt-long")
     results["missing"] = study.missing()
     show("")
     for name, reason in results["missing"].items():
@@ -278,32 +289,11 @@ def seconds(study: Study, job: Job) -> float:
     return total + asked * ANSWER * passes(run)[1] * (1 + run.pause / 6) / 1000
 
 
-def show_cost(study: Study) -> dict:
-    """Print the cost sheet. Returns the expected seconds of a core of all jobs, and what is left.
-
-    Once trainings are finished, their time corrects what is expected of the others.
-    """
-    jobs, took, expected = study.plan(), 0.0, 0.0
-    for job in jobs:
-        record = job.record() if job.program == "train.py" else None
-        if record and not job.row.command.startswith(TEXTUAL):  # it has more stages
-            took += record["seconds"]
-            expected += training_seconds(train.parse(study.line(job)))
-    factor = took / expected if expected else 1.0
-    rows, total, left = [], 0.0, 0.0
-    for job in jobs:
-        cost, steps = factor * seconds(study, job), ""
-        state = "finished" if job.record() else "failed" if job.failed() else ""
-        total, left = total + cost, left + (0.0 if state else cost)
-        if job.trains:
-            steps = study.programs[job.program].parse(study.line(job)).steps
-        rows.append([job.folder.name, steps, round(cost), state])
-    show_table("cost", ["run", "steps", "seconds of a core", ""], rows)
-    show(f"\n{len(jobs)} runs: {total:.0f} seconds of a core, {left:.0f} of them to come.")
-    show(f"Two processes on two quiet cores take {left / 7200:.1f} hours for these.")
-    if expected:
-        show(f"Finished trainings took {factor:.2f} times as long as their operations say.")
-    return {"seconds": round(total), "left": round(left), "factor": factor}
+def finished_seconds(study: Study, job: Job) -> float | None:
+    """Expected training seconds of a job, or None if its record counts those of other stages."""
+    if job.program != "train.py" or job.row.command.startswith(TEXTUAL):
+        return None
+    return training_seconds(train.parse(study.line(job)))
 
 
 # What only some rows have
@@ -359,15 +349,6 @@ def show_analyses(study: Study) -> dict:
         show(f"\ntwo-hop questions: what the first pass of {run} hands over\n")
         audit.show_rates(results[job.row.name])
     return results
-
-
-def saturation(study: Study) -> list[list[float]]:
-    """Steps and dev EM along the longest prompt tuning."""
-    points = []
-    for job in study.finished("prompt-long"):
-        records = [record for _, record in data.json_lines(job.folder / "metrics.jsonl")]
-        points += [[r["step"], r["score"]] for r in records if "score" in r]
-    return points
 
 
 def draw(figure, results: dict) -> None:

@@ -4,8 +4,10 @@
     python reproduce.py headroom      what each task of the suite leaves to be learnt
     python reproduce.py recursion     LM recursion, its relatives and its controls
     python reproduce.py reader        the frozen reader: retrieval, re-ranking, cross-fitting
+    python reproduce.py prompts       prompts of all kinds, ID-PT and fine-tuning
+    python reproduce.py transfer      soft prompt transfer, and continued pretraining
 
-The last three train, in runs/NAME. If one is stopped, the same command goes on.
+All but the first train, in runs/NAME. If one is stopped, the same command goes on.
 """
 
 import json
@@ -31,10 +33,12 @@ from fit import target_loss
 from generate import predict
 from int8 import quantize
 from model import LM
+from prompt_study import prompt_study
 from questions import prepare
 from reader_study import readers
 from recursion_study import recursion
 from runs import ASSETS, read_record
+from transfer_study import soft_transfer
 
 # What an LM knows
 
@@ -171,7 +175,14 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 
 # The command line
 
-EXPERIMENTS = {"lm": lm_checks, "headroom": headroom, "recursion": recursion, "reader": readers}
+EXPERIMENTS = {
+    "lm": lm_checks,
+    "headroom": headroom,
+    "recursion": recursion,
+    "reader": readers,
+    "prompts": prompt_study,
+    "transfer": soft_transfer,
+}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -179,6 +190,12 @@ def main(argv: list[str] | None = None) -> dict:
     parser = Parser(prog="reproduce.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="experiment", required=True)
     flags = [cli.MODEL, cli.WORLD, ("--out", str, "runs", "folder for the runs that it needs")]
+    pretrained = "folder of Connectors, METHOD_LAYERS, of t5, and of a larger LM, lm2"
+    study = [
+        ("--pretrained", str, str(ASSETS), pretrained),
+        ("--minutes", cli.number_type(float, 0), None, "start nothing after so many"),
+        ("--only", str, "", "only rows with this text in their name or their table's title"),
+    ]
     own = {
         "lm": [
             ("--count", cli.COUNT, 300, "reading questions of each kind; 10 documents for each"),
@@ -191,28 +208,44 @@ def main(argv: list[str] | None = None) -> dict:
         "recursion": [
             ("--count", cli.COUNT, None, "questions of each split; all if not given"),
             ("--steps", cli.COUNT, 1200, "steps of a training run; of a few, three times as many"),
-            ("--pretrained", str, str(ASSETS), "folder of pretrained Connectors, METHOD_LAYERS"),
-            ("--minutes", cli.number_type(float, 0), None, "start nothing after so many"),
-            ("--only", str, "", "only rows with this text in their name or their table's title"),
+            *study,
+        ],
+        "prompts": [
+            ("--count", cli.COUNT, 40, "test examples of a task, each in four templates"),
+            ("--steps", cli.COUNT, 800, "steps of a run on the suite; of other runs a fifth"),
+            *study,
         ],
         "reader": [
             ("--encoder", str, None, "folder of the BERT; assets/bert if not given"),
             ("--steps", cli.COUNT, 300, "steps of each prompt and LM"),
-            ("--encoder-steps", cli.COUNT, 400, "steps of each re-ranker and of the retriever"),
-            ("--top", cli.COUNT, 50, "passages found for a question"),
+            ("--encoder-steps", cli.COUNT, 600, "steps of each re-ranker and of the retriever"),
+            ("--top", cli.COUNT, 20, "passages found for a question"),
             ("--context", cli.COUNT, 256, "positions that the LM reads"),
-            ("--seeds", cli.COUNT, 3, "seeds of the headline rows"),
+            ("--flags", str, "", "more flags of train.py for every run, as one argument"),
+            *study,
+        ],
+        "transfer": [
+            ("--source-steps", cli.COUNT, 300, "steps of a source prompt (paper: 262,144)"),
+            ("--target-steps", cli.COUNT, 80, "steps of a target's prompt (paper: 100,000)"),
+            ("--examples", cli.COUNT, 64, "training examples of a target"),
+            ("--count", cli.COUNT, 300, "test examples of a target"),
+            ("--steps", cli.COUNT, 100, "steps of continued pretraining; of some, thrice as many"),
+            *study,
         ],
     }
+    grid = ("--grid", "choose learning rates by short runs of seed 0, first")
+    plan = ("--plan", "print the cost sheet and end")
     switches = {
-        "--grid": "choose learning rates by short runs of seed 0, first",
-        "--plan": "print the cost sheet and end",
+        "recursion": (grid, plan),
+        "prompts": (grid, plan),
+        "reader": (plan,),
+        "transfer": (plan,),
     }
     for name, experiment in EXPERIMENTS.items():
         summary = experiment.__doc__.split("\n")[0]
         command = commands.add_parser(name, help=summary)
         cli.add_flags(command, name, *flags, *own[name])
-        for switch, text in switches.items() if name == "recursion" else ():
+        for switch, text in switches.get(name, ()):
             command.add_argument(switch, action="store_true", help=text)
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     name = args.experiment + ("" if args.world_seed == 1 else f"-world-{args.world_seed}")

@@ -2,7 +2,6 @@
 
     adapter_config.json, adapter_model.safetensors   the trained adapter, best on dev
     model/                                           the model, if it was trained itself
-    pause.safetensors                                trained filler after every question, if any
     predictions.jsonl                                each test question (dev, if there is no test),
                                                      its prediction and scores
     run.json                                         arguments, versions, hardware, hashes, results
@@ -41,11 +40,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from checkpoints import atomic_write, hash_tensors, load_tokenizer, write_json
+from checkpoints import atomic_write, hash_tensors, load_tokenizer, write_json, write_lines
+from data import filler
 from int8 import quantize
 from model import LM
-from pause import load_pause
-from recurse import COMPOSITIONS, compose, load_trained, without_bos
+from recurse import COMPOSITIONS, load_trained, without_bos
 from textual import TextualRecursion
 
 ASSETS = Path(__file__).parent / "assets"  # the embedded LM and the Connectors pretrained on it
@@ -60,6 +59,7 @@ HASHES = {  # keys of run.json that identify what a run reads
     "fingerprint": "on another LM",
     "init_hash": "from another adapter",
     "encoder_hash": "with another encoder",
+    "templates_hash": "with other templates",
 }
 PATHS = {  # arguments that name files, and the hash that identifies what they hold
     "model": "fingerprint",
@@ -117,11 +117,6 @@ def hash_tokenizer(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(does).encode()).hexdigest()
 
 
-def has_hash(record: dict, key: str) -> bool:
-    """Whether a record holds this hash, or knows that there is none. Early records lack some."""
-    return record.get(key) is not None or key in record and "tokens_hash" in record
-
-
 def places(path: str, folder: str | Path, record: dict) -> list[str]:
     """Return where a path of a run's record may be now: the path itself, and the same place
     relative to the run's folder, in case that both were moved together."""
@@ -136,6 +131,15 @@ def find(path: str | list[str], folder: str | Path, record: dict) -> str | list[
     if isinstance(path, list):
         return [find(one, folder, record) for one in path]
     return [*filter(os.path.exists, places(path, folder, record)), path][0]
+
+
+def find_encoder(folder: str | Path, record: dict) -> str:
+    """The folder of the encoder that --encoder named for a run of ID-PT, or assets/t5."""
+    stored = record.get("arguments", {}).get("encoder") or str(ASSETS / "t5")
+    path = find(stored, folder, record)
+    if not os.path.isdir(path):
+        raise FileNotFoundError(f"{folder}: its encoder, --encoder {stored}, is not there any more")
+    return path
 
 
 # The run folder
@@ -198,7 +202,7 @@ class Run:
         for key, value in self.arguments.items():
             before = record["arguments"].get(key, value)  # an earlier program lacks some flags
             words = key == "init" and (is_word(key, before) or is_word(key, value))
-            if key in PATHS and has_hash(record, PATHS[key]) and not words:
+            if key in PATHS and PATHS[key] in record and not words:
                 continue  # a path is a hint; start_record compares the hashes
             if before != value and key not in ("eval_tokens", "stages_from"):  # change no result
                 flag = f"--{key.replace('_', '-')}"
@@ -222,11 +226,6 @@ class Run:
     def __exit__(self, *_) -> None:
         self.lock.close()
 
-    def write_lines(self, name: str, records: list[dict]) -> None:
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        with atomic_write(self.folder / name) as path:
-            path.write_text(text, encoding="utf-8")
-
     def log(self, record: dict) -> None:
         with open(self.metrics_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -239,7 +238,7 @@ class Run:
                 with suppress(json.JSONDecodeError):  # a kill can cut the last line short
                     records.append(json.loads(line))
         records = [r for r in records if isinstance(r, dict) and r.get("step", math.inf) <= step]
-        self.write_lines("metrics.jsonl", records)
+        write_lines(self.metrics_path, records)
         return records
 
     def save_state(self, trained: nn.Module, optimizer, state: State) -> None:
@@ -297,14 +296,14 @@ def start_record(run: Run, trained: nn.Module, frozen: LM | None, hashes: dict) 
     """
     before = run.record() or {}
     for key, what in HASHES.items():
-        if has_hash(before, key) and before.get(key) != hashes.get(key):
+        if key in before and before[key] != hashes.get(key):
             raise ValueError(f"{run.folder} was started {what} (its {key} differs)")
     count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     line = f"{run.arguments['method']}: {count:,} parameters trained"
     if frozen:
         line += f", {sum(p.numel() for p in frozen.parameters()):,} frozen"
     show(line)
-    # The results of a finished run stay until it is scored again, and what it was started on stays.
+    # Keep the earlier results, versions and hardware.
     record = {"command": run.command} | environment(run.arguments["device"]) | before
     record |= {
         "arguments": run.arguments,
@@ -370,11 +369,18 @@ def read_record(folder: str | Path) -> dict:
     return record
 
 
+def finished(folder: str | Path) -> dict | None:
+    """The record of a run that has finished, or None."""
+    record = read_record(folder) if (Path(folder) / "run.json").is_file() else {}
+    return record if "results" in record else None
+
+
 def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None = None):
     """Load what a run trained. Returns (model, prefix, tokenizer, record).
 
-    model      the LM, or a Stack, TextualRecursion, Reader or Paused with the LM's interface;
-               float32, whatever the run used. questions.prepare makes what it reads of a question
+    model      the LM, or a Stack, TextualRecursion or Reader with the LM's interface; float32,
+               whatever the run used. questions.prepare makes what it reads of a question, with
+               `model.filler` behind it
     prefix     the trained prompt as a Prefix, or None
     tokenizer  the one that the run used
     record     run.json
@@ -390,21 +396,25 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     encoder = method in ("retriever", "reranker")  # a model, but no LM
     if encoder or not (own_lm or method in COMPOSITIONS):
         raise ValueError(f"{folder}/run.json: {args['method']} trains nothing that answers")
+    if (folder / "pause.safetensors").is_file():
+        raise ValueError(f"{folder}: its questions end with trained vectors; only text is read now")
+    if args.get("per_task"):
+        raise ValueError(f"{folder}: has a prompt for each task; `eval.py mixed` answers with them")
     lm, tokenizer = load_base(folder, record, device, model)
     adapter = None
-    if own_lm and method != "prompt_tuning":  # else a prompt was trained together with the LM
+    if own_lm and method != "prompt_tuning":  # `continue` stores a prompt beside its LM
         method = "fine_tuning"
     elif method != "training_free":
-        t5 = find(args.get("encoder") or str(ASSETS / "t5"), folder, record)
-        adapter, tokenizer = load_trained(folder, lm, tokenizer, t5 if method == "id_pt" else None)
-    pause = load_pause(folder, args.get("pause", 0), args.get("pause_text", ""), lm)
-    model, prefix = compose(method, lm, adapter, pause)
+        t5 = find_encoder(folder, record) if method == "id_pt" else None
+        adapter, tokenizer = load_trained(folder, lm, tokenizer, t5)
+    model, prefix = COMPOSITIONS[method](lm, adapter)
     if method == "textual_recursion":
         model = TextualRecursion.load(folder, model, tokenizer, args)
     if args["method"] == "reader":
         from reader import Reader
 
         model = Reader.load(folder, model, tokenizer, record, device)
+    model.filler = filler(args.get("pause", 0), args.get("pause_text", ""))
     return model.requires_grad_(False), prefix, tokenizer, record
 
 
@@ -457,23 +467,12 @@ def _load_tokenizer(folder: Path, record: dict, lm: LM) -> Tokenizer:
 
 
 def _set_eos(folder: Path, record: dict, lm: LM) -> None:
-    """Let the LM end answers with the tokens that the run recorded. Early runs recorded none."""
+    """Let the LM end answers with the tokens that the run recorded."""
     now, then = list(lm.config.eos), record.get("eos")
     if then is not None and then != now:
         text = f"{folder}: answers end with its own tokens {then}, not with its LM's {now}"
         warnings.warn(text, stacklevel=4)
         lm.config = replace(lm.config, eos=tuple(then))
-
-
-PREDICTION_KEYS = {
-    "id": (str, int),
-    "task": (str,),
-    "input": (str,),
-    "prediction": (str,),
-    "answers": (list,),
-    "em": (int, float),
-    "f1": (int, float),
-}
 
 
 def read_predictions(folder: str | Path) -> list[dict]:
@@ -486,34 +485,13 @@ def read_predictions(folder: str | Path) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a run writes it when it has been tested")
     records, line_of = [], {}
-    # Bytes, split at "\n" only: the decoding errors of a text file name no line.
-    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
-    for number, line in enumerate([] if lines == [b""] else lines, start=1):  # []: nothing tested
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            record = _check_prediction(json.loads(line.decode("utf-8")))
-            task, id = record["task"], record["id"]
-            first = line_of.setdefault((task, id), number)
-            if first != number:
-                raise ValueError(f"id {id!r} of task {task!r} is already on line {first}")
-        except ValueError as error:  # json and decode raise it too
-            raise ValueError(f"{path}:{number}: {error}") from None
+            record = json.loads(line)
+            key = record["task"], record["id"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: not a prediction ({error!r})") from None
+        if line_of.setdefault(key, number) != number:
+            raise ValueError(f"{path}:{number}: the id {key[1]!r} is on line {line_of[key]} too")
         records.append(record)
     return records
-
-
-def _check_prediction(record) -> dict:
-    if not isinstance(record, dict):
-        raise ValueError("a line must be a JSON object")
-    for key, kinds in PREDICTION_KEYS.items():
-        if key not in record:
-            raise ValueError(f"key {key!r} is missing")
-        if type(record[key]) not in kinds:  # not isinstance: to Python, true and false are ints
-            names = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"key {key!r} must be {names}, got {record[key]!r}")
-    answers = record["answers"]
-    if not answers or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f"key 'answers' must be a list with at least one string, got {answers!r}")
-    for metric in ("em", "f1"):
-        if not 0 <= record[metric] <= 1:  # refuses NaN too
-            raise ValueError(f"key {metric!r} must be from 0 to 1, got {record[metric]!r}")
-    return record

@@ -5,7 +5,9 @@
     show_table(title, columns, rows)                 Markdown
     show_result("test", result)                      the scores of a run on a split
     with only_shows("curve.png"): draw(...)          if it fails, one line says why
+    with picture("curve.png", 7, 4) as figure:       draws with matplotlib
     Parser(prog="train.py")                          a bad flag is one line and status 2
+    COUNT, SEED, number_type(float, 0)               types of flags
     run_program("train.py", main)                    so is any other bad input
 
 A closed terminal, a pipe without a reader or a full disk never ends a run. Only if the line is the
@@ -13,6 +15,7 @@ result that was asked for is it an error.
 """
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -35,7 +38,7 @@ def show(text: str, stream: str = "stdout", result: bool = False) -> None:
 
     Letters that the stream cannot write are escaped. A stream that is closed or full is silent
     from then on. But OSError if the line is the `result` of a command, unless its reader has left.
-    Lines of stderr have no numbers of errors, and the middle of a very long one is left out.
+    On stderr, "[Errno n]" and the middle of a very long line are left out.
     """
     out = getattr(sys, stream)
     if out is None and result:
@@ -69,6 +72,23 @@ def only_shows(what: str) -> Iterator[None]:
         show(f"no {what}: {reason}")
 
 
+@contextmanager
+def picture(path, width: float, height: float):
+    """A context with a matplotlib figure, which needs no display and is written at the end."""
+    from checkpoints import atomic_write
+
+    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's may be missing here; none is needed
+    try:
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure
+    with atomic_write(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=110)
+
+
 def show_table(title: str, columns: list[str], rows: list[list]) -> None:
     """Print a Markdown table."""
     show(f"\n{title}\n")
@@ -76,8 +96,11 @@ def show_table(title: str, columns: list[str], rows: list[list]) -> None:
         show(f"| {' | '.join(map(str, row))} |")
 
 
-def show_result(split: str, result: dict) -> None:
-    """Print the loss of a text, recall, or the scores of all questions and of each task."""
+def show_result(split: str, result: dict, asked: bool = False) -> None:
+    """Print the loss of a text, recall, or the scores of all questions and of each task.
+
+    asked: they are the result that the user asked for.
+    """
     if "recall" in result:
         for name, row in result["recall"].items():
             shares = "  ".join(f"@{k} {100 * share:5.1f}" for k, share in row.items())
@@ -90,7 +113,26 @@ def show_result(split: str, result: dict) -> None:
     for task, row in {"all": result, **result["tasks"]}.items():
         if task:
             scores = f"EM {100 * row['em']:5.1f}   F1 {100 * row['f1']:5.1f}"
-            show(f"{split:5} {task:12} {scores}   ({row['n']} questions)")
+            show(f"{split:5} {task:12} {scores}   ({row['n']} questions)", result=asked)
+
+
+def number_type(kind: type, low: float, high: float = math.inf):
+    """An argparse type: a finite number from `low` to `high`, both included."""
+
+    def convert(text: str):
+        value = kind(text)
+        if low <= value <= high and value < math.inf:
+            return value
+        if high < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        raise argparse.ArgumentTypeError(f"{text} is not a number from {low} up")
+
+    convert.__name__ = kind.__name__  # argparse puts it into its messages
+    return convert
+
+
+COUNT = number_type(int, 1)
+SEED = number_type(int, 0, 2**63 - 1)
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,22 +161,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2)
 
 
-def run_program(program: str, main: Callable[[], object]) -> None:
-    """Run `main`. Bad input prints one line and exits with 2; SIGINT or SIGTERM, with 130."""
+def run_program(program: str, main: Callable[[], object], resumes: bool = False):
+    """Run `main` and return its result. Bad input prints one line and exits with 2.
+
+    SIGINT and SIGTERM exit with 130. resumes: the program has the flag --resume.
+    """
     from safetensors import SafetensorError
 
     def show_warning(message, *_, **__):
         show(f"{program}: {message}", "stderr")
 
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed, and no file of the run may get its number
-            setattr(sys, name, open(os.devnull, "w"))
-    warnings.showwarning = show_warning  # without the file and line that raised it
     try:
-        main()
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning  # without the file and line that raised it
+            return main()
     except KeyboardInterrupt:
-        text = "stopped; the same command with --resume goes on from the last checkpoint"
-        show(f"{program}: {text}", "stderr")
+        advice = "; the same command with --resume goes on from the last checkpoint"
+        show(f"{program}: stopped{advice if resumes else ''}", "stderr")
         sys.exit(130)
     except (ValueError, OSError, SafetensorError) as error:
         show(f"{program}: {' '.join(str(error).splitlines())}", "stderr")

@@ -10,7 +10,6 @@ writes anything.
 import argparse
 import shutil
 from collections import Counter
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,10 +28,8 @@ import world
 from checkpoints import load_tokenizer, resolve
 from int8 import quantize
 from model import LM
-from pause import Pause, load_pause, pause_parts, tokenize_paused
 from questions import check_answers, check_targets
-from runs import ASSETS, HASHES, Run, arguments, names_file, read_record
-from textual import Stage
+from runs import ASSETS, HASHES, Run, arguments, finished, names_file
 
 SUITE = "suite"  # --train suite
 SUITE_DEFAULTS = {"mixture_cap": 500, "max_new_tokens": 32}
@@ -47,8 +44,7 @@ class Task:
     tokenizer: Tokenizer
     examples: dict[str, list[data.Example]]
     tokens: dict[str, list[data.TokenizedExample]]
-    pause: Pause | None = None  # what follows every question
-    more: str = ""  # a hash of what else the data consist of
+    extra_hash: str = ""  # of passages and encoders
 
 
 def load_task(args, lm: LM, tokenizer: Tokenizer, examples: dict | None = None) -> Task:
@@ -63,23 +59,23 @@ def load_task(args, lm: LM, tokenizer: Tokenizer, examples: dict | None = None) 
         P += 1
         tokenizer = recurse.without_bos(tokenizer)
     context = min(lm.config.max_len, getattr(args, "context", None) or lm.config.max_len)
-    after, k = pause_parts(args.pause, args.pause_text)  # what follows every question
-    left = context - P - k  # for a question and its answer
+    left = context - P  # for a question and its answer
     if left < 2:
-        flags = f"--prompt-length {P}" + (f" and --pause {k}" if k else "")
-        raise ValueError(f"{flags} leaves {left} of the LM's context of {context}")
+        raise ValueError(f"--prompt-length {P} leaves {left} of the LM's context of {context}")
     if examples is None:
         examples = {split: load_split(args, split) for split in ("train", "dev", "test")}
     check_targets(tokenizer, examples["train"], lm.config.eos)
     for split in ("dev", "test"):
         stops = metrics.stops(examples[split], args.stop)
         check_answers(tokenizer, examples[split], lm.config.eos, stops, args.max_new_tokens)
-    tokens = {}
+    tokens, eos = {}, lm.config.eos[0] if lm.config.eos else None
+    filler = data.filler(args.pause, args.pause_text)
     for split, part in examples.items():
-        tokens[split] = tokenize_paused(part, tokenizer, lm.config, left, after, k)
+        part = [replace(e, input=e.input + filler) for e in part]
+        tokens[split] = data.tokenize(part, tokenizer, eos, left, lm.config.vocab_size)
     for split in ("dev", "test"):  # refuse before training what `predict` would refuse after it
         for example, question in zip(examples[split], tokens[split]):
-            T, new = len(question.input) - k, args.max_new_tokens
+            T, new = len(question.input), args.max_new_tokens
             if not example.options and T + new - 1 > left:  # the last new token is never read
                 raise ValueError(
                     f"{example.source}: {T} tokens and {new} new ones exceed the {left} that the "
@@ -175,7 +171,7 @@ def start_connector(task: Task) -> adapters.Connector | adapters.Connectors:
             return load_init(folder, args, lm, adapters.Connector)
         return recurse.new_connector(lm, args.method, args.connector_layers)
 
-    connector = recurse.between_passes(args.passes, args.connectors == "shared", new)
+    connector = recurse.make_connectors(args.passes, args.connectors == "shared", new)
     return set_residual(connector, args.residual)
 
 
@@ -258,32 +254,11 @@ def start_vectors(task: Task) -> Tensor:
     return adapters.from_vocab(P, table, int(population), generator=rng)
 
 
-def start_pause(task: Task) -> Pause | None:
-    """The filler after every question. Trained vectors start as the tokens of "\\nA:", repeated, or
-    as those of the adapter that training starts from, if it has any."""
-    args, lm, folder = task.args, task.lm, init_folder(task.args)
-    text, k = pause_parts(args.pause, args.pause_text)
-    if folder and (folder / "pause.safetensors").is_file():
-        stored = adapters.read_adapter_config(folder)["pause"]
-        if stored != k:
-            raise ValueError(
-                f"--init {folder} ends questions with {stored} trained vectors; say so with "
-                f"--pause {stored} --pause-text trained"
-            )
-        return load_pause(folder, k, "trained", lm)
-    if k == 0:
-        return Pause(text) if text else None
-    filler = adapters.from_text(k, lm.embed_tokens.weight, task.tokenizer, "\nA:" * k)
-    return Pause(vectors=filler).to(args.device)
-
-
-def next_stage(task: Task, before: Stage | None) -> tuple[adapters.SoftPrompt, Pause | None]:
-    """The prompt and the pause that a stage starts from: those of the stage before it, if there is
-    one and no --init."""
+def next_prompt(task: Task, before: adapters.SoftPrompt | None) -> adapters.SoftPrompt:
+    """What a stage starts from: the prompt of the one before it, if there is one and no --init."""
     if before is None or task.args.init:
-        return start_prompt(task), start_pause(task)
-    prompt, pause = before
-    return adapters.SoftPrompt(prompt.vectors).to(task.args.device), deepcopy(pause)
+        return start_prompt(task)
+    return adapters.SoftPrompt(before.vectors).to(task.args.device)
 
 
 STAGE_FREE = ("candidates", "rounds", "no_cross_fit", "eval_tokens")  # flags that no p1 depends on
@@ -296,16 +271,14 @@ def finished_stage(args, hashes: dict) -> Path | None:
     other flags than those of STAGE_FREE.
     """
     folder = Path(args.stages_from) / Path(args.out).name
-    if not (folder / "run.json").is_file():
-        return None
-    record = read_record(folder)
-    if "results" not in record:
+    record = finished(folder)
+    if record is None:
         return None
     same = {key: record["arguments"][key] for key in STAGE_FREE if key in record["arguments"]}
     own = argparse.Namespace(**vars(args) | same)
     Run(folder, arguments(own), resume=True).check()
     for key, what in HASHES.items():
-        if record.get(key) != hashes[key]:
+        if record.get(key) != hashes.get(key):
             raise ValueError(f"--stages-from: {folder} was trained {what} (its {key} differs)")
     return folder
 
@@ -329,6 +302,14 @@ def take_stage(args, hashes: dict) -> None:
         unfinished.rename(folder)
 
 
+SIZES = {  # kind of adapter: (what its size counts, the flag of the size)
+    adapters.SoftPrompt: ("vectors", "prompt_length"),
+    adapters.DeepPrompt: ("keys_values", "prompt_length"),
+    adapters.PromptGenerator: ("queries", "prompt_length"),
+    adapters.Connector: ("layers", "connector_layers"),
+}
+
+
 def load_init(init: Path, args, lm: LM, kind: type | tuple[type, ...], encoder=None) -> nn.Module:
     """Load the stored adapter that --init names. ValueError if the method does not train it."""
     method = args.method
@@ -346,16 +327,6 @@ def load_init(init: Path, args, lm: LM, kind: type | tuple[type, ...], encoder=N
             f"--init {init} was trained for {made_for}, where the Connector stands "
             f"elsewhere than in {method}"
         )
-    wanted, flag = args.prompt_length, "--prompt-length"
-    if isinstance(adapter, (adapters.Connector, adapters.Connectors)):
-        one = adapter[0] if kind is adapters.Connectors else adapter
-        size, wanted, flag = len(one.layers), args.connector_layers, "--connector-layers"
-    elif isinstance(adapter, adapters.SoftPrompt):
-        size = len(adapter.vectors)
-    elif isinstance(adapter, adapters.DeepPrompt):
-        size = len(adapter.keys_values)
-    else:
-        size = len(adapter.queries)
     if kind is adapters.Connectors:
         between = "shared" if len(adapter) == 1 else "each"
         if (adapter.passes, between) != (args.passes, args.connectors):
@@ -363,8 +334,12 @@ def load_init(init: Path, args, lm: LM, kind: type | tuple[type, ...], encoder=N
                 f"--init {init} was trained for other passes; say so with --passes "
                 f"{adapter.passes} --connectors {between}"
             )
-    if size != wanted:
-        raise ValueError(f"--init {init} holds a {name} of {size}; say so with {flag} {size}")
+    one = adapter[0] if kind is adapters.Connectors else adapter
+    part, flag = SIZES[type(one)]
+    size = len(getattr(one, part))
+    if size != getattr(args, flag):
+        flag = f"--{flag.replace('_', '-')} {size}"
+        raise ValueError(f"--init {init} holds a {name} of {size}; say so with {flag}")
     return adapter
 
 

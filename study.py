@@ -20,9 +20,10 @@ import shlex
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +49,11 @@ class Row(NamedTuple):
     name: str  # with the seed, the run's folder
     seeds: int
     rates: str  # the row whose learning rates it takes; "" for the command's default
-    command: str  # {out}: the study's folder; {pretrained}; {dev}, {test}: files; {long}: steps
+    # {out}: the study's folder; {pretrained}; {seed}; {dev}, {test}: files; {long}: steps; names
+    command: str
+
+
+TRAIN = ("train.py", "pretrain.py", "transfer.py source", "transfer.py continue")
 
 
 @dataclass(frozen=True)
@@ -60,14 +65,19 @@ class Job:
     folder: Path
 
     @property
+    def command(self) -> str:
+        """The row's command for this seed."""
+        return self.row.command.replace("{seed}", str(self.seed))
+
+    @property
     def program(self) -> str:
         """The first word of the command."""
-        return self.row.command.split()[0]
+        return self.command.split()[0]
 
     @property
     def trains(self) -> bool:
         """Whether the program leaves a run's folder, with run.json."""
-        return self.program in ("train.py", "pretrain.py")
+        return self.command.startswith(TRAIN)
 
     @property
     def short(self) -> bool:
@@ -104,6 +114,11 @@ class Study:
     groups: dict[str, list[Row]]
     rates: dict[str, tuple[str, ...]]  # row: learning rates; the first needs no grid
     programs: dict  # name: what has a function main(arguments), which returns a dict
+    names: dict[str, object] = field(default_factory=dict)  # what else {name} stands for in a row
+    share: int = 4  # a run that compares learning rates takes 1 / share of the steps
+    metric: str = "em"  # what orderings compare
+    score: Callable[[dict], float] = itemgetter("em")  # of results["dev"]; chooses learning rates
+    there: set[Path] = field(default_factory=set)  # folders that `ready` has found finished
 
     @property
     def rows(self) -> dict[str, Row]:
@@ -120,7 +135,7 @@ class Study:
         return [job for row in rows for job in self.jobs(row) if job.record()]
 
     def grid(self, name: str) -> list[Job]:
-        """A row with each of its learning rates, for a quarter of the steps, without test."""
+        """A row with each of its learning rates, for a part of the steps, without test."""
         jobs = []
         for rate in self.rates.get(name, ()):
             command = f"{self.rows[name].command} --lr {rate}"
@@ -140,11 +155,11 @@ class Study:
         return jobs
 
     def best_rate(self, name: str) -> str:
-        """The learning rate with the highest dev EM in the grid; the first if a run is missing."""
+        """The learning rate with the best dev score in the grid; the first if a run is missing."""
         records = [job.record() for job in self.grid(name) if not job.failed()]
         if not records or None in records:
             return self.rates[name][0]
-        best = max(records, key=lambda record: record["results"]["dev"]["em"])
+        best = max(records, key=lambda record: self.score(record["results"]["dev"]))
         return f"{best['arguments']['lr']:g}"
 
     def ready(self, job: Job) -> bool:
@@ -152,14 +167,19 @@ class Study:
         grid = self.grid(job.row.rates) if self.args.grid else []
         if any(not j.record() and not j.failed() for j in grid):
             return False
-        for place, name in re.findall(r"\{(out|pretrained)\}/([\w-]+)", job.row.command):
+        for place, name in re.findall(r"\{(out|pretrained)\}/([\w-]+)", job.command):
             folder = Path(self.args.pretrained if place == "pretrained" else self.folder) / name
+            if folder in self.there:
+                continue
             if (folder / "run.json").is_file():
                 there = "results" in read_record(folder)
-            else:  # an asset is no run
-                there = place == "pretrained" and folder.is_dir()
+            elif place == "pretrained":  # an asset is no run
+                there = folder.is_dir()
+            else:  # an analysis
+                there = (folder / "result.json").is_file()
             if not there:
                 return False
+            self.there.add(folder)
         return True
 
     def line(self, job: Job) -> list[str]:
@@ -167,19 +187,24 @@ class Study:
         args, steps = self.args, self.args.steps
         files = {split: str(self.folder / f"{split}.jsonl") for split in world.SPLITS}
         names = files | {"out": self.folder, "pretrained": args.pretrained, "long": 3 * steps}
-        line, model = [word.format(**names) for word in job.row.command.split()[1:]], []
-        if args.model:
+        names |= self.names
+        line, model = [word.format(**names) for word in job.command.split()[1:]], []
+        if args.model and "--model" not in line:
             model = ["--model", args.model]
         if not job.trains:
-            knows = "{out}/" in job.row.command  # a run, which says what its LM is
+            knows = "{out}/" in job.command  # a run, which says what its LM is
             return [*line, *([] if knows else model), "--out", str(job.answers)]
         line += [*model, "--world-seed", args.world_seed, "--seed", job.seed]
         if job.program == "train.py":
-            steps = max(1, steps // 4) if job.short else steps
-            line += [] if "--steps" in line else ["--steps", steps]
+            if job.short:
+                line += ["--steps", max(1, steps // self.share)]
+            elif "--steps" not in line:
+                line += ["--steps", steps]
             line += ["--lr", self.best_rate(job.row.rates)] if job.row.rates else []
-            for split in ("train", "dev") if job.short else world.SPLITS:
-                line += [f"--{split}", files[split]]
+            for split in world.SPLITS:
+                line += [] if f"--{split}" in line else [f"--{split}", files[split]]
+            if job.short:
+                del line[line.index("--test") : line.index("--test") + 2]
         return [str(word) for word in [*line, "--out", job.folder, "--resume"]]
 
     # Making them
@@ -200,16 +225,20 @@ class Study:
         """Write the world's questions. ValueError if the folder holds others."""
         place = world.make(self.args.world_seed)
         for split in world.SPLITS:
-            rows, file = place.questions(split), self.folder / f"{split}.jsonl"
+            rows = place.questions(split)
             chosen = [rows[i] for i in data.sample(len(rows), self.args.count, 0)]
-            text = "".join(json.dumps(row) + "\n" for row in chosen)
-            if file.is_file() and file.read_text(encoding="utf-8") != text:
-                raise ValueError(
-                    f"{file}: holds other questions than --world-seed and --count say; choose "
-                    "another --out"
-                )
-            with atomic_write(file) as unfinished:
-                unfinished.write_text(text, encoding="utf-8")
+            self.write_rows(f"{split}.jsonl", chosen)
+
+    def write_rows(self, name: str, rows: list[dict]) -> None:
+        """Write a file of questions. ValueError if it is there and holds others."""
+        file, text = self.folder / name, "".join(json.dumps(row) + "\n" for row in rows)
+        if file.is_file() and file.read_text(encoding="utf-8") != text:
+            raise ValueError(
+                f"{file}: holds other questions than --world-seed and --count say; choose another "
+                "--out"
+            )
+        with atomic_write(file) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
 
     def make(self) -> None:
         """Make all that is missing, the most important first, and wait for other processes."""
@@ -278,6 +307,42 @@ def in_use(folder: Path) -> bool:
         return True
 
 
+# What it costs
+
+
+def show_cost(
+    study: Study,
+    seconds: Callable[[Study, Job], float],
+    training_seconds: Callable[[Study, Job], float | None],
+) -> dict:
+    """Print the cost sheet. Returns the expected seconds of a core of all jobs, and what is left.
+
+    `seconds` is what a job is expected to take, `training_seconds` that part of it that run.json
+    counts, if it does. Once trainings are finished, their time corrects what is expected of others.
+    """
+    jobs, took, expected = study.plan(), 0.0, 0.0
+    for job in jobs:
+        record = job.record()
+        if record and (training := training_seconds(study, job)):
+            took += record["seconds"]
+            expected += training
+    factor = took / expected if expected else 1.0
+    rows, total, left = [], 0.0, 0.0
+    for job in jobs:
+        cost, steps = factor * seconds(study, job), ""
+        state = "finished" if job.record() else "failed" if job.failed() else ""
+        total, left = total + cost, left + (0.0 if state else cost)
+        if job.trains:
+            steps = study.programs[job.program].parse(study.line(job)).steps
+        rows.append([job.folder.name, steps, round(cost), state])
+    show_table("cost", ["run", "steps", "seconds of a core", ""], rows)
+    show(f"\n{len(jobs)} runs: {total:.0f} seconds of a core, {left:.0f} of them to come.")
+    show(f"Two processes on two quiet cores take {left / 7200:.1f} hours for these.")
+    if expected:
+        show(f"Finished trainings took {factor:.2f} times as long as their operations say.")
+    return {"seconds": round(total), "left": round(left), "factor": factor}
+
+
 # What came out
 
 
@@ -298,11 +363,11 @@ def show_runs(study: Study) -> dict[str, list[dict]]:
 
 
 def show_grid(study: Study) -> dict[str, dict]:
-    """Print dev EM of every learning rate that was tried, in percent. Returns {row: {rate: EM}}."""
+    """Print the dev score of every learning rate that was tried. Returns {row: {rate: percent}}."""
     results = {}
     for name, rates in study.rates.items():
         pairs = zip(rates, (job.record() for job in study.grid(name)))
-        tried = {rate: 100 * em(record, "dev", "all") for rate, record in pairs if record}
+        tried = {r: 100 * study.score(record["results"]["dev"]) for r, record in pairs if record}
         if tried:
             results[name] = tried
     table = []
@@ -310,7 +375,7 @@ def show_grid(study: Study) -> dict[str, dict]:
         texts = [f"{rate}: {value:.1f}" for rate, value in tried.items()]
         table.append([name, ", ".join(texts), study.best_rate(name)])
     if table:
-        show_table("learning rates: dev EM of short runs", ["", "tried", "chosen"], table)
+        show_table("learning rates: dev score of short runs", ["", "tried", "chosen"], table)
     return results
 
 
@@ -330,16 +395,25 @@ def em(record: dict, split: str, part: str) -> float | None:
     return (result if part == "all" else result["tasks"].get(part, {})).get("em")
 
 
-def show_orderings(study: Study, orderings: list[tuple]) -> list[dict]:
-    """Print whether the claims (claim, row with the higher EM, other row) hold, for every slice.
+def curve(study: Study, name: str) -> list[list[float]]:
+    """Steps and dev score along the training of seed 0."""
+    points = []
+    for job in study.finished(name)[:1]:
+        records = [record for _, record in data.json_lines(job.folder / "metrics.jsonl")]
+        points = [[r["step"], r["score"]] for r in records if r.get("score") is not None]
+    return points
 
-    A fourth element is a margin from 0 to 1: the first row's EM is less than that below the other.
+
+def show_orderings(study: Study, orderings: list[tuple], slices=SLICES) -> list[dict]:
+    """Print whether the claims (claim, row with the higher score, other row) hold, for each slice.
+
+    A fourth element is a margin from 0 to 1: the first row's is less than that below the other's.
     Returns what is printed. A claim about a row without a finished run is left out.
     """
     scores, results, table = {}, [], []
     for claim, *pair, margin in ((*row, 0.0)[:4] for row in orderings):
         a, b = (scores.setdefault(name, test_scores(study, name)) for name in pair)
-        for part in SLICES:
+        for part in slices:
             compared = compare(a, b, part, margin)
             if compared:
                 results.append({"claim": claim, "rows": pair, "slice": part} | compared)
@@ -348,18 +422,24 @@ def show_orderings(study: Study, orderings: list[tuple]) -> list[dict]:
         interval = f"[{low}, {high}]"
         table.append([r["claim"], r["slice"], difference, interval, f"{r['p']:.4f}", r["verdict"]])
     columns = ["claim", "slice", "difference", "95 % interval", "p", "the claim"]
-    show_table("orderings, test EM", columns, table)
+    show_table(f"orderings, test {study.metric.upper()}", columns, table)
     return results
 
 
 def test_scores(study: Study, name: str) -> list[dict]:
-    """EM of every test question, by task and id, for each finished seed of a row."""
+    """The score of every test question, by slice, task and id, for each finished seed of a row.
+
+    The slice is the cluster of the task, or the task if it has none.
+    """
     files = [read_predictions(job.answers) for job in study.finished(name)]
-    return [{(r["task"], r["id"]): r["em"] for r in rows} for rows in files]
+    return [
+        {(r.get("cluster", r["task"]), r["task"], r["id"]): r[study.metric] for r in rows}
+        for rows in files
+    ]
 
 
 def compare(a: list[dict], b: list[dict], part: str, margin: float = 0.0) -> dict | None:
-    """Compare two rows, given as `test_scores`, on one of SLICES.
+    """Compare two rows, given as `test_scores`, on one slice; "all" is all of it.
 
     Returns {"n", "seeds", "difference", "low", "high", "p", "verdict"} by `paired_bootstrap`. None
     if a row has no finished run or no question is of the slice. With a margin the verdict depends

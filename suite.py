@@ -24,12 +24,8 @@ from pathlib import Path
 
 import genres
 from genres import SENSES, TEXTS, TOPICS, Cast, passage, passage_text, record_table, strangers
-from world import ASSETS, DRAWS, RELATIONS, SPLITS, World, read_sections, render
+from world import ASSETS, MAX_DRAWS, RELATIONS, SPLITS, World, read_sections, render
 
-FIELDS = set(
-    """text first second premise hypothesis record subject relation object question passage
-    passages options deed thing word""".split()
-)
 LARGE, LOW = 4000, 200  # training examples
 SIZES = {"dev": 60, "test": 150}  # examples
 TYPES = {  # relation of a person: what kind of thing its object is
@@ -394,7 +390,7 @@ TASKS = {
 def read_templates(path: str | Path) -> dict[str, list[tuple[str, list[str], str]]]:
     """task -> [(template name, choices, input)]."""
     templates = {}
-    for task, lines in read_sections(path, FIELDS).items():
+    for task, lines in read_sections(path).items():
         templates[task] = []
         for line in lines:
             if line.count(" | ") < 2:
@@ -423,7 +419,7 @@ def examples(world: World, name: str, split: str, count: int = 0) -> list[dict]:
     """The fields of a task's examples, all or `count`; each label equally often, no text twice.
 
     A small world has fewer texts about its own people and places. The examples are then fewer, or
-    none: they end when `DRAWS` texts in a row are not new.
+    none: they end when `MAX_DRAWS` texts in a row are not new.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
@@ -432,7 +428,7 @@ def examples(world: World, name: str, split: str, count: int = 0) -> list[dict]:
     count = count or (task.size if split == "train" else SIZES[split])
     casts = strangers(world, f"suite {name} {split}", rng, times=30)
     own, found, labels, in_vain = Cast(world, rng), {}, Counter(), 0
-    while len(found) < count and in_vain < DRAWS:
+    while len(found) < count and in_vain < MAX_DRAWS:
         in_vain += 1
         fields = task.make(own if task.own else next(casts))
         if "choices" in fields:
@@ -447,10 +443,11 @@ def examples(world: World, name: str, split: str, count: int = 0) -> list[dict]:
     return list(found.values())
 
 
-def rows(world: World, name: str, split: str) -> list[dict]:
-    """A task in P3's format. Train examples take turns through the templates, others have all."""
+def rows(world: World, name: str, split: str, count: int = 0) -> list[dict]:
+    """A task in P3's format, all its examples or `count`. Train examples take turns through the
+    templates, others have all."""
     out, templates = [], TEMPLATES[name]
-    for number, fields in enumerate(examples(world, name, split)):
+    for number, fields in enumerate(examples(world, name, split, count)):
         turn = number % len(templates)
         for template, choices, text in [templates[turn]] if split == "train" else templates:
             row = {

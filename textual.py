@@ -19,20 +19,17 @@ The paper does not say that it does so; --no-cross-fit does without.
 
 The prompts of the first round do not depend on the number of candidates, so a run can copy those
 that another one has trained (--stages-from). With --pause the filler stands behind the question in
-every stage. Vectors of it are trained with every prompt, and go on from stage to stage as it does.
+every stage.
 
-Needs recurse.py, pause.py, rerank.py, adapters.py, data.py, eval.py and checkpoints.py. train.py
+Needs recurse.py, rerank.py, adapters.py, data.py, eval.py and checkpoints.py. train.py
 passes its Task and trains.
 
     python train.py --method textual_recursion
 """
 
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -41,43 +38,25 @@ from torch import Tensor
 import data
 import eval as metrics
 from adapters import SoftPrompt, load_adapter
-from checkpoints import atomic_write
+from checkpoints import write_lines
 from data import encode_prompts
-from pause import Pause, load_pause, pause_parts, tokenize_paused, with_pause
 from recurse import Candidate, candidates, text_with
-from rerank import cross_fit
+from rerank import cross_fit, progress
 
 QUESTIONS_IN_FILE = 128  # a kill costs at most the candidates of so many questions
-
-
-class Stage(NamedTuple):
-    """A trained prompt, and the pause that was trained with it, if there is one."""
-
-    prompt: SoftPrompt
-    pause: Pause | None
-
-    def reader(self, lm) -> tuple:
-        """(the LM, whose questions end with the pause; the prompt as a prefix)."""
-        return with_pause(lm, self.pause), lm.read(self.prompt())
-
-
-def load_stage(folder: Path, lm, args: dict) -> Stage:
-    """The stage that was trained in a folder. `args` are the arguments of its run."""
-    pause = load_pause(folder, args.get("pause", 0), args.get("pause_text", ""), lm)
-    return Stage(load_adapter(folder, lm), pause)
 
 
 def with_candidates(tokenizer, examples, ranked, left: int, max_new_tokens: int, after: str = ""):
     """Puts its candidates into each example of data.py. Returns (examples, number left out).
 
-    left   positions of the context that the prompt and trained vectors of a pause leave
-    after  the text of a pause, which will follow every example
+    left   positions of the context that the prompt leaves
+    after  the filler that will follow every example
     Candidates that do not fit beside the answer are left out, the last ones first.
     """
     longer, left_out = [], 0
     for e, kept in zip(examples, ranked, strict=True):
         answers = encode_prompts(tokenizer, [f" {text}" for text in (e.target, *e.options)])
-        # An answer may need a token more after the input, and it has an end. The last is never read
+        # + 1 for another split after the input, + 1 for EOS, - 1: the last token is not read.
         limit = left - max(max_new_tokens - 1, *(len(ids) + 1 for ids in answers))
         kept = list(kept)
         while kept:
@@ -97,48 +76,41 @@ class TextualRecursion(nn.Module):
     the texts that come out.
     """
 
-    def __init__(self, model, tokenizer, stages: list, args: dict):
+    def __init__(self, lm, tokenizer, stages: list, args: dict):
         super().__init__()
-        self.config, self.model, self.lm = model.config, model, getattr(model, "lm", model)
-        self.tokenizer = tokenizer
-        self.stages = stages  # (LM, prefix) of p1, and with more rounds of the prompts after it
-        self.args = args  # candidates, max_new_tokens, stop, seed, eval_tokens
-        self.pause_ids = getattr(model, "pause_ids", [])  # as Paused has them
-        self.pause_text = getattr(model, "pause_text", "")
-        self.embed, self.read, self.logits = model.embed, model.read, model.logits
+        self.config, self.lm, self.tokenizer = lm.config, lm, tokenizer
+        self.stages = stages  # the prefix of p1, and with more rounds of the prompts after it
+        self.args = args  # candidates, max_new_tokens, stop, seed, eval_tokens, pause, pause_text
+        self.filler = data.filler(args.get("pause", 0), args.get("pause_text", ""))
+        self.embed, self.read, self.logits = lm.embed, lm.read, lm.logits
 
     @classmethod
-    def load(cls, folder: Path, model, tokenizer, args: dict) -> "TextualRecursion":
-        """What a run of train.py left in `folder`. `args` are the arguments of its record.
-
-        model  the LM, Paused if the run has a pause
-        """
-        lm = getattr(model, "lm", model)
-        stages = [load_stage(folder / f"p{i + 1}", lm, args) for i in range(args["rounds"])]
+    def load(cls, folder: Path, lm, tokenizer, args: dict) -> "TextualRecursion":
+        """What a run of train.py left in `folder`. `args` are the arguments of its record."""
+        prompts = [load_adapter(folder / f"p{i + 1}", lm) for i in range(args["rounds"])]
         with torch.no_grad():
-            return cls(model, tokenizer, [stage.reader(lm) for stage in stages], args)
+            return cls(lm, tokenizer, [lm.read(prompt()) for prompt in prompts], args)
 
     def forward(self, x: Tensor, prefix=None, keep: bool = False):
         """The LM's own."""
-        return self.model(x, prefix, keep)
+        return self.lm(x, prefix, keep)
 
     def read_back(self, examples: list) -> list:
         """Puts the candidates of every prompt but the last into examples of data.py, in turn."""
-        asked, after, new = examples, self.pause_text, self.args["max_new_tokens"]
-        for model, prefix in self.stages:
+        asked, after, new = examples, self.filler, self.args["max_new_tokens"]
+        for prefix in self.stages:
             ids = encode_prompts(self.tokenizer, [e.input + after for e in asked])
-            ids = [row + self.pause_ids for row in ids]
-            ranked = self.sample(examples, ids, model, prefix)
-            left = self.config.max_len - prefix.size - len(self.pause_ids)
+            ranked = self.sample(examples, ids, prefix)
+            left = self.config.max_len - prefix.size
             asked, _ = with_candidates(self.tokenizer, examples, ranked, left, new, after)
         return asked
 
-    def sample(self, examples: list, ids: list[list[int]], model, prefix) -> list[list[Candidate]]:
-        """The candidates of examples. `ids` are what the LM of a stage reads of them."""
+    def sample(self, examples: list, ids: list[list[int]], prefix) -> list[list[Candidate]]:
+        """The candidates of examples. `ids` are what the LM reads of them behind `prefix`."""
         args = self.args
         stops = metrics.stops(examples, args["stop"])  # of the questions without candidates
         rest = (args["max_new_tokens"], stops, args["seed"], args.get("eval_tokens", 8192))
-        return candidates(model, ids, args["candidates"], prefix, self.tokenizer, *rest)
+        return candidates(self.lm, ids, args["candidates"], prefix, self.tokenizer, *rest)
 
 
 def score_candidates(examples, ranked: list[list[Candidate]], n: int) -> dict:
@@ -172,10 +144,10 @@ def score_candidates(examples, ranked: list[list[Candidate]], n: int) -> dict:
 def sample_rounds(task, train_prompt: Callable, report: Callable) -> tuple:
     """Train and sample in as many rounds as --rounds says.
 
-    train_prompt(task, name, before) -> Stage trains a prompt in the folder `name` of the run, from
-    the Stage `before` it or None, or loads it if it is trained already. report(split, scores) shows
+    train_prompt(task, name, before) -> SoftPrompt trains one in the folder `name` of the run, from
+    the one `before` it or None, or loads it if it is trained already. report(split, scores) shows
     how good the candidates are. Returns (the task whose questions hold their candidates, the last
-    Stage, the scores of each round, the half "A" or "B" of each training question or None).
+    prompt, the scores of each round, the half "A" or "B" of each training question or None).
     """
     asked, prompts, rounds = task, {}, []
     for number in range(1, task.args.rounds + 1):
@@ -251,51 +223,45 @@ def half_of(task, rows: list[int]):
 
 
 @torch.no_grad()
-def sample_split(task, asked, name: str, stage: Stage, split: str, rows) -> list[list]:
+def sample_split(task, asked, name: str, prompt: SoftPrompt, split: str, rows) -> list[list]:
     """Sample candidates for some questions of a split. Complete files of them are read instead."""
     args, examples = task.args, task.examples[split]
     folder, ranked = Path(args.out) / "candidates" / f"{name}-{split}", []
     folder.mkdir(parents=True, exist_ok=True)
     with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        model, prefix = stage.reader(task.lm)
-        recursion = TextualRecursion(model, task.tokenizer, [], vars(args))
-        for start in progress(range(0, len(rows), QUESTIONS_IN_FILE), split):
+        prefix = task.lm.read(prompt())
+        recursion = TextualRecursion(task.lm, task.tokenizer, [], vars(args))
+        for start in progress(range(0, len(rows), QUESTIONS_IN_FILE), f"files of {split}"):
             path, part = folder / f"{start:06d}.jsonl", rows[start : start + QUESTIONS_IN_FILE]
             if not path.is_file():
                 ids = [asked.tokens[split][row].input for row in part]
-                found = recursion.sample([examples[row] for row in part], ids, model, prefix)
+                found = recursion.sample([examples[row] for row in part], ids, prefix)
                 write_candidates(path, [examples[row] for row in part], found)
             for _, line in data.json_lines(path):
                 ranked.append([Candidate(**c) for c in line["candidates"]])
     return ranked
 
 
-def progress(starts: range, split: str):
-    """The range, with a bar on a terminal."""
-    from tqdm import tqdm
-
-    on_terminal = sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(starts, f"candidates of {split}", unit="file", disable=not on_terminal)
-
-
 def write_candidates(path: Path, examples: list[data.Example], ranked: list[list]) -> None:
     """Write a line {"id", "task", "input", "answers", "candidates"} for each question."""
-    with atomic_write(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
-        for e, row in zip(examples, ranked):
-            line = {"id": e.id, "task": e.task, "input": e.input, "answers": e.answers}
-            file.write(json.dumps(line | {"candidates": list(map(asdict, row))}) + "\n")
+    lines = []
+    for e, row in zip(examples, ranked):
+        line = {"id": e.id, "task": e.task, "input": e.input, "answers": e.answers}
+        lines.append(line | {"candidates": list(map(asdict, row))})
+    write_lines(path, lines)
 
 
 def read_candidates(task, ranked: dict[str, list], report: Callable) -> tuple:
     """The task whose questions hold their candidates, and how good these are in each split."""
     args, config = task.args, task.lm.config
-    after, k = pause_parts(args.pause, args.pause_text)
-    left, tokens, scores = config.max_len - args.prompt_length - k, {}, {}
+    after, eos = data.filler(args.pause, args.pause_text), config.eos[0] if config.eos else None
+    left, tokens, scores = config.max_len - args.prompt_length, {}, {}
     for split, examples in task.examples.items():
         longer, left_out = with_candidates(
             task.tokenizer, examples, ranked[split], left, args.max_new_tokens, after
         )
-        tokens[split] = tokenize_paused(longer, task.tokenizer, config, left, after, k)
+        longer = [replace(e, input=e.input + after) for e in longer]
+        tokens[split] = data.tokenize(longer, task.tokenizer, eos, left, config.vocab_size)
         if examples:
             scores[split] = score_candidates(examples, ranked[split], args.candidates)
             scores[split]["left_out"] = left_out

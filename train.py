@@ -57,12 +57,11 @@ import reader
 import recurse
 import start
 import textual
-from checkpoints import hash_tensors, read_tensors, write_json
+from checkpoints import hash_tensors, read_tensors, write_json, write_lines
 from fit import Recipe, autocast, fit, target_loss
 from generate import predict, stack_prefixes
 from model import LM
-from pause import Paused, pause_parts, save_pause
-from runs import Run, finish_record, hash_tokenizer, read_record, start_record
+from runs import Run, finish_record, finished, hash_tokenizer, start_record
 
 # The methods
 
@@ -108,8 +107,7 @@ def textual_recursion(task: start.Task) -> dict:
         asked, before, rounds, halves = textual.sample_rounds(task, train_stage, show_candidates)
         split = {"halves": "".join(halves)} if halves else {}
         write_json(run.folder / "run.json", record | {"candidates": rounds} | split)
-    prompt, asked.pause = start.next_stage(task, before)
-    return train_adapter(asked, trained=prompt, loaded=task)
+    return train_adapter(asked, trained=start.next_prompt(task, before), hashed=task)
 
 
 def neural_recursion(task: start.Task) -> dict:
@@ -135,7 +133,6 @@ def fine_tuning(task: start.Task) -> dict:
 def training_free(task: start.Task) -> dict:
     """Train nothing: score a second pass over the first one's output at the embeddings' scale."""
     run = Run.from_args(task.args)
-    task.pause = start.start_pause(task)
     with run:
         record = start_record(run, nn.Module(), task.lm, hashes(task, None))
         record |= {"question_format": asks_questions(task)}
@@ -151,7 +148,7 @@ def frozen_reader(args) -> dict:
     book = openbook.load_book(args)
     used = reader.check(args, book)
     task = start.load_task(args, *start.load_lm(args), reader.examples(book))
-    task.more = book.hash() + openbook.hash_encoders(used)
+    task.extra_hash = book.hash() + openbook.hash_encoders(used)
     if args.tune == "lm":
         trained, frozen, adapter = task.lm.requires_grad_(True), None, None
     else:
@@ -167,7 +164,7 @@ def frozen_reader(args) -> dict:
         asked, info = reader.prepare(task, book, run.folder, train_reranker)
         write_json(run.folder / "run.json", record | {"passages": info})
     torch.manual_seed(args.seed)  # whichever stages were loaded
-    record = train_adapter(asked, trained=trained, loaded=task)
+    record = train_adapter(asked, trained=trained, hashed=task)
     if args.top > 0:
         record["seconds_per_question"] = reader.time_reader(asked, adapter, book)
         write_json(run.folder / "run.json", record)
@@ -213,11 +210,12 @@ def default_prompt_lr(lm: LM) -> float:
     return 0.25 * lm.embed_tokens.weight.float().std().item()
 
 
-def train_adapter(task, trained: nn.Module, loaded=None, batch_at=None, after_step=None) -> dict:
+def train_adapter(task, trained: nn.Module, hashed=None, batch_at=None, after_step=None) -> dict:
     """Train an adapter, or the LM itself, to answer the training questions.
 
-    Dev chooses the best parameters. Returns the record of run.json. `loaded` is the task whose
-    hashes identify the run, if its questions have since got other tokens. The last two: see `fit`.
+    Dev chooses the best parameters. Returns the record of run.json. `hashed` is the task as it was
+    loaded, whose hashes identify the run: `task` may have passages or candidates in its tokens. The
+    last two: see `fit`.
     """
     args, lm, tokens = task.args, task.lm, task.tokens
     recipe, run = Recipe.from_args(args), Run.from_args(args)
@@ -225,9 +223,6 @@ def train_adapter(task, trained: nn.Module, loaded=None, batch_at=None, after_st
         recipe = replace(recipe, lr=default_prompt_lr(lm))
     adapter = None if trained is lm else trained
     frozen = None if trained is lm else lm
-    pause = task.pause = task.pause or start.start_pause(task)
-    if pause is not None and pause.vectors is not None:
-        trained = nn.ModuleDict({"adapter": trained, "pause": pause})
 
     def loss_of(batch: data.Batch) -> Tensor:
         if cache is None:
@@ -252,20 +247,19 @@ def train_adapter(task, trained: nn.Module, loaded=None, batch_at=None, after_st
         else:
             base = run.arguments["model"]
             info = {"method": args.method, "base_model_name_or_path": base}
-            if pause is not None:
+            if args.pause:
                 info |= {"pause": args.pause, "pause_text": args.pause_text}
             prompts.save(run.folder, adapter, lm, **info)
-        save_pause(run.folder, pause)
 
     with run:
-        record = start_record(run, trained, frozen, hashes(loaded or task, adapter))
+        record = start_record(run, trained, frozen, hashes(hashed or task, adapter))
         record["lr"] = recipe.lr
         if args.lr is None:
             show(f"learning rate {recipe.lr:.3g}, a quarter of the embeddings' standard deviation")
         record["question_format"] = asks_questions(task)
         cache = first_pass(task)
-        given = (batch_at or batches(task), loss_of, evaluate, save, None, after_step)
-        record |= fit(run, recipe, trained, *given)
+        given = batch_at or batches(task)
+        record |= fit(run, recipe, trained, given, loss_of, evaluate, save, None, after_step)
         return finish(task, run, record, adapter)
 
 
@@ -282,26 +276,24 @@ def compose(task: start.Task, adapter, split: str, rows: list[int]):
     """The model and what stands before rows of a split: one prefix, or with --per-task a list."""
     if isinstance(adapter, prompts.TaskPrompts):
         return task.lm, adapter.prefixes(task.lm, [task.examples[split][row].task for row in rows])
-    return recurse.compose(task.args.method, task.lm, adapter, task.pause)
+    return recurse.COMPOSITIONS[task.args.method](task.lm, adapter)
 
 
-def train_stage(task: start.Task, name: str, before: textual.Stage | None) -> textual.Stage:
-    """Train a prompt in the folder `name` below --out, or load it if it is trained already.
+def train_stage(task: start.Task, name: str, before: adapters.SoftPrompt | None) -> nn.Module:
+    """Train a soft prompt in the folder `name` below --out, or load it if it is trained already.
 
     ValueError if it was trained on other questions, as by a program that cut other halves.
     """
     args, known = stage_of(task, name)
     folder = Path(args.out)
     start.take_stage(args, known)
-    record = read_record(folder) if (folder / "run.json").is_file() else {}
-    if "results" in record:
-        if record["data_hash"] != known["data_hash"]:
-            raise ValueError(f"{folder} was trained on other questions; choose another --out")
-    else:
+    record = finished(folder)
+    if record and record["data_hash"] != known["data_hash"]:
+        raise ValueError(f"{folder} was trained on other questions; choose another --out")
+    if not record:
         show(f"{folder}: {len(task.tokens['train'])} training questions")
-        prompt, pause = start.next_stage(task, before)
-        train_adapter(replace(task, args=args, pause=pause), trained=prompt)
-    return textual.load_stage(folder, task.lm, vars(args))
+        train_adapter(replace(task, args=args), trained=start.next_prompt(task, before))
+    return adapters.load_adapter(folder, task.lm)
 
 
 def stage_of(task: start.Task, name: str) -> tuple[argparse.Namespace, dict]:
@@ -322,7 +314,7 @@ def finish(task: start.Task, run: Run, record: dict, adapter) -> dict:
         splits = [split for split in ("dev", "test") if task.tokens[split]]
         predictions = {split: predict_split(task, adapter, split) for split in splits}
     rows = predictions.get("test") or predictions.get("dev") or []
-    run.write_lines("predictions.jsonl", rows)
+    write_lines(run.folder / "predictions.jsonl", rows)
     with only_shows("examples"):
         show_examples(rows)
         if args.method == "neural_recursion" and rows:
@@ -341,15 +333,13 @@ def finish(task: start.Task, run: Run, record: dict, adapter) -> dict:
 def first_pass(task: start.Task) -> recurse.FirstPass | None:
     """The cache of the first pass over the training questions. Prints its size.
 
-    None if something trained comes before it or in its text, if no question is read twice, or if
-    the states exceed --cache-first-pass.
+    None if something trained comes before it, if no question is read twice, or if the states
+    exceed --cache-first-pass.
     """
     args = task.args
-    _, trained_vectors = pause_parts(args.pause, args.pause_text)
     texts = [(e.input + e.target)[:-1] for e in task.tokens["train"]]
     read = args.steps * args.grad_accum * args.batch_size  # texts in the whole training
-    frozen = args.method in ("neural_recursion", "lm_connector") and not trained_vectors
-    if not frozen or read <= len(texts):
+    if args.method not in ("neural_recursion", "lm_connector") or read <= len(texts):
         return None
     cache = recurse.FirstPass(task.lm, texts)
     size = cache.positions * task.lm.config.dim * (2 if args.dtype == "bfloat16" else 4) / 1e9
@@ -386,9 +376,10 @@ def hashes(task: start.Task, trained: nn.Module | None) -> dict[str, str | None]
     if isinstance(trained, adapters.PromptGenerator):
         encoder = hash_tensors(trained.encoder[0].state_dict())
     texts, tokens = (repr(sorted(part.items())) for part in (task.examples, task.tokens))
-    texts += task.more
+    texts += task.extra_hash
     return {
         "data_hash": hashlib.sha256(texts.encode()).hexdigest(),
+        "templates_hash": hash_templates(task),
         "tokens_hash": hashlib.sha256(tokens.encode()).hexdigest(),
         "tokenizer_hash": hash_tokenizer(task.tokenizer),
         "eos": list(task.lm.config.eos),
@@ -396,6 +387,14 @@ def hashes(task: start.Task, trained: nn.Module | None) -> dict[str, str | None]
         "init_hash": adapter,
         "encoder_hash": encoder,
     }
+
+
+def hash_templates(task: start.Task) -> str | None:
+    """What --mixture-cap mixes the training questions by. It is no part of their repr."""
+    if not task.args.mixture_cap:
+        return None
+    templates = repr([example.template for example in task.examples["train"]])
+    return hashlib.sha256(templates.encode()).hexdigest()
 
 
 # What is shown at the end
@@ -409,7 +408,7 @@ def show_examples(rows: list[dict]) -> None:
 
 
 def what_recursion_adds(task: start.Task, rows: list[dict]) -> dict:
-    """One of the last correct answers, one that the LM alone does not give if there is one."""
+    """A correct answer to show, if possible one that the LM alone gets wrong."""
     rows = [row for row in rows if row["em"]][-100:] or rows[-1:]
     ids = data.encode_prompts(task.tokenizer, [row["input"] for row in rows])
     alone = predict(task.lm, task.tokenizer, ids, stops=["\n"] * len(ids))
@@ -423,16 +422,14 @@ def show_passes(task: start.Task, row: dict) -> None:
     Last pass: the prediction, token by token. First pass: the LM's own likeliest token at each of
     these positions, after the same tokens.
     """
-    lm, tokenizer, pause = task.lm, task.tokenizer, task.pause
-    reader = lm if pause is None else Paused(lm, pause)
-    asked = row["input"] + getattr(reader, "pause_text", "")
+    lm, tokenizer = task.lm, task.tokenizer
+    asked = row["input"] + data.filler(task.args.pause, task.args.pause_text)
     texts = [row["input"], asked, f"{asked} {row['prediction']}"]
     bare, question, whole = data.encode_prompts(tokenizer, texts)
     last = whole[len(question) :]
-    question = question + getattr(reader, "pause_ids", [])
     with torch.no_grad():
         ids = torch.tensor([question + last], device=lm.embed_tokens.weight.device)
-        h = lm(reader.embed(ids))[0, len(question) - 1 : -1]  # position t predicts token t + 1
+        h = lm(lm.embed(ids))[0, len(question) - 1 : -1]  # position t predicts token t + 1
         first = lm.logits(h).argmax(-1).tolist()
         alone = predict(lm, tokenizer, [bare], stops=["\n"])[0]
     show(f"\n{row['input']}\n  the frozen LM alone answers  {alone}")
@@ -517,4 +514,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    run_program("train.py", main)
+    run_program("train.py", main, resumes=True)

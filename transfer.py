@@ -72,8 +72,10 @@ def similarity(a, b, kind: str = "per_token", lm=None) -> float:
 def activated_neurons(lm, prompt) -> Tensor:
     """1 for each MLP neuron that the token after a prompt activates, else 0: (layers * hidden,).
 
-    A neuron is active if what enters its activation function is positive. The token is BOS, or EOS
-    if the LM has none. The cosine of two such vectors is the overlap relative to their sizes.
+    A neuron is active if what enters its activation function is positive: of a gated MLP, the gate.
+    The token is BOS, or EOS if the LM has none. Su et al. look at [MASK] behind the prompt, or at
+    the first position of T5's decoder. No text of a task is read there either. The cosine of two
+    such vectors is their overlap rate, here over all layers.
     """
     found, config = [], lm.config
     gates = [block.mlp.gate_proj or block.mlp.up_proj for block in lm.layers]
@@ -228,7 +230,12 @@ def silhouette(similarities, labels) -> float:
 
 
 def pearson(x, y, iters: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """Pearson's r, and a two-sided p from permutations: no normal distribution is assumed."""
+    """Pearson's r, and a two-sided p from permutations: no normal distribution is assumed.
+
+    A constant correlates with nothing: r is 0 and p is 1.
+    """
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0, 1.0
     _, p = permutation_test(lambda y: abs(np.corrcoef(x, y)[0, 1]), y, iters, seed)
     return float(np.corrcoef(x, y)[0, 1]), p
 
@@ -301,7 +308,7 @@ def source_prompt(args: Namespace, lm: LM, tokenizer) -> dict:
     task = load_task(args, lm, tokenizer, {"train": sum(parts, [])} | read_dev_and_test(args))
     tasks = pieces(task.tokens["train"], parts) + [text_windows(path, task) for path in texts]
     task.tokens["train"] = sum(tasks, [])  # all of them identify the run
-    prompt = start.start_prompt(task)
+    prompt = promptability.new_prompt(task)
 
     def batch_at(number: int) -> data.Batch:
         return mixture_batch(tasks, args.limit, args.batch_size, args.seed, number)
@@ -329,14 +336,21 @@ def search_command(args: Namespace) -> list[tuple[str, float]]:
     for name, value in ranking:
         show(f"{value:+.4f}  {name}")
     if average:
-        best = ranking[: args.top_k]
-        folders = [Path(args.library) / name for name, _ in best]
-        prompt = weighted_average([read_prompt(f) for f in folders], [value for _, value in best])
-        config = adapters.read_adapter_config(folders[0]) | {"averaged": dict(best)}
-        average.mkdir(parents=True)
-        write_tensors(average / "adapter_model.safetensors", {"prompt_embeddings": prompt})
-        write_json(average / "adapter_config.json", config)
+        write_average(average, args.library, ranking[: args.top_k])
     return ranking
+
+
+def write_average(out: str | Path, library: str | Path, best: list[tuple[str, float]]) -> None:
+    """Write the weighted average of some prompts of a library as an adapter's folder `out`.
+
+    best: [(name, similarity)], as `search` returns them.
+    """
+    folders = [Path(library) / name for name, _ in best]
+    prompt = weighted_average([read_prompt(f) for f in folders], [value for _, value in best])
+    config = adapters.read_adapter_config(folders[0]) | {"averaged": dict(best)}
+    Path(out).mkdir(parents=True)
+    write_tensors(Path(out) / "adapter_model.safetensors", {"prompt_embeddings": prompt})
+    write_json(Path(out) / "adapter_config.json", config)
 
 
 COMMANDS = {  # command: (function, defaults of its flags)
@@ -395,9 +409,9 @@ def add_own_flags(command, name: str) -> None:
 def add_shared_flags(command) -> None:
     """The flags of the commands that train."""
     init = "folder of a trained prompt to start from, or vocab, random, labels, text:WORDS"
-    start = ("--init", str, None, f"{init}; vocab if not given")
+    init = ("--init", str, None, f"{init}; vocab if not given")
     length = ("--prompt-length", cli.COUNT, 20, "P of a soft prompt (papers: 100; 20)")
-    cli.add_flags(command, "model", cli.MODEL, cli.TOKENIZER, start, length, cli.ATTENTION)
+    cli.add_flags(command, "model", cli.MODEL, cli.TOKENIZER, init, length, cli.ATTENTION)
     files = "files, or folders with files TASK-{}.jsonl"
     for split, needed in (("train", True), ("dev", False), ("test", False)):
         help = files.format(split)
@@ -412,10 +426,12 @@ def add_shared_flags(command) -> None:
         ("--rank-by", ["sum", "mean"], "sum", "of an answer choice's log-probabilities"),
     )
     command.add_argument("--input-eos", action="store_true", help="end inputs with EOS")
+    deep = "a prompt is keys and values of every layer, not vectors"
+    command.add_argument("--deep", action="store_true", help=deep)
     cli.add_training_flags(command)
     cli.add_run_flags(command)
     command.set_defaults(connector_layers=0, variant=None, placement="before_bos")
-    # of train.py
+    command.set_defaults(reparam_dim=None)  # these, too, are of train.py
     command.set_defaults(pause=0, pause_text="", cache_first_pass=0.0)
     command.set_defaults(mixture_cap=None, per_task=False)
 
@@ -433,7 +449,9 @@ def parse(argv: list[str], program: str = "transfer.py") -> Namespace:
         command.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if args.command != "search":
-        args.method = "fine_tuning" if args.variant == "t0" else "prompt_tuning"
+        args.method = "deep_prompt" if args.deep else "prompt_tuning"
+        if args.variant == "t0":
+            args.method = "fine_tuning"
         args.out = args.out or f"runs/{args.variant or args.command}"
         cli.add_late_defaults(args, program, argv)
     return args
@@ -459,4 +477,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    run_program("transfer.py", main)
+    run_program("transfer.py", main, resumes=True)

@@ -12,6 +12,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from conftest import QUESTIONS, TINY, before, build, close, randomise, seeded  # noqa: E402
 from test_promises import ROOT  # noqa: E402
+from torch.nn.attention.flex_attention import create_block_mask  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 import attention  # noqa: E402
@@ -28,7 +29,8 @@ from recurse import COMPOSITIONS  # noqa: E402
 def small_tiles(monkeypatch):
     """Tiles of 16 queries and 16 keys, and few programs: short rows have several tiles, and a
     program sums the gradient of a shared prefix over several rows."""
-    monkeypatch.setattr(attention, "TILES", dict.fromkeys(attention.TILES, (16, 16)))
+    monkeypatch.setattr(attention, "TILES", dict.fromkeys(attention.TILES, (16, 16, 2)))
+    monkeypatch.setattr(attention, "FLOAT32", (16, 16, 2))
     monkeypatch.setattr(attention, "PROGRAMS", 8)
 
 
@@ -192,14 +194,21 @@ def test_a_training_step_equals_the_plain_one(method):
 
 def test_the_contestants_compute_the_same(monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_of_bf16)
-    tensors, contestants = bench_attention.contest(3, 5, 7, "cpu", H=2, D=16)
+    tensors = bench_attention.draw(3, 5, 7, "cpu", H=2, D=16)
     exact = bench_attention.exact_step(tensors)
-    assert len(contestants) == 3
-    for who, attend in contestants.items():
+    for who, attend in bench_attention.CONTESTANTS.items():
         backward = who != "flex_attention"  # it has no backward pass on a CPU
         given = tensors if backward else [x.detach() for x in tensors]
         ours = bench_attention.step(attend, given, backward)
         assert max(map(bench_attention.error, ours, exact)) < 0.01
+
+
+@pytest.mark.parametrize("B, P, T", [(3, 5, 7), (5, 150, 60), (2, 300, 200), (3, 128, 128)])
+def test_the_block_mask_of_flex_attention(B, P, T):
+    mask = bench_attention.rows_mask(B, P, T, torch.device("cpu"))
+    exact = create_block_mask(mask.mask_mod, None, None, B * T, P + B * T, "cpu")
+    assert torch.equal(mask.to_dense(), exact.to_dense()) and mask.seq_lengths == exact.seq_lengths
+    assert torch.equal(mask.full_kv_num_blocks, exact.full_kv_num_blocks)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -220,19 +229,23 @@ class Driver:  # of a GPU that is not there
     def get_active_torch_device(self): return torch.device("cpu")
 
 triton.runtime.driver.set_active(Driver())
-q = torch.empty(4, 4, 100, 64, dtype=torch.bfloat16)
+q = torch.empty(4, 4, 100, 128, dtype=torch.bfloat16)
 k, prefix, lse = q[:, :2], q[:1, :2], torch.empty(4, 2, 200)
 given = (q, k, k, prefix, prefix, torch.zeros(4, dtype=torch.int32), 30)
 x, y = attention.strided(q), attention.strided(k)
-*sources, S, grid, options = attention.kernel_inputs(*given, backward=False)
-kernels = [attention.forward_kernel.warmup(x, *sources, x, lse, S, grid=grid, **options)]
-*sources, S, grid, options = attention.kernel_inputs(*given, backward=True)
-more = x, *sources, x, x, lse, lse, x, S
-kernels += [attention.backward_q_kernel.warmup(*more, grid=grid, **options)]
-more = x, sources[0], x, lse, lse, y, y, S, 4
-kernels += [attention.backward_kv_kernel.warmup(*more, grid=grid, **options)]
-for kernel in kernels:  # tensor cores are used, and the tiles fit consumer GPUs too
-    assert "wgmma" in kernel.asm["ptx"] and kernel.metadata.shared <= 99 * 1024
+*sources, sizes = attention.kernel_inputs(*given)
+
+def compile(kernel, *arguments, rows=()):
+    S, grid, options = attention.tiled(kernel, q.dtype, sizes, 100)
+    compiled = getattr(attention, kernel + "_kernel").warmup(
+        *arguments, S, *rows, grid=grid, **options
+    )
+    # Tensor cores are used, and the tiles fit consumer GPUs too.
+    assert "wgmma" in compiled.asm["ptx"] and compiled.metadata.shared <= 99 * 1024
+
+compile("forward", x, *sources, x, lse)
+compile("backward_q", x, *sources, x, x, lse, lse, x)
+compile("backward_kv", x, sources[0], x, lse, lse, y, y, rows=(4,))
 """
 
 

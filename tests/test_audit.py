@@ -17,16 +17,11 @@ import handover
 import recurse
 import world
 from generate import predict
-from pause import Pause, Paused
 from questions import prepare
 from recurse import Candidate, route
 from runs import load_run, read_predictions
 
-PAUSES = {  # name of a run: its flags
-    "neural": "",
-    "vectors": "--pause 2 --pause-text trained",
-    "text": "--pause 2 --residual off",
-}
+PAUSES = {"neural": "", "filler": "--pause 2 --residual off"}  # name of a run: its flags
 
 
 @pytest.fixture(scope="module")
@@ -170,21 +165,6 @@ def test_a_question_takes_all_passes_if_the_first_is_not_sure(stack, shots):
     assert route(None, stack, tokenizer, QUESTIONS, prefix, *rest[:2], stops)[0] == whole
 
 
-def test_the_first_pass_reads_the_same_pause(any_stack):
-    """Filler that equals real tokens gives the answers and confidences of these tokens."""
-    tokenizer, lm, filler = words_tokenizer(53), any_stack.lm, [9, 4]
-    model = Paused(any_stack, Pause(vectors=lm.embed_tokens.weight[filler])).requires_grad_(False)
-    asked = [row + model.pause_ids for row in QUESTIONS]
-    spelt = [row + filler for row in QUESTIONS]
-    pairs = recurse.first_pass(model, tokenizer, asked, None, 6)
-    assert pairs == predict(lm, tokenizer, spelt, None, 6, logprobs=True)
-    assert pairs != predict(lm, tokenizer, QUESTIONS, None, 6, logprobs=True)
-    middle = sorted(logprob for _, logprob in pairs)[2]
-    found = route(middle, model, tokenizer, asked, None, 6)
-    assert found == route(middle, any_stack, tokenizer, spelt, None, 6)
-    assert sorted(found[1]) == [False, False, True, True]
-
-
 def test_only_a_neural_recursion_has_a_first_pass(make_lm):
     for model in (
         make_lm(),
@@ -194,7 +174,7 @@ def test_only_a_neural_recursion_has_a_first_pass(make_lm):
         with pytest.raises(ValueError, match="neural_recursion"):
             route(0.0, model, words_tokenizer(67), QUESTIONS)
         with pytest.raises(ValueError, match="neural_recursion"):
-            recurse.check_stack(Paused(model, Pause(" so")))
+            recurse.check_stack(model)
         assert len(route(None, model, words_tokenizer(67), QUESTIONS)[0]) == 4
 
 
@@ -241,9 +221,8 @@ def test_passes_of_a_run(place, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("name", ["vectors", "text"])
-def test_passes_of_a_run_with_a_pause(place, tmp_path, name):
-    """The first pass answers behind the pause, too, and its operations count the pause."""
+def test_passes_of_a_run_with_filler(place, tmp_path, name="filler"):
+    """The first pass answers behind the filler, too, and its operations count the filler."""
     flags = ["--out", str(tmp_path / "passes"), "--threshold", "-1.5"]
     result = audit.main(["passes", str(place / name), *flags])
     score = ["score", str(place / "dev.jsonl"), "--max-new-tokens", "4", "--run", str(place / name)]
@@ -267,7 +246,6 @@ def test_passes_of_a_run_with_a_pause(place, tmp_path, name):
 
 KINDS = ["neural_recursion", "three_passes"]
 KINDS += [f"residual {kind}" for kind in KINDS]
-FILLER = Pause(vectors=torch.randn(2, 24, generator=torch.Generator().manual_seed(7)))
 
 
 @pytest.fixture(params=KINDS)
@@ -275,33 +253,23 @@ def any_stack(request, make_lm):
     return build(request.param, make_lm("untied"))[0].requires_grad_(False)
 
 
-def with_filler(stack):
-    """The stack whose questions end with two trained vectors, and QUESTIONS as it reads them."""
-    model = Paused(stack, FILLER).requires_grad_(False)
-    return model, [row + model.pause_ids for row in QUESTIONS]
-
-
-@pytest.mark.parametrize("paused", [False, True])
-def test_the_hand_over_is_the_connectors_output(any_stack, paused):
+def test_the_hand_over_is_the_connectors_output(any_stack):
     lm, connector = any_stack.lm, any_stack.parts[1]
-    model, asked = with_filler(any_stack) if paused else (any_stack, QUESTIONS)
     x = lm.embed(torch.tensor([QUESTIONS[0]]))
-    x = torch.cat([x, FILLER.vectors[None]], 1) if paused else x
-    h, given = handover.hand_over(model, asked[0])
+    h, given = handover.hand_over(any_stack, QUESTIONS[0])
     close(h, lm(x)[0])
     close(given, connector(lm(x))[0])
     table = lm.embed_tokens.weight
     assert handover.nearest(lm, table[[7, 30, 2]] * 5) == [7, 30, 2]
 
 
-@pytest.mark.parametrize("paused", [False, True])
-def test_a_replaced_hand_over_changes_its_positions_and_no_other(any_stack, paused):
+def test_a_replaced_hand_over_changes_its_positions_and_no_other(any_stack):
     """Against one pass over the whole text for each token. The own vectors change nothing."""
     tokenizer, lm = words_tokenizer(53), any_stack.lm
-    model, asked = with_filler(any_stack) if paused else (any_stack, QUESTIONS)
+    model, asked = any_stack, [row + [9, 4] for row in QUESTIONS]
     own = [handover.hand_over(model, ids)[1] for ids in asked]
     others = torch.randn(4, 3, 24, generator=torch.Generator().manual_seed(3))
-    places = [(-1,), (-2,), (-3, -1)] if paused else [(-1,)]
+    places = [(-1,), (-2,), (-3, -1)]
 
     def naive(ids, at, vectors):
         text, connector = list(ids), any_stack.parts[1]
@@ -426,9 +394,6 @@ def test_the_bridge_of_a_question_is_the_answer_to_its_first_hop(place, tmp_path
         record = {"id": row["id"], "task": row["task"], "input": text, "prediction": "x"}
         rows.append(record | {"answers": row["answer"], "em": 0.0, "f1": 0.0})
     for file in ("run.json", "adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / file).write_bytes((place / name / file).read_bytes())
-    if name == "vectors":
-        file = "pause.safetensors"
         (tmp_path / file).write_bytes((place / name / file).read_bytes())
     write_lines(tmp_path / "predictions.jsonl", rows)
     found = handover.two_hop(audit.asked_questions(tmp_path)[0], made)

@@ -193,7 +193,7 @@ def test_the_plan_reads_the_lengths_of_the_questions(place, tmp_path, capsys, me
 @pytest.mark.parametrize("method", PLANNED)
 def test_the_plan_counts_evaluation(place, method):
     """It grows with the budget of tokens, with the prompt, and not without questions to answer."""
-    rest = f"--dev {place}/dev.jsonl --batch-size 1 --eval-tokens"
+    rest = f"--dev {place}/dev.jsonl --batch-size 1 --candidates 2 --eval-tokens"
     cases = ("", f"{rest} 500", f"{rest} 1000", f"{rest} 1000 --prompt-length 40")
     beyond = [plan_of(place, flags, method)["evaluation beyond this"] for flags in cases]
     assert 0 == beyond[0] < beyond[1] < beyond[2]
@@ -271,6 +271,25 @@ def test_every_method_has_a_plan(place, method):
     assert table["frozen weights"] + table["trained"] > 0 and min(table.values()) >= 0
     assert min(operations.values()) > 0 and operations["an answer"] > 0
     assert ("a step" in operations) == (method != "training_free")
+
+
+def test_the_plan_counts_a_prompt_for_each_task(place):
+    one, each = (
+        plan_of(place, f"--prompt-length 4 {more}", "prompt_tuning") for more in ("", "--per-task")
+    )
+    assert each["trained"] == 2 * one["trained"]  # the tasks a and b
+    assert each["activations"] > one["activations"]  # every text has a copy of its prompt
+
+
+def test_the_plan_counts_the_blocks_that_are_computed_again(place):
+    flags = f"--model {ROOT}/assets/lm --seq-len 60 --prompt-length 4"  # 6 blocks
+    whole, again = (
+        plan_of(place, f"{flags} {more}", "prompt_tuning")
+        for more in ("", "--checkpoint-activations")
+    )
+    assert 0.2 * whole["activations"] < again["activations"] < 0.5 * whole["activations"]
+    with pytest.raises(ValueError, match="--checkpoint-activations: not for neural_recursion"):
+        plan_of(place, "--checkpoint-activations")
 
 
 @pytest.mark.parametrize("method", train.OPEN_BOOK)

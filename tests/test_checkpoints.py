@@ -217,8 +217,7 @@ def test_shards_load_and_their_index_is_checked(save, tmp_path):
     (folder / "a").rename(tmp_path / "a")
     (folder / "a").symlink_to(tmp_path / "a")  # the hub's cache holds links to files elsewhere
     assert hash_checkpoint(folder) == lm.fingerprint()
-    places = [(shard, ValueError, "outside the folder") for shard in ("../a", str(tmp_path / "a"))]
-    places += [("b", ValueError, f"b: lacks {first}"), ("c", FileNotFoundError, "names c, which")]
+    places = [("b", ValueError, f"b: lacks {first}"), ("c", FileNotFoundError, "names c, which")]
     for shard, error, message in places:
         write_index(**{first: shard})
         refused(error, message, hash_checkpoint, folder)

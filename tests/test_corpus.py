@@ -12,7 +12,7 @@ from tiny_runs import ROOT
 import corpus
 import data
 import pretrain
-from corpus import hash_tokens, token_file
+from corpus import hash_tokens, split, token_file
 
 TEXTS = [f"Document {i} is about {'towns ' * (i % 7)}and people." for i in range(1000)]
 TOKENIZER = data.train_tokenizer(TEXTS, 400)
@@ -91,7 +91,7 @@ def test_a_stopped_tokenisation_is_begun_again(tmp_path, text, monkeypatch):
 
 def test_a_split_is_the_last_documents():
     whole = data.encode_texts(TEXTS, TOKENIZER)
-    parts = whole.split(20)
+    parts = split(whole, 20)
     for part, texts in zip(parts, (TEXTS[:-20], TEXTS[-20:])):
         assert equal(part, data.encode_texts(texts, TOKENIZER))
 

@@ -633,20 +633,17 @@ def test_pefts_prefix_tuning_with_an_mlp_is_what_the_mlp_computed(tmp_path):
         from_file(5, lm.embed_tokens.weight, tmp_path / "theirs")
 
 
-@pytest.mark.parametrize(
-    "factored, scale_parameter, clip, decay", [*product([0, 1], [0, 1], [1.0, 0.3], [0.0, 0.1])]
-)
-def test_five_steps_of_adafactor_are_the_references(factored, scale_parameter, clip, decay):
+@pytest.mark.parametrize("clip, decay", [*product([1.0, 0.3], [0.0, 0.1])])
+def test_five_steps_of_adafactor_are_the_references(clip, decay):
     """The reference factors every parameter that is no vector. So its unfactored second moment of
     a matrix is that of the matrix's entries in a row."""
     rng = seeded(0)
     start = [torch.randn(shape, generator=rng) * 0.1 for shape in [(6, 9), (2, 3, 4), (7,)]]
-    start[-1] *= 1e-4  # below the smallest scale that a parameter counts with
     ours = [torch.nn.Parameter(p.clone()) for p in start]
-    theirs = [torch.nn.Parameter(p.clone() if factored else p.flatten().clone()) for p in start]
-    options = dict(lr=0.05, weight_decay=decay, scale_parameter=scale_parameter)
-    mine = Adafactor(ours, clip=clip, factored=factored, **options)
-    options |= dict(clip_threshold=clip, relative_step=False, warmup_init=False)
+    theirs = [torch.nn.Parameter(p.flatten().clone()) for p in start]
+    options = dict(lr=0.05, weight_decay=decay)
+    mine = Adafactor(ours, clip=clip, **options)
+    options |= dict(clip_threshold=clip, relative_step=False, scale_parameter=False)
     reference = transformers.Adafactor(theirs, **options)
     for step in range(5):
         for a, b in zip(ours, theirs):  # gradients that shrink, so that the second moment matters

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import show
+
 import pytest
 from tiny_runs import ROOT, command, run
 
@@ -58,6 +60,18 @@ def test_waiting_threads_sleep_before_torch_is_loaded(program, arguments):
 def test_what_the_user_says_of_threads_counts(program):
     assert at_torch(program, "--help", GOMP_SPINCOUNT="7") == "torch: 7\n"
     assert at_torch(program, "--help", OMP_WAIT_POLICY="ACTIVE") == "torch: None\n"
+
+
+def test_only_a_program_that_can_resume_advises_it(capsys):
+    def stop():
+        raise KeyboardInterrupt
+
+    for program, resumes in (("train.py", True), ("world.py", False)):
+        with pytest.raises(SystemExit):
+            show.run_program(program, stop, resumes)
+        assert ("--resume" in capsys.readouterr().err) == resumes
+        call = f'run_program("{program}", main, resumes=True)'
+        assert (call in (ROOT / program).read_text()) == resumes
 
 
 @pytest.mark.parametrize("ratio, expected", [(0.5, "bfloat16"), (0.9, "float32"), (2, "float32")])

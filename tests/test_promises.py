@@ -14,20 +14,21 @@ ROOT = Path(__file__).parent.parent
 TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["families", "show", "int8"], 0),
     **dict.fromkeys(["checkpoints", "data", "eval", "world", "attention", "generate"], 1),
-    **dict.fromkeys(["model", "adapters", "pause", "questions", "rerank", "t5", "genres"], 2),
+    **dict.fromkeys(["model", "adapters", "questions", "rerank", "t5", "genres"], 2),
     **dict.fromkeys(["recurse", "suite", "retrieve"], 3),
     **dict.fromkeys(["textual", "passages"], 4),
     **dict.fromkeys(["openbook", "prompts"], 5),
     **dict.fromkeys(["runs", "reader", "handover"], 6),
     **dict.fromkeys(["fit", "cli", "start", "study", "corpus"], 7),
     **dict.fromkeys(["encoders", "contest"], 8),
-    **dict.fromkeys(["train", "audit"], 9),
+    **dict.fromkeys(["train", "audit", "prompt_audit"], 9),
     **dict.fromkeys(["pretrain", "promptability", "plan"], 10),
     **dict.fromkeys(["bench_attention", "bench_retrieval"], 10),
     **dict.fromkeys(["bench_train", "bench_generate"], 10),
-    **dict.fromkeys(["bench", "transfer"], 11),
-    **dict.fromkeys(["recursion_study", "reader_study"], 12),
-    "reproduce": 13,
+    **dict.fromkeys(["bench", "transfer", "promptability_study"], 11),
+    **dict.fromkeys(["recursion_study", "reader_study", "prompt_study", "transfer_tables"], 12),
+    "transfer_study": 13,
+    "reproduce": 14,
 }
 FILES = sorted(ROOT.glob("*.py"))
 TREES = {path.stem: ast.parse(path.read_text()) for path in FILES}

@@ -272,6 +272,28 @@ def test_a_prompt_trained_with_the_lm_starts_prompt_tuning_on_that_lm_only(runs,
         run(f"{start} --model {runs}/lm/model --out {tmp_path}/b".split())
 
 
+@pytest.mark.parametrize("variant", ["ppt", "mtl", "reptile"])
+def test_a_deep_prompt_trains_and_starts_few_shot_prompts(runs, tmp_path, variant):
+    """Its keys and values all move, and a tuned prompt starts from them."""
+    run(line(runs, variant, tmp_path / "run", "--deep"))
+    trained = adapters.load_adapter(tmp_path / "run", base_of(runs, tmp_path / "run"))
+    assert isinstance(trained, adapters.DeepPrompt)
+    lm = LM.from_pretrained(runs / "lm" / "model")
+    vectors = adapters.from_vocab(4, lm.embed_tokens.weight, generator=seeded(0))
+    start = adapters.DeepPrompt(lm.read(vectors)).table()
+    assert (trained.table() != start).all()
+    flags = f"--deep --lr 0 --model {base_of(runs, tmp_path / 'run').folder} --init {tmp_path}/run"
+    run(few_shot(runs, tmp_path / "few", flags))
+    tuned = load_file(tmp_path / "few" / "car.is" / "adapter_model.safetensors")
+    assert torch.equal(tuned["prompt_embeddings"], trained.table())
+
+
+def base_of(runs, folder):
+    """The LM that a run of continued pretraining belongs to."""
+    own = folder / "model"
+    return LM.from_pretrained(own if own.is_dir() else runs / "lm" / "model")
+
+
 def test_fomaml_without_inner_steps_is_multi_task_learning(runs, tmp_path):
     run(line(runs, "fomaml", tmp_path / "run", f"--inner-steps 0 --dev {runs}/suite"))
     a, b = contents(tmp_path / "run"), contents(runs / "mtl")
@@ -396,6 +418,8 @@ def test_bad_input_is_refused_by_name(runs, tmp_path):
     for flags, error in cases.items():
         with pytest.raises((ValueError, OSError), match=error):
             run(line(runs, "reptile", tmp_path / "new", flags))
+    with pytest.raises(ValueError, match="--deep: t0 trains no prompt"):
+        run(line(runs, "t0", tmp_path / "new", "--deep"))
     with pytest.raises(ValueError, match="--init: t0 trains no prompt"):
         run(line(runs, "t0", tmp_path / "new", "--init vocab"))
     with pytest.raises(ValueError, match="was started with --inner-lr"):

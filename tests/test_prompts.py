@@ -26,15 +26,15 @@ from adapters import (
 from checkpoints import load_tokenizer
 from data import Example, TokenizedExample, collate, encode_prompts
 from fit import target_loss
-from generate import generate, option_scores, pad, predict, stack_prefixes, vote
-from model import LM, Prefix
+from generate import generate, option_scores, pad, predict, stack_prefixes
+from model import LM
 from questions import prepare
 from recurse import (
     COMPOSITIONS,
-    load_prefix,
+    load_trained,
     new_connector,
     prompt_embeddings,
-    save_prefix,
+    prompt_prefix,
     without_bos,
 )
 from runs import load_run, read_predictions
@@ -345,36 +345,7 @@ def test_mixed_prefixes_that_do_not_fit_are_refused(lm, mixed, tokenizer):
         predict(lm, tokenizer, QUESTIONS, prefixes, 30)
 
 
-@torch.no_grad()
-def test_several_prompts_of_a_task_vote(lm, tokenizer):
-    prefixes = [
-        lm.read(vectors(lm, n, seed)) for n, seed in ((3, 1), (7, 2), (1, 3), (4, 4), (2, 5))
-    ]
-    options = [[[i] for i in range(4, 9)]] * 4
-    each = [predict(lm, tokenizer, QUESTIONS, p, 2, options) for p in prefixes]
-    votes = vote(lm, tokenizer, QUESTIONS, prefixes, 2, options, max_tokens=60)
-    columns = list(zip(*each))
-    for column, answer in zip(columns, votes):
-        most = max(column.count(other) for other in column)
-        assert answer == next(other for other in column if column.count(other) == most)
-    assert any(len(set(column)) > 1 for column in columns)  # they do not agree without a vote
-    texts = vote(lm, tokenizer, QUESTIONS, prefixes[:2], 3)  # one against one: the first
-    assert texts == predict(lm, tokenizer, QUESTIONS, prefixes[0], 3)
-
-
 # Files and other uses
-
-
-@torch.no_grad()
-def test_any_prefix_is_stored_and_belongs_to_its_lm(make_lm, lm, tmp_path):
-    examples = lm.read(lm.embed(torch.tensor([[5, 9, 11, 4]])))
-    save_prefix(tmp_path / "p", examples, lm, note="four tokens")
-    again = load_prefix(tmp_path / "p", lm)
-    assert type(again) is Prefix
-    for pair, other in zip(examples.layers, again.layers):
-        close(pair, other, 0.0)
-    with pytest.raises(ValueError, match="trained on another base"):
-        load_prefix(tmp_path / "p", make_lm("tied", seed=9))
 
 
 @torch.no_grad()
@@ -384,11 +355,10 @@ def test_prompts_of_all_kinds_are_loaded_as_prefixes(lm, encoder, mixed, tokeniz
     tokenizer.save(str(folder / "tokenizer.json"))
     for i, (prefix, adapter) in enumerate(zip(prefixes[1:], adapters)):
         save_adapter(tmp_path / str(i), adapter, lm)
-        again = load_prefix(tmp_path / str(i), lm, tokenizer, folder if i == 2 else None)
-        assert greedy(lm, again) == greedy(lm, prefix)
-    save_adapter(tmp_path / "c", new_connector(lm, "neural_recursion", 1), lm)
-    with pytest.raises(ValueError, match="holds a Connector, which is no prompt"):
-        load_prefix(tmp_path / "c", lm)
+        again, _ = load_trained(tmp_path / str(i), lm, tokenizer, folder if i == 2 else None)
+        assert greedy(lm, prompt_prefix(again, lm)) == greedy(lm, prefix)
+    with pytest.raises(ValueError, match="c: holds a Connector, which is no prompt"):
+        prompt_prefix(new_connector(lm, "neural_recursion", 1), lm, "c")
 
 
 @torch.no_grad()
@@ -498,5 +468,8 @@ def test_a_run_of_id_pt_needs_an_encoder_and_remembers_it(place, tmp_path):
     )
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert record["encoder_hash"]
+    shutil.rmtree(moved / "t5")
+    with pytest.raises(FileNotFoundError, match=f"run: its encoder, --encoder {tmp_path}/x/t5/m"):
+        load_run(moved / "run")
     with pytest.raises(ValueError, match="--init vocab starts a prompt, and id_pt trains"):
         run(command(place, "id_pt", tmp_path / "c", "--init vocab"))

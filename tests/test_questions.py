@@ -75,7 +75,7 @@ TEXTS += [
 ]
 
 
-def llama(**options):
+def llama():
     """BPE in the manner of Llama 2 and stories260K: letters without a token become bytes."""
     model = models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     tokenizer = Tokenizer(model)
@@ -110,24 +110,11 @@ def unigram(form):
     return tokenizer
 
 
-def wordpiece(**options):
-    normalizer = normalizers.BertNormalizer(**options)
-    letters = {c for text in TEXTS for c in normalizer.normalize_str(text) if c.strip()}
-    pieces = ["[UNK]", *sorted(letters), *(f"##{c}" for c in sorted(letters))]
-    model = models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]")
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    return tokenizer
-
-
-SPELLING = {  # tokenizer: how many of TEXTS it changes more than the scores forgive
-    "bytes": (lambda: data.train_tokenizer(["Paris"], 260), 0),
-    "llama": (llama, 0),
-    "nfc": (lambda: unigram(normalizers.NFC()), 1),
-    "nfkc": (lambda: unigram(normalizers.NFKC()), 3),
-    "uncased": (lambda: wordpiece(), 6),
-    "cased": (lambda: wordpiece(lowercase=False, strip_accents=False), 5),
+SPELLING = {
+    "bytes": lambda: data.train_tokenizer(["Paris"], 260),
+    "llama": llama,
+    "nfc": lambda: unigram(normalizers.NFC()),
+    "nfkc": lambda: unigram(normalizers.NFKC()),
 }
 
 
@@ -145,12 +132,9 @@ def warned(tokenizer, asked, stop="", limit=99, eos=()) -> list[str]:
 
 @pytest.mark.parametrize("kind", SPELLING)
 def test_what_a_tokenizer_normalises_is_not_refused(kind):
-    make, changed = SPELLING[kind]
-    tokenizer = make()
+    tokenizer = SPELLING[kind]()
     check_targets(tokenizer, examples(*TEXTS))
-    start = f"{changed} of 13 questions cannot be scored as right: the tokenizer changes"
-    lines = warned(tokenizer, examples(*TEXTS))
-    assert len(lines) == bool(changed) and all(line.startswith(start) for line in lines)
+    assert warned(tokenizer, examples(*TEXTS)) == []
     for accepted in (TEXTS, [*TEXTS, "Paris"]):  # one that can be given is enough
         e = data.Example("q", TEXTS[0], tuple(accepted[::-1]))
         assert warned(tokenizer, [e]) == []
@@ -159,7 +143,7 @@ def test_what_a_tokenizer_normalises_is_not_refused(kind):
 @pytest.mark.parametrize("kind", ["bytes", "llama"])
 @pytest.mark.parametrize("target", ["x{}y", "{}", "Paris {} Rome", "Paris {}"])
 def test_a_target_with_a_special_token_is_named(kind, target):
-    tokenizer = SPELLING[kind][0]()
+    tokenizer = SPELLING[kind]()
     token = {"bytes": "<|endoftext|>", "llama": "</s>"}[kind]
     bad = examples("Paris", target.format(token))
     for check in (check_targets, warned):
@@ -173,7 +157,7 @@ def test_a_target_with_an_end_token_is_named():
     eos = (0, tokenizer.token_to_id("."))
     assert warned(tokenizer, examples("Paris", "Paris."), eos=eos) == []  # scores forgive the dot
     for check in (check_targets, lambda *rest: warned(*rest[:2], eos=rest[2])):
-        with pytest.raises(ValueError, match="^a.jsonl:2: the answer 'U.S.' holds a token that en"):
+        with pytest.raises(ValueError, match="^a.jsonl:2: the tokenizer has no tokens for"):
             check(tokenizer, examples("Paris", "U.S."), eos)
 
 

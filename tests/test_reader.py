@@ -7,7 +7,19 @@ import pytest
 import torch
 from conftest import TINY, close, vectors
 from safetensors.torch import load_file
-from tiny_runs import HOMES, Dead, command, die_at_5, read_lines, run, same_runs, write_lines
+from tiny_runs import (
+    ASKED,
+    BOOK,
+    Dead,
+    command,
+    die_at_5,
+    make_shelf,
+    read_lines,
+    run,
+    same_runs,
+    small_world,
+    write_lines,
+)
 
 import bench_retrieval
 import data
@@ -16,8 +28,6 @@ import eval as metrics
 import openbook
 import passages as books
 import reader
-import reader_study
-import reproduce
 import train
 from fit import target_loss
 from generate import predict
@@ -28,31 +38,13 @@ from rerank import CrossEncoder
 from retrieve import BM25, DenseIndex
 from runs import load_run, read_predictions, read_record
 
-BOOK = [
-    *(Passage(who, f"{who} was born in {town}.", f"b{i}") for i, (who, town) in enumerate(HOMES)),
-    *(Passage(who, f"{who} likes the sea.", f"s{i}") for i, (who, _) in enumerate(HOMES)),
-]
-ASKED = [
-    {"id": f"q{i}", "task": "ba"[i % 2], "question": f"where was {name} born"}
-    | {"answer": [town], "positives": [f"b{i}"]}
-    for i, (name, town) in enumerate(HOMES)
-]
 SHORT = "--steps 6 --eval-every 2 --log-every 1 --batch-size 3 --device cpu"
-BERT = "--seq-len 30"
 READ = "--max-new-tokens 4 --prompt-length 4 --encoder-steps 6 --encoder-lr 0.01"
 
 
 @pytest.fixture(scope="module")
 def shelf(place):
-    """The tiny place with a book, questions about it, and a BERT."""
-    books_file = place / "book.jsonl"
-    openbook.write_book(books_file, BOOK)
-    write_lines(place / "ask.jsonl", [*ASKED, {"question": "who likes it", "answer": ["nobody"]}])
-    write_lines(place / "ask-dev.jsonl", ASKED[:4])
-    plain = [{key: q[key] for key in ("id", "task", "question", "answer")} for q in ASKED]
-    write_lines(place / "plain.jsonl", plain)
-    run(command(place, "pretrain_bert", place / "bert", f"--steps 1 --context 64 {BERT}"))
-    return place
+    return make_shelf(place)
 
 
 def line(shelf, method, out, flags=""):
@@ -109,10 +101,23 @@ def test_an_encoder_resumes_to_the_same_bits(shelf, tmp_path, monkeypatch, metho
     assert two == (method == "retriever" and "--shared" not in flags)
 
 
+def write_dpr(path, questions, keys):
+    """Write DPR's format, whose keys are named by the lists of a Question."""
+    records = []
+    for q in questions:
+        record = {"question": q.question, "answers": q.answers}
+        record |= {k: [p._asdict() for p in vars(q)[n]] for n, k in keys.items()}
+        for passage, score in zip(record.get("ctxs", []), q.scores):
+            passage["score"] = score
+        records.append(record)
+    path.write_text(json.dumps(records))
+
+
 def test_without_a_book_an_encoder_learns_from_the_lists_of_dprs_training_files(shelf, tmp_path):
     questions = read_questions(shelf / "ask-dev.jsonl", BOOK)
     listed = [books.replace(q, hard_negatives=[BOOK[8 + i]]) for i, q in enumerate(questions)]
-    books.write_training(tmp_path / "nq.json", listed)
+    keys = {"positives": "positive_ctxs", "hard_negatives": "hard_negative_ctxs"}
+    write_dpr(tmp_path / "nq.json", listed, keys)
     for method in ("reranker", "retriever"):
         words = line(shelf, method, tmp_path / method, f"--train {tmp_path}/nq.json")
         i = words.index("--passages")
@@ -275,7 +280,7 @@ def test_a_reader_starts_from_any_dpr_result(shelf, tmp_path):
     bm25, rows = BM25(BOOK), []
     for q in questions:
         rows.append(books.with_found(q, BOOK, bm25.search(q.question, 4)))
-    books.write_results(tmp_path / "nq.json", rows)
+    write_dpr(tmp_path / "nq.json", rows, {"found": "ctxs"})
     result = f"--passages {tmp_path}/nq.json --no-rerank --steps 1"
     files = f"--train {shelf}/plain.jsonl --dev {shelf}/plain.jsonl"
     record = run(line(shelf, "reader", tmp_path / "run", f"{result} {files}"))
@@ -485,34 +490,8 @@ def test_the_world_has_a_book_of_its_own():
 # The experiments and the benchmark
 
 
-def small_world(shelf):
-    """What genres.library returns, of eight people."""
-    passages = [{"id": p.id, "title": p.title, "text": p.text} for p in BOOK]
-    return passages, {"train": ASKED, "dev": ASKED[:3], "test": ASKED[3:6]}
-
-
-def test_the_experiment_shares_passages_and_does_no_run_twice(shelf, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(openbook.genres, "library", lambda world: small_world(shelf))
-    kept = ("bm25", "bm25-reranked", "not-cross-fitted", "closed-book", "fine-tuned-reranked")
-    runs = {name: reader_study.RUNS[name] for name in kept}
-    monkeypatch.setattr(reader_study, "RUNS", runs)
-    flags = f"reader --model {shelf}/lm/model --encoder {shelf}/bert --context 96 --steps 1"
-    flags += " --encoder-steps 1 --seeds 2"
-    results = reproduce.main(flags.split())
-    assert json.loads((tmp_path / "results" / "reader.json").read_text())["results"] == results
-    assert {*kept, "bm25-1", "bm25-reranked-1", "not-cross-fitted-1"} <= results.keys()
-    for first, second in (("bm25", "bm25-1"), ("bm25-reranked", "fine-tuned-reranked")):
-        texts = [tmp_path / "runs" / "reader" / name / "run.json" for name in (first, second)]
-        a, b = (json.loads(text.read_text()) for text in texts)
-        assert a["passages"]["test"]["retrieved"] != {} and b["passages"]["test"]["n"] == 3
-    assert results["bm25"]["dev passages"] > 0 == results["closed-book"]["dev passages"]
-    monkeypatch.setattr(train, "main", None)  # nothing is trained again
-    assert reproduce.main(flags.split()) == results
-
-
 def test_the_rows_of_the_benchmark_agree_with_the_peers(monkeypatch, shelf, capsys):
-    monkeypatch.setattr(openbook.genres, "library", lambda world: small_world(shelf))
+    monkeypatch.setattr(openbook.genres, "library", lambda world: small_world())
     assert bench_retrieval.peak("ours", [p.text for p in BOOK], ["Anna"]) > 0
     monkeypatch.setattr(bench_retrieval, "peak", lambda *_: 1)  # a process each
     rows = bench_retrieval.main("--tiny --runs 1".split())

@@ -64,10 +64,7 @@ RECUR --passes 1                                        | --passes
 RECUR --cache-first-pass -1                             | --cache-first-pass
 RECUR --pause -1                                        | --pause
 RECUR --pause 2 --pause-text ''                         | --pause 2 | --pause-text
-RECUR --pause 95 --pause-text trained                   | --pause 95 | context of 96
 RECUR --pause 60                                        | :1: | context
-RECUR --init paused --pause 3 --pause-text trained      | --pause 2 --pause-text trained
-RECUR --init paused                                     | --pause 2 --pause-text trained
 RECUR --stages-from run                                 | --stages-from run: neural_recursion has
 TEXTUAL --stages-from run                               | --stages-from run: holds no finished p1
 TEXTUAL --stages-from stages --lr 0.5                   | p1 was started with --lr | not 0.5
@@ -365,7 +362,6 @@ def make_runs(place):
     for out in ("run", "torn", "spoilt"):
         short(f"RECUR --out {out}")
     run(command(place, "neural_recursion", place / "connector"))
-    short("RECUR --out paused --pause 2 --pause-text trained")
     short("TEXTUAL --out stages")
     state = place / "torn" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:1000])

@@ -292,11 +292,11 @@ def test_costs_follow_the_operations_and_the_finished_runs(tmp_path):
     assert taken == pytest.approx(3 * prompt)  # textual-8 takes them from textual-16
     seconds = {name: recursion_study.training_seconds(run) for name, run in runs.items()}
     assert seconds["neural-2-pause-3"] == pytest.approx(1.5 * seconds["neural-2"])
-    before = recursion_study.show_cost(whole)
+    before = study.show_cost(whole, recursion_study.seconds, recursion_study.finished_seconds)
     (tmp_path / "neural-2-0").mkdir()
     record = {"arguments": {"method": "m"}, "results": {}, "seconds": 2 * seconds["neural-2"]}
     (tmp_path / "neural-2-0/run.json").write_text(json.dumps(record))
-    after = recursion_study.show_cost(whole)
+    after = study.show_cost(whole, recursion_study.seconds, recursion_study.finished_seconds)
     assert before["factor"] == 1 and after["factor"] == pytest.approx(2)
     assert after["seconds"] == pytest.approx(2 * before["seconds"], rel=1e-3)
     assert after["left"] < after["seconds"] and before["left"] == before["seconds"]

@@ -83,6 +83,13 @@ def test_a_score_does_not_depend_on_the_passages_beside_it(format, batch_tokens)
     assert torch.cat(together).std() > 0.1
 
 
+def test_scores_in_bf16_keep_more_digits_than_bf16():
+    """It has 8 bits: two passages would often get the same score."""
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = make_encoder().score("q", PASSAGES)
+    assert (scores != scores.bfloat16().float()).any()
+
+
 def test_a_passage_may_be_a_pair_a_dict_or_a_text():
     encoder = make_encoder()
     record = {"title": "a b", "text": "c d", "id": "7"}

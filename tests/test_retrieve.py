@@ -197,6 +197,8 @@ def test_the_retriever_learns_from_the_positives_and_negatives_of_the_batch():
     known[0, 0] = known[0, 1] = True  # its own positive stays
     loss = retriever_loss(questions, passages, torch.arange(2), known)
     close(loss, -(scores[0, [0, 2, 3]].log_softmax(0)[0] + scores[1].log_softmax(0)[1]))
+    with torch.autocast("cpu", torch.bfloat16):  # the products stay float32
+        close(retriever_loss(questions, passages, torch.arange(2), known), loss)
 
 
 def test_retriever_batches_know_which_passages_are_no_negatives():

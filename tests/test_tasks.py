@@ -29,6 +29,7 @@ from prompts import (
     explain,
     mean_over_tasks,
     nearest_tokens,
+    rouge_l,
     template_medians,
 )
 from questions import prepare
@@ -145,6 +146,8 @@ def test_a_prompt_for_each_task_is_trained_in_shared_batches_and_used_again(
     assert [r["prediction"] for r in mixed] == [r["prediction"] for r in trained]
     assert [r["prompt"] for r in mixed] == [r["task"] for r in mixed]
     assert len({r["prediction"] for r in mixed}) > 1
+    with pytest.raises(ValueError, match="has a prompt for each task; `eval.py mixed`"):
+        load_run(out)
     assert "examples of each prompt: b 4, a 4" in capsys.readouterr().err
     swapped = [f"b={out / 'a'}", f"a={out / 'b'}"]
     evaluation.main(["mixed", "--prompts", *swapped, *line[4:], "--out", str(tmp_path / "swapped")])
@@ -421,19 +424,28 @@ def test_medians_over_templates_by_hand(tmp_path, capsys):
     assert medians["datasets"]["a"] == {
         "f1": pytest.approx(0.6),
         "em": 0.0,
+        "rouge": 0.0,
         "cluster": "one",
         "templates": 3,
         "n": 6,
     }
-    assert medians["clusters"]["one"] == {"f1": pytest.approx(0.5), "em": 0.5}
+    assert medians["clusters"]["one"] == {"f1": pytest.approx(0.5), "em": 0.5, "rouge": 0}
     assert (medians["f1"], medians["em"]) == (pytest.approx(1.0 / 3), pytest.approx(1.0 / 3))
     assert mean_over_tasks(rows) == pytest.approx((0.5 + 0.4 + 0.0) / 3)
     write_lines(tmp_path / "predictions.jsonl", rows)
     assert evaluation.main(["templates", str(tmp_path)]) == medians
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["one", "50.0", "50.0"]
+    assert lines[1].split() == ["one", "50.0", "50.0", "0.0"]
     assert lines[2].split()[:3] == ["a", "60.0", "0.0"] and "3 templates, 6 examples" in lines[2]
-    assert lines[-1].split() == ["overall", "33.3", "33.3"]
+    assert lines[-1].split() == ["overall", "33.3", "33.3", "0.0"]
+
+
+def test_rouge_l_by_hand():
+    """The longest common subsequence of words, whatever stands between them."""
+    assert rouge_l("The cat sat, on the mat.", ["the mat"]) == pytest.approx(2 * 2 / 8)
+    assert rouge_l("b x a", ["a b"]) == pytest.approx(2 * 1 / 5)  # in another order
+    assert rouge_l("a b c d", ["x", "a c d"]) == pytest.approx(2 * 3 / 7)  # the better answer
+    assert rouge_l("", ["a"]) == rouge_l("a", ["!"]) == rouge_l("?", ["!"]) == 0
 
 
 @pytest.mark.parametrize("method", ["id_pt", "prompt_tuning"])
@@ -455,6 +467,25 @@ def test_a_run_on_a_folder_of_tasks_follows_the_protocol(place, tmp_path, capsys
     assert "ranked by the mean of their log-probabilities" in out and "overall" in out
     with pytest.raises(ValueError, match="holds no file TASK-dev.jsonl"):
         run(command(place, method, tmp_path / "no", f"--train {folder} --dev {place}"))
+
+
+def test_a_mixture_goes_on_with_the_same_templates_only(place, tmp_path):
+    """Without a mixture the templates change no run."""
+    rows, lines = suite_rows("car", 4, "train", "a"), {}
+    for name, flags in (("mixed", "--mixture-cap 3"), ("plain", "")):
+        file = write_lines(tmp_path / "rows.jsonl", rows)
+        flags = f"--train {file} --dev {file} --steps 1 {flags}"
+        lines[name] = [*command(place, "prompt_tuning", tmp_path / name, flags), "--resume"]
+        run(lines[name])
+    write_lines(tmp_path / "rows.jsonl", [row | {"template": "is"} for row in rows])
+    run(lines["plain"])
+    with pytest.raises(ValueError, match="started with other templates"):
+        run(lines["mixed"])
+    path = tmp_path / "mixed" / "run.json"
+    record = json.loads(path.read_text())
+    del record["templates_hash"]  # a run of an earlier program
+    path.write_text(json.dumps(record))
+    run(lines["mixed"])
 
 
 def test_the_word_suite_stands_for_the_embedded_tasks(monkeypatch):

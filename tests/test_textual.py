@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from conftest import QUESTIONS, before, naive_score, words_tokenizer
-from safetensors.torch import load_file
 from tiny_runs import (
     HOMES,
     Dead,
@@ -265,7 +264,7 @@ def test_candidates_for_training_come_from_a_prompt_of_the_other_half(whole):
         prompt = adapters.load_adapter(whole / f"p1-{name}", model.lm)
         examples = [data.Example(x["input"], "", tuple(x["answers"])) for x in lines]
         ids = data.encode_prompts(tokenizer, [e.input for e in examples])
-        found = model.sample(examples, ids, model.lm, model.lm.read(prompt()))
+        found = model.sample(examples, ids, model.lm.read(prompt()))
         assert [[c.text for c in row] for row in found] == [
             [c["text"] for c in line["candidates"]] for line in lines
         ]
@@ -391,7 +390,6 @@ def test_a_killed_run_resumes_to_the_same_files(place, tmp_path, monkeypatch, wh
 
 def textual_fit(monkeypatch, fitted):
     """Notes the folder of each training; the one of number "die" stops after its fifth step."""
-    import train
     from runs import Run
 
     state, real, log = {"die": None}, train.fit, Run.log
@@ -475,39 +473,6 @@ def test_a_pause_follows_the_question_in_every_stage(place, tmp_path, monkeypatc
     assert [tokenizer.decode(row) for row in ids] == [f"{text}\nso:\nso:" for text in asked]
     score = ["score", file, "--run", str(tmp_path / "run"), "--max-new-tokens", "4"]
     assert metrics.main([*score, "--out", str(tmp_path / "out")]) == record["results"]["dev"]
-
-
-def test_trained_vectors_of_a_pause_go_on_from_the_first_prompt(place, tmp_path, monkeypatch):
-    """And those of each half are read where that half's prompt samples."""
-    starts, samplers = {}, []
-    train_adapter, sample = train.train_adapter, textual.candidates
-
-    def note(task, trained, **rest):
-        start = None if task.pause is None else task.pause.vectors.detach().clone()
-        starts[task.args.out] = start, trained.vectors.detach().clone()
-        return train_adapter(task, trained, **rest)
-
-    def candidates(lm, ids, *rest):
-        samplers.append(lm.pause.vectors.detach())
-        assert all(row[-2:] == lm.pause_ids for row in ids)
-        return sample(lm, ids, *rest)
-
-    monkeypatch.setattr(train, "train_adapter", note)
-    monkeypatch.setattr(textual, "candidates", candidates)
-    flags = f"{FLAGS} --lr 0.05 --pause 2 --pause-text trained"
-    run(command(place, "textual_recursion", tmp_path / "run", flags))
-    stored = [
-        load_file(tmp_path / "run" / name / "pause.safetensors")["vectors"]
-        for name in ("p1-a", "p1-b", "p1", ".")
-    ]
-    assert all((a != b).any() for i, a in enumerate(stored) for b in stored[:i])
-    p1 = adapters.from_file(4, torch.ones(1, 32), tmp_path / "run" / "p1")
-    start, prompt = starts[str(tmp_path / "run")]
-    assert torch.equal(start, stored[2]) and torch.equal(prompt, p1)
-    model, prefix, tokenizer, _ = load_run(tmp_path / "run")
-    prepare(model, tokenizer, data.read(place / "dev.jsonl"), prefix, 4)
-    for vectors, own in zip(samplers, (stored[1], stored[0], *stored[2:3] * 2), strict=True):
-        assert torch.equal(vectors, own)
 
 
 def test_candidates_leave_positions_for_a_pause(tokenizer):

@@ -178,6 +178,7 @@ def test_p_counts_every_permutation_of_three():
     assert r == pytest.approx(np.corrcoef([1, 2, 3], [1, 2, 9])[0, 1])
     assert p == pytest.approx(1 / 3, abs=0.03)
     assert transfer.pearson([1, 2, 3], [9, 2, 1], iters=10)[0] < 0
+    assert transfer.pearson([1, 2, 3], [4, 4, 4], iters=10) == (0.0, 1.0)
 
 
 # Source prompts

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import openbook
 import pretrain
 import train
 import transfer
+from passages import Passage
 from runs import Run
 
 ROOT = Path(train.__file__).parent
@@ -56,6 +58,35 @@ def make_place(folder: Path) -> Path:
     run(command(folder, "pretrain_lm", folder / "lm", flags))
     run(command(folder, "pretrain_encoder", folder / "t5", "--steps 1"))
     return folder
+
+
+BOOK = [
+    *(Passage(who, f"{who} was born in {town}.", f"b{i}") for i, (who, town) in enumerate(HOMES)),
+    *(Passage(who, f"{who} likes the sea.", f"s{i}") for i, (who, _) in enumerate(HOMES)),
+]
+ASKED = [
+    {"id": f"q{i}", "task": "ba"[i % 2], "question": f"where was {name} born"}
+    | {"answer": [town], "positives": [f"b{i}"]}
+    for i, (name, town) in enumerate(HOMES)
+]
+
+
+def make_shelf(place: Path) -> Path:
+    """A place with a book, questions about it, and a BERT."""
+    openbook.write_book(place / "book.jsonl", BOOK)
+    write_lines(place / "ask.jsonl", [*ASKED, {"question": "who likes it", "answer": ["nobody"]}])
+    write_lines(place / "ask-dev.jsonl", ASKED[:4])
+    plain = [{key: q[key] for key in ("id", "task", "question", "answer")} for q in ASKED]
+    write_lines(place / "plain.jsonl", plain)
+    flags = "--steps 1 --context 64 --seq-len 30"
+    run(command(place, "pretrain_bert", place / "bert", flags))
+    return place
+
+
+def small_world() -> tuple[list[dict], dict[str, list[dict]]]:
+    """What genres.library returns, of eight people."""
+    passages = [{"id": p.id, "title": p.title, "text": p.text} for p in BOOK]
+    return passages, {"train": ASKED, "dev": ASKED[:3], "test": ASKED[3:6]}
 
 
 COLOURS = ["red", "blue", "green"]

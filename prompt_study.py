@@ -1,0 +1,377 @@
+"""Prompts beside each other and beside fine-tuning: every run of the study, its cost, its tables.
+
+Counterparts of tables 1, 8 and 9 and figure 3 of Levine et al. 2022, "Standing on the Shoulders of
+Giant Frozen Language Models" (input-dependent prompt tuning, ID-PT), and of what Lester, Al-Rfou
+and Constant 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", compare: initial
+values, few-shot text prompts, prompt tuning and model tuning at two sizes of the LM, and transfer
+to another domain. All of it on the 29 prompted tasks of suite.py. GROUPS lists the runs, the most
+important first. study.py makes them, in runs/prompts.
+
+    python reproduce.py prompts --plan       the cost sheet
+    python reproduce.py prompts --grid       all runs, or what is missing of them, and the tables
+
+Several processes can share the work: start the second command as often, each with
+OMP_NUM_THREADS=1.
+"""
+
+from pathlib import Path
+from statistics import mean, stdev
+from types import SimpleNamespace
+
+from show import only_shows, show, show_table
+
+import audit
+import data
+import eval as metrics
+import genres
+import prompts
+import suite
+import train
+import world
+from prompt_audit import distances, few_shot, forgetting, speed
+from runs import read_predictions
+from study import Job, Row, Study, curve, show_cost, show_grid, show_orderings
+
+# The runs
+
+LENGTHS = (5, 10, 40)  # of prompts, beside 20
+SHOTS = (0, 1, 4)
+SINGLE = ("question_pairs", "sentence_pairs", "news_topic")  # tasks with a prompt of their own
+INITS = ("vocab", "text", "labels", "random")
+SUITE = "--train {suite}-train.jsonl --dev {suite}-dev.jsonl --test {suite}-test.jsonl"
+MULTI = f"{SUITE} --mixture-cap 500 --max-new-tokens 32 --eval-every {{every}} --eval-limit 580"
+ALONE = "--train {0}-train.jsonl --dev {0}-dev.jsonl --test {0}-test.jsonl --steps {{short}}"
+EACH = f"{ALONE.format('{single}')} --per-task --batch-size 36 --eval-every {{short}}"
+ID_PT = "train.py --method id_pt --encoder {pretrained}/t5"
+PROMPT = "train.py --method prompt_tuning --beta2 0.999"
+DEEP, TUNED = "train.py --method deep_prompt", "train.py --method fine_tuning"
+LARGER, LARGER_PROMPT = "--model {pretrained}/lm2", "larger-shallow"
+TRAINED = "{out}/prompt-20-0 {out}/deep-20-0 {out}/id-pt-20-0 {out}/fine-tuning-0"
+ADDED, MANY = ALONE.format("{files}/world"), "{out}/fine-tuning-0/model"
+OLD = "eval.py score {suite}-test.jsonl --max-new-tokens 32"
+
+
+def tuned(task: str) -> str:
+    """The command that tunes the LM for one task, on as many examples as EACH has for one."""
+    return f"{TUNED} {ALONE.format(f'{{files}}/{task}')} --batch-size 12 --eval-every {{short}}"
+
+
+def shift(trained: str, method: str) -> str:
+    """The command that answers one of two paraphrase tasks with what is trained on the other."""
+    other = next(task for task in SINGLE[:2] if task != trained)
+    test = f"{{files}}/{other}-test.jsonl"
+    if method == "tuned":
+        return f"eval.py score {test} --run {{out}}/tuned-{trained}-0"
+    return f"eval.py mixed --input {test} --prompts {other}={{out}}/shallow-vocab-0/{trained}"
+
+
+START = {"vocab": "vocab", "labels": "labels", "random": "random", "text": "{instruction}"}
+INSTRUCTION = "text:Read the text and answer the question with one of the words:"
+RATES = {  # row: learning rates; the first is used where --grid has chosen none
+    "id-pt-20": ("1e-3", "3e-4", "3e-3"),
+    "prompt-20": ("0.024", "0.008", "0.072"),  # a quarter of the embeddings' standard deviation
+    "fine-tuning": ("1e-3", "3e-4", "3e-3"),
+    **{f"shallow-{init}": ("0.024", "0.008", "0.072") for init in INITS},
+    **{f"deep-{init}": ("0.01", "0.003", "0.03") for init in INITS},
+}
+GROUPS = {
+    "the suite, as in table 1": [
+        Row("id-pt-20", 3, "id-pt-20", f"{ID_PT} {MULTI} --prompt-length 20"),
+        Row("prompt-20", 3, "prompt-20", f"{PROMPT} {MULTI} --prompt-length 20"),
+        Row("fine-tuning", 1, "fine-tuning", f"{TUNED} {MULTI}"),
+        Row("zero-shot", 1, "", OLD),
+    ],
+    "the suite by the prompt's length, as in table 9": [
+        Row(f"{name}-{P}", 1, f"{name}-20", f"{command} {MULTI} --prompt-length {P}")
+        for P in LENGTHS
+        for name, command in (("id-pt", ID_PT), ("prompt", PROMPT))
+    ],
+    "what prompts do": [
+        Row("deep-20", 1, "", f"{DEEP} {MULTI}"),
+        Row("distances", 1, "", "distances {suite}-test.jsonl {out}/id-pt-20-0"),
+        Row("speed", 1, "", "speed {suite}-dev.jsonl {out}/prompt-20-0 {out}/id-pt-20-0"),
+        Row("forgetting", 1, "", f"forgetting {{files}}/held-out.jsonl {TRAINED}"),
+    ],
+    "initial values": [
+        Row(f"{kind}-{init}", 1, f"{kind}-{init}", f"{method} {EACH} --init {START[init]}")
+        for kind, method in (("shallow", PROMPT), ("deep", DEEP))
+        for init in INITS
+    ],
+    "prompt design and model tuning": [
+        *[Row(f"design-{k}", 1, "", f"few-shot {{single}} {k}") for k in SHOTS],
+        *[Row(f"tuned-{task}", 1, "fine-tuning", tuned(task)) for task in SINGLE],
+    ],
+    "the same with the larger LM": [
+        *[Row(f"larger-design-{k}", 1, "", f"few-shot {{single}} {k} {LARGER}") for k in SHOTS],
+        Row("larger-shallow", 1, "shallow-vocab", f"{PROMPT} {EACH} {LARGER}"),
+        *[
+            Row(f"larger-tuned-{task}", 1, "fine-tuning", f"{tuned(task)} {LARGER}")
+            for task in SINGLE
+        ],
+    ],
+    "another domain": [
+        Row(f"shift-{method}-{task}", 1, "", shift(task, method))
+        for task in SINGLE[:2]
+        for method in ("prompt", "tuned")
+    ],
+    "one more task": [
+        Row("added-prompt", 1, "prompt-20", f"{PROMPT} {ADDED}"),
+        Row("added-tuned", 1, "fine-tuning", f"{TUNED} {ADDED} --model {MANY}"),
+        Row("old-tasks-after-it", 1, "", f"{OLD} --run {{out}}/added-tuned-0"),
+    ],
+}
+TABLE_1 = [  # the claim is that the first row has the higher F1
+    ("ID-PT > prompt tuning", "id-pt-20", "prompt-20"),
+    ("ID-PT > fine-tuning", "id-pt-20", "fine-tuning"),
+    ("prompt tuning > zero-shot", "prompt-20", "zero-shot"),
+]
+ORDERINGS = [
+    *[(f"length {P}: ID-PT > prompt tuning", f"id-pt-{P}", f"prompt-{P}") for P in LENGTHS],
+    ("ID-PT, length 40 > 5", "id-pt-40", "id-pt-5"),
+    ("prompt tuning, length 40 > 5", "prompt-40", "prompt-5"),
+    ("deep > shallow, on the suite", "deep-20", "prompt-20"),
+    ("shallow: text > random", "shallow-text", "shallow-random"),
+    ("shallow: vocabulary > random", "shallow-vocab", "shallow-random"),
+    ("shallow: labels > vocabulary", "shallow-labels", "shallow-vocab"),
+    ("deep: text > random", "deep-text", "deep-random"),
+    ("deep from text > shallow from text", "deep-text", "shallow-text"),
+    ("4 shots > 1", "design-4", "design-1"),
+    ("prompt tuning > 4 shots", "shallow-vocab", "design-4"),
+    ("larger LM: prompt tuning > 4 shots", LARGER_PROMPT, "larger-design-4"),
+    ("prompt tuning: larger LM > smaller", LARGER_PROMPT, "shallow-vocab"),
+    *[
+        (f"{task}: model tuning > prompt tuning", f"tuned-{task}", "shallow-vocab")
+        for task in SINGLE
+    ],
+    *[
+        (f"{task}, larger LM: model tuning > prompt tuning", f"larger-tuned-{task}", LARGER_PROMPT)
+        for task in SINGLE
+    ],
+    *[
+        (f"from {task}: prompt > tuned LM", f"shift-prompt-{task}", f"shift-tuned-{task}")
+        for task in SINGLE[:2]
+    ],
+    ("fine-tuning > the same after one more task", "fine-tuning", "old-tasks-after-it"),
+]
+CLUSTERS = tuple(dict.fromkeys(task.cluster for task in suite.TASKS.values()))
+OPEN = ("summarization", "structure to text")  # ROUGE-L stands beside F1
+
+
+def prompt_study(args) -> dict:
+    """Prompts of all kinds, ID-PT and fine-tuning: what they answer, cost and leave intact."""
+    study = make_study(args, Path(args.out) / "prompts")
+    cost = show_cost(study, seconds, training_seconds)
+    if args.plan:
+        return {}
+    with study.alone():
+        write_files(study)
+    study.make()
+    with study.alone():
+        return report(study) | {"cost": cost}
+
+
+def make_study(args, folder: Path) -> Study:
+    """The study in a folder, with flags of reproduce.py. Nothing is written."""
+    functions = {"few-shot": few_shot, "distances": distances, "speed": speed}
+    functions["forgetting"] = forgetting
+    programs = {name: SimpleNamespace(main=function) for name, function in functions.items()}
+    programs |= {"train.py": train, "eval.py": metrics}
+    names = {"files": folder, "suite": folder / "suite", "single": folder / "single"}
+    names |= {"instruction": INSTRUCTION, "short": max(1, args.steps // 5)}
+    names |= {"every": max(1, args.steps // 8)}
+    more = {"names": names, "share": 10, "metric": "f1", "score": mean_f1}
+    return Study(args, folder, GROUPS, RATES, programs, **more)
+
+
+def mean_f1(result: dict) -> float:
+    """The mean of the tasks' F1."""
+    return mean(task["f1"] for task in result["tasks"].values())
+
+
+def sizes(count: int) -> dict[str, int]:
+    """Examples of a task in the files of the suite. Those of dev and test have four templates."""
+    return {"train": 25 * count, "dev": max(1, count // 3), "test": count}
+
+
+def write_files(study: Study) -> None:
+    """Write the suite, the tasks of SINGLE, the world's questions and text that no LM has read."""
+    count, place = study.args.count, world.make(study.args.world_seed)
+    for split, size in sizes(count).items():
+        whole = []
+        for name, task in suite.TASKS.items():
+            whole += suite.rows(place, name, split, min(size, task.size))
+        study.write_rows(f"suite-{split}.jsonl", whole)
+        more = size if split == "train" else 2 * count
+        single = {name: suite.rows(place, name, split, more) for name in SINGLE}
+        single["single"] = [row for rows in single.values() for row in rows]
+        questions = place.questions(split)
+        chosen = data.sample(len(questions), 25 * count if split == "train" else 10 * count, 0)
+        single["world"] = [questions[row] for row in chosen]
+        for name, rows in single.items():
+            study.write_rows(f"{name}-{split}.jsonl", rows)
+    study.write_rows("held-out.jsonl", list(genres.documents(place, 10 * count, seed=2)))
+
+
+def report(study: Study) -> dict:
+    """Print all tables and draw the picture. Returns what results/prompts.json holds."""
+    results = {"rates": show_grid(study), "suite": show_suite(study), "single": show_single(study)}
+    results["table 1"] = show_orderings(study, TABLE_1, ("all", *CLUSTERS))
+    results["orderings"] = show_orderings(study, ORDERINGS, ("all",))
+    for name in ("distances", "speed", "forgetting"):
+        for job in study.finished(name):
+            results[name] = job.record()["results"]
+            for key, value in results[name].items():
+                show(f"{name}: {key}: {value}")
+    drawn = ("id-pt-20", "prompt-20", "fine-tuning")
+    results["curves"] = {name: curve(study, name) for name in drawn}
+    results["missing"] = study.missing()
+    show("")
+    for name, reason in results["missing"].items():
+        show(f"{name} is not made: {reason}")
+    study.args.picture.parent.mkdir(exist_ok=True)
+    with only_shows("picture"), audit.picture(study.args.picture, 8, 3.5) as figure:
+        draw(figure, results)
+    return results
+
+
+# Tables
+
+
+def show_suite(study: Study) -> dict[str, dict]:
+    """Print the medians over templates: of each row, and of those of TABLE_1 by cluster and task.
+
+    Returns {row: {"seeds", "lr", "f1", "em", "rouge", "clusters", "datasets", ...}}, where f1 is a
+    list of one for each seed, and other scores are means over seeds.
+    """
+    results, table = {}, []
+    for row, jobs in answered(study, on_suite=True):
+        runs = [prompts.template_medians(read_predictions(job.answers)) for job in jobs]
+        f1, record = [run["f1"] for run in runs], jobs[0].record()
+        result = {"seeds": len(runs), "f1": f1}
+        result |= {key: mean(run[key] for run in runs) for key in ("em", "rouge")}
+        for part in ("clusters", "datasets"):
+            result[part] = {
+                name: {key: mean(run[part][name][key] for run in runs) for key in prompts.MEDIANS}
+                for name in runs[0][part]
+            }
+        kept = ("lr", "trained_parameters", "seconds", "step", "command")
+        results[row.name] = result | {key: record[key] for key in kept if key in record}
+        cells = [len(runs), *(record.get(key, "") for key in kept[:4])]
+        table.append([row.name, *cells, spread(f1), f"{100 * result['em']:.1f}"])
+    columns = ["", "seeds", "rate", "trained", "seconds", "best step", "F1", "accuracy"]
+    if table:
+        show_table("the suite: median over templates, mean over datasets, test", columns, table)
+    names = dict.fromkeys(name for _, *pair in TABLE_1 for name in pair if name in results)
+    lines = []
+    for part in ("clusters", "datasets") if names else ():
+        for name in results[next(iter(names))][part]:
+            lines.append([name, *(scores(results[row][part], name) for row in names)])
+    if lines:
+        show_table("F1 / accuracy (/ ROUGE-L) by cluster and dataset", ["", *names], lines)
+    return results
+
+
+def answered(study: Study, on_suite: bool) -> list[tuple[Row, list[Job]]]:
+    """The rows with finished runs that answered test questions, of the whole suite or not."""
+    pairs = []
+    for row in study.rows.values():
+        jobs = [j for j in study.finished(row.name) if (j.answers / "predictions.jsonl").is_file()]
+        if jobs and on_suite == ("{suite}" in row.command):
+            pairs.append((row, jobs))
+    return pairs
+
+
+def spread(values: list[float]) -> str:
+    """The mean in percent, and after ± the deviation over seeds if there are several."""
+    deviation = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * mean(values):.1f}{deviation}"
+
+
+def scores(part: dict, name: str) -> str:
+    """F1 and accuracy of a cluster or dataset in percent, and ROUGE-L if its answers are texts."""
+    cluster = suite.TASKS[name].cluster if name in suite.TASKS else name
+    keys = prompts.MEDIANS if cluster in OPEN else metrics.METRICS
+    values = {key: f"{100 * part[name][key]:.1f}" for key in keys}
+    return " / ".join([values["f1"], values["em"], *list(values.values())[2:]])
+
+
+def show_single(study: Study) -> dict[str, dict]:
+    """Print F1 of each task for the rows about few tasks. Returns {row: {task: F1}}."""
+    results, rates = {}, {}
+    for row, jobs in answered(study, on_suite=False):
+        tasks = metrics.summary(read_predictions(jobs[0].answers))["tasks"]
+        results[row.name] = {task: scored["f1"] for task, scored in tasks.items()}
+        rates[row.name] = jobs[0].record().get("lr", "")
+    columns = list(dict.fromkeys(task for row in results.values() for task in row))
+    table = []
+    for name, row in results.items():
+        cells = [f"{100 * row[task]:.1f}" if task in row else "" for task in columns]
+        table.append([name, rates[name], *cells])
+    if table:
+        show_table("single tasks: F1, test", ["", "rate", *columns], table)
+    return results
+
+
+def draw(figure, results: dict) -> None:
+    """Draw dev scores along training (figure 3) and test F1 against the length (table 9)."""
+    steps, lengths = figure.subplots(1, 2)
+    for name, points in results["curves"].items():
+        steps.plot(*zip(*points) if points else ((), ()), marker="o", label=name)
+    for name in ("id-pt", "prompt"):
+        found = {P: results["suite"].get(f"{name}-{P}") for P in sorted((20, *LENGTHS))}
+        found = {P: 100 * mean(row["f1"]) for P, row in found.items() if row}
+        lengths.plot(list(found), list(found.values()), marker="o", label=name)
+    steps.set(xlabel="steps", ylabel="mean dev F1")
+    lengths.set(xlabel="prompt length", ylabel="test F1, median over templates")
+    for axes in (steps, lengths):
+        axes.legend(fontsize=7)
+
+
+# What it costs. Measured on one core of the machine of RESULTS.md, in milliseconds.
+
+LOAD = 0.36  # an example of a file: read, tokenised and checked
+STEP = {"prompt_tuning": 10.6, "deep_prompt": 10.6, "id_pt": 18, "fine_tuning": 13.8}  # an example
+ANSWER = {"prompt_tuning": 8.4, "deep_prompt": 8.4, "id_pt": 12.4, "fine_tuning": 6.2}
+GENERATED = 0.15  # an example, for each row of a generated prompt
+LARGER_LM = 2.1  # times as many operations
+
+
+def training_seconds(study: Study, job: Job) -> float | None:
+    """Expected seconds of a core for the steps of train.py, and for the dev scores along them."""
+    if not job.trains:
+        return None
+    run = train.parse(study.line(job))
+    step = STEP[run.method] + GENERATED * run.prompt_length * (run.method == "id_pt")
+    scored = run.steps // run.eval_every * min(run.eval_limit, examples_of(study, run.dev))
+    each = run.steps * run.batch_size * step + scored * ANSWER[run.method]
+    return each * (LARGER_LM if LARGER in job.row.command else 1) / 1000
+
+
+def examples_of(study: Study, file: str | None) -> int:
+    """Examples in a file of `write_files`, which may not be there yet."""
+    if file is None:
+        return 0
+    name, split = Path(file).stem.rsplit("-", 1)
+    count, size = study.args.count, sizes(study.args.count)[split]
+    if name == "suite":
+        whole = sum(min(size, task.size) for task in suite.TASKS.values())
+        return whole if split == "train" else 4 * whole
+    if name == "world":
+        return size if split == "train" else 10 * count
+    return (len(SINGLE) if name == "single" else 1) * (size if split == "train" else 8 * count)
+
+
+def seconds(study: Study, job: Job) -> float:
+    """Expected seconds of a core for a job."""
+    line, program = job.row.command, job.program
+    if job.trains:
+        run = train.parse(study.line(job))
+        asked = sum(examples_of(study, file) for file in (run.dev, run.test))
+        more = asked * ANSWER[run.method] * (LARGER_LM if LARGER in line else 1)
+        load = LOAD * (asked + examples_of(study, run.train))
+        return training_seconds(study, job) + (more + load) / 1000
+    if program in ("distances", "speed", "forgetting"):
+        return {"distances": 10, "speed": 25, "forgetting": 15}[program]
+    suite_too = "{suite}" in line
+    asked = examples_of(study, f"{'suite' if suite_too else 'single'}-test.jsonl")
+    return asked * ANSWER["fine_tuning"] * (LARGER_LM if LARGER in line else 1) / 1000

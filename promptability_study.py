@@ -1,0 +1,244 @@
+"""Continued pretraining on the embedded LM: the runs, and the counterpart of table 1 of Wu et al.
+
+Wu et al. 2022, "Continued Pretraining for Better Zero- and Few-Shot Promptability". The LM, a
+prompt or both are trained on the large tasks of suite.py, but not on sentence completion, natural
+language inference, coreference and word sense. The nine tasks of these clusters are the test:
+zero-shot behind natural-language templates, and with a prompt tuned on 16 examples of a template.
+The rows are part of `python reproduce.py transfer`.
+
+A step reads 64 examples, as the paper's reads 4,096: four batches of 16, each of one task. FOMAML
+and Reptile need eight parts of 8 for a task, so their steps read four times as many (the paper's
+Reptile, too), and `reptile-small` reads one task a step. `mtl-long` and `t0-long` take as long as
+Reptile.
+"""
+
+from show import show, show_table
+
+import numpy as np
+
+import data
+import eval as metrics
+import suite
+from promptability import HELD_OUT, average_relative_gain
+from study import Row, Study, verdict
+
+CONTINUE = "transfer.py continue --train {suite} --limit 300 --prompt-length 10 --eval-every 100000"
+META = "--batch-size 64 --grad-accum"
+VARIANTS = {  # name: its flags; {steps} of all but the long ones
+    "t0": "--variant t0 --batch-size 16 --grad-accum 4",
+    "ppt": "--variant ppt --batch-size 16 --grad-accum 4 --lr 0.1",
+    "mtl": "--variant mtl --batch-size 16 --grad-accum 4",
+    "reptile": f"--variant reptile {META} 4",
+    "fomaml": f"--variant fomaml {META} 4",
+    "reptile-small": f"--variant reptile {META} 1",
+    "t0-long": "--variant t0 --batch-size 16 --grad-accum 4",
+    "mtl-long": "--variant mtl --batch-size 16 --grad-accum 4",
+}
+HEADLINE = ("none", "t0", "ppt", "mtl", "reptile")  # three seeds
+DEEP = ("mtl", "ppt", "reptile", "fomaml")
+SHOTS = "transfer.py few-shot --train {held} --test {held} --prompt-length 10 --seed {seed}"
+SHALLOW_LR, DEEP_LR = "--lr 0.1", "--deep --lr 0.03"  # of the few-shot prompts
+TEMPLATES, TEST = 2, 50  # of each held-out task; test examples of each template
+
+
+def groups(variants: dict[str, str] = VARIANTS) -> dict[str, list[Row]]:
+    """The rows by group. A run is NAME, its scores are NAME-zero and NAME-few."""
+    first, more, deep = [], [], []
+    for name in ("none", *variants):
+        seeds = 3 if name in HEADLINE else 1
+        (first if name in HEADLINE else more).extend(rows(name, variants.get(name), seeds))
+    deep += [scores("none-deep", 1, SHOTS, DEEP_LR)]
+    if "t0" in variants:
+        lm = "--model {out}/t0-{seed}/model"
+        deep += [scores("t0-deep", 1, f"{SHOTS} {lm}", DEEP_LR)]
+    for name in DEEP:
+        if name in variants:
+            deep += rows(name, variants[name], 1, deep=True)
+    found = {"continued pretraining": first, "its other variants": more, "deep prompts": deep}
+    return {title: part for title, part in found.items() if part}
+
+
+def rows(name: str, flags: str | None, seeds: int, deep: bool = False) -> list[Row]:
+    """The training of a variant, and its scores. Without flags: those of the LM as it is."""
+    if flags is None:
+        zero = Row(f"{name}-zero", 1, "", "eval.py score {zero}")
+        return [zero, scores(name, seeds, SHOTS, SHALLOW_LR)]
+    variant = flags.split()[1]
+    steps = "{long}" if name.endswith("-long") else "{steps}"
+    name, more = (f"{name}-deep", " --deep") if deep else (name, "")
+    if deep and variant == "ppt":
+        more = f" {DEEP_LR}"
+    start = SHOTS
+    if variant != "ppt":
+        start += f" --model {{out}}/{name}-{{seed}}/model"
+    if variant != "t0":
+        start += f" --init {{out}}/{name}-{{seed}}"
+    zero = f"eval.py score {{zero}} --run {{out}}/{name}-{{seed}}"
+    return [
+        Row(name, seeds, "", f"{CONTINUE} {flags} --steps {steps}{more}"),
+        Row(f"{name}-zero", seeds, "", zero),
+        scores(name, seeds, start, DEEP_LR if deep else SHALLOW_LR),
+    ]
+
+
+def scores(name: str, seeds: int, command: str, rate: str) -> Row:
+    """The few-shot row of a variant."""
+    return Row(f"{name}-few", seeds, "", f"{command} {rate}")
+
+
+CLAIMS = [  # the claim is that the first row has the higher average relative gain
+    ("zero-shot: T0 > none", "t0-zero", "none-zero"),
+    ("zero-shot: LM and prompt > T0", "mtl-zero", "t0-zero"),
+    ("zero-shot: LM and prompt > prompt alone", "mtl-zero", "ppt-zero"),
+    ("zero-shot: prompt alone > none", "ppt-zero", "none-zero"),
+    ("zero-shot: LM and prompt > Reptile", "mtl-zero", "reptile-zero"),
+    ("16-shot: T0 > none", "t0-few", "none-few"),
+    ("16-shot: LM and prompt > T0", "mtl-few", "t0-few"),
+    ("16-shot: LM and prompt > prompt alone", "mtl-few", "ppt-few"),
+    ("16-shot: LM and prompt > none", "mtl-few", "none-few"),
+    ("16-shot: prompt alone > none", "ppt-few", "none-few"),
+    ("16-shot: LM and prompt > Reptile, equal steps", "mtl-few", "reptile-few"),
+    ("16-shot: LM and prompt > Reptile, equal compute", "mtl-long-few", "reptile-few"),
+    ("the same, less compute for Reptile", "mtl-few", "reptile-small-few"),
+    ("16-shot: LM and prompt > FOMAML, equal steps", "mtl-few", "fomaml-few"),
+    ("16-shot: LM and prompt > FOMAML, equal compute", "mtl-long-few", "fomaml-few"),
+    ("16-shot: LM and prompt > T0, equal compute", "mtl-long-few", "t0-long-few"),
+    ("16-shot > zero-shot, LM and prompt", "mtl-few", "mtl-zero"),
+    ("16-shot > zero-shot, the LM as it is", "none-few", "none-zero"),
+    ("16-shot: deep > shallow, LM and prompt", "mtl-deep-few", "mtl-few"),
+    ("16-shot: deep > shallow, the LM as it is", "none-deep-few", "none-few"),
+    ("16-shot, deep: LM and prompt > T0", "mtl-deep-few", "t0-deep-few"),
+    ("16-shot, deep: LM and prompt > Reptile", "mtl-deep-few", "reptile-deep-few"),
+]
+
+
+def held_out_files(place) -> dict[str, list[dict]]:
+    """{file name: rows}: --train and --test of the nine tasks, in their first templates, and all
+    their test examples."""
+    files, everything = {}, []
+    for name in held_out_tasks():
+        kept = [template for template, _, _ in suite.TEMPLATES[name][:TEMPLATES]]
+        for split, count in (("train", suite.LOW // 4), ("test", TEST)):
+            by_template = {template: [] for template in kept}
+            for row in suite.rows(place, name, split):
+                if row["template"] in kept and len(by_template[row["template"]]) < count:
+                    by_template[row["template"]].append(row)
+            files[f"{name}-{split}.jsonl"] = sum(by_template.values(), [])
+        everything += files[f"{name}-test.jsonl"]
+    return files | {"all.jsonl": everything}
+
+
+def held_out_tasks() -> list[str]:
+    """The tasks of the four clusters."""
+    return [name for name, task in suite.TASKS.items() if task.cluster in HELD_OUT]
+
+
+# What came out
+
+
+def promptability(study: Study, file: str) -> dict:
+    """Print the tables. `file` holds all test examples. Returns what results/transfer.json holds.
+
+    {} if nothing is finished.
+    """
+    chance = {(e.task, e.id): 1 / len(e.options) for e in data.read(file)}
+    names = [name for name in study.rows if name.endswith(("-zero", "-few"))]
+    found = {name: runs for name in names if (runs := test_rows(study, name))}
+    if not found:
+        return {}
+    results = {name: summary(runs, chance) for name, runs in found.items()}
+    variants = list(dict.fromkeys(name.rsplit("-", 1)[0] for name in found))
+    table, details = [], []
+    for name in variants:
+        cells = [gain_cell(results.get(f"{name}-{part}")) for part in ("zero", "few")]
+        table.append([name, training_seconds(study, name), *cells])
+        for part in ("zero", "few"):
+            if one := results.get(f"{name}-{part}"):
+                values = [f"{100 * value:.0f}" for value in one["datasets"].values()]
+                details.append([name, "0" if part == "zero" else "16", *values])
+    columns = ["", "seconds", "0-shot", "16-shot"]
+    show_table("average relative gain over chance, in percent", columns, table)
+    datasets = list(next(iter(results.values()))["datasets"])
+    levels = [
+        f"{100 * np.mean([c for (t, _), c in chance.items() if t == d]):.0f}" for d in datasets
+    ]
+    details.append(["chance", "", *levels])
+    show_table("accuracy by dataset, in percent", ["", "shots", *datasets], details)
+    floor = at_the_floor(found, chance)
+    show(f"\nnot above chance, so these tasks are too hard for them: {', '.join(floor) or 'none'}")
+    return {"gains": results, "floor": floor, "promptability": show_claims(found, chance)}
+
+
+def test_rows(study: Study, name: str) -> list[dict]:
+    """{(task, id): line of predictions.jsonl} of every finished seed of a row."""
+    files = [list(data.json_lines(j.answers / "predictions.jsonl")) for j in study.finished(name)]
+    return [{(r["task"], r["id"]): r for _, r in lines} for lines in files]
+
+
+def summary(runs: list[dict], chance: dict) -> dict:
+    """{"gain": one for each seed, "datasets": {task: mean accuracy}}."""
+    gains, accuracies = [], {}
+    for run in runs:
+        datasets = {}
+        for key, row in run.items():
+            datasets.setdefault(key[0], {}).setdefault(row["template"], []).append(key)
+        for task, templates in datasets.items():
+            for template, keys in templates.items():
+                accuracy = float(np.mean([run[key]["em"] for key in keys]))
+                part = {"accuracy": accuracy, "chance": float(np.mean([chance[k] for k in keys]))}
+                templates[template] = part
+                accuracies.setdefault(task, []).append(accuracy)
+        gains.append(average_relative_gain(datasets))
+    return {"gain": gains, "datasets": {t: float(np.mean(a)) for t, a in accuracies.items()}}
+
+
+def relative_gains(runs: list[dict], chance: dict) -> np.ndarray:
+    """(seeds, examples): each example's part of the average relative gain, which is their mean."""
+    keys = list(runs[0])
+    place = [(task, runs[0][task, id]["template"]) for task, id in keys]
+    templates = {pair: place.count(pair) for pair in set(place)}  # examples of each
+    datasets = {task: sum(t == task for t, _ in templates) for task, _ in templates}
+    weight = np.array([len(keys) / (templates[p] * datasets[p[0]] * len(datasets)) for p in place])
+    level = np.array([chance[key] for key in keys])
+    right = np.array([[run[key]["em"] for key in keys] for run in runs])
+    return weight * (right - level) / level
+
+
+def at_the_floor(found: dict[str, list[dict]], chance: dict) -> list[str]:
+    """The rows whose gain may well be zero: the bootstrap's 95 % interval reaches it."""
+    gains = {name: relative_gains(runs, chance) for name, runs in found.items()}
+    zero = {name: np.zeros_like(part) for name, part in gains.items()}
+    return [n for n in found if metrics.paired_bootstrap(gains[n], zero[n], iters=2000)[1] <= 0]
+
+
+def show_claims(found: dict[str, list[dict]], chance: dict) -> list[dict]:
+    """Print which claims hold, by a bootstrap that pairs the predictions on each example."""
+    results, table = [], []
+    for claim, *pair in CLAIMS:
+        if not all(name in found for name in pair):
+            continue
+        a, b = (relative_gains(found[name], chance) for name in pair)
+        difference, low, high, p = metrics.paired_bootstrap(a, b, iters=2000)
+        says = verdict(difference, p)
+        results.append({"claim": claim, "rows": pair, "seeds": [len(a), len(b)], "verdict": says})
+        results[-1] |= {"difference": difference, "low": low, "high": high, "p": p}
+        interval = f"[{100 * low:+.1f}, {100 * high:+.1f}]"
+        table.append([claim, f"{100 * difference:+.1f}", interval, f"{p:.4f}", says])
+    if table:
+        columns = ["claim", "difference", "95 % interval", "p", "the claim"]
+        show_table("average relative gain", columns, table)
+    return results
+
+
+def gain_cell(result: dict | None) -> str:
+    """The mean over seeds in percent, and after ± the deviation."""
+    if result is None:
+        return "-"
+    gains = 100 * np.array(result["gain"])
+    return f"{gains.mean():.1f}" + (f" ± {gains.std(ddof=1):.1f}" if len(gains) > 1 else "")
+
+
+def training_seconds(study: Study, name: str) -> str:
+    """The mean seconds of continued pretraining; "" if there was none."""
+    seconds = [job.record()["seconds"] for job in study.finished(name)]
+    return f"{np.mean(seconds):.0f}" if seconds else ""

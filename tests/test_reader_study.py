@@ -1,0 +1,118 @@
+"""The study of the frozen reader: what is shared, what waits for what, what is reported."""
+
+import argparse
+import json
+
+import pytest
+from tiny_runs import make_shelf, small_world
+
+import openbook
+import reader_study
+import reproduce
+import train
+from reader_study import GROUPS, ORDERINGS, SEARCHED, ReaderStudy, reads, searched
+from study import Row
+
+KEPT = [
+    searched("bm25-reranked", 2),
+    searched("not-cross-fitted"),
+    reads("larger-bm25-reranked", "bm25-reranked", reader_study.LARGER),
+    reads("tuned-bm25-reranked", "bm25-reranked", reader_study.TUNED),
+    Row("closed-book", 1, "", reader_study.CLOSED),
+]
+
+
+@pytest.fixture(scope="module")
+def shelf(place):
+    return make_shelf(place)
+
+
+@pytest.fixture
+def reproduces(shelf, tmp_path, monkeypatch):
+    """reproduces(flags) -> (results, names of the runs that were made, in order)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(openbook.genres, "library", lambda world: small_world())
+    monkeypatch.setattr(reader_study, "GROUPS", {"rows": KEPT})
+    made, original = [], train.main
+
+    def counted(line):
+        made.append(line[line.index("--out") + 1].split("/")[-1])
+        return original(line)
+
+    monkeypatch.setattr(train, "main", counted)
+
+    def call(flags=""):
+        made.clear()
+        line = f"reader --model {shelf}/lm/model --encoder {shelf}/bert --context 96 --steps 1"
+        line += f" --encoder-steps 1 --pretrained {tmp_path} {flags}"
+        short = "--flags=--prompt-length 4 --max-new-tokens 4 --device cpu"
+        return reproduce.main([*line.split(), short]), list(made)
+
+    return call
+
+
+def test_runs_share_passages_and_none_is_made_twice(reproduces, tmp_path):
+    """An absent LM leaves its row out. Both seeds and the tuned LM read the same passages."""
+    results, made = reproduces()
+    own = ["bm25-reranked-0", "bm25-reranked-1", "not-cross-fitted-0", "tuned-bm25-reranked-0"]
+    assert sorted(made) == sorted([*own, "closed-book-0"])
+    assert results["missing"] == {"larger-bm25-reranked-0": "what it starts from is missing"}
+    records = {n: json.loads((tmp_path / "runs/reader" / n / "run.json").read_text()) for n in own}
+    first, second, whole, tuned = (records[name] for name in own)
+    assert "halves" in first["passages"] and "halves" not in whole["passages"]
+    assert second["arguments"]["seed"] == 1 and tuned["arguments"]["tune"] == "lm"
+    for other in (second, tuned):
+        assert other["passages"]["train"]["retrieved"] == first["passages"]["train"]["re-ranked"]
+        assert other["arguments"]["no_rerank"] and "cross-fitting" not in other["passages"]
+    stored = json.loads((tmp_path / "results/reader.json").read_text())["results"]
+    assert stored == results and len(stored["runs"]["bm25-reranked"]) == 2
+    assert stored["runs"]["closed-book"][0]["results"] != {}
+    assert stored["cross-fitting"]["held-out half"]["answer"].keys() == {"1", "5"}
+    found = {row["claim"]: row["seeds"] for row in results["orderings"]}
+    assert found == {"cross-fitted > not": [2, 1], "within 3 points of fine-tuning": [2, 1]}
+    (tmp_path / "lm2").symlink_to(first["arguments"]["model"])
+    again, made = reproduces("--only larger")
+    assert made == ["larger-bm25-reranked-0"] and again["missing"] == {}
+
+
+def test_a_row_waits_for_the_passages_it_reads(reproduces, tmp_path):
+    results, made = reproduces("--only tuned")
+    assert made == [] and set(results["missing"].values()) == {"what it starts from is missing"}
+    assert reproduces("--plan") == ({}, [])
+    names = ["bm25-reranked-0", "bm25-reranked-1"]
+    results, made = reproduces("--only bm25-reranked --minutes 0")
+    assert made == [] and results["missing"][names[0]] == "no time"
+
+
+def whole_study(tmp_path, **changes) -> ReaderStudy:
+    args = {"steps": 300, "encoder_steps": 400, "top": 50, "context": 256, "only": ""}
+    args |= {"model": None, "encoder": None, "world_seed": 1, "grid": False, "flags": ""}
+    args = argparse.Namespace(**args | {"pretrained": "assets"} | changes)
+    return ReaderStudy(args, tmp_path, GROUPS, {}, {"train.py": train})
+
+
+def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
+    study = whole_study(tmp_path, flags="--batch-size 7")
+    assert len(study.rows) == sum(map(len, GROUPS.values()))
+    assert {name for _, *pair in ORDERINGS for name in pair[:2]} <= study.rows.keys()
+    for job in study.plan():
+        run = train.parse(study.line(job))
+        assert run.seed == job.seed and run.out == str(job.folder) and run.batch_size == 7
+        assert run.steps == (400 if run.method == "retriever" else 300)
+        first = job.seed == 0 and job.row.name in SEARCHED
+        assert bool(run.passages) != (first or run.top == 0 or run.method == "retriever")
+        assert (run.model == "assets/lm2") == ("larger" in job.row.name)
+        if run.passages:
+            source = job.row.name.removeprefix("larger-").removeprefix("tuned-")
+            assert run.passages == f"{tmp_path}/{source}-0/passages.jsonl"
+            assert run.test.split("/")[-2] == ("retrieved", "ranked")["d" in source], run.test
+
+
+def test_costs_are_of_the_stages_that_a_run_has(tmp_path):
+    study = whole_study(tmp_path)
+    costs = {job.folder.name: reader_study.seconds(study, job) for job in study.plan()}
+    rankers = 3 * 400 * 16 * 8 * reader_study.LEARN
+    assert costs["bm25-reranked-0"] > costs["bm25-0"] + rankers
+    assert costs["bm25-0"] < costs["not-cross-fitted-0"] < costs["bm25-reranked-0"] - rankers
+    assert costs["bm25-0"] == costs["bm25-1"] == costs["bm25-reranked-1"]
+    assert costs["larger-bm25-0"] == 2 * costs["bm25-0"] > 4 * costs["closed-book-0"]

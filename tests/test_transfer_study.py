@@ -1,0 +1,198 @@
+"""The study of soft prompt transfer and of continued pretraining, from its files to its tables."""
+
+import argparse
+import json
+import re
+
+import numpy as np
+import pytest
+from tiny_runs import make_place, read_lines, suite_rows
+
+import fit
+import promptability_study
+import reproduce
+import suite
+import train
+import transfer
+import transfer_study
+import transfer_tables
+from checkpoints import read_json
+from promptability import HELD_OUT
+from transfer_study import TransferStudy
+
+SOURCES, TARGETS = ["food_reviews", "news_topic"], ["staff_reviews", "record_nli"]
+HELD = ["record_nli", "same_sense"]
+VARIANTS = {name: promptability_study.VARIANTS[name] for name in ("ppt", "reptile")}
+FLAGS = "--source-steps 3 --target-steps 2 --examples 8 --count 6 --steps 1"
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """(folder, results) of a tiny study."""
+    folder = tmp_path_factory.mktemp("study")
+    place = make_place(folder)
+    counts = {"train": 130, "dev": 6, "test": 8}
+
+    def rows(_, name, split):
+        return suite_rows(name, counts[split], split, suite.TASKS[name].cluster)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "draw_curve", lambda run, history: None)
+        patch.setattr(suite, "rows", rows)
+        patch.setattr(suite, "TEMPLATES", {t: [("is", 0, 0), ("paint", 0, 0)] for t in HELD})
+        patch.setattr(promptability_study, "held_out_tasks", lambda: HELD)
+        shots = promptability_study.SHOTS
+        patch.setattr(promptability_study, "SHOTS", f"{shots} --steps 2 --shots 4")
+        texts = [{"text": "The red door is blue. " * 9}] * 9
+        patch.setattr(transfer_study.genres, "documents", lambda *rest: texts)
+        rows = transfer_study.groups(SOURCES, TARGETS) | promptability_study.groups(VARIANTS)
+        patch.setattr(transfer_study, "GROUPS", rows)
+        patch.chdir(folder)
+        results = reproduce.main(f"transfer --model {place}/lm/model {FLAGS}".split())
+    return folder, results
+
+
+def predictions(done, name):
+    folder = done[0] / "runs/transfer" / name
+    return read_lines(
+        (folder if (folder / "run.json").is_file() else folder / "out") / "predictions.jsonl"
+    )
+
+
+def test_every_row_is_made_but_those_of_an_absent_lm(done):
+    missing = done[1]["missing"]
+    assert missing and set(missing.values()) == {"what it starts from is missing"}
+    assert all("larger" in name for name in missing)
+
+
+def test_a_targets_prompt_starts_from_its_sources(done):
+    """Before its first step, each prompt is what its row names."""
+    runs = done[0] / "runs/transfer"
+    for name, start in (
+        ("food_reviews-to-record_nli-0", "source-food_reviews-0"),
+        ("mixture-to-record_nli-2", "mixture-2"),
+        ("average-to-record_nli-0", "average-for-record_nli-0/out"),
+        ("top-mixture-to-record_nli-0", "top-mixture-for-record_nli-0/out"),
+    ):
+        record = read_json(runs / name / "run.json")
+        assert record["arguments"]["init"] == str(runs / start)
+    mixed = read_json(runs / "top-mixture-for-record_nli-0/out/run.json")["arguments"]["train"]
+    names = {path.split("/")[-1] for path in mixed}
+    assert names == {f"{t}-train.jsonl" for t in [*SOURCES, "record_nli"]}
+    multitask = read_json(runs / "multitask-to-record_nli-0/run.json")["arguments"]["model"]
+    assert multitask == str(runs / "multitask-0/model")
+
+
+def test_targets_have_few_examples_and_continued_pretraining_no_held_out_cluster(done):
+    runs = done[0] / "runs/transfer"
+    assert len(read_lines(runs / "few/record_nli-train.jsonl")) == 8
+    assert len(predictions(done, "scratch-to-record_nli-0")) == 6
+    for file in (runs / "suite").glob("*-train.jsonl"):
+        assert not {row["cluster"] for row in read_lines(file)} & set(HELD_OUT)
+    shots = json.loads((runs / "ppt-few-1/out/shots.json").read_text())
+    assert shots == json.loads((runs / "none-few-0/out/shots.json").read_text())
+
+
+def test_scores_are_those_of_the_predictions(done):
+    results = done[1]
+    for target in TARGETS:
+        rows = predictions(done, f"news_topic-to-{target}-0")
+        assert results["pairs"][target]["news_topic"] == np.mean([row["f1"] for row in rows])
+        seeds = [predictions(done, f"scratch-to-{target}-{seed}") for seed in range(3)]
+        means = [np.mean([row["f1"] for row in rows]) for rows in seeds]
+        assert results["methods"]["scratch"][target] == pytest.approx(means)
+        assert results["baseline"][target] == pytest.approx(np.mean(means))
+
+
+def test_similarities_are_means_over_the_seeds(done):
+    folder, results = done
+    runs, tasks = folder / "runs/transfer", results["tasks"]
+    assert tasks == [*SOURCES, *TARGETS]
+    a, b = (
+        [transfer.read_embedding(runs / f"{row}-{seed}")[0] for seed in range(3)]
+        for row in ("source-food_reviews", "scratch-to-staff_reviews")
+    )
+    for kind in ("per_token", "average_tokens"):
+        mean = np.mean([transfer.similarity(x, y, kind) for x in a for y in b])
+        assert results["similarities"][kind][0][2] == pytest.approx(mean, abs=1e-4)
+    assert set(results["similarities"]) == set(transfer.KINDS)
+
+
+def test_the_gain_of_a_row_is_its_mean_over_datasets_of_means_over_templates(done):
+    results = done[1]["gains"]
+    chance = {
+        key: 1 / 3 for key in ((r["task"], r["id"]) for r in predictions(done, "none-zero-0"))
+    }
+    gains = []
+    for task in HELD:
+        rows = [row for row in predictions(done, "reptile-few-2") if row["task"] == task]
+        parts = [[r["em"] for r in rows if r["template"] == t] for t in ("is", "paint")]
+        gains.append(np.mean([3 * np.mean(part) - 1 for part in parts]))
+    assert results["reptile-few"]["gain"][2] == pytest.approx(np.mean(gains))
+    assert len(results["reptile-few"]["gain"]) == 3 and len(results["none-zero"]["gain"]) == 1
+    run = {(r["task"], r["id"]): r for r in predictions(done, "reptile-few-2")}
+    parts = promptability_study.relative_gains([run], chance)
+    assert parts.mean() == pytest.approx(np.mean(gains))
+
+
+def test_parts_of_unequal_templates_still_average_to_the_gain():
+    """Three examples of a template weigh as much as one of another, and a dataset as a dataset."""
+    run, chance = {}, {}
+    for task, template, right in (("a", "x", (1, 0, 1)), ("a", "y", (1,)), ("b", "x", (0, 1))):
+        for i, em in enumerate(right):
+            key = task, f"{template}{i}"
+            run[key] = {"template": template, "em": em}
+            chance[key] = 0.5 if task == "a" else 0.25
+    expected = ((2 / 3 / 0.5 - 1 + 1) / 2 + (0.5 / 0.25 - 1)) / 2
+    assert promptability_study.relative_gains([run], chance).mean() == pytest.approx(expected)
+    assert promptability_study.summary([run], chance)["gain"] == pytest.approx([expected])
+
+
+def test_nearest_tasks_are_neighbours_in_the_order_of_the_heatmap():
+    near = np.array([[1, 0, 0.9, 0.1], [0, 1, 0.2, 0.8], [0.9, 0.2, 1, 0], [0.1, 0.8, 0, 1.0]])
+    order = transfer_tables.leaf_order(near)
+    assert {frozenset(order[:2]), frozenset(order[2:])} == {frozenset({0, 2}), frozenset({1, 3})}
+
+
+def test_a_random_search_keeps_what_chance_keeps():
+    scores, base = {"x": {"a": 0.6, "b": 0.8}}, {"x": 0.5}
+    one, two = transfer_tables.random_search(scores, base, ["a", "b"], 400)
+    assert one["score"] == pytest.approx(0.7, abs=0.02) and two["gain_kept"] == 1
+
+
+# The real study
+
+
+def whole_study(tmp_path) -> TransferStudy:
+    flags = {"source_steps": 300, "target_steps": 80, "examples": 64, "count": 300, "steps": 100}
+    flags |= {"model": None, "only": "", "grid": False, "pretrained": "assets", "world_seed": 1}
+    args = argparse.Namespace(**flags)
+    programs = {"train.py": train, "transfer.py": transfer}
+    return TransferStudy(args, tmp_path, transfer_study.GROUPS, {}, programs)
+
+
+def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
+    whole = whole_study(tmp_path)
+    assert len(whole.rows) == sum(map(len, whole.groups.values()))
+    for job in whole.plan():
+        if job.trains:
+            run = whole.programs[job.program].parse(whole.line(job))
+            assert (run.seed, run.out) == (job.seed, str(job.folder))
+        for name in re.findall(r"\{out\}/([\w-]+?)-\d+", job.command):
+            assert name in whole.rows, f"{job.row.name} starts from {name}"
+    named = {name for _, *pair in promptability_study.CLAIMS for name in pair}
+    assert named <= whole.rows.keys()
+    pairs = [name for name in whole.rows if name.split("-to-")[0] in transfer_study.SOURCES]
+    assert len(pairs) == len(transfer_study.SOURCES) * len(transfer_study.TARGETS) >= 96
+
+
+def test_the_plan_fits_two_cores_for_three_hours(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.main(["transfer", "--plan"]) == {}
+    hours = float(capsys.readouterr().out.split("quiet cores take ")[1].split()[0])
+    assert 0.5 < hours <= 3 and not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_other_tasks_is_refused(done):
+    with pytest.raises(ValueError, match="holds other flags"):
+        reproduce.main(f"transfer --out {done[0]}/runs --examples 9 --minutes 0".split())

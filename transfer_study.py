@@ -1,0 +1,334 @@
+"""Soft prompt transfer on the embedded suite, and continued pretraining: `reproduce.py transfer`.
+
+Counterparts of figure 1, table 3 and the transfer study of Vu et al. 2022, "SPoT: Better Frozen
+Model Adaptation through Soft Prompt Transfer": prompts of the large tasks of suite.py start those
+of low-resource tasks, all pairs. promptability_study.py has the rows of continued pretraining.
+study.py makes all of them, in runs/transfer, the most important first.
+
+    python reproduce.py transfer --plan        the cost sheet
+    python reproduce.py transfer               all runs, or what is missing of them, and the tables
+
+Several processes can share the work: start the second command once for each core, each time with
+OMP_NUM_THREADS=1. Rows of the larger LM need it in assets/lm2.
+
+Prompts are deep: they have keys and values of their own in every layer. Before the first layer
+alone, as in the paper, prompts of this small LM learn little in so few steps, as the rows named
+`shallow` show. A target has 64 training examples and no dev examples. Its prompt is scored once,
+after its last step. Scores are F1, which is accuracy where an example has options. A task embedding
+is the prompt after KEEP steps. Similarities are means over the seeds of both prompts.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+from show import only_shows, show, show_table
+
+import audit
+import eval as metrics
+import genres
+import promptability_study
+import suite
+import train
+import transfer
+import transfer_tables
+import world
+from checkpoints import atomic_write, read_json, write_json
+from study import Job, Row, Study
+
+# The runs
+
+SOURCES = (
+    "food_reviews news_topic subject_type question_pairs sentence_pairs sentence_nli profile "
+    "record_to_text people_trivia passage_qa two_passage_qa passage_choice pronoun_reference "
+    "word_meaning"
+).split()
+TARGETS = (
+    "staff_reviews question_type record_nli triple_to_text place_trivia record_qa "
+    "fact_completion possessive_reference same_sense"
+).split()
+SOURCE_EXAMPLES = 2000
+K = 3  # prompts that are averaged, or tasks that are mixed
+LIMIT = 512  # examples of a task that a mixture has at most (paper: 2^19)
+KEEP = 50  # the step of the task embedding (paper: 10,000 of 262,144)
+PROMPT = "transfer.py source --prompt-length 10 --batch-size 16 --eval-every 100000"
+DEEP, SHALLOW = f"{PROMPT} --deep --lr 0.03", f"{PROMPT} --lr 0.1"
+STEPS = "--keep-at {keep} --steps"
+SOURCE, TARGET = f"{DEEP} {STEPS} {{source_steps}}", f"{DEEP} {STEPS} {{target_steps}}"
+TUNE = "train.py --method fine_tuning --batch-size 16 --eval-every 100000 --steps"
+LARGER = "--model {pretrained}/lm2"
+
+
+def files(target: str) -> str:
+    """The flags with a target's files."""
+    return f"--train {{few}}/{target}-train.jsonl --test {{few}}/{target}-test.jsonl"
+
+
+def tasks_file(source: str) -> str:
+    """The flag with a source's file."""
+    return f"--train {{suite}}/{source}-train.jsonl"
+
+
+def groups(sources: list[str] = SOURCES, targets: list[str] = TARGETS) -> dict[str, list[Row]]:
+    """The rows of soft prompt transfer by group. A run that starts from X is X-to-TARGET."""
+    library = " ".join(f"{{out}}/source-{s}-0" for s in sources)
+    both = "{both_steps}"  # of source and target together
+    found = {
+        "sources": [Row(f"source-{s}", 3, "", f"{SOURCE} {tasks_file(s)}") for s in sources],
+        "targets": [Row(f"scratch-to-{t}", 3, "", f"{TARGET} {files(t)}") for t in targets],
+        "pairs": [
+            Row(f"{s}-to-{t}", 1, "", f"{TARGET} {files(t)} --init {{out}}/source-{s}-0")
+            for s in sources
+            for t in targets
+        ],
+        "generic sources": [
+            Row("mixture", 3, "", f"{SOURCE} --train {{suite}} --limit {LIMIT}"),
+            Row("text", 1, "", f"{SOURCE} --train {{suite}}/documents.jsonl"),
+        ],
+        "generic transfer": [
+            Row(f"{name}-to-{t}", seeds, "", f"{TARGET} {files(t)} --init {{out}}/{name}-{{seed}}")
+            for name, seeds in (("mixture", 3), ("text", 1))
+            for t in targets
+        ],
+        "targeted transfer": [
+            Row(f"{name}-for-{t}", 1, "", f"{name} {{out}}/scratch-to-{t}-0 {more} {library}")
+            for t in targets
+            for name, more in (("average", ""), ("top-mixture", f"{{few}}/{t}-train.jsonl"))
+        ],
+        "baselines": baselines(targets, "", "", both),
+        "shallow prompts": shallow(targets),
+        "figure 1: the larger LM": larger(targets, both),
+    }
+    found["targeted transfer"] += [
+        Row(f"{name}-to-{t}", 1, "", f"{TARGET} {files(t)} --init {{out}}/{name}-for-{t}-0/out")
+        for t in targets
+        for name in ("average", "top-mixture")
+    ]
+    return found
+
+
+def baselines(targets: list[str], end: str, model: str, both: str) -> list[Row]:
+    """Prompt tuning as long as source and target together, and tuning of the LM."""
+    start = f"--model {{out}}/multitask{end}-0/model"
+    rows = [Row(f"multitask{end}", 1, "", f"{TUNE} {{source_steps}} --train {{suite}} {model}")]
+    for t in targets:
+        long = TARGET.replace("{target_steps}", both)
+        rows += [
+            Row(f"longer{end}-to-{t}", 1, "", f"{long} {files(t)} {model}"),
+            Row(f"tuned{end}-to-{t}", 1, "", f"{TUNE} {{target_steps}} {files(t)} {model}"),
+            Row(f"multitask{end}-to-{t}", 1, "", f"{TUNE} {{target_steps}} {files(t)} {start}"),
+        ]
+    return rows
+
+
+def shallow(targets: list[str]) -> list[Row]:
+    """From scratch and from a mixture, with prompts before the first layer alone."""
+    start, init = f"{SHALLOW} {STEPS} {{target_steps}}", "--init {out}/mixture-shallow-0"
+    mixed = f"{SHALLOW} {STEPS} {{source_steps}} --train {{suite}} --limit {LIMIT}"
+    rows = [Row("mixture-shallow", 1, "", mixed)]
+    for t in targets:
+        rows.append(Row(f"scratch-shallow-to-{t}", 1, "", f"{start} {files(t)}"))
+        rows.append(Row(f"mixture-shallow-to-{t}", 1, "", f"{start} {files(t)} {init}"))
+    return rows
+
+
+def larger(targets: list[str], both: str) -> list[Row]:
+    """The rows of figure 1 on the larger LM."""
+    rows = [Row("mixture-larger", 1, "", f"{SOURCE} --train {{suite}} --limit {LIMIT} {LARGER}")]
+    for t in targets:
+        init = "--init {out}/mixture-larger-0"
+        rows.append(Row(f"scratch-larger-to-{t}", 1, "", f"{TARGET} {files(t)} {LARGER}"))
+        rows.append(Row(f"mixture-larger-to-{t}", 1, "", f"{TARGET} {files(t)} {LARGER} {init}"))
+    return rows + baselines(targets, "-larger", LARGER, both)
+
+
+SPOT = groups()
+LAST = {title: SPOT.pop(title) for title in ("shallow prompts", "figure 1: the larger LM")}
+GROUPS = SPOT | promptability_study.groups() | LAST
+
+
+class TransferStudy(Study):
+    """A study whose commands name their own files."""
+
+    def values(self, job: Job) -> dict:
+        """What the names in a command stand for."""
+        args = self.args
+        return {
+            "out": self.folder,
+            "pretrained": args.pretrained,
+            "seed": job.seed,
+            "suite": self.folder / "suite",
+            "few": self.folder / "few",
+            "held": self.folder / "held-out",
+            "zero": self.folder / "held-out" / "all.jsonl",
+            "source_steps": args.source_steps,
+            "target_steps": args.target_steps,
+            "both_steps": args.source_steps + args.target_steps,
+            "keep": min(KEEP, args.source_steps, args.target_steps),
+            "steps": args.steps,
+            "long": 3 * args.steps,
+        }
+
+    def line(self, job: Job) -> list[str]:
+        """The arguments of a job's program."""
+        line = [word.format(**self.values(job)) for word in job.command.split()[1:]]
+        if self.args.model and job.program.endswith(".py") and not {"--model", "--run"} & set(line):
+            line += ["--model", self.args.model]
+        if not job.trains:
+            return [*line, "--out", str(job.answers)]
+        return [*line, "--seed", str(job.seed), "--out", str(job.folder), "--resume"]
+
+    def write_files(self) -> None:
+        """Write the tasks' files. ValueError if the folder holds those of other flags."""
+        args, stamp = self.args, self.folder / "files.json"
+        said = {key: getattr(args, key) for key in ("world_seed", "examples", "count")}
+        if stamp.is_file():
+            if read_json(stamp) != said:
+                raise ValueError(f"{stamp}: holds other flags than these; choose another --out")
+            return
+        place, sets = world.make(args.world_seed), {}
+        sources = [row.name.removeprefix("source-") for row in self.groups["sources"]]
+        for name in sources:
+            sets[f"suite/{name}-train.jsonl"] = suite.rows(place, name, "train")[:SOURCE_EXAMPLES]
+        for name in transfer_tables.targets_of(self):
+            for split, count in (("train", args.examples), ("test", args.count)):
+                sets[f"few/{name}-{split}.jsonl"] = suite.rows(place, name, split)[:count]
+        texts = [{"text": d["text"]} for d in genres.documents(place, 2000, args.world_seed + 1)]
+        sets["suite/documents.jsonl"] = texts
+        for name, rows in promptability_study.held_out_files(place).items():
+            sets[f"held-out/{name}"] = rows
+        for name, rows in sets.items():
+            (self.folder / name).parent.mkdir(exist_ok=True)
+            with atomic_write(self.folder / name) as unfinished:
+                text = "".join(json.dumps(row) + "\n" for row in rows)
+                unfinished.write_text(text, encoding="utf-8")
+        write_json(stamp, said)
+
+
+def targeted(kind: str, argv: list[str]) -> dict:
+    """What `average` and `top-mixture` of a target make, in --out, of the K most similar sources.
+
+    `argv` is [the target's run, the target's training file if it is a mixture, the source's runs].
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("runs", nargs="+")
+    parser.add_argument("--out")
+    args = parser.parse_args(argv)
+    task, *runs = args.runs
+    file = runs.pop(0) if kind == "top-mixture" else None
+    library = {run: transfer.read_embedding(run)[0] for run in runs}
+    best = transfer.search(transfer.read_embedding(task)[0], library)[:K]
+    if kind == "average":
+        transfer.write_average(args.out, Path(task).parent, [(Path(r).name, s) for r, s in best])
+        return {"best": best}
+    record = {run: read_json(Path(run) / "run.json")["arguments"] for run, _ in best}
+    first = record[best[0][0]]
+    trained = [file for run in record for file in record[run]["train"]]
+    line = [*DEEP.split()[2:], "--steps", first["steps"], "--keep-at", 0, "--train", *trained]
+    line += [file, "--limit", LIMIT, "--out", args.out]
+    line += ["--model", first["model"]] if first["model"] else []
+    transfer.main(["source", *map(str, line)])
+    return {"best": best}
+
+
+def soft_transfer(args) -> dict:
+    """Soft prompt transfer and continued pretraining: what they gain, and what predicts it."""
+    programs = {"train.py": train, "transfer.py": transfer, "eval.py": metrics}
+    for kind in ("average", "top-mixture"):
+        programs[kind] = SimpleNamespace(main=partial(targeted, kind))
+    args.grid = False
+    study = TransferStudy(args, Path(args.out) / "transfer", GROUPS, {}, programs)
+    cost = show_cost(study)
+    if args.plan:
+        return {}
+    with study.alone():
+        study.write_files()
+    study.make()
+    with study.alone():
+        return report(study) | {"cost": cost}
+
+
+# What it costs, in seconds of one core of the machine of RESULTS.md
+
+TOKENS = 55  # of an example
+TOKEN = 0.06e-3  # one token, forward through the embedded LM
+START = 2.0  # to load, to tokenise, to write
+
+
+def seconds(study: TransferStudy, job: Job) -> float:
+    """Expected seconds of a core for a job."""
+    line = study.line(job)
+    larger = 2.0 if "larger" in job.row.name else 1.0
+    if job.program == "average":
+        return START
+    if job.program == "top-mixture":
+        return START + study.args.source_steps * 16 * TOKENS * TOKEN * 2.4
+    test = 2 * promptability_study.TEST * promptability_study.TEMPLATES * 9
+    if job.program == "eval.py":
+        return START + test * TOKENS * TOKEN
+    program = study.programs[job.program]
+    run = program.parse(line)
+    if line[0] == "few-shot":
+        tuned = 9 * promptability_study.TEMPLATES * run.steps * 16 * 2.4
+        return START + (tuned + test) * TOKENS * TOKEN
+    examples = run.steps * run.grad_accum * run.batch_size
+    variant = getattr(run, "variant", None)
+    passes = 3.0 if run.method == "fine_tuning" or variant == "mtl" else 2.4
+    if variant in ("fomaml", "reptile"):
+        passes = (run.inner_steps * 2.4 + 3) / (run.inner_steps + 1)
+    tested = study.args.count if run.test else 0
+    return START + larger * (examples * passes + tested) * TOKENS * TOKEN
+
+
+def show_cost(study: TransferStudy) -> dict:
+    """Print the cost sheet. Returns the expected seconds of a core of all jobs, and what is left.
+
+    Once jobs are finished, their time corrects what is expected of the others.
+    """
+    sheet, took, expected = {}, 0.0, 0.0
+    title_of = {row.name: title for title, rows in study.groups.items() for row in rows}
+    for job in study.plan():
+        line = sheet.setdefault(title_of[job.row.name], {"runs": 0, "seconds": 0.0, "left": 0.0})
+        cost, record = seconds(study, job), job.record()
+        line["runs"] += 1
+        line["seconds"] += cost
+        if record:
+            took, expected = took + record["seconds"], expected + cost
+        elif not job.failed():
+            line["left"] += cost
+    factor = took / expected if expected else 1.0
+    rows = [
+        [t, p["runs"], *(round(factor * p[k]) for k in ("seconds", "left"))]
+        for t, p in sheet.items()
+    ]
+    show_table("cost", ["", "runs", "seconds of a core", "to come"], rows)
+    total, left = (
+        factor * sum(part[key] for part in sheet.values()) for key in ("seconds", "left")
+    )
+    show(f"\n{total:.0f} seconds of a core, {left:.0f} of them to come.")
+    show(f"Two processes on two quiet cores take {left / 7200:.1f} hours for these.")
+    if expected:
+        show(f"Finished runs took {factor:.2f} times as long as their operations say.")
+    return {"seconds": round(total), "left": round(left), "factor": factor}
+
+
+# What came out
+
+
+def report(study: TransferStudy) -> dict:
+    """Print all tables and draw the picture. Returns what results/transfer.json holds."""
+    results = transfer_tables.tables(study)
+    results |= promptability_study.promptability(study, study.folder / "held-out" / "all.jsonl")
+    results["missing"] = study.missing()
+    reasons = sorted(set(results["missing"].values()))
+    show("")
+    for reason in reasons:
+        names = [name for name, r in results["missing"].items() if r == reason]
+        show(f"{len(names)} are not made ({reason}): {', '.join(names[:3])}, ...")
+    if "pairs" in results:
+        study.args.picture.parent.mkdir(exist_ok=True)
+        with only_shows("picture"), audit.picture(study.args.picture, 15, 15) as figure:
+            transfer_tables.draw(figure, results)
+    return results
