@@ -33,6 +33,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import chain, islice
 from pathlib import Path
 from unicodedata import normalize
 
@@ -178,31 +179,47 @@ def _is_text(value) -> bool:
     return isinstance(value, str) and value.strip() != ""
 
 
-def read_texts(path: str | Path) -> list[str]:
-    """Read the documents of a .txt file (with blank lines between them) or of a JSONL file.
+def read_texts(path: str | Path) -> Iterator[str]:
+    """Yield the documents of a .txt file (with blank lines between them) or of a JSONL file, one at
+    a time, so that a file may be larger than memory.
 
-    If the lines of a JSONL file are examples, a document is the input, a space and the target.
-    FileNotFoundError if there is no such file, ValueError if it holds no text.
+    If the first line of a JSONL file is an example, all must be, and a document is the input, a
+    space and the target. FileNotFoundError if there is no such file, ValueError if it has no text.
     """
-    if Path(path).suffix.lower() == ".txt":
-        text = decode_utf8(Path(path).read_bytes(), path)
-        documents = [d.strip() for d in re.split(r"\n\s*\n", text) if d.strip()]
-    else:
-        records = list(json_lines(path))
-        if not all("text" in record for _, record in records):
-            examples = [parse_record(record, source) for source, record in records]
-            records = [(e.source, {"text": f"{e.input} {e.target}"}) for e in examples]
-        for source, record in records:
-            if not _is_text(record["text"]):
-                raise ValueError(f"{source}: the key text holds no text")
-        documents = [record["text"] for _, record in records]
-    if not documents:
+    document = None
+    for document in (_paragraphs if Path(path).suffix.lower() == ".txt" else _json_texts)(path):
+        yield document
+    if document is None:
         raise ValueError(f"{path}: holds no text")
-    return documents
+
+
+def _paragraphs(path: str | Path) -> Iterator[str]:
+    lines = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(chain(file, [b""]), 1):  # the end is like a blank line
+            line = decode_utf8(line, f"{path}:{number}")
+            if line.strip():
+                lines.append(line)
+            elif lines:
+                yield "".join(lines).strip()
+                lines = []
+
+
+def _json_texts(path: str | Path) -> Iterator[str]:
+    plain = None  # whether the lines are texts, not examples
+    for source, record in json_lines(path):
+        plain = "text" in record if plain is None else plain
+        if not plain:
+            example = parse_record(record, source)
+            yield f"{example.input} {example.target}"
+        elif _is_text(record.get("text")):
+            yield record["text"]
+        else:
+            raise ValueError(f"{source}: the key text holds no text")
 
 
 def decode_utf8(content: bytes, path: str | Path) -> str:
-    """Decode the text of a file, without byte order marks. ValueError if it is not UTF-8."""
+    """Decode text of a file, without byte order marks. ValueError if it is not UTF-8."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -415,21 +432,47 @@ def collate(examples: Sequence[TokenizedExample], rows: list[int]) -> Batch:
 # ------------------------------------------------------------------------------ running text
 
 
-@dataclass
+@dataclass(eq=False)  # `stream_order` is cached by the object
 class Corpus:
     """The tokens of documents, end to end. Document d is tokens[starts[d] : starts[d + 1]]."""
 
     tokens: np.ndarray
     starts: np.ndarray  # (documents + 1,)
 
+    def split(self, count: int) -> "tuple[Corpus, Corpus]":
+        """All documents but the last `count`, and these. The tokens are not copied."""
+        cut = len(self.starts) - 1 - count
+        middle = self.starts[cut]
+        held_out = Corpus(self.tokens[middle:], self.starts[cut:] - middle)
+        return Corpus(self.tokens[:middle], self.starts[: cut + 1]), held_out
 
-def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, vocab_size=None) -> Corpus:
+
+def encode_texts(texts: Iterable[str], tokenizer: Tokenizer, vocab_size=None) -> Corpus:
     """Tokenise documents, with the special tokens that the tokenizer adds (usually a BOS).
     ValueError if a token is outside the LM's vocabulary of `vocab_size`."""
-    documents = [e.ids for e in tokenizer.encode_batch_fast(list(texts))]
-    tokens = np.fromiter((t for d in documents for t in d), dtype=np.int32)
-    check_vocabulary(tokens, tokenizer, vocab_size)
-    return Corpus(tokens, np.cumsum([0] + [len(d) for d in documents]))
+    parts, lengths = [np.empty(0, np.int32)], [0]
+    for tokens, counts in encode_parts(texts, tokenizer, vocab_size):
+        parts.append(tokens)
+        lengths += counts
+    return Corpus(np.concatenate(parts), np.cumsum(lengths))
+
+
+def encode_parts(texts: Iterable[str], tokenizer: Tokenizer, vocab_size=None, count: int = 256):
+    """Tokenise `count` documents at a time: tokenizers need a hundred bytes for each letter. Yields
+    the tokens of these documents, end to end, as an array, and a list of their lengths."""
+    texts = iter(texts)
+    while part := list(islice(texts, count)):
+        documents = [e.ids for e in tokenizer.encode_batch_fast(part)]
+        tokens = np.fromiter(chain.from_iterable(documents), dtype=np.int32)
+        check_vocabulary(tokens, tokenizer, vocab_size)
+        yield tokens, [len(d) for d in documents]
+
+
+@lru_cache(maxsize=4)
+def stream_order(corpus: Corpus, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The documents of an epoch's stream in their order, and where each of them ends in it."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(corpus.starts) - 1)
+    return order, np.cumsum(np.diff(corpus.starts)[order])
 
 
 def windows(corpus: Corpus, size: int, seq_len: int, seed: int, step: int) -> Batch:
@@ -445,9 +488,8 @@ def windows(corpus: Corpus, size: int, seq_len: int, seed: int, step: int) -> Ba
         raise ValueError(f"the text has {n} tokens, too few for one window of {seq_len}")
     size = min(size, per_epoch)
     epoch, first = divmod(step * size, per_epoch // size * size)
-    order = np.random.default_rng([seed, epoch]).permutation(len(corpus.starts) - 1)
+    order, ends = stream_order(corpus, seed, epoch)
     start, stop = first * seq_len, (first + size) * seq_len + 1  # one more, the last target
-    ends = np.cumsum(np.diff(corpus.starts)[order])  # where each document ends in the stream
     low = np.searchsorted(ends, start, "right")  # documents low to high - 1 hold start to stop
     high = np.searchsorted(ends, stop, "left") + 1
     documents = [corpus.tokens[corpus.starts[d] : corpus.starts[d + 1]] for d in order[low:high]]

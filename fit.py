@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
 from data import IGNORE_INDEX, Batch
 from runs import Run, State
@@ -194,12 +195,21 @@ def autocast(recipe: Recipe):
 def target_loss(model, prefix, batch: Batch, x: Tensor | None = None) -> Tensor:
     """Cross entropy, summed over the batch's targets. Logits are computed at these only.
 
-    x (B, T, C) is what the model reads in place of the embeddings, if it is given.
+    x (B, T, C) is what the model reads in place of the embeddings, if it is given. At most 128 MiB
+    of logits exist at a time. If there are more, the backward pass computes them again.
     """
     target_mask = batch.targets != IGNORE_INDEX
     h = model(model.embed(batch.ids) if x is None else x, prefix)
-    logits = model.logits(h[target_mask])
-    return F.cross_entropy(logits, batch.targets[target_mask], reduction="sum")
+    h, targets = h[target_mask], batch.targets[target_mask]
+
+    def loss_of(h: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model.logits(h), targets, reduction="sum")
+
+    size = max(1, 2**25 // model.config.vocab_size)
+    if len(h) <= size:
+        return loss_of(h, targets)
+    parts = zip(h.split(size), targets.split(size))
+    return sum(checkpoint_activations(loss_of, *part, use_reentrant=False) for part in parts)
 
 
 # The loop
@@ -227,7 +237,8 @@ def fit(
     gradient  (recipe, loss_of, batches) -> loss. It takes the place of `mean_gradient`.
     after_step  number of finished steps -> None. A resumed run repeats it for repeated steps.
 
-    Returns step and score of the best parameters, seconds, and tokens_per_second without scoring.
+    Returns step and score of the best parameters, seconds, tokens_per_second without scoring, and
+    the share of padding.
     ValueError if a loss, gradient, parameter or score is not finite, OSError if the disk is full;
     the last saved state stays.
     KeyboardInterrupt after SIGINT or SIGTERM, once the step is finished and saved.
@@ -268,7 +279,7 @@ def fit(
 
 
 def outcome(state: State) -> dict:
-    """What run.json holds of a finished training."""
+    """What run.json holds of a finished training. Prints the share of padding."""
     result = {
         "step": state.best_step,
         "score": None if state.best_score == -math.inf else state.best_score,
@@ -276,6 +287,9 @@ def outcome(state: State) -> dict:
     }
     if state.tokens:  # the state of an earlier program does not count them
         result["tokens_per_second"] = round(state.tokens / state.step_seconds)
+    if state.tokens and state.positions >= state.tokens:
+        result["padding"] = round(1 - state.tokens / state.positions, 4)
+        show(f"padding: {100 * result['padding']:.1f} % of the positions that were computed")
     return result
 
 
@@ -324,6 +338,7 @@ def take_step(run, recipe, trained, optimizer, state: State, batch_at, add_gradi
     optimizer.step()
     optimizer.zero_grad()
     state.tokens += sum(int(batch.lengths.sum()) for batch in batches)
+    state.positions += sum(batch.ids.numel() for batch in batches)
     state.step += 1
     state.step_seconds += time.perf_counter() - began
     return loss

@@ -15,10 +15,11 @@ with their time and loss.
 """
 
 import argparse
-import hashlib
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from show import Parser, run_program
@@ -38,6 +39,7 @@ import recurse
 import start
 import world
 from checkpoints import load_tokenizer, resolve
+from corpus import hash_tokens, token_file
 from fit import Recipe, fit, target_loss
 from model import LM, Config
 from rerank import Bert, BertConfig, token_type_ids
@@ -49,13 +51,13 @@ from t5 import T5Config, T5Encoder
 
 def pretrain_lm(args) -> dict:
     """Train an LM to predict the next token of the text."""
-    texts = load_texts(args)
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
     else:
-        tokenizer = data.train_tokenizer(texts[:50_000], args.vocab_size)  # enough text
+        some = islice(load_texts(args), 50_000)  # enough text
+        tokenizer = data.train_tokenizer(some, args.vocab_size)
     vocab_size = tokenizer.get_vocab_size()
-    text = tokenize_corpus(args, tokenizer, texts, vocab_size)
+    text = tokenize_corpus(args, tokenizer, vocab_size)
     # The special tokens around a document. The first is BOS and the last EOS, often the same one.
     ends = tokenizer.encode("").ids
     bos, eos = (ends[0], (ends[-1],)) if ends else (None, ())
@@ -77,7 +79,7 @@ def pretrain_encoder(args) -> dict:
     """
     tokenizer, sentinels = encoder_tokenizer(args, [f"<extra_id_{i}>" for i in range(32)])
     V, D = tokenizer.get_vocab_size(), args.dim // args.heads
-    text = tokenize_corpus(args, tokenizer, load_texts(args), V)
+    text = tokenize_corpus(args, tokenizer, V)
     encoder = T5Encoder(T5Config(V, args.dim, args.layers, args.heads, D, mlp_width(args)))
     decoder = LM(decoder_config(args, V, layers=2, context=2 * args.seq_len))  # encoded and new
     both = nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(args.device)
@@ -102,7 +104,7 @@ def pretrain_bert(args) -> dict:
     names = ["[CLS]", "[SEP]", "[MASK]"]
     tokenizer, ids = encoder_tokenizer(args, names)
     V, C = tokenizer.get_vocab_size(), args.dim
-    text = tokenize_corpus(args, tokenizer, load_texts(args), V)
+    text = tokenize_corpus(args, tokenizer, V)
     bert = Bert(BertConfig(V, C, args.layers, args.heads, 4 * C, args.context))
     head = nn.Sequential(nn.Linear(C, C), nn.GELU(), nn.LayerNorm(C))  # before the output layer
     both = nn.ModuleDict({"bert": bert, "head": head}).to(args.device)
@@ -128,7 +130,7 @@ def pretrain_bert(args) -> dict:
 def pretrain_connector(args) -> dict:
     """Train a Connector to predict the next token from its place before, after or between LMs."""
     lm, tokenizer = start.load_lm(args)
-    text = tokenize_corpus(args, tokenizer, load_texts(args), lm.config.vocab_size)
+    text = tokenize_corpus(args, tokenizer, lm.config.vocab_size)
 
     def new() -> adapters.Connector:
         return recurse.new_connector(lm, args.composition, args.connector_layers)
@@ -145,7 +147,7 @@ def pretrain_prompt(args) -> dict:
         raise ValueError(
             f"--prompt-length {P} leaves {longest} of the LM's context of {lm.config.max_len}"
         )
-    text = tokenize_corpus(args, tokenizer, load_texts(args), lm.config.vocab_size)
+    text = tokenize_corpus(args, tokenizer, lm.config.vocab_size)
     rng = torch.Generator().manual_seed(args.seed)
     vectors = adapters.from_vocab(P, lm.embed_tokens.weight, generator=rng)
     prompt = adapters.SoftPrompt(vectors).to(args.device)
@@ -298,12 +300,12 @@ def save_encoder(args, encoder: T5Encoder | Bert, tokenizer: Tokenizer) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def load_texts(args) -> list[str]:
-    """Read the documents of --train, or make those of the embedded world."""
+def load_texts(args) -> Iterator[str]:
+    """The documents of --train, or of the embedded world, one at a time."""
     if args.train:
         return data.read_texts(args.train)
     documents = genres.documents(world.make(args.world_seed), args.documents, args.seed)
-    return [document["text"] for document in documents]
+    return (document["text"] for document in documents)
 
 
 @dataclass
@@ -315,23 +317,26 @@ class Text:
     held_out: data.Corpus
 
 
-def tokenize_corpus(args, tokenizer: Tokenizer, texts: list[str], vocab_size=None) -> Text:
+def tokenize_corpus(args, tokenizer: Tokenizer, vocab_size: int) -> Text:
     """Tokenise the documents. Held out are those of --dev, or the last two percent.
 
-    ValueError if a token is not below `vocab_size`, the rows of the embedding table.
+    Tokens of files are kept in a folder beside --out. ValueError if a token is not below
+    `vocab_size`, the rows of the embedding table.
     """
-    if args.dev:
-        held_out = data.read_texts(args.dev)
+    folder = Path(args.out).parent / "tokens"
+    if args.train:
+        train = token_file(args.train, tokenizer, vocab_size, folder)
     else:
-        count = max(1, len(texts) // 50)
-        texts, held_out = texts[:-count], texts[-count:]
-    if not texts:
+        train = data.encode_texts(load_texts(args), tokenizer, vocab_size)
+    if args.dev:
+        return Text(tokenizer, train, token_file(args.dev, tokenizer, vocab_size, folder))
+    documents = len(train.starts) - 1
+    if documents < 2:
         raise ValueError(
             f"{args.train}: holds one document; separate documents with blank lines, or name "
             "held-out text with --dev"
         )
-    corpora = [data.encode_texts(part, tokenizer, vocab_size) for part in (texts, held_out)]
-    return Text(tokenizer, *corpora)
+    return Text(tokenizer, *train.split(max(1, documents // 50)))
 
 
 def train_on_text(
@@ -371,8 +376,7 @@ def train_on_text(
             f"{args.batch_size} windows of {args.seq_len}"
         )
     make_batch(text.train, args.seed, 0)  # refuses too little text before anything is written
-    tokens = text.train.tokens.tobytes() + text.held_out.tokens.tobytes()
-    digest, run = hashlib.sha256(tokens).hexdigest(), Run.from_args(args)
+    digest, run = hash_tokens([text.train, text.held_out]), Run.from_args(args)
     hashes = {"data_hash": digest, "tokens_hash": digest, "init_hash": None}
     hashes["tokenizer_hash"] = hash_tokenizer(text.tokenizer)
     hashes["eos"] = list(frozen.config.eos) if frozen else None

@@ -27,7 +27,7 @@ import platform
 import shlex
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from show import show, show_result
@@ -155,6 +155,7 @@ class State:
     step: int = 0  # finished steps
     seconds: float = 0.0  # training time
     tokens: int = 0  # read by the steps
+    positions: int = 0  # computed by the steps: the tokens, and the padding of their batches
     step_seconds: float = 0.0  # of the steps that read them, without scoring
     best_step: int = 0
     best_score: float = -math.inf
@@ -253,8 +254,8 @@ class Run:
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        keys = ("step", "best_step", "best_score", "seconds", "tokens", "step_seconds")
-        metadata = {"json": json.dumps({key: getattr(state, key) for key in keys})}
+        values = {f.name: getattr(state, f.name) for f in fields(state) if f.name != "best"}
+        metadata = {"json": json.dumps(values)}
         with atomic_write(self.state_path) as path:
             save_file(tensors, path, metadata=metadata)
 
@@ -355,9 +356,9 @@ def read_record(folder: str | Path) -> dict:
     """Return run.json as a dict. FileNotFoundError if there is none, ValueError if it is no record.
 
     Keys: command, arguments, folder, versions, hardware, resumed, trained_parameters, the keys of
-    HASHES, weights_before, weights_after, step, score, seconds, tokens_per_second, results,
-    question_format. Versions and hardware are those of the start. If a run was resumed with others,
-    resumed is the list of these.
+    HASHES, weights_before, weights_after, step, score, seconds, tokens_per_second, padding,
+    results, question_format. Versions and hardware are those of the start. If a run was resumed
+    with others, resumed is the list of these.
     """
     path = Path(folder) / "run.json"
     if not path.is_file():

@@ -131,9 +131,9 @@ def test_key_without_a_value_is_absent(tmp_path, form, absent):
     path = write(tmp_path / "a.jsonl", choices, choices | {"answer_choices": None})
     assert [e.options for e in data.read(path)] == [("bad", "good")] * 2
     assert data.parse_record(columns | form, "a.jsonl:1") == table[0]  # without a file
-    texts = data.read_texts(write(tmp_path / "b.jsonl", columns | form))
-    assert texts == data.read_texts(write(tmp_path / "b.jsonl", form))
-    assert data.read_texts(write(tmp_path / "c.jsonl", columns | {"text": "a"})) == ["a"]
+    texts = list(data.read_texts(write(tmp_path / "b.jsonl", columns | form)))
+    assert texts == list(data.read_texts(write(tmp_path / "b.jsonl", form)))
+    assert list(data.read_texts(write(tmp_path / "c.jsonl", columns | {"text": "a"}))) == ["a"]
 
 
 @pytest.mark.parametrize("key", ["options", "answer_choices"])
@@ -167,11 +167,11 @@ def test_only_a_newline_ends_a_line_and_byte_order_marks_are_dropped(tmp_path, m
         return tmp_path / name
 
     assert read_lines(file("q.txt", "", *LINES, " ")) == LINES * 2
-    assert data.read_texts(file("a.txt", *LINES, "")) == ["\n".join(LINES)] * 2
+    assert list(data.read_texts(file("a.txt", *LINES, ""))) == ["\n".join(LINES)] * 2
     record = {"input": LINES[0], "target": LINES[1]}
     one, two = data.read(file("a.jsonl", json.dumps(record, ensure_ascii=False), ""))
     assert (one.input, one.target, two.source) == (*LINES, "a.jsonl:3")
-    assert data.read_texts(file("b.jsonl", json.dumps({"text": LINES[0]}))) == LINES[:1] * 2
+    assert list(data.read_texts(file("b.jsonl", json.dumps({"text": LINES[0]})))) == LINES[:1] * 2
 
 
 def test_sample_draws_exactly_as_many_rows_as_the_limit():
@@ -212,11 +212,11 @@ def test_p3_records_are_read(tmp_path):
 
 def test_texts_are_read_from_three_kinds_of_file(tmp_path):
     lines = write(tmp_path / "a.txt", "one", "still one", "", " \t", " two ")
-    assert data.read_texts(lines) == ["one\nstill one", "two"]
+    assert list(data.read_texts(lines)) == ["one\nstill one", "two"]
     records = write(tmp_path / "b.jsonl", {"text": "one"}, {"text": "two"})
-    assert data.read_texts(records) == ["one", "two"]
+    assert list(data.read_texts(records)) == ["one", "two"]
     examples = write(tmp_path / "c.jsonl", {"question": "why", "answer": ["so"]})
-    assert data.read_texts(examples) == ["Q: why?\nA: so"]
+    assert list(data.read_texts(examples)) == ["Q: why?\nA: so"]
 
 
 def test_bad_text_files_raise(tmp_path):
@@ -224,19 +224,19 @@ def test_bad_text_files_raise(tmp_path):
         ("a.jsonl", [{"text": 3}], "^a.jsonl:1: "),
         ("a.jsonl", [{"input": "a", "target": "b"}, {"text": "no example"}], "^a.jsonl:2: "),
         ("a.txt", ["", " "], "a.txt: holds no text"),
-        ("a.txt", ["\udcff\udcfe"], "a.txt: not UTF-8"),
+        ("a.txt", ["\udcff\udcfe"], "a.txt:1: not UTF-8"),
     ):
         with pytest.raises(ValueError, match=message):
-            data.read_texts(write(tmp_path / name, *lines))
+            list(data.read_texts(write(tmp_path / name, *lines)))
 
 
 @pytest.mark.parametrize("read", [data.read, data.read_texts])
 def test_empty_and_missing_files_are_named(tmp_path, read):
     with pytest.raises(ValueError, match="empty.jsonl: holds no"):
-        read(write(tmp_path / "empty.jsonl"))
+        list(read(write(tmp_path / "empty.jsonl")))
     for name in ("none.txt", "none.jsonl"):
         with pytest.raises(FileNotFoundError, match=name):
-            read(tmp_path / name)
+            list(read(tmp_path / name))
 
 
 def test_question_ends_with_one_question_mark():

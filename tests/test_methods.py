@@ -303,10 +303,12 @@ def test_what_a_prompt_starts_from(place, tmp_path):
 # Pretraining
 
 
-def test_held_out_text_is_not_trained_on(place):
+def test_held_out_text_is_not_trained_on(tmp_path):
     tokenizer = data.train_tokenizer(["document number 0123456789."], 300)
-    args = pretrain.parse(["lm"])
-    text = pretrain.tokenize_corpus(args, tokenizer, [f"document number {i}." for i in range(100)])
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n".join(f"document number {i}." for i in range(100)))
+    args = pretrain.parse(["lm", "--train", str(file), "--out", str(tmp_path / "run")])
+    text = pretrain.tokenize_corpus(args, tokenizer, 300)
     corpora = (text.train, text.held_out)
     trained, held_out = (tokenizer.decode(corpus.tokens.tolist()) for corpus in corpora)
     assert "number 97." in trained and "number 98." not in trained

@@ -21,7 +21,7 @@ TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["textual", "passages"], 4),
     **dict.fromkeys(["openbook", "prompts"], 5),
     **dict.fromkeys(["runs", "reader", "handover"], 6),
-    **dict.fromkeys(["fit", "cli", "start", "study"], 7),
+    **dict.fromkeys(["fit", "cli", "start", "study", "corpus"], 7),
     **dict.fromkeys(["encoders", "contest"], 8),
     **dict.fromkeys(["train", "audit", "prompt_audit"], 9),
     **dict.fromkeys(["pretrain", "promptability", "plan"], 10),

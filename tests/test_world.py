@@ -79,7 +79,9 @@ def test_the_command_writes_every_file_and_leaves_no_temporary_folder(written):
     files = (path for path in written.rglob("*") if path.is_file())
     assert {str(path.relative_to(written)) for path in files} == names
     assert [path.name for path in written.parent.iterdir()] == ["w"]
-    corpus, held_out = (data.read_texts(written / f"{k}.jsonl") for k in ("corpus", "held-out"))
+    corpus, held_out = (
+        list(data.read_texts(written / f"{k}.jsonl")) for k in ("corpus", "held-out")
+    )
     assert len(corpus) == 50 and len(held_out) == 2000 and corpus != held_out[:50]
     for name in ("questions-dev", "open-book-dev", "suite/gist-dev"):
         assert data.read(written / f"{name}.jsonl")
