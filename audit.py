@@ -89,7 +89,7 @@ def ask_again(args: argparse.Namespace) -> tuple:
     return (model, tokenizer, ids, prefix, new, options, stops), examples, rows, record
 
 
-# ------------------------------------------------------------------------------- the hard subset
+# The hard subset
 
 
 def hard_subset(examples: Sequence, ranked: list[list[recurse.Candidate]]) -> list:
@@ -143,7 +143,7 @@ def hard_command(args: argparse.Namespace) -> dict:
     return {"questions": len(examples), "hard": len(hard), "runs": rows}
 
 
-# -------------------------------------------------------------------------- passes by difficulty
+# Passes by difficulty
 
 
 def operations(model, T: int, A: int) -> int:
@@ -238,7 +238,7 @@ def show_curve(result: dict, threshold: float | None) -> None:
             show(f"at {threshold}: {task:12} EM {100 * row['em']:5.1f}   ({row['n']} questions)")
 
 
-# ------------------------------------------------------------------------- what is handed over
+# What is handed over
 
 
 def bridge_rates(read: list[dict], alone: list[str], answers: list[dict]) -> list[dict]:
@@ -319,7 +319,7 @@ def bridge_command(args: argparse.Namespace) -> dict:
     return result
 
 
-# ------------------------------------------------------------------------------------ pictures
+# Pictures
 
 
 def draw_passes(figure, result: dict) -> None:
@@ -355,7 +355,7 @@ def draw_bridge(figure, model, tokenizer, ids: list[int], bridge: str, rates: li
     right.set(xlim=(0, 100), xlabel="% of questions")
 
 
-# -------------------------------------------------------------------------------- command line
+# Command line
 
 
 def new_folder(out: str) -> Path:

@@ -183,12 +183,14 @@ def draw(B: int, P: int, T: int, device: str, H: int = HEADS, D: int = WIDTH) ->
 
 
 def fused(q, k, v, past=None, lengths=None, window=None):
+    """attention.attend. Arguments and result of the three contestants are model.attend's."""
     import attention
 
     return attention.attend(q, k, v, past, lengths, window)
 
 
 def expanded(q, k, v, past=None, lengths=None, window=None):
+    """PyTorch's flash attention, with a copy of the prefix before every row."""
     from torch.nn.attention.bias import causal_lower_right
 
     k, v = append_kv(past, k, v)
@@ -197,6 +199,7 @@ def expanded(q, k, v, past=None, lengths=None, window=None):
 
 
 def one_text(q, k, v, past=None, lengths=None, window=None):
+    """FlexAttention of all rows as one text, whose queries see the prefix and their own row."""
     if past is None:
         return plain(q, k, v)
     B, _, T, _ = q.shape

@@ -46,18 +46,19 @@ CONNECTOR = ("--connector-layers", COUNT, 2, "layers of a Connector (paper: 1 an
 
 def add_model_flags(parser) -> None:
     """The LM, what is trained around it, and where that starts."""
-    init = "folder of a trained adapter to start from, or random; if neither this nor --model is "
-    init += "given, the Connector of this method and size in assets/, if any; prompts: also vocab "
-    init += "(embeddings of sampled tokens, the default), vocab:SIZE (of the first SIZE tokens), "
-    init += "labels (of training answers), text:WORDS"
-    init = ("--init", str, None, init)
+    init = (
+        "folder of a trained adapter to start from, or random; if neither this nor --model is "
+        "given, the Connector of this method and size in assets/, if any; prompts: also vocab "
+        "(embeddings of sampled tokens, the default), vocab:SIZE (of the first SIZE tokens), "
+        "labels (of training answers), text:WORDS"
+    )
     residual = "on: a Connector's output is added to what it would replace (paper: off)"
     add_flags(
         parser,
         "model",
         MODEL,
         TOKENIZER,
-        init,
+        ("--init", str, None, init),
         PROMPT,
         ("--placement", ["before_bos", "after_bos"], "before_bos", "of prompt_tuning's prompt"),
         ("--reparam-dim", COUNT, None, "deep_prompt: width of an MLP in training (paper: 512)"),
@@ -74,18 +75,19 @@ def add_model_flags(parser) -> None:
 
 def add_data_flags(parser) -> None:
     """The questions of each split, how they are mixed, and how their answers are scored."""
-    files = "JSONL of questions, a folder of TASK-train.jsonl, or the word suite for the embedded "
-    files += "suite of prompted tasks; the questions of the embedded world if not given"
+    files = (
+        "JSONL of questions, a folder of TASK-train.jsonl, or the word suite for the embedded "
+        "suite of prompted tasks; the questions of the embedded world if not given"
+    )
     cap = (
         "mix tasks as T0: an epoch has the examples of a template, or if they are more than this, "
+        "this over the number of templates (T0: 500,000; suite: 500; no mixing if not given)"
     )
-    cap += "this over the number of templates (T0: 500,000; suite: 500; no mixing if not given)"
-    cap = ("--mixture-cap", COUNT, None, cap)
     add_flags(
         parser,
         "data",
         ("--train", str, None, files),
-        cap,
+        ("--mixture-cap", COUNT, None, cap),
         ("--dev", str, None, "questions that choose the best parameters"),
         ("--test", str, None, "questions that are scored once, at the end"),
         WORLD,

@@ -35,7 +35,7 @@ import numpy as np
 
 METRICS = ("em", "f1")
 
-# ------------------------------------------------------------------------------------ metrics
+# Metrics
 
 
 def normalise(text: str, form: str | None = None) -> str:
@@ -88,7 +88,7 @@ def _check_answers(answers: Sequence[str]) -> None:
         raise ValueError(f"answers must be a list with at least one answer, got {answers!r}")
 
 
-# ------------------------------------------------------------------------------- significance
+# Significance
 
 
 def paired_bootstrap(a, b, iters: int = 10_000, seed: int = 0) -> tuple[float, float, float, float]:
@@ -152,7 +152,7 @@ def _resample_seeds(scores: np.ndarray, size: int, rng: np.random.Generator) -> 
     return counts @ scores / seeds  # (size, examples)
 
 
-# ------------------------------------------------------------------------------- predictions
+# Predictions
 
 
 def score(examples: Sequence, predictions: Sequence[str | int]) -> list[dict]:
@@ -344,7 +344,7 @@ def _print_rows(rows: list[dict]) -> None:
         show(f"{line}  [{low:+6.2f}, {high:+6.2f}]  {row['p']:.4f}", result=True)
 
 
-# ------------------------------------------------------------------------------- command line
+# Command line
 
 
 def ask_command(args: argparse.Namespace) -> list[str]:

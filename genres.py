@@ -54,7 +54,6 @@ STORY_ENDS = TEXTS["story.end"] + TEXTS["story.last"]
 FACTS_TOLD = {3: 1, 4: 2, 5: 2, 6: 1}  # facts in an article: weight
 SENSES = [section.split(".")[1:] for section in TEXTS if section.startswith("sense.")]
 
-# ------------------------------------------------------------------------------------------------
 # Who and what a text is about
 
 
@@ -187,7 +186,6 @@ def question_line(question: str, answer: str = "") -> str:
     return f"Q: {question.strip().rstrip('?').rstrip()}?\nA: {answer}".rstrip()
 
 
-# ------------------------------------------------------------------------------------------------
 # Genres
 
 
@@ -300,7 +298,6 @@ def sense(cast: Cast) -> dict:
     return {"genre": "sense", "text": f'{sentence} Here "{word}" means {meaning}.'}
 
 
-# ------------------------------------------------------------------------------------------------
 # Passages and questions about them
 
 
@@ -451,7 +448,6 @@ def library_questions(cast: Cast, positives: dict, split: str) -> list[dict]:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------
 # The stream of documents
 
 GENRES = {  # genre: (its function, its share of the documents)

@@ -38,7 +38,7 @@ SPLITS = ("train", "dev", "test")
 RECALL_AT = (1, 5, 20, 100)
 TUNED_AT = 5  # the weight of a hybrid search: an answer among so many passages of dev
 
-# --------------------------------------------------------------- the passages and the questions
+# The passages and the questions
 
 
 @dataclass
@@ -175,7 +175,7 @@ def write_found(path: Path, questions: Sequence[Question]) -> None:
     write_lines(path, lines)
 
 
-# --------------------------------------------------------------------------------------- search
+# Search
 
 
 def encoder_folder(path: str | Path) -> Path:
@@ -298,7 +298,7 @@ def recalls(questions: Sequence[Question]) -> dict[str, dict[str, float]]:
     return {name: {str(k): recall_at(rows, k) for k in sizes} for name, rows in hits.items()}
 
 
-# ------------------------------------------------------------------------------------ encoders
+# Encoders
 
 
 def base_encoder(args) -> Path:

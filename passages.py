@@ -34,7 +34,7 @@ from data import BOM, json_lines, question_text
 from rerank import CrossEncoder, pad
 from retrieve import has_answer
 
-# -------------------------------------------------------------------------------------- files
+# Files
 
 
 class Passage(NamedTuple):
@@ -252,7 +252,7 @@ def _is_text(value) -> bool:
     return isinstance(value, str) and value.strip() != ""
 
 
-# --------------------------------------------------------------------------- what was found
+# What was found
 
 
 def answer_hits(question: Question) -> list[bool]:
@@ -287,7 +287,7 @@ def reader_text(question: str, passages: Sequence[Passage]) -> str:
     return "\n".join([*map(reader_line, passages), question_text(question)])
 
 
-# ------------------------------------------------------------------------- training examples
+# Training examples
 
 
 @dataclass(frozen=True)

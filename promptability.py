@@ -54,7 +54,7 @@ from model import LM
 from recurse import COMPOSITIONS
 from runs import Run, finish_record, read_predictions, start_record
 
-# ---------------------------------------------------------------------------------- the gradients
+# The gradients
 
 
 def mtl(learner: "Learner", batch: Batch) -> Tensor:
@@ -222,7 +222,7 @@ def task_batch(tasks: list[list], size: int, seed: int, step: int) -> Batch:
     return select(batch, shuffled.tolist())
 
 
-# -------------------------------------------------------------------------------------- the runs
+# The runs
 
 HELD_OUT = ["sentence completion", "natural language inference", "coreference resolution"]
 HELD_OUT += ["word sense disambiguation"]  # the clusters of Wu et al. 2022's evaluation
@@ -318,7 +318,7 @@ def by_template(path: str, held_out=()) -> dict[str, list[data.Example]]:
     return groups
 
 
-# -------------------------------------------------------------------------------- few-shot prompts
+# Few-shot prompts
 
 
 def few_shot(args: Namespace) -> dict:
@@ -389,7 +389,7 @@ def average_relative_gain(datasets: dict[str, dict[str, dict]]) -> float:
     return float(np.mean(means))
 
 
-# --------------------------------------------------------------------------- what tasks share
+# What tasks share
 
 
 def load_task(args: Namespace, lm: LM, tokenizer, examples: dict) -> start.Task:

@@ -57,7 +57,7 @@ from rerank import CrossEncoder, cross_fit, pack
 
 QUESTIONS_IN_FILE = 128  # a kill costs at most the scores of so many questions
 
-# ------------------------------------------------------------------------------------ re-ranking
+# Re-ranking
 
 
 def rank(args, book: Book, folder: Path, train: Callable) -> tuple[Book, dict]:
@@ -145,7 +145,7 @@ def compare_halves(args, training, scores, halves: list[str], models: dict) -> d
     return {"n": len(rows), "own half": recalls(own), "held-out half": recalls(held_out)}
 
 
-# ---------------------------------------------------------------------------- packing and reading
+# Packing and reading
 
 
 def write_inputs(args, tokenizer, left: int, questions: Sequence[Question], targets=()) -> tuple:

@@ -72,29 +72,8 @@ GROUPS = {
         Row("neural-2-residual", 1, "neural-2-residual", residual(NEURAL_2)),
         Row("prompt", 3, "prompt", PROMPT),
         Row("neural-2-muon-pause-3", 3, "", f"{residual(NEURAL_2)} {FILLER} {MUON}"),
-        Row(
-            "neural-2-residual-pause-3",
-            3,
-            "neural-2-residual-pause-3",
-            f"{residual(NEURAL_2)} {FILLER}",
-        ),
         Row("before-2", 3, "before-2", BEFORE_2),
-        Row("textual-16", 3, "prompt", f"{TEXTUAL} --candidates 16"),
-    ],
-    "residual Connectors and filler after the question, which are not in the paper": [
-        Row("before-2-muon-pause-3", 1, "", f"{residual(BEFORE_2)} {FILLER} {MUON}"),
-        Row("after-2-muon-pause-3", 1, "", f"{residual(AFTER_2)} {FILLER} {MUON}"),
-        Row("prompt-pause-3", 1, "prompt", f"{PROMPT} {FILLER}"),
-        Row("fine-tuning-pause-3", 1, "fine-tuning", f"{TUNED} {FILLER}"),
-        *(
-            Row(
-                f"neural-2-residual-pause-{k}",
-                1,
-                "neural-2-residual-pause-3",
-                f"{residual(NEURAL_2)} --pause {k}",
-            )
-            for k in (1, 7)
-        ),
+        Row("textual-16", 1, "prompt", f"{TEXTUAL} --candidates 16"),
     ],
     "Connectors, as in table 6": [
         Row("neural-2-random", 1, "neural-2-random", f"{NEURAL} {RANDOM}"),
@@ -114,9 +93,20 @@ GROUPS = {
         Row("prompt-long", 1, "prompt", f"{PROMPT} --steps {{long}}"),
         Row("neural-2-passes-3", 1, "neural-2", f"{NEURAL_2} --passes 3"),
     ],
-    "a larger LM": [
-        Row("prompt-large", 1, "prompt-large", f"{PROMPT} --model {LARGE}"),
-        Row("lm-alone-large", 1, "", f"eval.py score {{test}} --model {LARGE}"),
+    "residual Connectors and filler after the question, which are not in the paper": [
+        Row("before-2-muon-pause-3", 1, "", f"{residual(BEFORE_2)} {FILLER} {MUON}"),
+        Row("after-2-muon-pause-3", 1, "", f"{residual(AFTER_2)} {FILLER} {MUON}"),
+        Row("prompt-pause-3", 1, "prompt", f"{PROMPT} {FILLER}"),
+        Row("fine-tuning-pause-3", 1, "fine-tuning", f"{TUNED} {FILLER}"),
+        *(
+            Row(
+                f"neural-2-residual-pause-{k}",
+                1,
+                "neural-2-residual-pause-3",
+                f"{residual(NEURAL_2)} --pause {k}",
+            )
+            for k in (3, 1, 7)
+        ),
     ],
     "what a recursion does": [
         Row("hard", 1, "", "audit.py hard {out}/prompt-long-0 --samples 64"),
@@ -124,6 +114,10 @@ GROUPS = {
         Row("neural-2-routed", 1, "", f"route {{out}}/{BEST}-0 {{dev}} {{test}}"),
         Row("bridge", 1, "", "audit.py bridge {out}/neural-2-0 --limit 300"),
         Row("bridge-pause", 1, "", f"audit.py bridge {{out}}/{BEST}-0 --limit 300"),
+    ],
+    "a larger LM": [
+        Row("prompt-large", 1, "prompt-large", f"{PROMPT} --model {LARGE}"),
+        Row("lm-alone-large", 1, "", f"eval.py score {{test}} --model {LARGE}"),
     ],
     "textual recursion, as in table 5": [
         Row("textual-1", 1, "prompt", f"{MORE} --candidates 1"),

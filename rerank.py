@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-# --------------------------------------------------------------------------------------- BERT
+# BERT
 
 HF_NAMES = {  # our module: the published one, where it has another name
     "norm": "LayerNorm",
@@ -245,7 +245,7 @@ def as_pair(passage) -> tuple[str, str]:
     return ("", passage) if isinstance(passage, str) else passage[:2]
 
 
-# ------------------------------------------------------------------------------ cross-encoder
+# Cross-encoder
 
 
 @dataclass(frozen=True)
@@ -434,7 +434,7 @@ def reranker_loss(
     return loss - logprobs.masked_fill(spans[..., 0] < 0, -torch.inf).logsumexp(1).sum()
 
 
-# ----------------------------------------------------------------- cross-fitting and packing
+# Cross-fitting and packing
 
 
 def cross_fit(

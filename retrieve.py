@@ -34,7 +34,7 @@ from rerank import Bert, as_pair, length_batches, pad, progress
 
 Found = list[tuple[int, float]]  # (row of the passage, score), best first
 
-# --------------------------------------------------------------------------------------- BM25
+# BM25
 
 STOP_WORDS = frozenset(  # Lucene's, and the s of a possessive
     "a an and are as at be but by for if in into is it no not of on or s such that the their then "
@@ -174,7 +174,7 @@ def load_index(folder: str | Path, hash: str, names: Iterable[str]) -> tuple[dic
     return info, arrays
 
 
-# -------------------------------------------------------------------------------------- dense
+# Dense
 
 
 class DualEncoder(nn.Module):
@@ -318,7 +318,7 @@ class DenseIndex:
         return cls(load_index(folder, hash_passages(passages), ["vectors"])[1]["vectors"])
 
 
-# ------------------------------------------------------------------------------------- hybrid
+# Hybrid
 
 
 def hybrid(first: Found, second: Found, weight: float) -> Found:
@@ -354,7 +354,7 @@ def tune_weight(
     return best
 
 
-# ----------------------------------------------------------------------- answers in passages
+# Answers in passages
 
 
 @lru_cache(maxsize=1)

@@ -199,12 +199,15 @@ class Run:
             if {path.name for path in self.folder.iterdir()} - leftovers:
                 raise FileExistsError(f"{self.folder} is not a run's folder (it has no run.json)")
             return
+        free = ["eval_tokens", "stages_from"]  # change no result
+        if self.arguments.get("method") != "reader":
+            free.append("encoder_lr")  # only a reader reads it, and its default was another one
         for key, value in self.arguments.items():
             before = record["arguments"].get(key, value)  # an earlier program lacks some flags
             words = key == "init" and (is_word(key, before) or is_word(key, value))
             if key in PATHS and PATHS[key] in record and not words:
                 continue  # a path is a hint; start_record compares the hashes
-            if before != value and key not in ("eval_tokens", "stages_from"):  # change no result
+            if before != value and key not in free:
                 flag = f"--{key.replace('_', '-')}"
                 raise ValueError(f"{self.folder} was started with {flag} {before}, not {value}")
 

@@ -38,7 +38,6 @@ TYPES = {  # relation of a person: what kind of thing its object is
     "hobby": 5,
 }
 
-# ------------------------------------------------------------------------------------------------
 # Parts of examples
 
 
@@ -68,7 +67,6 @@ def choice(cast: Cast, answer: str, wrong: list[str]) -> dict:
     return {"answer": answer, "choices": options}
 
 
-# ------------------------------------------------------------------------------------------------
 # Tasks: sentiment, topics, paraphrases, inference
 
 
@@ -152,7 +150,6 @@ def record_nli(cast: Cast) -> dict:
     return {"premise": record, "hypothesis": hypothesis, "label": label}
 
 
-# ------------------------------------------------------------------------------------------------
 # Tasks: summaries, and records as text
 
 
@@ -197,7 +194,6 @@ def triple_to_text(cast: Cast) -> dict:
     return {"subject": person, "relation": relation, "object": obj, "answer": answer}
 
 
-# ------------------------------------------------------------------------------------------------
 # Tasks: questions, with and without a text, with and without options
 
 
@@ -267,7 +263,6 @@ def asked_with_options(cast: Cast, subject: str, relation: str, wrong: int = 3) 
     return example | choice(cast, example["answer"], cast.another(subject, relation, wrong))
 
 
-# ------------------------------------------------------------------------------------------------
 # Tasks: what comes next, who is meant, which sense
 
 
@@ -337,7 +332,6 @@ def sense_sentence(cast: Cast, word: str, meaning: str, numbers=range(5)) -> tup
     return number, TEXTS[f"sense.{word}.{meaning}"][number].format(**cast.scene())
 
 
-# ------------------------------------------------------------------------------------------------
 # The suite
 
 

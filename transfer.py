@@ -41,7 +41,7 @@ from model import LM
 from promptability import load_task, pieces, read_dev_and_test
 from runs import ASSETS
 
-# ---------------------------------------------------------------------------- search for a source
+# Search for a source
 
 KINDS = ("per_token", "average_tokens", "neurons")
 
@@ -240,7 +240,7 @@ def pearson(x, y, iters: int = 10_000, seed: int = 0) -> tuple[float, float]:
     return float(np.corrcoef(x, y)[0, 1]), p
 
 
-# -------------------------------------------------------------------------------- source prompts
+# Source prompts
 
 
 def mixture_batch(tasks: list[list], limit: int | None, size: int, seed: int, step: int):
@@ -321,7 +321,7 @@ def source_prompt(args: Namespace, lm: LM, tokenizer) -> dict:
     return train.train_adapter(task, prompt, batch_at=batch_at, after_step=after_step)
 
 
-# ------------------------------------------------------------------------------------ command line
+# Command line
 
 
 def search_command(args: Namespace) -> list[tuple[str, float]]:

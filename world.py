@@ -29,7 +29,6 @@ from pathlib import Path
 
 from show import Parser, run_program, show
 
-# ------------------------------------------------------------------------------------------------
 # Wordings and words
 
 ASSETS = Path(__file__).parent / "assets" / "world"
@@ -109,7 +108,6 @@ def task(path: str) -> str:
     return "two-hop" if "." in path else "one-hop"
 
 
-# ------------------------------------------------------------------------------------------------
 # The world
 
 
@@ -225,7 +223,6 @@ def write_folder(out: Path, files: dict) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-# ------------------------------------------------------------------------------------------------
 # Making a world
 
 

@@ -196,7 +196,7 @@ def test_the_passages_that_the_lm_reads_fit_and_are_counted(shelf, whole):
     args = train.parse(line(shelf, "reader", whole)[1:])
     lm_tokenizer = load_run(whole)[2]
     left = 96 - 4
-    texts, packed, dropped = reader.pack_split(args, lm_tokenizer, left, questions)
+    texts, packed, dropped = reader.write_inputs(args, lm_tokenizer, left, questions)
     lengths = [len(ids) for ids in data.encode_prompts(lm_tokenizer, texts)]
     assert max(lengths) <= left - 3  # of 4 new tokens the last is never read
     for q, text, kept in zip(questions, texts, packed):
@@ -213,10 +213,12 @@ def test_the_passages_that_the_lm_reads_fit_and_are_counted(shelf, whole):
     assert table["input"]["passages"] == sum(map(len, packed)) / 4
     hits = [answered(q, kept) for q, kept in zip(questions, packed)]
     assert table["input"]["answer"] == sum(hits) / 4 and table["n"] == 4
-    fewer = reader.pack_split(args, lm_tokenizer, left, questions, ["Velmor " * 12] * 4)[1]
+    fewer = reader.write_inputs(args, lm_tokenizer, left, questions, ["Velmor " * 12] * 4)[1]
     assert sum(map(len, fewer)) < sum(map(len, packed))  # a long answer takes their place
     few = train.parse(line(shelf, "reader", whole, "--max-packed 1")[1:])
-    assert all(len(kept) == 1 for kept in reader.pack_split(few, lm_tokenizer, left, questions)[1])
+    assert all(
+        len(kept) == 1 for kept in reader.write_inputs(few, lm_tokenizer, left, questions)[1]
+    )
 
 
 def test_a_run_answers_as_it_did_from_any_folder(shelf, whole, monkeypatch, tmp_path):
@@ -472,7 +474,7 @@ def test_a_passage_longer_than_the_context_is_dropped_and_counted(shelf, whole):
     tokenizer = load_run(whole)[2]
     long = Passage("Anna", "word " * 300, "l")
     q = books.Question("where was Anna born?", ["Velmor"], found=[long, BOOK[0]], scores=[2.0, 1.0])
-    _, packed, dropped = reader.pack_split(args, tokenizer, 92, [q])
+    _, packed, dropped = reader.write_inputs(args, tokenizer, 92, [q])
     assert packed == [[BOOK[0]]] and dropped == 1
 
 

@@ -23,7 +23,7 @@ from tiny_runs import ROOT, command, die_at_5, make_place, read_lines, run, same
 import eval as metrics
 from checkpoints import load_tokenizer
 from model import LM
-from runs import arguments, load_run
+from runs import Run, arguments, load_run
 
 # What only shows
 
@@ -192,6 +192,17 @@ def test_a_full_disk_is_one_line_and_costs_the_steps_since_the_last_checkpoint(
     run([*line, "--resume"])
     run(command(place, "neural_recursion", tmp_path / "whole"))
     same_runs(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_default_that_only_readers_read_stops_no_other_run(tmp_path):
+    for method in ("id_pt", "reader"):
+        arguments = {"method": method, "encoder_lr": 3e-4}
+        (tmp_path / "run.json").write_text(json.dumps({"arguments": arguments}))
+        again = Run(tmp_path, arguments | {"encoder_lr": None}, resume=True)
+        if method == "id_pt":
+            again.check()
+    with pytest.raises(ValueError, match="started with --encoder-lr 0.0003, not None"):
+        again.check()
 
 
 def test_a_finished_run_that_is_resumed_keeps_its_speed(place, tmp_path):
