@@ -237,8 +237,7 @@ def fit(
     gradient  (recipe, loss_of, batches) -> loss. It takes the place of `mean_gradient`.
     after_step  number of finished steps -> None. A resumed run repeats it for repeated steps.
 
-    Returns step and score of the best parameters, seconds, tokens_per_second without scoring, and
-    the share of padding.
+    Returns step and score of the best parameters, seconds, tokens_per_second and padding.
     ValueError if a loss, gradient, parameter or score is not finite, OSError if the disk is full;
     the last saved state stays.
     KeyboardInterrupt after SIGINT or SIGTERM, once the step is finished and saved.
@@ -279,7 +278,8 @@ def fit(
 
 
 def outcome(state: State) -> dict:
-    """What run.json holds of a finished training. Prints the share of padding."""
+    """What run.json holds of a finished training: tokens per second without scoring, and the share
+    of padding, which is printed."""
     result = {
         "step": state.best_step,
         "score": None if state.best_score == -math.inf else state.best_score,
