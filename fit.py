@@ -239,8 +239,7 @@ def fit(
 
     Returns step and score of the best parameters, seconds, tokens_per_second without scoring, and
     the share of padding.
-    ValueError if a loss, gradient, parameter or score is not finite, OSError if the disk is full;
-    the last saved state stays.
+    ValueError if a loss, gradient, parameter or score is not finite, OSError if the disk is full.
     KeyboardInterrupt after SIGINT or SIGTERM, once the step is finished and saved.
     """
     add_gradient = partial(gradient or mean_gradient, recipe, loss_of)
