@@ -35,7 +35,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
-from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -154,14 +153,7 @@ def _parse_options(record: dict, source: str) -> tuple[str, ...]:
 
 def _check_among(text: str, others: Sequence[str], what: str, name: str) -> None:
     if text not in others:
-        listed = ", ".join(others) + _form_note(text, others)
-        raise ValueError(f"{what} {text!r} is not among the {name} {listed}")
-
-
-def _form_note(text: str, others: Sequence[str]) -> str:
-    """Say why a text looks like one of the others, if only its Unicode form (NFC, NFD) differs."""
-    same = any(normalize("NFC", text) == normalize("NFC", other) for other in others)
-    return " (only their Unicode forms differ)" if same else ""
+        raise ValueError(f"{what} {text!r} is not among the {name} {', '.join(others)}")
 
 
 def _clean(record: dict) -> dict:
@@ -311,15 +303,12 @@ def _check_tokens(input: list[int], targets: list, options: Sequence[str], max_l
     n, seen = len(input), {}
     for m in map(len, targets):
         if n + m - 1 > max_len:  # the last target token is predicted, never read
-            raise ValueError(
-                f"{n} tokens and {m} of the answer "
-                f"exceed the {max_len} that the LM's context leaves"
-            )
+            left = f"the {max_len} that the LM's context leaves"
+            raise ValueError(f"{n} tokens and {m} of the answer exceed {left}")
     for option, target in zip(options, targets[1:]):
         other = seen.setdefault(tuple(target), option)
         if other != option:
-            note = _form_note(other, [option])
-            raise ValueError(f"the options {other!r} and {option!r} have the same tokens{note}")
+            raise ValueError(f"the options {other!r} and {option!r} have the same tokens")
 
 
 def check_vocabulary(ids: Sequence[int], tokenizer: Tokenizer, vocab_size: int | None) -> None:
