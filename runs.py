@@ -277,9 +277,7 @@ class Run:
                 raise ValueError("its bytes have changed since they were written")
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
             advice = f"put {self.before_path.name} in its place, or delete it to start again"
-            raise ValueError(
-                f"{self.state_path}: truncated or corrupt ({error}); {advice}"
-            ) from None
+            raise ValueError(f"{self.state_path}: corrupt ({error}); {advice}") from None
         trained.load_state_dict(_group("trained.", tensors))
         moments = {}
         for name, tensor in _group("optimizer.", tensors).items():
