@@ -6,8 +6,9 @@
     python reproduce.py reader        the frozen reader: retrieval, re-ranking, cross-fitting
     python reproduce.py prompts       prompts of all kinds, ID-PT and fine-tuning
     python reproduce.py transfer      soft prompt transfer, and continued pretraining
+    python reproduce.py docs          every command of README.md and TUTORIAL.md (half an hour)
 
-All but the first train, in runs/NAME. If one is stopped, the same command goes on.
+All but the first and the last train, in runs/NAME. If one is stopped, the same command goes on.
 """
 
 import json
@@ -29,6 +30,7 @@ import suite
 import train
 import world
 from checkpoints import load_tokenizer, write_json
+from documents import documents
 from fit import target_loss
 from generate import predict
 from int8 import quantize
@@ -182,72 +184,81 @@ EXPERIMENTS = {
     "reader": readers,
     "prompts": prompt_study,
     "transfer": soft_transfer,
+    "docs": documents,
 }
+
+
+PRETRAINED = "folder of Connectors, METHOD_LAYERS, of t5, and of a larger LM, lm2"
+STUDY = [
+    ("--pretrained", str, str(ASSETS), PRETRAINED),
+    ("--minutes", cli.number_type(float, 0), None, "start nothing after so many"),
+    ("--only", str, "", "only rows with this text in their name or their table's title"),
+]
+FLAGS = {
+    "docs": [],
+    "lm": [
+        ("--count", cli.COUNT, 300, "reading questions of each kind; 10 documents for each"),
+        cli.BASE_DTYPE,
+    ],
+    "headroom": [
+        ("--count", cli.COUNT, 300, "examples of each file"),
+        ("--steps", cli.COUNT, 200, "steps of each training run"),
+    ],
+    "recursion": [
+        ("--count", cli.COUNT, None, "questions of each split; all if not given"),
+        ("--steps", cli.COUNT, 1200, "steps of a training run; of a few, three times as many"),
+        *STUDY,
+    ],
+    "prompts": [
+        ("--count", cli.COUNT, 40, "test examples of a task, each in four templates"),
+        ("--steps", cli.COUNT, 800, "steps of a run on the suite; of other runs a fifth"),
+        *STUDY,
+    ],
+    "reader": [
+        ("--encoder", str, None, "folder of the BERT; assets/bert if not given"),
+        ("--steps", cli.COUNT, 300, "steps of each prompt and LM"),
+        ("--encoder-steps", cli.COUNT, 600, "steps of each re-ranker and of the retriever"),
+        ("--top", cli.COUNT, 20, "passages found for a question"),
+        ("--context", cli.COUNT, 256, "positions that the LM reads"),
+        ("--flags", str, "", "more flags of train.py for every run, as one argument"),
+        *STUDY,
+    ],
+    "transfer": [
+        ("--source-steps", cli.COUNT, 300, "steps of a source prompt (paper: 262,144)"),
+        ("--target-steps", cli.COUNT, 80, "steps of a target's prompt (paper: 100,000)"),
+        ("--examples", cli.COUNT, 64, "training examples of a target"),
+        ("--count", cli.COUNT, 300, "test examples of a target"),
+        ("--steps", cli.COUNT, 100, "steps of continued pretraining; of some, thrice as many"),
+        *STUDY,
+    ],
+}
+GRID = ("--grid", "choose learning rates by short runs of seed 0, first")
+PLAN = ("--plan", "print the cost sheet and end")
+SWITCHES = {
+    "recursion": (GRID, PLAN),
+    "prompts": (GRID, PLAN),
+    "reader": (PLAN,),
+    "transfer": (PLAN,),
+}
+
+
+def parser() -> Parser:
+    """The commands and their flags."""
+    parser = Parser(prog="reproduce.py", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="experiment", required=True)
+    flags = [cli.MODEL, cli.WORLD, ("--out", str, "runs", "folder for the runs that it needs")]
+    for name, experiment in EXPERIMENTS.items():
+        summary = experiment.__doc__.split("\n")[0]
+        command = commands.add_parser(name, help=summary)
+        cli.add_flags(command, name, *flags, *FLAGS[name])
+        for switch, text in SWITCHES.get(name, ()):
+            command.add_argument(switch, action="store_true", help=text)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Run one experiment. Returns what results/NAME.json holds."""
-    parser = Parser(prog="reproduce.py", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="experiment", required=True)
-    flags = [cli.MODEL, cli.WORLD, ("--out", str, "runs", "folder for the runs that it needs")]
-    pretrained = "folder of Connectors, METHOD_LAYERS, of t5, and of a larger LM, lm2"
-    study = [
-        ("--pretrained", str, str(ASSETS), pretrained),
-        ("--minutes", cli.number_type(float, 0), None, "start nothing after so many"),
-        ("--only", str, "", "only rows with this text in their name or their table's title"),
-    ]
-    own = {
-        "lm": [
-            ("--count", cli.COUNT, 300, "reading questions of each kind; 10 documents for each"),
-            cli.BASE_DTYPE,
-        ],
-        "headroom": [
-            ("--count", cli.COUNT, 300, "examples of each file"),
-            ("--steps", cli.COUNT, 200, "steps of each training run"),
-        ],
-        "recursion": [
-            ("--count", cli.COUNT, None, "questions of each split; all if not given"),
-            ("--steps", cli.COUNT, 1200, "steps of a training run; of a few, three times as many"),
-            *study,
-        ],
-        "prompts": [
-            ("--count", cli.COUNT, 40, "test examples of a task, each in four templates"),
-            ("--steps", cli.COUNT, 800, "steps of a run on the suite; of other runs a fifth"),
-            *study,
-        ],
-        "reader": [
-            ("--encoder", str, None, "folder of the BERT; assets/bert if not given"),
-            ("--steps", cli.COUNT, 300, "steps of each prompt and LM"),
-            ("--encoder-steps", cli.COUNT, 600, "steps of each re-ranker and of the retriever"),
-            ("--top", cli.COUNT, 20, "passages found for a question"),
-            ("--context", cli.COUNT, 256, "positions that the LM reads"),
-            ("--flags", str, "", "more flags of train.py for every run, as one argument"),
-            *study,
-        ],
-        "transfer": [
-            ("--source-steps", cli.COUNT, 300, "steps of a source prompt (paper: 262,144)"),
-            ("--target-steps", cli.COUNT, 80, "steps of a target's prompt (paper: 100,000)"),
-            ("--examples", cli.COUNT, 64, "training examples of a target"),
-            ("--count", cli.COUNT, 300, "test examples of a target"),
-            ("--steps", cli.COUNT, 100, "steps of continued pretraining; of some, thrice as many"),
-            *study,
-        ],
-    }
-    grid = ("--grid", "choose learning rates by short runs of seed 0, first")
-    plan = ("--plan", "print the cost sheet and end")
-    switches = {
-        "recursion": (grid, plan),
-        "prompts": (grid, plan),
-        "reader": (plan,),
-        "transfer": (plan,),
-    }
-    for name, experiment in EXPERIMENTS.items():
-        summary = experiment.__doc__.split("\n")[0]
-        command = commands.add_parser(name, help=summary)
-        cli.add_flags(command, name, *flags, *own[name])
-        for switch, text in switches.get(name, ()):
-            command.add_argument(switch, action="store_true", help=text)
-    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(sys.argv[1:] if argv is None else argv)
     name = args.experiment + ("" if args.world_seed == 1 else f"-world-{args.world_seed}")
     name += "-int8" if getattr(args, "base_dtype", None) else ""
     file = Path("results") / f"{name}.json"
