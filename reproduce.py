@@ -6,8 +6,9 @@
     python reproduce.py reader        the frozen reader: retrieval, re-ranking, cross-fitting
     python reproduce.py prompts       prompts of all kinds, ID-PT and fine-tuning
     python reproduce.py transfer      soft prompt transfer, and continued pretraining
+    python reproduce.py docs          every command of README.md and TUTORIAL.md (half an hour)
 
-All but the first train, in runs/NAME. If one is stopped, the same command goes on.
+All but the first and the last train, in runs/NAME. If one is stopped, the same command goes on.
 """
 
 import json
@@ -29,6 +30,7 @@ import suite
 import train
 import world
 from checkpoints import load_tokenizer, write_json
+from documents import documents
 from fit import target_loss
 from generate import predict
 from int8 import quantize
@@ -182,6 +184,7 @@ EXPERIMENTS = {
     "reader": readers,
     "prompts": prompt_study,
     "transfer": soft_transfer,
+    "docs": documents,
 }
 PRETRAINED = "folder of Connectors, METHOD_LAYERS, of t5, and of a larger LM, lm2"
 STUDY = [
@@ -189,7 +192,8 @@ STUDY = [
     ("--minutes", cli.number_type(float, 0), None, "start nothing after so many"),
     ("--only", str, "", "only rows with this text in their name or their table's title"),
 ]
-FLAGS = {  # experiment: flags of its own
+FLAGS = {
+    "docs": [],
     "lm": [
         ("--count", cli.COUNT, 300, "reading questions of each kind; 10 documents for each"),
         cli.BASE_DTYPE,
@@ -236,8 +240,8 @@ SWITCHES = {
 }
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Run one experiment. Returns what results/NAME.json holds."""
+def parser() -> Parser:
+    """The commands and their flags."""
     parser = Parser(prog="reproduce.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="experiment", required=True)
     flags = [cli.MODEL, cli.WORLD, ("--out", str, "runs", "folder for the runs that it needs")]
@@ -247,7 +251,12 @@ def main(argv: list[str] | None = None) -> dict:
         cli.add_flags(command, name, *flags, *FLAGS[name])
         for switch, text in SWITCHES.get(name, ()):
             command.add_argument(switch, action="store_true", help=text)
-    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run one experiment. Returns what results/NAME.json holds."""
+    args = parser().parse_args(sys.argv[1:] if argv is None else argv)
     name = args.experiment + ("" if args.world_seed == 1 else f"-world-{args.world_seed}")
     name += "-int8" if getattr(args, "base_dtype", None) else ""
     file = Path("results") / f"{name}.json"

@@ -7,13 +7,14 @@
     run.json                                         arguments, versions, hardware, hashes, results
     metrics.jsonl, curve.png                         loss and dev score along training
     state.safetensors                                what --resume needs
+    state.before.safetensors                         the checkpoint before it, for `verify`
     lock                                             held by the process that writes the folder
 
 Files are written under a temporary name, synced and renamed, so they are always complete. Only
 metrics.jsonl is appended to, and a kill can cut its last line. No pickle is ever read or written. A
-kill costs at most the steps since the last saved state. A resumed run ends, on the same CPU and
-number of threads, with the same bits as an uninterrupted one. Hashes identify the LM and the data,
-so a run can be moved together with them.
+kill costs at most the steps since the last saved state. On one CPU with one number of threads, a
+resumed run has the bits of an uninterrupted one. (Others sum in another order, and a GPU in none.)
+Hashes identify the LM and the data, so a run can be moved together with them.
 
     from runs import load_run
     model, prefix, tokenizer, record = load_run("runs/neural_recursion")      # under a second
@@ -27,10 +28,10 @@ import platform
 import shlex
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from show import show, show_result
+from show import run_program, show, show_result
 
 import numpy as np
 import torch
@@ -171,6 +172,7 @@ class Run:
         self.command = command  # the command line, for run.json
         self.resume = resume  # continue from the state in the folder
         self.state_path = self.folder / "state.safetensors"
+        self.before_path = self.folder / "state.before.safetensors"
         self.metrics_path = self.folder / "metrics.jsonl"
 
     @classmethod
@@ -237,8 +239,8 @@ class Run:
         """Delete the records after `step` from metrics.jsonl, and return the others."""
         records = []
         if self.metrics_path.is_file():
-            for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
-                with suppress(json.JSONDecodeError):  # a kill can cut the last line short
+            for line in self.metrics_path.read_bytes().splitlines():
+                with suppress(ValueError):  # a kill can cut the last line short
                     records.append(json.loads(line))
         records = [r for r in records if isinstance(r, dict) and r.get("step", math.inf) <= step]
         write_lines(self.metrics_path, records)
@@ -254,8 +256,11 @@ class Run:
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        values = {f.name: getattr(state, f.name) for f in fields(state) if f.name != "best"}
-        metadata = {"json": json.dumps(values)}
+        text = json.dumps({k: v for k, v in vars(state).items() if k != "best"})
+        metadata = {"json": text, "sha256": _hash_state(text, tensors)}
+        with suppress(OSError):  # there is none yet, or the file system knows no hard links
+            self.before_path.unlink(missing_ok=True)
+            os.link(self.state_path, self.before_path)
         with atomic_write(self.state_path) as path:
             save_file(tensors, path, metadata=metadata)
 
@@ -265,23 +270,28 @@ class Run:
             return State()
         try:
             with safe_open(self.state_path, framework="pt") as file:
-                metadata = json.loads(file.metadata()["json"])
+                metadata = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
+            true_hash = _hash_state(metadata["json"], tensors)
+            if metadata.get("sha256", true_hash) != true_hash:
+                raise ValueError("its bytes have changed since they were written")
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"{self.state_path}: truncated or corrupt ({error}); delete it to start again"
-            ) from None
+            advice = f"put {self.before_path.name} in its place, or delete it to start again"
+            raise ValueError(f"{self.state_path}: corrupt ({error}); {advice}") from None
         trained.load_state_dict(_group("trained.", tensors))
         moments = {}
         for name, tensor in _group("optimizer.", tensors).items():
             i, key = name.split(".")
             moments.setdefault(int(i), {})[key] = tensor
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng.cuda"])
-        return State(**metadata, best=_group("best.", tensors))
+        return State(**json.loads(metadata["json"]), best=_group("best.", tensors))
+
+
+def _hash_state(text: str, tensors: dict[str, Tensor]) -> str:
+    return hashlib.sha256((text + hash_tensors(tensors)).encode()).hexdigest()
 
 
 def _group(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -498,3 +508,13 @@ def read_predictions(folder: str | Path) -> list[dict]:
             raise ValueError(f"{path}:{number}: the id {key[1]!r} is on line {line_of[key]} too")
         records.append(record)
     return records
+
+
+def main(argv: list[str] | None = None) -> None:
+    import verify  # reaches up
+
+    verify.main(argv)
+
+
+if __name__ == "__main__":
+    run_program("runs.py", main)

@@ -24,9 +24,16 @@ PEERS = {
     "test_parity.py": ("transformers", "peft", "bm25s", "regex"),
     "test_attention.py": ("triton",),
     "test_bench_rows.py": ("transformers", "peft"),
+    "test_properties.py": ("hypothesis",),
 }
 if not os.environ.get("CI"):
     collect_ignore = [f for f, needed in PEERS.items() if not all(map(find_spec, needed))]
+
+
+def pytest_addoption(parser):
+    text = "kill a run of each method so often, at random moments (tests/test_faults.py)"
+    parser.addoption("--kills", type=int, default=2, help=text)
+
 
 torch.set_num_threads(1)  # for tensors this small, waking a second thread costs more than it saves
 

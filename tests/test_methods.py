@@ -75,7 +75,8 @@ def test_a_run_leaves_a_complete_folder_and_the_frozen_lm_as_it_was(place, tmp_p
     names = {path.name for path in out.iterdir()}
     assert not [name for name in names if "unfinished" in name]
     adapter = {"adapter_config.json", "adapter_model.safetensors"}
-    whole = {"run.json", "metrics.jsonl", "state.safetensors", "curve.png", "lock"}
+    whole = {"run.json", "metrics.jsonl", "curve.png", "lock"}
+    whole |= {"state.safetensors", "state.before.safetensors"}
     whole |= {"model"} if alone else adapter
     if method == "textual_recursion":
         whole |= {"p1", "p1-a", "p1-b", "candidates"}

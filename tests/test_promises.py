@@ -6,22 +6,23 @@ import importlib
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forks import run_in_folders
 
 ROOT = Path(__file__).parent.parent
 TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["families", "show", "int8"], 0),
-    **dict.fromkeys(["checkpoints", "data", "eval", "world", "attention", "generate"], 1),
+    **dict.fromkeys(["checkpoints", "data", "documents", "eval", "world"], 1),
+    **dict.fromkeys(["attention", "generate"], 1),
     **dict.fromkeys(["model", "adapters", "questions", "rerank", "t5", "genres"], 2),
     **dict.fromkeys(["recurse", "suite", "retrieve"], 3),
     **dict.fromkeys(["textual", "passages"], 4),
     **dict.fromkeys(["openbook", "prompts"], 5),
     **dict.fromkeys(["runs", "reader", "handover"], 6),
-    **dict.fromkeys(["fit", "cli", "start", "study", "corpus"], 7),
+    **dict.fromkeys(["fit", "cli", "start", "study", "corpus", "verify"], 7),
     **dict.fromkeys(["encoders", "contest"], 8),
     **dict.fromkeys(["train", "audit", "prompt_audit"], 9),
     **dict.fromkeys(["pretrain", "promptability", "plan"], 10),
@@ -58,13 +59,15 @@ def functions(tree):
 
 @each_file
 def test_imports_go_down_and_optional_ones_stand_inside_functions(name):
-    """Inside a function a file may reach up, but no further than runs. attention.py is made of
-    Triton's kernels, so it is itself imported inside functions only."""
+    """Inside a function a file may reach up, but no further than runs, whose own command is in
+    verify.py. attention.py is made of Triton's kernels, so it is itself imported inside functions
+    only."""
     inside = {n for function in functions(TREES[name]) for n, _ in imports(function)}
     for node, imported in imports(TREES[name]):
         where = f"{name}.py:{node.lineno} imports {imported}"
         if imported in TIERS:
-            late = node in inside and TIERS[imported] <= TIERS["runs"]
+            late = TIERS[imported] <= TIERS["runs"] or (name, imported) == ("runs", "verify")
+            late = late and node in inside
             assert TIERS[imported] < TIERS[name] or late, where
             assert imported != "attention" or node in inside, where
         elif node not in inside and (name, imported) != ("attention", "triton"):
@@ -204,20 +207,40 @@ loss = logits.sum()
 }
 
 
+PROGRAMS = ("train", "pretrain", "transfer", "bench", "audit", "world")
+HELP = """
+import runpy, sys
+sys.argv, sys.path[0] = [{path!r}, "--help"], {root!r}
+runpy.run_path({path!r}, run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def in_folders(tmp_path_factory):
+    """{name: (folder, status, output)} of the files alone and of the programs that show help."""
+    place, codes = tmp_path_factory.mktemp("alone"), {}
+    for name, code in ALONE.items():
+        (place / name).mkdir()
+        shutil.copy(ROOT / f"{name}.py", place / name)
+        codes[place / name] = code + STEP
+    for name in PROGRAMS:
+        (place / f"{name}-help").mkdir()
+        path = str(ROOT / f"{name}.py")
+        codes[place / f"{name}-help"] = HELP.format(path=path, root=str(ROOT))
+    return {folder.name: (folder, *found) for folder, found in run_in_folders(codes).items()}
+
+
 @pytest.mark.parametrize("name", ALONE)
-def test_a_copied_file_builds_and_trains_alone_in_an_empty_folder(tmp_path, name):
-    shutil.copy(ROOT / f"{name}.py", tmp_path)
-    command = [sys.executable, "-E", "-c", ALONE[name] + STEP]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+def test_a_copied_file_builds_and_trains_alone_in_an_empty_folder(in_folders, name):
+    _, status, output = in_folders[name]
+    assert status == 0, output
 
 
-@pytest.mark.parametrize("name", ["train", "pretrain", "transfer", "bench", "audit", "world"])
-def test_a_program_runs_from_another_folder_and_leaves_nothing_there(tmp_path, name):
-    command = [sys.executable, "-E", ROOT / f"{name}.py", "--help"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0 and result.stdout.startswith("usage:"), result.stderr
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_runs_from_another_folder_and_leaves_nothing_there(in_folders, name):
+    folder, status, output = in_folders[f"{name}-help"]
+    assert status == 0 and output.startswith("usage:"), output
+    assert not list(folder.iterdir())
 
 
 # The documents

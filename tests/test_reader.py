@@ -20,6 +20,7 @@ from tiny_runs import (
     small_world,
     write_lines,
 )
+from tiny_runs import open_book_command as line
 
 import bench_retrieval
 import data
@@ -38,21 +39,10 @@ from rerank import CrossEncoder
 from retrieve import BM25, DenseIndex
 from runs import load_run, read_predictions, read_record
 
-SHORT = "--steps 6 --eval-every 2 --log-every 1 --batch-size 3 --device cpu"
-READ = "--max-new-tokens 4 --prompt-length 4 --encoder-steps 6 --encoder-lr 0.01"
-
 
 @pytest.fixture(scope="module")
 def shelf(place):
     return make_shelf(place)
-
-
-def line(shelf, method, out, flags=""):
-    """The command of a short run."""
-    files = f"--train {shelf}/ask.jsonl --dev {shelf}/ask-dev.jsonl --passages {shelf}/book.jsonl"
-    own = f"--model {shelf}/lm/model {READ}" if method == "reader" else "--lr 0.01"
-    start = f"train.py --method {method} {files} --encoder {shelf}/bert --out {out}"
-    return f"{start} {SHORT} {own} {flags}".split()
 
 
 @pytest.fixture(scope="module")

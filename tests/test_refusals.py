@@ -236,6 +236,10 @@ audit.py passes run --out new --runs fewer              | fewer: was not tested 
 audit.py bridge run --out new                           | predictions.jsonl:1: is no question of
 audit.py bridge run --out new --limit 0                 | --limit
 
+runs.py                                                 | command
+runs.py verify nowhere                                  | nowhere: no run.json
+runs.py verify unfinished                               | unfinished: is not finished | --resume
+runs.py verify spoilt                                   | run.json | not a run record
 generate.py lm/model                                    | text
 generate.py nowhere text                                | nowhere
 generate.py lm/model text --max-new-tokens 0            | max_new_tokens cannot be 0
@@ -292,6 +296,8 @@ ROWS += [  # a value of 5,000 letters is not shown in full
         ("bench.py attention --device LETTERS", "bench.py attention: ", "aaa", " ... "),
         ("audit.py LETTERS", "command: invalid choice: 'aaa", " ... "),
         ("reproduce.py LETTERS", "experiment: invalid choice: 'aaa", " ... "),
+        ("runs.py LETTERS", "command: invalid choice: 'aaa", " ... "),
+        ("runs.py verify LETTERS", "File name too long"),
         ("eval.py LETTERS", "command: invalid choice: 'aaa", " ... ", "score"),
         ("eval.py score dev.jsonl --limit LETTERS", "--limit", " ... "),
         ("data.py dev.jsonl --LETTERS", "data.py: unrecognized arguments: --aaa", " ... "),
@@ -366,6 +372,10 @@ def make_runs(place):
     state = place / "torn" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:1000])
     (place / "spoilt" / "run.json").write_text("{}")
+    record = json.loads((place / "run" / "run.json").read_text())
+    del record["results"]
+    (place / "unfinished").mkdir()
+    (place / "unfinished" / "run.json").write_text(json.dumps(record))
     lines = (place / "run" / "predictions.jsonl").read_text().splitlines(keepends=True)
     (place / "fewer" / "predictions.jsonl").write_text("".join(lines[:4]))
     questions = (place / "train.jsonl").read_text().splitlines()

@@ -1,11 +1,9 @@
 """The training loop on models small enough to check by hand, and what it owes a run that stops."""
 
-import fcntl
 import json
 import os
 import shlex
 import signal
-import time
 
 import pytest
 import torch
@@ -13,16 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import seeded
 from safetensors.torch import load_file
-from tiny_runs import (
-    METHODS,
-    Dead,
-    command,
-    die_at_5,
-    read_lines,
-    run,
-    same_runs,
-    start,
-)
+from tiny_runs import Dead, command, read_lines, run, same_runs
 
 import data
 import fit as loop
@@ -323,52 +312,6 @@ def test_a_signal_saves_the_step_that_it_interrupts(fit, tmp_path):
 
 
 # Whole runs
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_resumes_to_the_same_files_and_refuses_a_second_writer(
-    place, tmp_path, monkeypatch, method
-):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    record = run(command(place, method, whole, "--seed 1"))
-    die_at_5(monkeypatch, command(place, method, killed, "--seed 1"))
-    again = command(place, method, killed, "--seed 1 --resume")
-    with open(killed / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(FileExistsError, match="in use by another process"):
-            run(again)
-    with open(killed / "metrics.jsonl", "a") as file:
-        file.write('{"step": 5, "lo')  # a line that a kill cut short
-    resumed = run(again)
-    assert (resumed["results"], resumed["step"]) == (record["results"], record["step"])
-    same_runs(whole, killed)
-
-
-STOPS = [("SIGKILL", "neural_recursion"), ("SIGKILL", "pretrain_bert")]
-STOPS += [("SIGTERM", "prompt_tuning"), ("SIGINT", "prompt_tuning")]
-
-
-@pytest.mark.parametrize("name, method", STOPS)
-def test_a_process_stopped_by_a_signal_resumes_to_the_same_bits(place, tmp_path, name, method):
-    """A killed process does nothing more. The others finish their step and print one line."""
-    number, out, flags = getattr(signal, name), tmp_path / "stopped", "--steps 80 --eval-every 4"
-    optimizers = {"prompt_tuning": "adafactor", "neural_recursion": "muon"}
-    flags += f" --optimizer {optimizers.get(method, 'adamw')}"
-    run(command(place, method, tmp_path / "whole", flags))
-    # Another number of threads would sum in another order.
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = start(command(place, method, out, flags), env=environment)
-    while not (out / "state.safetensors").exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    if number == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
-    else:
-        assert process.returncode == 130
-        assert "--resume" in errors and len(errors.strip().splitlines()) == 1
-    run(command(place, method, out, f"{flags} --resume"))
-    same_runs(tmp_path / "whole", out)
 
 
 def test_a_run_resumes_after_a_kill_before_its_first_record(place, tmp_path):

@@ -28,7 +28,8 @@ from runs import Run, arguments, load_run
 # What only shows
 
 FILES_OF_A_RUN = {"adapter_config.json", "adapter_model.safetensors", "predictions.jsonl", "lock"}
-FILES_OF_A_RUN |= {"run.json", "metrics.jsonl", "curve.png", "state.safetensors"}
+FILES_OF_A_RUN |= {"run.json", "metrics.jsonl", "curve.png"}
+FILES_OF_A_RUN |= {"state.safetensors", "state.before.safetensors"}
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,10 @@
 """Short runs on a tiny LM, for the tests that run whole commands."""
 
 import json
-import subprocess
-import sys
+import shutil
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ HOMES = [(name, TOWNS[i % 4]) for i, name in enumerate(PEOPLE)]
 OBJECTIVES = [f"pretrain_{name}" for name in pretrain.OBJECTIVES]
 TRAINED = [m for m in train.METHODS if m not in ("training_free", *train.OPEN_BOOK)]
 METHODS = [*TRAINED, *OBJECTIVES]
+SHORT = "--steps 6 --eval-every 2 --log-every 1 --batch-size 3 --device cpu"
 SHAPE = "--dim 16 --layers 1 --heads 2 --seq-len 16"
 OWN_FLAGS = {
     "pretrain_lm": f"{SHAPE} --context 96 --vocab-size 300",
@@ -43,8 +45,20 @@ def read_lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@cache
+def template() -> TemporaryDirectory:
+    """A place that is made once, and deleted when the tests end."""
+    temporary = TemporaryDirectory()
+    train_place(Path(temporary.name))
+    return temporary
+
+
 def make_place(folder: Path) -> Path:
     """A folder with questions, text, and a tiny LM that pretrain.py trained on the text."""
+    return shutil.copytree(template().name, folder, dirs_exist_ok=True)
+
+
+def train_place(folder: Path) -> None:
     questions = [
         {"id": f"q{i}", "task": "ba"[i % 2], "question": f"where was {name} born"}
         | {"answer": [town, "nowhere"]}
@@ -57,7 +71,6 @@ def make_place(folder: Path) -> Path:
     flags = "--dim 32 --layers 2 --steps 12 --eval-every 6 --batch-size 4 --lr 0.01"
     run(command(folder, "pretrain_lm", folder / "lm", flags))
     run(command(folder, "pretrain_encoder", folder / "t5", "--steps 1"))
-    return folder
 
 
 BOOK = [
@@ -126,9 +139,17 @@ def command(place: Path, method: str, out: Path, flags: str = "") -> list[str]:
     own = "--max-new-tokens 4 --prompt-length 4 --connector-layers 1"
     own += f" --encoder {place}/t5/model --encoder-prompt 3" if method == "id_pt" else ""
     own = OWN_FLAGS.get(method, own)
-    short = "--steps 6 --eval-every 2 --log-every 1 --batch-size 3 --device cpu"
-    line = f"{start} {model} --train {files[0]} --dev {files[1]} --out {out} {short} {own} {flags}"
+    line = f"{start} {model} --train {files[0]} --dev {files[1]} --out {out} {SHORT} {own} {flags}"
     return line.split()
+
+
+def open_book_command(shelf: Path, method: str, out: Path, flags: str = "") -> list[str]:
+    """The same for a method that reads passages. `shelf` is what make_shelf made."""
+    files = f"--train {shelf}/ask.jsonl --dev {shelf}/ask-dev.jsonl --passages {shelf}/book.jsonl"
+    read = "--max-new-tokens 4 --prompt-length 4 --encoder-steps 6 --encoder-lr 0.01"
+    own = f"--model {shelf}/lm/model {read}" if method == "reader" else "--lr 0.01"
+    start = f"train.py --method {method} {files} --encoder {shelf}/bert --out {out}"
+    return f"{start} {SHORT} {own} {flags}".split()
 
 
 def run(arguments: list[str]) -> dict:
@@ -137,16 +158,9 @@ def run(arguments: list[str]) -> dict:
     return program.main(arguments[1:])
 
 
-def start(arguments: list[str], **options) -> subprocess.Popen:
-    """Run a command in a process of its own."""
-    call = [sys.executable, ROOT / arguments[0], *arguments[1:]]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(call, stdout=pipe, stderr=pipe, text=True, **options)
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     """The files that two equal runs share. The others say when and where they ran."""
-    own = ("run.json", "curve.png", "lock", "state.safetensors")
+    own = ("run.json", "curve.png", "lock", "state.safetensors", "state.before.safetensors")
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in own]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 

@@ -1,0 +1,199 @@
+"""What a run survives: kills at any moment, signals, a full disk, a read-only folder, bad files.
+
+Every process here is a real one. `pytest tests/test_faults.py --kills 20` kills more of them.
+"""
+
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+from forks import forks
+from tiny_runs import (
+    METHODS,
+    command,
+    contents,
+    die_at_5,
+    make_shelf,
+    open_book_command,
+    run,
+    same_runs,
+)
+
+import train
+from verify import verify
+
+WRITES = 6  # of a short run: three checkpoints, and what is trained as often
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    with forks(tmp_path_factory.mktemp("forks")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def shelf(place):
+    return make_shelf(place)
+
+
+def line_of(place, method, out, flags=""):
+    make = open_book_command if method in train.OPEN_BOOK else command
+    return make(place, method, out, f"--seed 1 {flags}")
+
+
+@pytest.mark.parametrize("method", [*METHODS, *train.OPEN_BOOK])
+def test_a_killed_run_resumes_to_the_same_bits(request, shelf, tmp_path, processes, method):
+    """By turns inside the write of a checkpoint and at a random moment. One folder is killed again
+    and again; if it is finished, it starts anew."""
+    whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(method)
+    started = time.monotonic()
+    record = run(line_of(shelf, method, whole))
+    seconds = time.monotonic() - started
+    kills, again = request.config.getoption("kills"), line_of(shelf, method, killed, "--resume")
+    survived = 0
+    for attempt in range(20 * kills):
+        if survived == kills:
+            break
+        inside = attempt % 2 == 0
+        process = processes.start(again, dies_in=rng.randrange(WRITES) if inside else None)
+        deadline = time.monotonic() + rng.random() * seconds
+        while not inside and time.monotonic() < deadline and process.running():
+            time.sleep(0.002)
+        if not inside and process.running():
+            os.kill(process.pid, signal.SIGKILL)
+        status, errors = process.end()
+        assert status in (0, -signal.SIGKILL), errors
+        survived += status != 0
+        if status == 0:
+            same_runs(whole, killed)
+            shutil.rmtree(killed)
+    assert survived == kills
+    if (killed / "metrics.jsonl").is_file():
+        with open(killed / "metrics.jsonl", "a") as file:
+            file.write('{"step": 5, "lo')  # a line that a kill cut short
+    killed.mkdir(exist_ok=True)
+    with open(killed / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(FileExistsError, match="in use by another process"):
+            run(again)
+    resumed = run(again)
+    assert (resumed["results"], resumed["step"]) == (record["results"], record["step"])
+    same_runs(whole, killed)
+    print(f"{method}: {survived} of {kills} kills survived, 0 bits differ")
+
+
+STOPS = [("SIGTERM", "prompt_tuning", "adafactor"), ("SIGINT", "neural_recursion", "muon")]
+
+
+@pytest.mark.parametrize("name, method, optimizer", STOPS)
+def test_a_signal_ends_a_run_after_its_step_with_one_line(
+    place, tmp_path, processes, name, method, optimizer
+):
+    out, flags = tmp_path / "stopped", f"--steps 80 --eval-every 4 --optimizer {optimizer}"
+    run(command(place, method, tmp_path / "whole", flags))
+    process = processes.start(command(place, method, out, flags))
+    while not (out / "state.safetensors").exists() and process.running():
+        time.sleep(0.002)
+    os.kill(process.pid, getattr(signal, name))
+    status, errors = process.end()
+    assert status == 130 and "--resume" in errors and len(errors.splitlines()) == 1
+    run(command(place, method, out, f"{flags} --resume"))
+    same_runs(tmp_path / "whole", out)
+
+
+def test_two_processes_on_one_folder(place, tmp_path, processes):
+    out, flags = tmp_path / "run", "--steps 80 --eval-every 4"
+    process = processes.start(command(place, "prompt_tuning", out, flags))
+    while not (out / "run.json").exists() and process.running():
+        time.sleep(0.002)
+    with pytest.raises(FileExistsError, match="in use by another process"):
+        run(command(place, "prompt_tuning", out, f"{flags} --resume"))
+    assert process.end()[0] == 0
+    run(command(place, "prompt_tuning", tmp_path / "whole", flags))
+    same_runs(tmp_path / "whole", out)
+
+
+FAULTS = {"a full disk": {"bytes": 30_000}, "a read-only folder": {"unprivileged": True}}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_cannot_be_written_is_one_line_and_the_last_checkpoint_stays(
+    place, tmp_path, monkeypatch, processes, fault
+):
+    out = tmp_path / "run"
+    die_at_5(monkeypatch, command(place, "neural_recursion", out))
+    before = (out / "state.safetensors").read_bytes()
+    assert len(before) > FAULTS["a full disk"]["bytes"]
+    out.chmod(0o555 if fault == "a read-only folder" else 0o755)
+    process = processes.start(command(place, "neural_recursion", out, "--resume"), **FAULTS[fault])
+    status, errors = process.end()
+    out.chmod(0o755)
+    assert status == 2 and len(errors.splitlines()) == 1 and str(out) in errors, errors
+    assert (out / "state.safetensors").read_bytes() == before
+    assert not list(out.glob("*.unfinished"))
+    run(command(place, "neural_recursion", out, "--resume"))
+    run(command(place, "neural_recursion", tmp_path / "whole"))
+    same_runs(tmp_path / "whole", out)
+
+
+def truncate(data: bytes, rng) -> bytes:
+    return data[: rng.randrange(len(data))]
+
+
+def flip(data: bytes, rng) -> bytes:
+    place = rng.randrange(len(data))
+    return data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize("broken", [truncate, flip])
+def test_a_broken_checkpoint_is_named_and_the_one_before_it_goes_on(
+    place, tmp_path, monkeypatch, broken
+):
+    out, rng = tmp_path / "run", random.Random(0)
+    state, before = out / "state.safetensors", out / "state.before.safetensors"
+    die_at_5(monkeypatch, command(place, "prompt_tuning", out))
+    good, again = state.read_bytes(), command(place, "prompt_tuning", out, "--resume")
+    for _ in range(12):
+        state.write_bytes(broken(good, rng))
+        kept = contents(out), state.read_bytes()
+        with pytest.raises(ValueError, match="state.safetensors: corrupt"):
+            run(again)
+        assert (contents(out), state.read_bytes()) == kept
+    before.replace(state)
+    run(again)
+    run(command(place, "prompt_tuning", tmp_path / "whole"))
+    same_runs(tmp_path / "whole", out)
+
+
+# Verify
+
+
+@pytest.mark.parametrize("method", ["neural_recursion", "pretrain_connector"])
+def test_a_run_that_is_verified_gives_its_own_bits_again(place, tmp_path, capsys, method):
+    out = tmp_path / "run"
+    run(command(place, method, out))
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert verify(out) == {} and "no bit differs" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+
+
+def test_verify_names_what_differs_and_retrains_a_run_without_checkpoints(place, tmp_path, capsys):
+    out = tmp_path / "run"
+    record = run(command(place, "neural_recursion", out))
+    adapter, rows = out / "adapter_model.safetensors", out / "predictions.jsonl"
+    data = adapter.read_bytes()
+    adapter.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # one bit
+    rows.write_text(rows.read_text().replace('"prediction": "', '"prediction": "x', 1))
+    record["results"]["dev"]["em"] += 0.1
+    (out / "run.json").write_text(json.dumps(record))
+    for name in ("state.safetensors", "state.before.safetensors"):
+        (out / name).unlink()
+    differs = verify(out)
+    assert differs.keys() == {adapter.name, rows.name, "run.json"}
+    assert differs[adapter.name].startswith("1 of ")
+    assert f"{adapter}: 1 of " in capsys.readouterr().out
