@@ -47,7 +47,7 @@ def few_shot(line: list[str]) -> dict:
         answers = predict(lm, tokenizer, ids, prefix, 16, options, stops)
         records += metrics.score(examples, answers)
     Path(out).mkdir(parents=True, exist_ok=True)
-    write_lines(out / "predictions.jsonl", records)
+    write_lines(Path(out) / "predictions.jsonl", records)
     return metrics.summary(records)
 
 

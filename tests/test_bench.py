@@ -229,7 +229,9 @@ def test_the_plan_counts_the_options_of_a_question(place, tmp_path):
         ("textual_recursion", "free", 0.7, 1.5),
     ],
 )
-def test_the_plan_is_near_the_peak_of_a_whole_run(tmp_path, method, answers, low, high):
+def test_the_plan_is_near_the_peak_of_a_whole_run(
+    tmp_path, monkeypatch, capsys, method, answers, low, high
+):
     rng, words = random.Random(0), [f"w{i}" for i in range(500)]
     tokenizer = train_tokenizer([" ".join(rng.choices(words, k=200)) for _ in range(50)], 1000)
     lm = LM(Config(1000, 256, 6, 4, 4, 64, 704, 512, eos=(0,)))
@@ -250,14 +252,16 @@ def test_the_plan_is_near_the_peak_of_a_whole_run(tmp_path, method, answers, low
     flags = f"--method {method} --encoder t5 --candidates 8 --model lm --train train.jsonl {dev} "
     flags += "--steps 2 --batch-size 4 --device cpu --connector-layers 1 --max-new-tokens 4 "
     flags += "--eval-tokens 4000"
-    code = "import resource, sys, plan, train; plan.main(sys.argv[1:]); train.main(sys.argv[1:])\n"
+    monkeypatch.chdir(tmp_path)
+    plan.main(flags.split())
+    lines = capsys.readouterr().out.splitlines()
+    (total,) = [line.split()[2] for line in lines if "in all" in line]
+    code = "import resource, sys, train; train.main(sys.argv[1:])\n"
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     call = [sys.executable, "-c", code, *flags.split()]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    lines = result.stdout.splitlines()
-    (total,) = [line.split()[2] for line in lines if "in all" in line]
-    assert low < float(total) * 1e9 / int(lines[-1]) < high
+    assert low < float(total) * 1e9 / int(result.stdout.splitlines()[-1]) < high
 
 
 @pytest.mark.parametrize("method", [m for m in train.METHODS if m not in train.OPEN_BOOK])

@@ -52,7 +52,7 @@ def test_dropout_is_for_training_only():
 
 
 def test_text_beyond_the_positions_is_refused():
-    with pytest.raises(ValueError, match="21 tokens exceed the 20 positions"):
+    with pytest.raises(ValueError, match="21 tokens exceed this BERT's 20 positions"):
         make_bert()(torch.zeros(1, 21, dtype=torch.long))
 
 

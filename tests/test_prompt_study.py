@@ -33,6 +33,8 @@ def made(tmp_path_factory):
     config = replace(config, n_kv_heads=2, head_dim=8, hidden_dim=16)
     torch.manual_seed(0)
     LM(config).save(folder / "lm", tokenizer=load_tokenizer(ASSETS / "lm"))
+    (folder / "assets").mkdir()
+    (folder / "assets/t5").symlink_to(ASSETS / "t5")  # and no lm2
     groups = {}
     for title, rows in prompt_study.GROUPS.items():
         rows = [row for row in rows if row.name in ROWS]
@@ -48,7 +50,7 @@ def made(tmp_path_factory):
         patch.setattr(prompt_study, "GROUPS", groups)
         rates = {name: rates for name, rates in prompt_study.RATES.items() if name in ROWS}
         patch.setattr(prompt_study, "RATES", rates)
-        line = f"prompts --model {folder}/lm --count 2 --steps 3"
+        line = f"prompts --model {folder}/lm --pretrained {folder}/assets --count 2 --steps 3"
         return reproduce.main(line.split()), folder
 
 

@@ -259,9 +259,6 @@ def test_a_wrong_split_or_template_is_refused(world, tmp_path):
     with pytest.raises(ValueError, match="unknown split 'valid'"):
         suite.examples(world, "gist", "valid")
     path = tmp_path / "templates.txt"
-    path.write_text("[gist]\nshort | - | {txt}\n")
-    with pytest.raises(ValueError, match=r"templates.txt:2: unknown field \{txt\}"):
-        suite.read_templates(path)
     path.write_text("[gist]\nshort: {text}\n")
     with pytest.raises(ValueError, match=r"\[gist\]: a template is name \| choices \| input"):
         suite.read_templates(path)

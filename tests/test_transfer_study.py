@@ -48,7 +48,9 @@ def done(tmp_path_factory):
         rows = transfer_study.groups(SOURCES, TARGETS) | promptability_study.groups(VARIANTS)
         patch.setattr(transfer_study, "GROUPS", rows)
         patch.chdir(folder)
-        results = reproduce.main(f"transfer --model {place}/lm/model {FLAGS}".split())
+        results = reproduce.main(
+            f"transfer --model {place}/lm/model --pretrained {place} {FLAGS}".split()
+        )
     return folder, results
 
 
