@@ -50,9 +50,11 @@ def measure(device: str, batch: list[int], prefix: list[int], text: list[int], m
     show_row(COLUMNS)
     show_row(["---"] * len(COLUMNS))
 
-    def add(row: dict, run):
+    def add(row: dict, run, exact=()):
         try:
             row |= cost(run)
+            if exact:
+                row["error"] = max(map(error, run(), exact))
         except Exception as e:  # one contestant's failure, such as no memory, is a row too
             row["failed"] = f"{type(e).__name__}: {e}".split("\n")[0][:80]
         if "seconds" in row and "T" in row:
@@ -79,9 +81,7 @@ def measure(device: str, batch: list[int], prefix: list[int], text: list[int], m
         for backward, (who, attend) in itertools.product((False, True), CONTESTANTS.items()):
             row = {"shape": shape, "B": B, "P": P, "T": T, "backward": backward, "who": who}
             run = partial(step, attend, tensors, backward)
-            add(row, run)
-            if exact and "failed" not in row:
-                row["error"] = max(map(error, run(), exact))
+            add(row, run, exact)
         del tensors, exact, run
     show_summary(rows, missing)
     return rows

@@ -11,6 +11,7 @@ Needs runs.py.
 """
 
 import argparse
+from importlib.util import find_spec
 
 from show import COUNT, SEED, number_type
 
@@ -32,7 +33,8 @@ def add_flags(parser, title: str, *rows):
 
 MODEL = ("--model", str, None, "checkpoint folder or hub id; the embedded LM if not given")
 TOKENIZER = ("--tokenizer", str, None, "tokenizer.json or its folder, if not the model's own")
-ATTENTION = ("--attention", ["plain", "fused"], "plain", "fused: attention.py, needs CUDA, triton")
+KERNELS = "fused: the kernels of attention.py; if not given, on CUDA where triton is installed"
+ATTENTION = ("--attention", ["plain", "fused"], None, KERNELS)
 BASE_DTYPE = ("--base-dtype", ["int8"], None, "of the frozen LM's matrices; --dtype if not given")
 THREADS = ("--threads", COUNT, None, "of the CPU; as many as it has cores if not given")
 WORLD = ("--world-seed", int, 1, "another seed, another world; the embedded LM knows world 1")
@@ -202,7 +204,14 @@ def add_late_defaults(
     if args.dtype == "auto":
         args.dtype = fastest_dtype(args.device)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    if "attention" in args:
+        args.attention = args.attention or default_attention(args.device)
     return args
+
+
+def default_attention(device: str) -> str:
+    """fused, if the device can run Triton's kernels, else plain."""
+    return "fused" if device == "cuda" and find_spec("triton") else "plain"
 
 
 def fastest_dtype(device: str) -> str:

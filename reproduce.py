@@ -39,7 +39,7 @@ from prompt_study import prompt_study
 from questions import prepare
 from reader_study import readers
 from recursion_study import recursion
-from runs import ASSETS, read_record
+from runs import ASSETS, finished
 from transfer_study import soft_transfer
 
 # What an LM knows
@@ -66,11 +66,11 @@ def lm_checks(args) -> dict:
     return results
 
 
-def exact_matches(lm: LM, tokenizer, examples: list, stop: str | None = None) -> dict:
+def exact_matches(lm: LM, tokenizer, examples: list, stop: str | None = None, new=16) -> dict:
     """EM in percent and the number of examples of each task. The LM answers greedily."""
     stops = metrics.stops(examples, stop)
-    ids, options, _ = prepare(lm, tokenizer, examples, stops=stops)
-    answers = predict(lm, tokenizer, ids, None, 16, options, stops)
+    ids, options, _ = prepare(lm, tokenizer, examples, None, new, stops=stops)
+    answers = predict(lm, tokenizer, ids, None, new, options, stops)
     tasks = metrics.summary(metrics.score(examples, answers))["tasks"]
     return {task: [round(100 * row["em"], 1), row["n"]] for task, row in tasks.items()}
 
@@ -137,8 +137,10 @@ def headroom(args) -> dict:
             write_rows(file, suite.rows(place, name, split)[: args.count])
         test = data.read(files["test"])
         row = {"cluster": task.cluster, "chance": chance(data.read(files["train"]), test)}
-        row["zero-shot"] = next(iter(exact_matches(lm, tokenizer, test).values()))[0]
+        new = max(16, 1 + max(len(tokenizer.encode(e.target).ids) for e in test))
+        row["zero-shot"] = next(iter(exact_matches(lm, tokenizer, test, new=new).values()))[0]
         for method, flags in HEADROOM.items():
+            flags = flags + (["--max-new-tokens", new] if new > 16 else [])
             row[method] = trained(args, method, flags, files, folder / f"{name}-{method}")
         results[name] = row
         show(f"{name}: {json.dumps(row)}")
@@ -159,20 +161,28 @@ def chance(training: list, test: list) -> float:
 
 
 def trained(args, method: str, flags: list[str], files: dict, out: Path) -> float:
-    """EM in percent on the test file after a small training run, made if it is missing."""
-    record = read_record(out) if (out / "run.json").is_file() else {}
-    if "results" not in record:
-        line = ["--method", method, "--train", files["train"], "--test", files["test"], *flags]
-        line += ["--steps", args.steps, "--batch-size", 16, "--out", out, "--resume"]
-        line += ["--model", args.model] if args.model else []
-        record = train.main([str(word) for word in line])
+    """EM in percent on the test file after a small training run. It may be finished already.
+
+    ValueError if the run in the folder was made with other flags.
+    """
+    line = ["--method", method, "--train", files["train"], "--test", files["test"], *flags]
+    line += ["--steps", args.steps, "--batch-size", 16, "--out", out, "--resume"]
+    line += ["--model", args.model] if args.model else []
+    line, record = [str(word) for word in line], finished(out)
+    said = vars(train.parse(line))
+    keys = ("model", "steps", "batch_size", "lr", "prompt_length", "max_new_tokens")
+    if not record or any(record["arguments"][key] != said[key] for key in keys):
+        record = train.main(line)
     return round(100 * record["results"]["test"]["em"], 1)
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:
-    """Write rows as JSON lines."""
+    """Write rows as JSON lines. ValueError if the file is there and holds others."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if file.is_file() and file.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{file}: holds other examples than the flags say; choose another --out")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    file.write_text(text, encoding="utf-8")
 
 
 # The command line
@@ -258,6 +268,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Run one experiment. Returns what results/NAME.json holds."""
     args = parser().parse_args(sys.argv[1:] if argv is None else argv)
     name = args.experiment + ("" if args.world_seed == 1 else f"-world-{args.world_seed}")
+    name += f"-{Path(args.model).name}" if args.model else ""
     name += "-int8" if getattr(args, "base_dtype", None) else ""
     file = Path("results") / f"{name}.json"
     start, record = time.perf_counter(), {"arguments": vars(args).copy()}
