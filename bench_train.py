@@ -7,6 +7,8 @@ deep_prompt  keys and values of P positions in every layer, against PEFT's prefi
 id_pt        a prompt computed from each text. No peer has it: transformers gets the same prompts
 reader       prompt tuning on texts that fill the context
 fine_tuning  a step of the whole LM, with AdamW's update
+recursion    neural recursion: a step with the first pass kept against one that computes it again,
+             and greedy decoding with two passes against one
 options      what our own options cost or gain, each against the same step without it
 
 Without PEFT the peer is transformers, which then computes what PEFT would: `Prepended`.
@@ -27,10 +29,11 @@ from torch import Tensor
 from adapters import DeepPrompt, PromptGenerator, SoftPrompt
 from contest import Contest, Setting, llama
 from fit import adamw
+from generate import generate
 from int8 import quantize
 from model import LM
 from reader import Checkpointed
-from recurse import COMPOSITIONS
+from recurse import COMPOSITIONS, FirstPass, Stack, new_connector
 from runs import ASSETS
 from t5 import T5Config, T5Encoder
 
@@ -99,6 +102,39 @@ def fine_tuning(setting: Setting) -> Iterator[Contest]:
         yield Contest(setting, title, lm, ours, peers, B * T, B * T)
 
 
+def recursion(setting: Setting) -> Iterator[Contest]:
+    """Neural recursion with two Connector layers: the kept first pass, and a second pass's cost.
+
+    The titles say what the layers alone would give: with c Connector layers on L of the LM, a step
+    reads 2L + 3c layers forward and backward, and L more if the first pass is not kept. A new token
+    is read by 2L + c layers instead of L.
+    """
+    for source in setting.sources(ASSETS / "lm"):
+        lm, _ = setting.pair(source)
+        B, T, new = (2, 12, 4) if setting.tiny else (32, 24, 16)
+        c, L = 2, lm.config.n_layers
+        connector = new_connector(lm, "neural_recursion", c).to(lm.embed_tokens.weight)
+        stack, ids = Stack(lm, [connector]), setting.random_ids(lm, B, T)
+        first_pass = FirstPass(lm, ids[:, :-1].tolist())
+
+        def after_first(stack=stack, ids=ids):
+            return stack.after_first(stack.embed(ids[:, :-1])), None
+
+        def kept(first_pass=first_pass, B=B, T=T):
+            return first_pass(list(range(B)), T - 1)
+
+        ours = training_step(setting, connector, after_first, ids, kept)
+        without = training_step(setting, connector, lambda stack=stack: (stack, None), ids)
+        layers = f"{c} Connector layers on {L}"
+        title = f"neural_recursion, first pass kept, {layers}, B={B} T={T}, "
+        title += f"layers alone: {(3 * L + 3 * c) / (2 * L + 3 * c):.2f}"
+        yield Contest(setting, title, lm, ours, {"computed again": without}, B * T, B * T)
+        title = f"generate with two passes, {layers}, {B} questions of {T}, greedy, "
+        title += f"layers alone: {L / (2 * L + c):.2f}"
+        ours, peers = decoding(stack, ids, new), {"one pass": decoding(lm, ids, new)}
+        yield Contest(setting, title, lm, ours, peers, B * new, B, same=False)
+
+
 def options(setting: Setting) -> Iterator[Contest]:
     """Activation checkpointing, bf16 arithmetic, an int8 LM and torch.compile, one by one."""
     for source in setting.sources(SMALL):
@@ -122,7 +158,8 @@ def options(setting: Setting) -> Iterator[Contest]:
             yield Contest(setting, title, lm, ours, {"without it": step(lm)}, B * T, B * T)
 
 
-WORKLOADS = {f.__name__: f for f in (prompt, deep_prompt, id_pt, reader, fine_tuning, options)}
+WORKLOADS = {f.__name__: f for f in (prompt, deep_prompt, id_pt, reader, fine_tuning)}
+WORKLOADS |= {f.__name__: f for f in (recursion, options)}
 
 
 # Steps
@@ -154,17 +191,31 @@ def tuning(setting: Setting, method: str, lm: LM, peer, prompt, P: int, T: int, 
     return Contest(setting, title, lm, ours, peers, B * T, B * T)
 
 
-def training_step(setting: Setting, trained: nn.Module, compose: Callable, ids: Tensor) -> Callable:
-    """Our step: compose() gives the model and the prefix before the texts `ids` (B, T)."""
+def training_step(
+    setting: Setting, trained: nn.Module, compose: Callable, ids: Tensor, read: Callable = None
+) -> Callable:
+    """Our step: compose() gives the model and the prefix before the texts `ids` (B, T), and read()
+    what the model reads (B, T - 1, C), if it is not their embeddings."""
 
     def step() -> float:
         trained.zero_grad()
         with setting.autocast():
             model, prefix = compose()
-            h = model(model.embed(ids[:, :-1]), prefix)
+            x = model.embed(ids[:, :-1]) if read is None else read()
+            h = model(x, prefix)
             loss = answer_loss(model.logits(h[:, -ANSWER:]), ids)
         loss.backward()
         return loss.item()
+
+    return step
+
+
+def decoding(model, ids: Tensor, new: int) -> Callable:
+    """The greedy continuation of the questions `ids` (B, T) by `new` tokens each."""
+
+    def step() -> list[list[int]]:
+        rows = generate(model, ids.tolist(), max_new_tokens=new)
+        return [sample.ids for row in rows for sample in row]
 
     return step
 

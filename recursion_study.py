@@ -4,12 +4,18 @@ Counterparts of figure 6 and of tables 4, 5 and 6 of Levine et al. 2022, "Standi
 of Giant Frozen Language Models", on the embedded world, and the controls that the paper leaves out.
 GROUPS lists the runs, the most important first. study.py makes them, in runs/recursion.
 
+Three seeds have neural-2, prompt, neural-2-muon-pause-3 and before-2. All other rows, the analyses
+and the short runs that choose learning rates have one seed.
+
     python reproduce.py recursion --plan       the cost sheet
     python reproduce.py recursion --grid       all runs, or what is missing of them, and the tables
 
 Two processes can share the work: start the second command twice, each with OMP_NUM_THREADS=1.
 """
 
+import statistics
+import time
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,13 +24,27 @@ from show import only_shows, show, show_table
 import audit
 import data
 import eval as metrics
+import plan
 import pretrain
 import recurse
 import train
+from checkpoints import read_config
 from generate import predict
+from model import LM, Config
 from questions import prepare
-from runs import load_run
-from study import Job, Row, Study, curve, em, show_cost, show_grid, show_orderings, show_runs
+from runs import ASSETS, load_run
+from study import (
+    SLICES,
+    Job,
+    Row,
+    Study,
+    curve,
+    em,
+    show_cost,
+    show_grid,
+    show_orderings,
+    show_runs,
+)
 
 # The runs
 
@@ -42,6 +62,7 @@ NEURAL_2 = f"{NEURAL} {STORED}/neural_recursion_2"
 AFTER_2, BEFORE_2 = f"{AFTER} {STORED}/lm_connector_2", f"{BEFORE} {STORED}/connector_lm_2"
 LARGE = "{pretrained}/lm2"
 BEST = "neural-2-muon-pause-3"
+CLOCKED = ("prompt", "neural-2", BEST, "prompt-large")
 MORE = f"{TEXTUAL} --stages-from {{out}}/textual-16-0"  # the prompts before the last are the same
 
 
@@ -118,6 +139,9 @@ GROUPS = {
     "a larger LM": [
         Row("prompt-large", 1, "prompt-large", f"{PROMPT} --model {LARGE}"),
         Row("lm-alone-large", 1, "", f"eval.py score {{test}} --model {LARGE}"),
+        Row(
+            "seconds", 1, "", " ".join(["clock {test}", *(f"{{out}}/{name}-0" for name in CLOCKED)])
+        ),
     ],
     "textual recursion, as in table 5": [
         Row("textual-1", 1, "prompt", f"{MORE} --candidates 1"),
@@ -164,10 +188,10 @@ ORDERINGS = [  # the claim is that the first row has the higher EM
 
 def recursion(args) -> dict:
     """LM recursion and its relatives: what they answer, what they cost, which orderings hold."""
-    route = SimpleNamespace(main=answer_by_difficulty)
     programs = {"train.py": train, "pretrain.py": pretrain, "audit.py": audit, "eval.py": metrics}
-    folder = Path(args.out) / "recursion"
-    study = Study(args, folder, GROUPS, RATES, programs | {"route": route})
+    programs["route"] = SimpleNamespace(main=answer_by_difficulty)
+    programs["clock"] = SimpleNamespace(main=time_answers)
+    study = Study(args, Path(args.out) / "recursion", GROUPS, RATES, programs)
     cost = show_cost(study, seconds, finished_seconds)
     if args.plan:
         return {}
@@ -182,6 +206,7 @@ def report(study: Study) -> dict:
     """Print all tables and draw the picture. Returns what results/recursion.json holds."""
     results = {"rates": show_grid(study), "runs": show_runs(study)}
     results["orderings"] = show_orderings(study, ORDERINGS)
+    results["sizes"] = show_sizes(study)
     results["candidates"] = show_candidates(study)
     results |= show_analyses(study)
     results["saturation"] = curve(study, "prompt-long")
@@ -207,11 +232,7 @@ def answer_by_difficulty(line: list[str]) -> dict:
 
 def best_threshold(run: str, examples: list[data.Example]) -> float:
     """The threshold of `recurse.route` with the highest EM; of equal ones the lowest."""
-    model, prefix, tokenizer, record = load_run(run)
-    new, stop = record["arguments"]["max_new_tokens"], record["arguments"]["stop"]
-    stops = metrics.stops(examples, stop)
-    ids, options, prefix = prepare(model, tokenizer, examples, prefix, new, stops=stops)
-    asked = (model, tokenizer, ids, prefix, new, options, stops)
+    asked = arguments(run, examples)
     pairs = recurse.first_pass(*asked)
     answers, confidence = [answer for answer, _ in pairs], [logprob for _, logprob in pairs]
     scored = (metrics.score(examples, texts) for texts in (answers, predict(*asked)))
@@ -220,6 +241,34 @@ def best_threshold(run: str, examples: list[data.Example]) -> float:
     curve = audit.routing_curve(first, second, confidence, costs, costs)
     threshold = max(curve, key=lambda row: row["em"])["threshold"]
     return 1.0 if threshold is None else threshold  # a log-probability is 0 at most
+
+
+def time_answers(line: list[str]) -> dict[str, float]:
+    """Seconds per answer of several runs, which answer the same 320 test questions in turn.
+
+    `line` is [test file, run, ..., "--out", folder]. Returns {run: median of 5 rounds}. The time of
+    loading does not count.
+    """
+    file, *runs = line[:-2]
+    examples = data.read(file)
+    examples = [examples[i] for i in data.sample(len(examples), 320, 0)]
+    asked = {Path(run).name: arguments(run, examples) for run in runs}
+    seconds = {name: [] for name in asked}
+    for _ in range(5):
+        for name in asked:
+            start = time.perf_counter()
+            predict(*asked[name])
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken) / len(examples) for name, taken in seconds.items()}
+
+
+def arguments(run: str, examples: list[data.Example]) -> tuple:
+    """The arguments of `predict` with which a run answers questions."""
+    model, prefix, tokenizer, record = load_run(run)
+    new, stop = record["arguments"]["max_new_tokens"], record["arguments"]["stop"]
+    stops = metrics.stops(examples, stop)
+    ids, options, prefix = prepare(model, tokenizer, examples, prefix, new, stops=stops)
+    return model, tokenizer, ids, prefix, new, options, stops
 
 
 # What it costs. Measured on one core of the machine of RESULTS.md, in milliseconds.
@@ -246,6 +295,26 @@ def passes(run) -> tuple[float, float]:
     }.get(run.method, (2.4, 1))  # every question attends to the prompt, too
 
 
+@cache
+def parameters(model: str | None) -> tuple[int, int]:
+    """The parameters of an LM, and those of its layers alone. None is the embedded LM, and so is
+    an LM that is not there."""
+    folder = Path(model or ASSETS / "lm")
+    with plan.without_values():
+        lm = LM(Config(**read_config(folder if folder.is_dir() else ASSETS / "lm")))
+    return plan.count(lm), plan.count(lm.layers)
+
+
+def size(model: str | None) -> float:
+    """Operations of an LM's layers, relative to those of the embedded LM."""
+    return parameters(model)[1] / parameters(None)[1]
+
+
+def answer_operations(run) -> float:
+    """Operations of an answer, relative to one pass through the embedded LM without filler."""
+    return passes(run)[1] * (1 + run.pause / 6) * size(run.model)  # 18 tokens; a filler has 3
+
+
 def training_seconds(run) -> float:
     """Expected seconds of a core for the steps of train.py, and for the dev scores along them."""
     step, answer = passes(run)
@@ -253,7 +322,7 @@ def training_seconds(run) -> float:
     if run.method == "textual_recursion":
         length += (3 + 6 * run.candidates**0.5) / 18  # about so many tokens do candidates take
     scored = 240 * (run.steps // run.eval_every) * ANSWER * answer
-    return length * (run.steps * STEP * step + scored) / 1000
+    return size(run.model) * length * (run.steps * STEP * step + scored) / 1000
 
 
 def seconds(study: Study, job: Job) -> float:
@@ -280,7 +349,7 @@ def seconds(study: Study, job: Job) -> float:
     if run.method in ("neural_recursion", "lm_connector"):
         total += train_ / 32 * STEP / 1000  # the first pass, once
     asked = dev if job.short else dev + test
-    return total + asked * ANSWER * passes(run)[1] * (1 + run.pause / 6) / 1000
+    return total + asked * ANSWER * answer_operations(run) / 1000
 
 
 def finished_seconds(study: Study, job: Job) -> float | None:
@@ -291,6 +360,65 @@ def finished_seconds(study: Study, job: Job) -> float | None:
 
 
 # What only some rows have
+
+
+def show_sizes(study: Study) -> dict:
+    """Print two passes through the embedded LM beside one through the larger LM.
+
+    Returns {"rows": EM, parameters and cost of an answer, "gap": what the larger LM gains with
+    prompt tuning, by slice, "share": {row: the share of it that two passes close, or None where it
+    is less than a point}}.
+    """
+    rows = {}
+    clocked = [job.record()["results"] for job in study.finished("seconds")]
+    for name in ("lm-alone", "prompt", "neural-2", BEST, "lm-alone-large", "prompt-large"):
+        jobs = study.finished(name)
+        if jobs:
+            seconds = clocked[0][f"{name}-0"] if clocked and name in CLOCKED else None
+            rows[name] = size_row(study, jobs) | {"seconds": seconds}
+    table = [[name, row["seeds"], *size_cells(row)] for name, row in rows.items()]
+    if table:
+        costs = ["frozen", "trained", "operations", "ms"]
+        title = "two sizes: test EM, parameters, and the cost of an answer beside the LM alone"
+        show_table(title, ["", "seeds", *SLICES, *costs], table)
+    if not {"prompt", "prompt-large"} <= rows.keys():
+        return {"rows": rows, "gap": {}, "share": {}}
+    small, large = rows["prompt"]["em"], rows["prompt-large"]["em"]
+    gap = {part: large[part] - small[part] for part in small if part in large}
+    share = {}
+    for name in [name for name in ("neural-2", BEST) if name in rows]:
+        gains = {part: rows[name]["em"][part] - small[part] for part in gap}
+        share[name] = {k: gains[k] / gap[k] if gap[k] >= 0.01 else None for k in gap}
+    table = [["the gap, in points", *(f"{100 * value:+.1f}" for value in gap.values())]]
+    for name, shares in share.items():
+        table.append([name, *("-" if x is None else f"{100 * x:.0f} %" for x in shares.values())])
+    title = "the share of the gap between prompt and prompt-large that two passes close"
+    show_table(f"{title}; it means nothing (-) below a point", ["", *gap], table)
+    return {"rows": rows, "gap": gap, "share": share}
+
+
+def size_row(study: Study, jobs: list[Job]) -> dict:
+    """Mean test EM by slice of the seeds of a row, its parameters, and operations of an answer."""
+    records, line = [job.record() for job in jobs], study.line(jobs[0])
+    trained = 0
+    if jobs[0].trains:
+        run = train.parse(line)
+        model, operations = run.model, answer_operations(run)
+        trained = records[0]["trained_parameters"]
+    else:
+        model = line[line.index("--model") + 1] if "--model" in line else None
+        operations = size(model)
+    scores = {part: [em(record, "test", part) for record in records] for part in SLICES}
+    means = {part: statistics.mean(x) for part, x in scores.items() if None not in x}
+    row = {"seeds": len(jobs), "em": means, "frozen": parameters(model)[0], "trained": trained}
+    return row | {"operations": operations}
+
+
+def size_cells(row: dict) -> list[str]:
+    """What a table shows of a row: EM in percent, parameters, operations and milliseconds."""
+    cells = [f"{100 * row['em'][part]:.1f}" if part in row["em"] else "-" for part in SLICES]
+    cells += [f"{row['frozen']:,}", f"{row['trained']:,}", f"{row['operations']:.2f}"]
+    return [*cells, "-" if row["seconds"] is None else f"{1000 * row['seconds']:.2f}"]
 
 
 def show_candidates(study: Study) -> list[dict]:

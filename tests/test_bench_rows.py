@@ -42,6 +42,20 @@ def test_generation_writes_the_tokens_of_its_peer(capsys):
     assert samples["tokens_per_second"] == pytest.approx(3 * 2 * 4 / samples["seconds"])
 
 
+def test_a_kept_first_pass_changes_operations_and_no_loss(capsys):
+    """Two Connector layers on two of the LM: the operations are about those of the layers. Both
+    sides of a step compute logits, too. Reading a question ends with the keys of the last layer, of
+    the last pass only."""
+    step, decoding = rows_of(capsys, "recursion")
+    assert step["loss_difference"] < 2e-6 and step["peer"] == "computed again"
+    assert "layers alone: 1.20" in step["workload"] and 1.1 < step["operations_ratio"] < 1.2
+    assert "layers alone: 0.33" in decoding["workload"] and decoding["peer"] == "one pass"
+    assert 0.25 < decoding["operations_ratio"] < 0.33 and "identical" not in decoding
+    assert decoding["tokens_per_second"] == pytest.approx(2 * 4 / decoding["seconds"])
+    one = decoding["peer_tokens_per_second"]
+    assert one == pytest.approx(2 * 4 / decoding["peer_seconds"])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_transformers_computes_what_peft_would(monkeypatch, capsys, dtype):
     """Where PEFT is not installed, `Prepended` takes its place."""

@@ -230,6 +230,55 @@ def test_the_threshold_is_the_best_one_on_dev(monkeypatch):
     assert [c < threshold for c in sure] == [False, False, False, True, True, True]
 
 
+def test_answers_of_several_runs_are_timed_in_turn(monkeypatch, tmp_path):
+    write_lines(tmp_path / "test", [{"input": f"{i}", "target": "x"} for i in range(400)])
+    clock, order = [0.0], []
+
+    def answers(run, *rest):
+        order.append(run)
+        clock[0] += {"a": 32.0, "b": 64.0}[run] + 320 * (order.count(run) == 1)
+
+    patch = {"arguments": lambda run, examples: (run[-1], examples), "predict": answers}
+    patch["time"] = SimpleNamespace(perf_counter=lambda: clock[0])
+    for name, function in patch.items():
+        monkeypatch.setattr(recursion_study, name, function)
+    line = [str(tmp_path / "test"), "runs/a", "runs/b", "--out", "folder"]
+    assert recursion_study.time_answers(line) == {"a": 0.1, "b": 0.2}
+    assert order == ["a", "b"] * 5
+
+
+def test_two_sizes_stand_beside_each_other(tmp_path, capsys):
+    """Prompt tuning of the larger LM gains 20 points at one hop, and less than one at two hops."""
+    ems = {"prompt": [(0.4, 0.1), (0.6, 0.1)], "prompt-large": [(0.7, 0.104)]}
+    ems |= {"neural-2": [(0.6, 0.3)], "lm-alone": [(0.3, 0.0)]}
+    whole = whole_study(tmp_path, grid=False)
+    for name, pairs in ems.items():
+        for job, (one, two) in zip(whole.jobs(whole.rows[name]), pairs):
+            tasks = {"one-hop": {"em": one}, "two-hop": {"em": two}}
+            record = {"results": {"test": {"em": (one + two) / 2, "tasks": tasks}}}
+            record |= {"arguments": {"method": "m"}, "trained_parameters": 7}
+            job.folder.mkdir()
+            write_json(job.folder / ("run.json" if job.trains else "result.json"), record)
+    (job,) = whole.jobs(whole.rows["seconds"])
+    job.folder.mkdir()
+    clocked = {f"{name}-0": 0.001 * k for k, name in enumerate(recursion_study.CLOCKED)}
+    write_json(job.folder / "result.json", {"results": clocked})
+    found = recursion_study.show_sizes(whole)
+    assert list(found["rows"]) == ["lm-alone", "prompt", "neural-2", "prompt-large"]
+    alone, prompt, neural, large = found["rows"].values()
+    assert prompt["em"]["one-hop"] == 0.5 and prompt["seeds"] == 2
+    assert alone["operations"] == prompt["operations"] == 1 and alone["seconds"] is None
+    assert large["operations"] > 2 and large["frozen"] > neural["frozen"] == alone["frozen"]
+    assert (alone["trained"], neural["trained"], neural["seconds"]) == (0, 7, 0.001)
+    share = found["share"]["neural-2"]
+    assert share["one-hop"] == pytest.approx(0.5) and share["two-hop"] is None
+    assert found["gap"]["one-hop"] == pytest.approx(0.2) and found["share"].keys() == {"neural-2"}
+    text = capsys.readouterr().out
+    assert "| prompt | 2 | 30.0 | 50.0 | 10.0 | - | " in text and "| 2.33 | 1.00 |" in text
+    assert "| the gap, in points | +10.2 | +20.0 | +0.4 |" in text
+    assert "| neural-2 | 147 % | 50 % | - |" in text
+
+
 # The real study
 
 
@@ -247,6 +296,10 @@ def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
     named = {row.rates for row in whole.rows.values()} | whole.rates.keys()
     named |= {name for _, *pair in recursion_study.ORDERINGS for name in pair[:2]}
     assert named - {""} <= whole.rows.keys()
+    line = next(x for x in recursion_study.__doc__.split("\n\n") if x.startswith("Three seeds"))
+    several = {row.name for row in whole.rows.values() if row.seeds == 3}
+    assert several == {word.strip(".,") for word in line.split(". ")[0].split()} & whole.rows.keys()
+    assert {row.seeds for row in whole.rows.values()} == {1, 3}
     steps = {}
     for job in whole.plan():
         line = whole.line(job)
@@ -291,7 +344,14 @@ def test_costs_follow_the_operations_and_the_finished_runs(tmp_path):
     taken = recursion_study.seconds(whole, again[0]) - jobs["textual-8"]
     assert taken == pytest.approx(3 * prompt)  # textual-8 takes them from textual-16
     seconds = {name: recursion_study.training_seconds(run) for name, run in runs.items()}
-    assert seconds["neural-2-pause-3"] == pytest.approx(1.5 * seconds["neural-2"])
+    filled = seconds["neural-2-residual-pause-3"]
+    assert filled == pytest.approx(1.5 * seconds["neural-2-residual"])
+    sizes = [recursion_study.parameters(runs[name].model)[1] for name in ("prompt", "prompt-large")]
+    assert sizes[1] > 2 * sizes[0]
+    assert seconds["prompt-large"] / prompt == pytest.approx(sizes[1] / sizes[0])
+    answers = {name: recursion_study.answer_operations(run) for name, run in runs.items()}
+    assert answers["prompt"] == 1 and answers["neural-2"] == pytest.approx(2 + 2 / 6)
+    assert answers["neural-2-residual-pause-3"] == pytest.approx(1.5 * answers["neural-2"])
     before = study.show_cost(whole, recursion_study.seconds, recursion_study.finished_seconds)
     (tmp_path / "neural-2-0").mkdir()
     record = {"arguments": {"method": "m"}, "results": {}, "seconds": 2 * seconds["neural-2"]}
