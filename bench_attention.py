@@ -11,6 +11,9 @@ sdpa, expanded    scaled_dot_product_attention in its causal flash kernel, behin
 flex_attention    FlexAttention, compiled, on the batch as one long text behind the prefix, under a
                   block mask. Joining prefix and text counts; the mask is made before
 
+Copying and joining are the LM's own `append_kv`, a torch.cat of transposed tensors, which runs far
+below the bandwidth of a GPU. Without it the other two would be closer, above all for short texts.
+
 The time is the GPU's: the median of up to 20 runs that are enqueued before the first one begins.
 "launch" is the time in which Python enqueues one run. If it is the longer one, as for tiny shapes,
 a program that does nothing else waits for Python. Memory is the peak beyond what was held before.
@@ -50,9 +53,11 @@ def measure(device: str, batch: list[int], prefix: list[int], text: list[int], m
     show_row(COLUMNS)
     show_row(["---"] * len(COLUMNS))
 
-    def add(row: dict, run):
+    def add(row: dict, run, exact=()):
         try:
             row |= cost(run)
+            if exact:
+                row["error"] = max(map(error, run(), exact))
         except Exception as e:  # one contestant's failure, such as no memory, is a row too
             row["failed"] = f"{type(e).__name__}: {e}".split("\n")[0][:80]
         if "seconds" in row and "T" in row:
@@ -79,9 +84,7 @@ def measure(device: str, batch: list[int], prefix: list[int], text: list[int], m
         for backward, (who, attend) in itertools.product((False, True), CONTESTANTS.items()):
             row = {"shape": shape, "B": B, "P": P, "T": T, "backward": backward, "who": who}
             run = partial(step, attend, tensors, backward)
-            add(row, run)
-            if exact and "failed" not in row:
-                row["error"] = max(map(error, run(), exact))
+            add(row, run, exact)
         del tensors, exact, run
     show_summary(rows, missing)
     return rows
