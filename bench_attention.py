@@ -11,6 +11,9 @@ sdpa, expanded    scaled_dot_product_attention in its causal flash kernel, behin
 flex_attention    FlexAttention, compiled, on the batch as one long text behind the prefix, under a
                   block mask. Joining prefix and text counts; the mask is made before
 
+Copying and joining are the LM's own `append_kv`, a torch.cat of transposed tensors, which runs far
+below the bandwidth of a GPU. Without it the other two would be closer, above all for short texts.
+
 The time is the GPU's: the median of up to 20 runs that are enqueued before the first one begins.
 "launch" is the time in which Python enqueues one run. If it is the longer one, as for tiny shapes,
 a program that does nothing else waits for Python. Memory is the peak beyond what was held before.
