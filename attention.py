@@ -84,7 +84,7 @@ def store(x, b, head, position, end, tile, S):
 
 @triton.jit
 def pick(b, head, m, S):
-    """Rows m of a key head, as Queries. A ragged prefix is aligned to the right."""
+    """Queries m of a key head in row b of the batch. A ragged prefix is aligned to the right."""
     start = 0
     if S.lengths is not None:
         start = S.P - tl.load(S.lengths + b)
@@ -94,8 +94,8 @@ def pick(b, head, m, S):
 
 @triton.jit
 def program_queries(S):
-    """The Queries of this program: tile by tile, then row by row, then head by head. The last tile
-    sees the most keys and comes first."""
+    """The Queries of this program. The number of the tile changes fastest, then the row of the
+    batch, then the head. The last tile sees the most keys and comes first."""
     tiles = tl.cdiv(S.T * S.G, S.BLOCK_M)
     tile, row = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
     return pick(row % S.B, row // S.B, tile * S.BLOCK_M + tl.arange(0, S.BLOCK_M), S)
@@ -113,8 +113,8 @@ def visible(source, n, t, start, S):
 
 @triton.jit
 def key_range(source, queries, S):
-    """The keys of a source that a tile of queries visits, (low, full, high). Tiles of keys from low
-    to full need no mask, because every query sees all their keys."""
+    """The keys of a source that a tile of queries visits, (low, full, high). All its queries see
+    the keys from low to full, so these need no mask. Those from full to high need one."""
     oldest, t = queries.start, tl.min(queries.t)
     if S.window is not None:
         oldest = tl.maximum(oldest, S.P + t + 1 - S.window)
@@ -180,14 +180,14 @@ def forward_kernel(q, prefix, text, o, lse, S):
 
 @triton.jit
 def weights(a, b, lse, S):
-    """Softmax weights, in the layout of a @ b^T. lse holds the forward pass's largest score and its
-    sum at once: 2^(s - largest) / total = 2^(s - lse)."""
+    """Softmax weights, in the layout of a @ b^T. lse is largest + log2(total) of the forward pass,
+    so 2^(s - lse) = 2^(s - largest) / total."""
     return tl.exp2(dot(a, tl.trans(b)) * S.scale - lse)
 
 
 @triton.jit
 def add_dq(dq, q, do, lse, delta, queries, source, low, high, S, MASKED: tl.constexpr):
-    """dq, and to it the part of the keys low to high of a source."""
+    """Add the part of the keys low to high of a source to dq."""
     for low_n in range(low, high, S.BLOCK_N):
         n = low_n + tl.arange(0, S.BLOCK_N)
         keys = load(source.k, queries.b, queries.head, n, source.N, S)
@@ -226,7 +226,7 @@ def backward_q_kernel(q, prefix, text, o, do, lse, delta, dq, S):
 def add_dkv(
     state, tensors, source, keys, values, n, head, row, rows, low, high, S, MASKED: tl.constexpr
 ):
-    """dk and dv of a tile of keys, and to them the parts of queries low to high of each row."""
+    """Add the parts of queries low to high of each row to dk and dv of a tile of keys."""
     dk, dv = state
     q, do, lse, delta = tensors
     blocks = tl.cdiv(tl.maximum(high - low, 0), S.BLOCK_M)
@@ -257,24 +257,24 @@ def backward_kv_kernel(q, source, do, lse, delta, dk, dv, S, rows):
     row = part * rows
     keys = load(source.k, row, head, n, source.N, S)
     values = load(source.v, row, head, n, source.N, S)
-    # Queries from low to full need a mask: some of them do not see all keys of the tile. Queries
+    # Queries from low to unmasked need a mask: some do not see all keys of the tile. Queries
     # past the text are zeros and add nothing, and the gradients of keys past N are not stored.
     low, high = tl.maximum(key - S.P, 0) * S.G, S.T * S.G
     last = tl.minimum(key + S.BLOCK_N, source.first + source.N) - 1
-    full = low + tl.cdiv(tl.maximum(last - S.P, 0) * S.G - low, S.BLOCK_M) * S.BLOCK_M
-    full = tl.minimum(full, high)
+    unmasked = low + tl.cdiv(tl.maximum(last - S.P, 0) * S.G - low, S.BLOCK_M) * S.BLOCK_M
+    unmasked = tl.minimum(unmasked, high)
     if S.window is not None:
         high = tl.minimum(high, (key + S.BLOCK_N - 1 - S.P + S.window) * S.G)
-        full = high
+        unmasked = high
     if S.lengths is not None:  # no query sees the padding of its row
         hidden = (rows == 1) & (key + S.BLOCK_N <= S.P - tl.load(S.lengths + row))
         high = tl.where(hidden, low, high)
-        full = high
+        unmasked = high
     zeros = tl.zeros((S.BLOCK_N, S.BLOCK_D), tl.float32)
     state, tensors, rows = (zeros, zeros), (q, do, lse, delta), tl.minimum(rows, S.B - row)
     tile = source, keys, values, n, head, row, rows
-    state = add_dkv(state, tensors, *tile, low, full, S, True)
-    dk_acc, dv_acc = add_dkv(state, tensors, *tile, full, high, S, False)
+    state = add_dkv(state, tensors, *tile, low, unmasked, S, True)
+    dk_acc, dv_acc = add_dkv(state, tensors, *tile, unmasked, high, S, False)
     store(dk, part, head, n, source.N, dk_acc * (S.scale * LN2), S)
     store(dv, part, head, n, source.N, dv_acc, S)
 
@@ -356,7 +356,9 @@ class FusedAttention(torch.autograd.Function):
             dk, dv = (k.new_empty(shape, dtype=dtype).transpose(1, 2) for _ in "kv")
             tensors = strided(q), source, strided(do), lse, delta, strided(dk), strided(dv)
             backward_kv_kernel[(tiles * len(dk),)](*tensors, S, rows, **options)
-            return (dk, dv) if len(k) == S.B else (x.sum(0, True).to(k.dtype) for x in (dk, dv))
+            if len(k) < S.B:
+                dk, dv = dk.sum(0, True).to(k.dtype), dv.sum(0, True).to(k.dtype)
+            return dk, dv
 
         dk, dv = kv_gradients(text, k, v, ctx.needs_input_grad[1:3])
         prefix_grads = kv_gradients(prefix, prefix_k, prefix_v, ctx.needs_input_grad[3:5])
