@@ -9,6 +9,7 @@
     python reproduce.py docs          every command of README.md and TUTORIAL.md (half an hour)
 
 All but the first and the last train, in runs/NAME. If one is stopped, the same command goes on.
+With --model the file is results/NAME-MODEL.json.
 """
 
 import json

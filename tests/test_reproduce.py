@@ -51,7 +51,7 @@ def test_rows_are_made_once_and_their_numbers_are_stored(reproduces, tmp_path):
     results, made = reproduces(TWO)
     assert made == ["prompt-0", "prompt-1", "before-0"] and not results["missing"]
     assert reproduces(TWO)[1] == []
-    stored = read_json(tmp_path / "results/recursion.json")["results"]
+    stored = read_json(tmp_path / "results/recursion-model.json")["results"]
     runs = {name: len(part) for name, part in stored["runs"].items()}
     assert runs == {"prompt": 2, "before": 1} and stored["orderings"][0]["seeds"] == [2, 1]
     record = read_json(tmp_path / "runs/recursion/prompt-1/run.json")
