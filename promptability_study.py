@@ -20,7 +20,7 @@ import data
 import eval as metrics
 import suite
 from promptability import HELD_OUT, average_relative_gain
-from study import Row, Study, verdict
+from study import Row, Study, show_differences, verdict
 
 CONTINUE = "transfer.py continue --train {suite} --limit 300 --prompt-length 10 --eval-every 100000"
 META = "--batch-size 64 --grad-accum"
@@ -213,7 +213,7 @@ def at_the_floor(found: dict[str, list[dict]], chance: dict) -> list[str]:
 
 def show_claims(found: dict[str, list[dict]], chance: dict) -> list[dict]:
     """Print which claims hold, by a bootstrap that pairs the predictions on each example."""
-    results, table = [], []
+    results = []
     for claim, *pair in CLAIMS:
         if not all(name in found for name in pair):
             continue
@@ -222,11 +222,7 @@ def show_claims(found: dict[str, list[dict]], chance: dict) -> list[dict]:
         says = verdict(difference, p)
         results.append({"claim": claim, "rows": pair, "seeds": [len(a), len(b)], "verdict": says})
         results[-1] |= {"difference": difference, "low": low, "high": high, "p": p}
-        interval = f"[{100 * low:+.1f}, {100 * high:+.1f}]"
-        table.append([claim, f"{100 * difference:+.1f}", interval, f"{p:.4f}", says])
-    if table:
-        columns = ["claim", "difference", "95 % interval", "p", "the claim"]
-        show_table("average relative gain", columns, table)
+    show_differences("average relative gain", results)
     return results
 
 

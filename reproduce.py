@@ -41,6 +41,7 @@ from questions import prepare
 from reader_study import readers
 from recursion_study import recursion
 from runs import ASSETS, finished
+from study import write_rows
 from transfer_study import soft_transfer
 
 # What an LM knows
@@ -175,15 +176,6 @@ def trained(args, method: str, flags: list[str], files: dict, out: Path) -> floa
     if not record or any(record["arguments"][key] != said[key] for key in keys):
         record = train.main(line)
     return round(100 * record["results"]["test"]["em"], 1)
-
-
-def write_rows(file: Path, rows: list[dict]) -> None:
-    """Write rows as JSON lines. ValueError if the file is there and holds others."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    if file.is_file() and file.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{file}: holds other examples than the flags say; choose another --out")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
 
 
 # The command line

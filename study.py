@@ -231,14 +231,7 @@ class Study:
 
     def write_rows(self, name: str, rows: list[dict]) -> None:
         """Write a file of questions. ValueError if it is there and holds others."""
-        file, text = self.folder / name, "".join(json.dumps(row) + "\n" for row in rows)
-        if file.is_file() and file.read_text(encoding="utf-8") != text:
-            raise ValueError(
-                f"{file}: holds other questions than --world-seed and --count say; choose another "
-                "--out"
-            )
-        with atomic_write(file) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
+        write_rows(self.folder / name, rows)
 
     def make(self) -> None:
         """Make all that is missing, the most important first, and wait for other processes."""
@@ -296,6 +289,18 @@ class Study:
                 ready = self.ready(job)
                 reasons[job.folder.name] = "no time" if ready else "what it starts from is missing"
         return reasons
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
+    """Write rows as JSON lines. ValueError if the file is there and holds others."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if file.is_file() and file.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"{file}: holds other questions than --world-seed and --count say; choose another --out"
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def in_use(folder: Path) -> bool:
@@ -410,20 +415,26 @@ def show_orderings(study: Study, orderings: list[tuple], slices=SLICES) -> list[
     A fourth element is a margin from 0 to 1: the first row's is less than that below the other's.
     Returns what is printed. A claim about a row without a finished run is left out.
     """
-    scores, results, table = {}, [], []
+    scores, results = {}, []
     for claim, *pair, margin in ((*row, 0.0)[:4] for row in orderings):
         a, b = (scores.setdefault(name, test_scores(study, name)) for name in pair)
         for part in slices:
             compared = compare(a, b, part, margin)
             if compared:
                 results.append({"claim": claim, "rows": pair, "slice": part} | compared)
+    show_differences(f"orderings, test {study.metric.upper()}", results)
+    return results
+
+
+def show_differences(title: str, results: list[dict]) -> None:
+    """Print claims with their difference, low, high, p, verdict and, if they have one, slice."""
+    table, columns = [], [key for key in ("claim", "slice") if results and key in results[0]]
     for r in results:
         difference, low, high = (f"{100 * r[key]:+.1f}" for key in ("difference", "low", "high"))
-        interval = f"[{low}, {high}]"
-        table.append([r["claim"], r["slice"], difference, interval, f"{r['p']:.4f}", r["verdict"]])
-    columns = ["claim", "slice", "difference", "95 % interval", "p", "the claim"]
-    show_table(f"orderings, test {study.metric.upper()}", columns, table)
-    return results
+        named = [r[key] for key in columns]
+        table.append([*named, difference, f"[{low}, {high}]", f"{r['p']:.4f}", r["verdict"]])
+    if table:
+        show_table(title, [*columns, "difference", "95 % interval", "p", "the claim"], table)
 
 
 def test_scores(study: Study, name: str) -> list[dict]:

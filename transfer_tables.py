@@ -17,7 +17,7 @@ import suite
 import transfer
 from model import LM
 from runs import ASSETS, read_predictions
-from study import Study, verdict
+from study import Study, show_differences, verdict
 
 METHODS = (
     "scratch longer tuned multitask text mixture average top-mixture "
@@ -94,7 +94,7 @@ def show_methods(study: Study) -> dict:
 
 def show_claims(study: Study) -> list[dict]:
     """Print which claims hold, by a bootstrap over the test examples of all targets and seeds."""
-    results, table = [], []
+    results = []
     for claim, *pair in CLAIMS:
         a, b = (method_scores(study, method) for method in pair)
         if not a or not b:
@@ -104,11 +104,7 @@ def show_claims(study: Study) -> list[dict]:
         says = verdict(difference, p)
         results.append({"claim": claim, "rows": pair, "difference": difference, "verdict": says})
         results[-1] |= {"low": low, "high": high, "p": p}
-        interval = f"[{100 * low:+.1f}, {100 * high:+.1f}]"
-        table.append([claim, f"{100 * difference:+.1f}", interval, f"{p:.4f}", says])
-    if table:
-        columns = ["claim", "difference", "95 % interval", "p", "the claim"]
-        show_table("score over all targets", columns, table)
+    show_differences("score over all targets", results)
     return results
 
 

@@ -97,3 +97,14 @@ def test_a_record_names_the_arithmetic_that_auto_chose(place, tmp_path, monkeypa
     monkeypatch.setattr(cli, "fastest_dtype", lambda device: "float32")  # another machine
     with pytest.raises(ValueError, match="--dtype bfloat16, not float32"):
         run([*line, "--resume"])
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_the_kernels_are_the_default_on_a_gpu_that_can_run_them(monkeypatch, triton):
+    monkeypatch.setattr(cli, "find_spec", lambda name: triton or None)
+
+    def chosen(flags):
+        return train.parse(f"--method prompt_tuning {flags}".split()).attention
+
+    assert chosen("--device cuda") == ("fused" if triton else "plain")
+    assert chosen("--device cuda --attention plain") == chosen("--device cpu") == "plain"
