@@ -12,6 +12,7 @@ import pretrain
 import recursion_study
 import reproduce
 import study
+import suite
 import train
 from checkpoints import read_json, write_json
 from runs import Run
@@ -360,3 +361,26 @@ def test_costs_follow_the_operations_and_the_finished_runs(tmp_path):
     assert before["factor"] == 1 and after["factor"] == pytest.approx(2)
     assert after["seconds"] == pytest.approx(2 * before["seconds"], rel=1e-3)
     assert after["left"] < after["seconds"] and before["left"] == before["seconds"]
+
+
+def test_headroom_is_measured_once_and_does_not_cut_long_answers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tasks = {name: suite.TASKS[name] for name in ("people_trivia", "record_to_text")}
+    monkeypatch.setattr(suite, "TASKS", tasks)
+    flags = "headroom --count 8 --steps 1".split()
+    results = reproduce.main(flags)
+    assert read_json(tmp_path / "results/headroom.json")["results"] == results
+    assert results.keys() == tasks.keys()
+    place = tmp_path / "runs/headroom"
+    for name, longest in (("people_trivia", 16), ("record_to_text", 30)):
+        record = read_json(place / f"{name}-fine_tuning/run.json")
+        assert 16 <= record["arguments"]["max_new_tokens"] <= longest
+        assert results[name]["fine_tuning"] == round(100 * record["results"]["test"]["em"], 1)
+        assert (record["arguments"]["max_new_tokens"] > 16) == (name == "record_to_text")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "main", lambda line: pytest.fail("made twice"))
+        assert reproduce.main(flags) == results
+    with pytest.raises(ValueError, match="--steps"):
+        reproduce.main([*flags[:-1], "2"])
+    with pytest.raises(ValueError, match="holds other questions"):
+        reproduce.main("headroom --count 7 --steps 1".split())
