@@ -193,6 +193,7 @@ PRETRAINED = "folder of Connectors, METHOD_LAYERS, of t5, and of a larger LM, lm
 STUDY = [
     ("--pretrained", str, str(ASSETS), PRETRAINED),
     ("--minutes", cli.number_type(float, 0), None, "start nothing after so many"),
+    ("--seeds", cli.COUNT, 3, "at most so many seeds of a row"),
     ("--only", str, "", "only rows with this text in their name or their table's title"),
 ]
 FLAGS = {

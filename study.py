@@ -127,7 +127,8 @@ class Study:
 
     def jobs(self, row: Row) -> list[Job]:
         """A row with each of its seeds."""
-        return [Job(row, seed, self.folder / f"{row.name}-{seed}") for seed in range(row.seeds)]
+        seeds = range(min(row.seeds, self.args.seeds))
+        return [Job(row, seed, self.folder / f"{row.name}-{seed}") for seed in seeds]
 
     def finished(self, name: str) -> list[Job]:
         """The finished jobs of a row; none if there is no such row."""

@@ -139,7 +139,15 @@ def test_distances_by_hand():
 
 
 def whole_study(folder) -> Study:
-    args = {"steps": 800, "count": 40, "model": None, "world_seed": 1, "grid": True, "only": ""}
+    args = {
+        "steps": 800,
+        "count": 40,
+        "model": None,
+        "world_seed": 1,
+        "grid": True,
+        "only": "",
+        "seeds": 3,
+    }
     args = argparse.Namespace(**args, pretrained="assets")
     return prompt_study.make_study(args, folder)
 

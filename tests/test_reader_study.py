@@ -85,7 +85,7 @@ def test_a_row_waits_for_the_passages_it_reads(reproduces, tmp_path):
 
 
 def whole_study(tmp_path, **changes) -> ReaderStudy:
-    args = {"steps": 300, "encoder_steps": 400, "top": 50, "context": 256, "only": ""}
+    args = {"steps": 300, "encoder_steps": 400, "top": 50, "context": 256, "only": "", "seeds": 3}
     args |= {"model": None, "encoder": None, "world_seed": 1, "grid": False, "flags": ""}
     args = argparse.Namespace(**args | {"pretrained": "assets"} | changes)
     return ReaderStudy(args, tmp_path, GROUPS, {}, {"train.py": train})

@@ -128,6 +128,7 @@ def test_a_row_waits_for_what_it_starts_from(reproduces):
 
 def test_only_some_rows(reproduces):
     assert reproduces(TWO, "--only before")[1] == ["before-0"]
+    assert reproduces(TWO, "--seeds 1")[1] == ["prompt-0"]
 
 
 def test_analyses_are_made_once_and_keep_what_they_return(reproduces, tmp_path):
@@ -168,7 +169,7 @@ def test_orderings_hold_do_not_hold_or_stay_undecided(tmp_path, capsys):
             record = {"arguments": {"method": "m"}, "results": {}}
             write_json(tmp_path / f"{name}-{seed}/run.json", record)
     rows.append(Row("never", 1, "", "train.py"))
-    made = Study(None, tmp_path, {"": rows}, {}, {})
+    made = Study(SimpleNamespace(seeds=3), tmp_path, {"": rows}, {}, {})
     claims = [("a > b", "a", "b"), ("a > never", "a", "never")]
     found = {r["slice"]: r for r in study.show_orderings(made, claims)}
     verdicts = {part: r["verdict"] for part, r in found.items()}
@@ -195,7 +196,13 @@ def test_a_claim_with_a_margin_is_about_the_whole_interval(tmp_path):
         write_lines(tmp_path / f"{name}-0/predictions.jsonl", lines)
         record = {"arguments": {"method": "m"}, "results": {}}
         write_json(tmp_path / f"{name}-0/run.json", record)
-    made = Study(None, tmp_path, {"": [Row(name, 1, "", "train.py") for name in "abcd"]}, {}, {})
+    made = Study(
+        SimpleNamespace(seeds=3),
+        tmp_path,
+        {"": [Row(name, 1, "", "train.py") for name in "abcd"]},
+        {},
+        {},
+    )
     claims = [("near", "a", other, 0.08) for other in "bcd"] + [("higher", "a", "b")]
     found = [row["verdict"] for row in study.show_orderings(made, claims)]
     assert found == ["holds", "does not hold", "undecided", "undecided"]
@@ -284,7 +291,15 @@ def test_two_sizes_stand_beside_each_other(tmp_path, capsys):
 
 
 def whole_study(tmp_path, **changes) -> Study:
-    args = {"steps": 1200, "count": None, "model": None, "world_seed": 1, "grid": True, "only": ""}
+    args = {
+        "steps": 1200,
+        "count": None,
+        "model": None,
+        "world_seed": 1,
+        "grid": True,
+        "only": "",
+        "seeds": 3,
+    }
     args = argparse.Namespace(**args | {"pretrained": "assets"} | changes)
     programs = {"train.py": train, "pretrain.py": pretrain}
     parts = (recursion_study.GROUPS, recursion_study.RATES, programs)

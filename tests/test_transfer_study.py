@@ -167,7 +167,14 @@ def test_a_random_search_keeps_what_chance_keeps():
 
 def whole_study(tmp_path) -> TransferStudy:
     flags = {"source_steps": 300, "target_steps": 80, "examples": 64, "count": 300, "steps": 100}
-    flags |= {"model": None, "only": "", "grid": False, "pretrained": "assets", "world_seed": 1}
+    flags |= {
+        "model": None,
+        "only": "",
+        "seeds": 3,
+        "grid": False,
+        "pretrained": "assets",
+        "world_seed": 1,
+    }
     args = argparse.Namespace(**flags)
     programs = {"train.py": train, "transfer.py": transfer}
     return TransferStudy(args, tmp_path, transfer_study.GROUPS, {}, programs)
