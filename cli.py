@@ -192,7 +192,7 @@ def add_run_flags(parser) -> None:
         "compile the LM's layers first (torch.compile): a minute, for steps that are faster after"
     )
     group.add_argument("--compile", action="store_true", help=text)
-    text = "continue from the last checkpoint in --out, bit for bit on a CPU"
+    text = "continue from the last checkpoint in --out, on a CPU with as many threads bit for bit"
     group.add_argument("--resume", action="store_true", help=text)
 
 

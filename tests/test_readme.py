@@ -1,12 +1,16 @@
 """README.md: its figures are measured ones, its examples run, and copied files run alone."""
 
 import re
+import shlex
 import shutil
 
 import pytest
 from forks import run_in_folders
 
+import bench
 import data
+import eval as metrics
+import train
 from checkpoints import load_tokenizer
 from documents import ROOT
 from rerank import Bert, CrossEncoder
@@ -41,12 +45,27 @@ def test_an_interval_in_the_claims_stands_in_the_results():
     assert len(intervals) > 8 and all(interval in MEASURED for interval in intervals)
 
 
-def test_the_questions_of_the_own_data_example_are_read(tmp_path):
-    (block,) = re.findall(r"^```json\n(.*?)^```", section("Your own model and data"), re.S | re.M)
-    (tmp_path / "train.jsonl").write_text(block)
+def test_the_example_of_an_own_model_and_own_data_runs(place, tmp_path, monkeypatch, capsys):
+    """With a tiny folder in place of the hub id, a few steps, and one file for all splits."""
+    text = section("Your own model and data")
+    (lines,) = re.findall(r"^```json\n(.*?)^```", text, re.S | re.M)
+    (commands,) = re.findall(
+        r"^```\n(python bench.py plan --method prompt_tuning.*?)^```", text, re.S | re.M
+    )
+    for split in ("train", "dev", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(lines)
     first, second = data.read(tmp_path / "train.jsonl")
     assert first.input == "Q: Who wrote Emma?\nA:" and first.answers == ("Jane Austen", "Austen")
     assert second.target == "Lima"
+    monkeypatch.chdir(tmp_path)
+    commands = re.sub(r"--model \S+/\S+", f"--model {place}/lm/model", commands)
+    plan, trains, asks = re.sub(r"\\\n", " ", commands).splitlines()
+    bench.main([*shlex.split(plan)[2:], "--prompt-length", "4"])
+    assert "in all" in capsys.readouterr().out
+    short = "--steps 2 --prompt-length 4 --max-new-tokens 4 --device cpu"
+    train.main([*shlex.split(trains)[2:], *short.split()])
+    assert len(metrics.main(shlex.split(asks)[2:])) == 1
+    assert (tmp_path / "runs" / "mine" / "predictions.jsonl").is_file()
 
 
 SECTION = section("Copy a file")

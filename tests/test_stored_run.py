@@ -12,6 +12,7 @@ The folder in its run.json is then called /shoulders. Another embedded LM needs 
 import datetime
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -46,20 +47,29 @@ def test_the_stored_run_gives_its_answers_and_its_last_steps_again(copy, capsys)
     print(capsys.readouterr().out)
 
 
-def test_numbers_need_not_be_equal_with_other_versions_but_answers_must(copy, capsys):
+def test_numbers_need_not_be_equal_with_other_versions_but_answers_must(copy, capsys, monkeypatch):
+    def repeat(folder, record, other):  # as the stored run, without training
+        shutil.copytree(STORED / "run", other, dirs_exist_ok=True)
+        return subprocess.CompletedProcess([], 0)
+
+    monkeypatch.setattr("verify.repeat", repeat)
+    path, rows = copy / "adapter_model.safetensors", copy / "predictions.jsonl"
+    ((name, prompt),) = load_file(path).items()
+    save_file({name: prompt * (1 + 1e-6)}, path)
+    assert verify(copy).keys() == {path.name}  # in the same place, a bit counts
     edit(copy, lambda record: record["versions"].update(torch="1.0"))
-    adapter = load_file(copy / "adapter_model.safetensors")
-    (name,) = adapter
-    save_file({name: adapter[name] * (1 + 1e-6)}, copy / "adapter_model.safetensors")
+    capsys.readouterr()
     assert verify(copy) == {}
+    stored = json.loads((STORED / "run" / "run.json").read_text())["versions"]["torch"]
     shown = capsys.readouterr().out
-    assert f"torch {torch.__version__} instead of 1.0" in shown and "to 0.1 %" in shown
-    save_file({name: adapter[name] * 1.01}, copy / "adapter_model.safetensors")
-    rows = copy / "predictions.jsonl"
+    assert f"torch {stored} instead of 1.0" in shown and "numbers to 0.1 %" in shown
+    save_file({name: prompt * 1.01}, path)
     rows.write_text(rows.read_text().replace('"prediction": "', '"prediction": "x', 2))
+    edit(copy, lambda record: record["results"]["test"].update(em=0.5))
     assert verify(copy) == {
-        "adapter_model.safetensors": f"1 of 1 tensors differ: {name}",
-        "predictions.jsonl": "2 lines differ",
+        path.name: f"1 of 1 tensors differ: {name}",
+        rows.name: "2 lines differ",
+        "run.json": "other scores",
     }
     assert "torch" in capsys.readouterr().out.splitlines()[-1]
 
@@ -88,7 +98,7 @@ def test_another_method_is_verified_each_week(place, tmp_path, capsys):
 def test_two_runs_with_two_threads_have_the_same_bits(tmp_path):
     """On the embedded LM, whose tensors are large enough that two threads share their sums."""
     line = f"--method neural_recursion --train {STORED}/train.jsonl --test {STORED}/test.jsonl"
-    line += " --steps 3 --eval-every 3 --device cpu --threads 2 --max-new-tokens 2 --out"
+    line += " --steps 3 --eval-every 3 --device cpu --threads 2 --max-new-tokens 8 --out"
     try:
         for name in "ab":
             assert train.main([*line.split(), str(tmp_path / name)])["hardware"]["threads"] == 2
