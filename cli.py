@@ -12,12 +12,13 @@ Needs runs.py.
 
 import argparse
 from importlib.util import find_spec
+from pathlib import Path
 
 from show import COUNT, SEED, number_type
 
 import torch
 
-from runs import Run, find, names_file
+from runs import Run, find, names_file, read_record
 
 
 def add_flags(parser, title: str, *rows):
@@ -191,7 +192,7 @@ def add_run_flags(parser) -> None:
         "compile the LM's layers first (torch.compile): a minute, for steps that are faster after"
     )
     group.add_argument("--compile", action="store_true", help=text)
-    text = "continue from the last checkpoint in --out, bit for bit on a CPU"
+    text = "continue from the last checkpoint in --out, on a CPU with as many threads bit for bit"
     group.add_argument("--resume", action="store_true", help=text)
 
 
@@ -202,7 +203,7 @@ def add_late_defaults(
     args.program, args.argv = program, argv
     args.out = args.out or f"runs/{args.method}"
     if args.dtype == "auto":
-        args.dtype = fastest_dtype(args.device)
+        args.dtype = started_dtype(args) or fastest_dtype(args.device)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     if "attention" in args:
         args.attention = args.attention or default_attention(args.device)
@@ -212,6 +213,14 @@ def add_late_defaults(
 def default_attention(device: str) -> str:
     """fused, if the device can run Triton's kernels, else plain."""
     return "fused" if device == "cuda" and find_spec("triton") else "plain"
+
+
+def started_dtype(args: argparse.Namespace) -> str | None:
+    """The dtype of the run that --resume continues: on a busy machine, another one may be faster.
+    None if there is none."""
+    if not (args.resume and (Path(args.out) / "run.json").is_file()):
+        return None
+    return read_record(args.out)["arguments"].get("dtype")
 
 
 def fastest_dtype(device: str) -> str:

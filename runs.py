@@ -12,9 +12,9 @@
 
 Files are written under a temporary name, synced and renamed, so they are always complete. Only
 metrics.jsonl is appended to, and a kill can cut its last line. No pickle is ever read or written. A
-kill costs at most the steps since the last saved state. On one CPU with one number of threads, a
-resumed run has the bits of an uninterrupted one. (Others sum in another order, and a GPU in none.)
-Hashes identify the LM and the data, so a run can be moved together with them.
+kill costs at most the steps since the last saved state. README.md says when a resumed run has the
+bits of an uninterrupted one. Hashes identify the LM and the data, so a run can be moved together
+with them.
 
     from runs import load_run
     model, prefix, tokenizer, record = load_run("runs/neural_recursion")      # under a second
@@ -31,7 +31,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from show import run_program, show, show_result
+from show import processor, run_program, show, show_result
 
 import numpy as np
 import torch
@@ -335,7 +335,7 @@ def start_record(run: Run, trained: nn.Module, frozen: LM | None, hashes: dict) 
 
 def environment(device: str) -> dict:
     """What the process computes with: versions and hardware."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {
         "versions": versions | {"numpy": np.__version__},

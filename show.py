@@ -7,6 +7,7 @@
     with only_shows("curve.png"): draw(...)          if it fails, one line says why
     with picture("curve.png", 7, 4) as figure:       draws with matplotlib
     Parser(prog="train.py")                          a bad flag is one line and status 2
+    processor()                                      the CPU, as run.json names it
     COUNT, SEED, number_type(float, 0)               types of flags
     run_program("train.py", main)                    so is any other bad input
 
@@ -15,13 +16,16 @@ result that was asked for is it an error.
 """
 
 import argparse
+import hashlib
 import math
 import os
+import platform
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 # At the end of every parallel loop, OpenMP's threads wait for each other in a busy loop. On a
 # machine that other processes share, a thread that waits takes the core from the one it waits for:
@@ -114,6 +118,24 @@ def show_result(split: str, result: dict, asked: bool = False) -> None:
         if task:
             scores = f"EM {100 * row['em']:5.1f}   F1 {100 * row['f1']:5.1f}"
             show(f"{split:5} {task:12} {scores}   ({row['n']} questions)", result=asked)
+
+
+def processor() -> str:
+    """The CPU: its name, the vector instructions that PyTorch uses, and a hash of its features.
+
+    Equal texts mean the same rounding. Where there is no /proc/cpuinfo, the name is that of the
+    architecture.
+    """
+    import torch
+
+    name, features = platform.machine(), []
+    with suppress(OSError):
+        core = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        name = (re.findall(r"^model name\s*: (.*)", core, re.M) or [name])[0]
+        kinds = "vendor_id|cpu family|model|stepping|cache size|flags|CPU |Features"
+        features = re.findall(f"^(?:{kinds}).*", core, re.M)
+    code = hashlib.sha256("\n".join(features).encode()).hexdigest()[:8]
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {code}"
 
 
 def number_type(kind: type, low: float, high: float = math.inf):

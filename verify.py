@@ -1,18 +1,27 @@
-"""Does a run give its own bits again? `python runs.py verify RUN` says so.
+"""Does a run give its own results again? `python runs.py verify RUN` says so.
 
 The run is copied, and the copy goes back to the checkpoint before the last one. The command of
 run.json then trains the last interval again, in a process of its own, and answers the questions
-again. Every tensor and file of the copy is compared with the run's. On the same machine, with the
-same number of threads, no bit differs. A run that has no earlier checkpoint is trained again from
-its start. Needs runs.py, checkpoints.py and the program that made the run.
+again. Every tensor and file of the copy is compared with the run's:
+
+    same processor, versions and number of threads   every bit is equal
+    another of these, or a GPU                       hashes of the data and of the frozen LM, shapes
+                                                     and answers are equal, and numbers to 0.1 %
+
+The message says which. A run that has no earlier checkpoint is trained again from its start. Needs
+runs.py, checkpoints.py and the program that made the run.
 """
 
+import json
+import math
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 
 from show import Parser, show
@@ -25,6 +34,7 @@ from runs import find, names_file, read_record
 ROOT = Path(__file__).parent
 STATE, BEFORE = "state.safetensors", "state.before.safetensors"
 OWN = {"run.json", "curve.png", "lock", BEFORE}  # they say where and when a run ran
+TOLERANCE = 1e-3  # of a tensor's root mean square, or of a number, where bits may differ
 
 
 def verify(folder: str | Path) -> dict[str, str]:
@@ -44,13 +54,20 @@ def verify(folder: str | Path) -> dict[str, str]:
         result = repeat(folder, record, copy)
         if result.returncode:
             raise ValueError(f"{folder}: its command fails now: {result.stderr.strip()}")
-        differs = differences(folder, copy)
-        if read_record(copy)["results"] != record["results"]:
+        again = read_record(copy)
+        other = changes(record, again)
+        tolerance = TOLERANCE if other else 0.0
+        differs = differences(folder, copy, tolerance)
+        if not all(close(record[k], again[k], tolerance) for k in ("results", "step", "score")):
             differs["run.json"] = "other scores"
     for name, how in differs.items():
         show(f"{folder}/{name}: {how}", result=True)
+    where = f" ({'; '.join(other)})" if other else ""
+    equal = "the answers are equal, and numbers to 0.1 %" if other else "no bit differs"
+    if differs and other:
+        show(f"{folder}: trained and answered again{where}: numbers were compared to 0.1 %")
     if not differs:
-        show(f"{folder}: trained and answered again, and no bit differs", result=True)
+        show(f"{folder}: trained and answered again{where}: {equal}", result=True)
     return differs
 
 
@@ -66,7 +83,17 @@ def repeat(folder: Path, record: dict, copy: Path) -> subprocess.CompletedProces
     return subprocess.run(call, env=environment, capture_output=True, text=True)
 
 
-def differences(a: Path, b: Path) -> dict[str, str]:
+def changes(record: dict, again: dict) -> list[str]:
+    """What a run computed with and its repetition did not, as texts. A GPU always counts."""
+    then, now = (
+        {**latest["versions"], **latest["hardware"]}
+        for latest in (r.get("resumed", [r])[-1] for r in (record, again))
+    )
+    found = [f"{key} {now[key]} instead of {then.get(key)}" for key in now if now[key] != then[key]]
+    return found or (["a GPU"] if record["arguments"]["device"] == "cuda" else [])
+
+
+def differences(a: Path, b: Path, tolerance: float = 0.0) -> dict[str, str]:
     """How the files of run `a` differ in run `b`, by name."""
     found = {}
     for path in sorted(a.rglob("*")):
@@ -77,27 +104,58 @@ def differences(a: Path, b: Path) -> dict[str, str]:
             found[name] = "missing"
         elif path.suffix == ".safetensors":
             ours, theirs = load_file(path), load_file(other)
-            changed = [
-                key
-                for key in sorted(ours.keys() | theirs.keys())
-                if key not in ours or key not in theirs or not same_bits(ours[key], theirs[key])
-            ]
-            if changed:
+            common = ours.keys() & theirs.keys()
+            equal = {key for key in common if same_tensor(ours[key], theirs[key], tolerance)}
+            if changed := sorted((ours.keys() | theirs.keys()) - equal):
                 found[name] = f"{len(changed)} of {len(ours)} tensors differ: {', '.join(changed)}"
         elif path.read_bytes() != other.read_bytes():
-            found[name] = "differs"
+            if path.suffix != ".jsonl":
+                found[name] = "differs"
+            elif count := unlike_lines(path, other, tolerance):
+                found[name] = f"{count} lines differ"
     return found
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors have the same type, shape and bytes."""
+def same_tensor(a: torch.Tensor, b: torch.Tensor, tolerance: float = 0.0) -> bool:
+    """Whether two tensors have the same type, shape and bytes.
+
+    With a tolerance, entries of floating-point tensors may differ by that share of the root mean
+    square of `a`.
+    """
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
+    if tolerance and a.is_floating_point():
+        scale = a.double().square().mean().sqrt()
+        return bool(((a.double() - b.double()).abs() <= tolerance * scale).all())
     return torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
 
 
+def unlike_lines(a: Path, b: Path, tolerance: float = 0.0) -> int:
+    """The number of lines in which two files of JSON lines differ."""
+
+    def unlike(x: bytes, y: bytes) -> bool:
+        if tolerance and x and y:
+            with suppress(ValueError):  # it is no JSON
+                return not close(json.loads(x), json.loads(y), tolerance)
+        return x != y
+
+    ours, theirs = (path.read_bytes().splitlines(keepends=True) for path in (a, b))
+    return sum(unlike(x, y) for x, y in zip_longest(ours, theirs, fillvalue=b""))
+
+
+def close(a, b, tolerance: float) -> bool:
+    """Whether two values of JSON are equal, floating-point numbers to a relative tolerance."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(close(a[key], b[key], tolerance) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(close(x, y, tolerance) for x, y in zip(a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=tolerance)
+    return a == b
+
+
 def main(argv: list[str] | None = None) -> None:
-    """The command line of runs.py. Exits with status 1 if a bit differs."""
+    """The command line of runs.py. Exits with status 1 if something differs."""
     parser = Parser(prog="runs.py", description="Look after the folders of runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     text = "train the end of a finished run again, and compare every bit"

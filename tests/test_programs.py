@@ -1,12 +1,15 @@
 """What every program shares: how its threads wait, and on which numbers it computes."""
 
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import show
 
 import pytest
+import torch
 from tiny_runs import ROOT, command, run
 
 import cli
@@ -94,9 +97,8 @@ def test_a_record_names_the_arithmetic_that_auto_chose(place, tmp_path, monkeypa
     monkeypatch.setattr(cli, "fastest_dtype", lambda device: "bfloat16")
     line = command(place, "prompt_tuning", tmp_path / "run", "--steps 2 --dtype auto")
     assert run(line)["arguments"]["dtype"] == "bfloat16"
-    monkeypatch.setattr(cli, "fastest_dtype", lambda device: "float32")  # another machine
-    with pytest.raises(ValueError, match="--dtype bfloat16, not float32"):
-        run([*line, "--resume"])
+    monkeypatch.setattr(cli, "fastest_dtype", lambda device: "float32")  # another machine, or load
+    assert run([*line, "--resume"])["arguments"]["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("triton", [True, False])
@@ -108,3 +110,17 @@ def test_the_kernels_are_the_default_on_a_gpu_that_can_run_them(monkeypatch, tri
 
     assert chosen("--device cuda") == ("fused" if triton else "plain")
     assert chosen("--device cuda --attention plain") == chosen("--device cpu") == "plain"
+
+
+def test_a_processor_is_named_by_its_features(monkeypatch):
+    core = "model name\t: Fast CPU\nflags\t\t: avx2\nbogomips\t: 1\n"
+    texts = [core, core.replace("avx2", "avx"), core.replace(": 1", ": 2"), "processor\t: 0\n"]
+    names = []
+    for text in texts:
+        monkeypatch.setattr(Path, "read_text", lambda path, text=text: f"{text}\n\n{text}")
+        names.append(show.processor())
+    code = torch.backends.cpu.get_cpu_capability()
+    assert names[0].startswith(f"Fast CPU, {code}, ") and names[0] == names[2] != names[1]
+    assert names[3].startswith(f"{platform.machine()}, {code}, ")
+    monkeypatch.setattr(Path, "read_text", lambda path: open("/nowhere"))
+    assert show.processor() == names[3]  # as on a system without /proc

@@ -1,0 +1,121 @@
+"""README.md: its figures are measured ones, its examples run, and copied files run alone."""
+
+import re
+import shlex
+import shutil
+
+import pytest
+from forks import run_in_folders
+
+import bench
+import data
+import eval as metrics
+import train
+from checkpoints import load_tokenizer
+from documents import ROOT
+from rerank import Bert, CrossEncoder
+
+README = (ROOT / "README.md").read_text()
+MEASURED = "\n".join(path.read_text() for path in [ROOT / "RESULTS.md", *ROOT.glob("results/*")])
+HUB_ID = "cross-encoder/ms-marco-MiniLM-L6-v2"
+FIGURE = re.compile(r"(?<![\w.])[+-]?\d+\.\d+(?![\w.])")
+
+
+def section(title: str) -> str:
+    """The text below a heading, up to the next one."""
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.S | re.M)[1]
+
+
+def unmeasured(text: str) -> list[str]:
+    """The figures of a text that occur in no result. The world's 3.2M parameters are a size."""
+    known = set(FIGURE.findall(MEASURED))
+    return [figure for figure in FIGURE.findall(text) if figure not in {*known, "3.2"}]
+
+
+def test_every_figure_of_the_claims_is_a_measured_one():
+    claims = section("What holds here")
+    rows = [line for line in claims.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 6 and all(FIGURE.search(row) for row in rows)
+    assert unmeasured(claims) == [] and unmeasured(section("Troubleshooting")) == []
+    assert unmeasured("18.1 % and +13.3, but not +99.9") == ["+99.9"]
+
+
+def test_an_interval_in_the_claims_stands_in_the_results():
+    intervals = re.findall(r"[+-]\d+\.\d \[[^]]+\]", section("What holds here"))
+    assert len(intervals) > 8 and all(interval in MEASURED for interval in intervals)
+
+
+def test_the_example_of_an_own_model_and_own_data_runs(place, tmp_path, monkeypatch, capsys):
+    """With a tiny folder in place of the hub id, a few steps, and one file for all splits."""
+    text = section("Your own model and data")
+    (lines,) = re.findall(r"^```json\n(.*?)^```", text, re.S | re.M)
+    (commands,) = re.findall(
+        r"^```\n(python bench.py plan --method prompt_tuning.*?)^```", text, re.S | re.M
+    )
+    for split in ("train", "dev", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(lines)
+    first, second = data.read(tmp_path / "train.jsonl")
+    assert first.input == "Q: Who wrote Emma?\nA:" and first.answers == ("Jane Austen", "Austen")
+    assert second.target == "Lima"
+    monkeypatch.chdir(tmp_path)
+    commands = re.sub(r"--model \S+/\S+", f"--model {place}/lm/model", commands)
+    plan, trains, asks = re.sub(r"\\\n", " ", commands).splitlines()
+    bench.main([*shlex.split(plan)[2:], "--prompt-length", "4"])
+    assert "in all" in capsys.readouterr().out
+    short = "--steps 2 --prompt-length 4 --max-new-tokens 4 --device cpu"
+    train.main([*shlex.split(trains)[2:], *short.split()])
+    assert len(metrics.main(shlex.split(asks)[2:])) == 1
+    assert (tmp_path / "runs" / "mine" / "predictions.jsonl").is_file()
+
+
+SECTION = section("Copy a file")
+
+
+def copies() -> list[tuple[list[str], str]]:
+    """(files, code) of each example. Its files stand in the text before it: from a.py and b.py."""
+    found, blocks = [], re.split(r"^```(?:py)?\n", SECTION, flags=re.M)  # text, code, text, ...
+    for text, code in zip(blocks[::2], blocks[1::2]):
+        named = re.findall(r"\bfrom ((?:\w+\.py(?:, | and )?)+)", text)
+        found.append((re.findall(r"\w+\.py", named[-1]), code))
+    return found
+
+
+CHECKS = {  # what must hold after the code of each
+    "model.py": "assert h.shape == (1, 1, lm.config.dim) and not h.requires_grad",
+    "adapters.py": "assert x.shape == (2, 23, 64) and len(list(prompt.parameters())) == 1",
+    "rerank.py": "assert encoder.score('who wrote emma', passages).shape == (2,)",
+}
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    """{first file: (status, output)} of the examples, each beside its files alone."""
+    bert, codes = ROOT / "assets" / "bert", {}
+    for files, code in copies():
+        folder = tmp_path_factory.mktemp(files[0].removesuffix(".py"))
+        for file in files:
+            shutil.copy(ROOT / file, folder)
+        (folder / "assets").symlink_to(ROOT / "assets")
+        if HUB_ID in code:  # stands for the published one
+            encoder = CrossEncoder(Bert.from_pretrained(bert), load_tokenizer(bert))
+            encoder.save(folder / HUB_ID)
+        codes[folder] = f"{code}\n{CHECKS[files[0]]}"
+    done = run_in_folders(codes)
+    return {files[0]: done[folder] for (files, _), folder in zip(copies(), codes)}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_copied_file_does_what_the_readme_shows(copied, name):
+    status, output = copied[name]
+    assert status == 0, output
+    if name == "model.py":
+        assert output.strip() and output.strip() in "Sonen Trading"
+
+
+def test_every_example_of_copied_files_is_run():
+    assert [files for files, _ in copies()] == [
+        ["model.py", "checkpoints.py", "families.py"],
+        ["adapters.py"],
+        ["rerank.py", "checkpoints.py", "families.py"],
+    ]
+    assert SECTION.count("```py\n") == len(copies())
