@@ -457,12 +457,10 @@ def test_hub_id_downloads_config_tokenizer_and_safetensors_only(save, monkeypatc
     refused(FileNotFoundError, "repository has no model.safetensors", resolve, "somebody/tiny")
 
 
-@pytest.mark.parametrize("name", ["GatedRepoError", "RepositoryNotFoundError"])
-def test_what_the_hub_refuses_is_one_line(name, monkeypatch):
+def test_what_the_hub_refuses_is_one_line(monkeypatch):
     def snapshot_download(*_, **__):
-        error = getattr(huggingface_hub.errors, name)
-        raise error.__new__(error, "401\n\nlog in")
+        raise RuntimeError("401\n\nlog in")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    expected = f"^somebody/tiny@v9: no such folder, and the download failed: {name} 401 log in"
+    expected = "^somebody/tiny@v9: no such folder, and the download failed: RuntimeError 401 log in"
     refused(FileNotFoundError, expected, resolve, "somebody/tiny@v9")
