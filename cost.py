@@ -81,7 +81,8 @@ def training_tokens(study: Study, run) -> float:
     """Tokens that the steps of a run read, and the dev scores along them."""
     step, answer = passes(run)
     examples = run.steps * run.batch_size * run.grad_accum
-    scored = run.eval_limit * (run.steps // run.eval_every) if run.dev else 0
+    has_dev = run.dev or not run.train  # then the questions are the world's
+    scored = getattr(run, "eval_limit", 0) * (run.steps // run.eval_every) if has_dev else 0
     return tokens(study, run) * examples * step + (tokens(study, run) + ANSWER) * scored * answer
 
 
@@ -91,8 +92,11 @@ def encoder_seconds(study: Study, job: Job, run) -> float:
         return run.steps * RETRIEVE
     if run.method != "reader" or run.top == 0 or run.no_rerank:
         return 0.0
-    learnt = 0 if run.reranker else 3 * run.encoder_steps * 16 * run.group_size
-    return learnt * LEARN + (study.sampled + study.asked(job)) * run.top * RANK
+    learnt, scored = 0, study.sampled + study.asked(job)
+    if not run.reranker:
+        learnt = 3 * run.encoder_steps * 16 * run.group_size
+        scored += run.eval_limit  # by the re-ranker of their own half
+    return learnt * LEARN + scored * run.top * RANK
 
 
 def seconds(study: Study, job: Job) -> float:
