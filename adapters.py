@@ -325,43 +325,34 @@ def save_adapter(folder: str | Path, adapter: nn.Module, lm, dtype=torch.float32
     """
     from checkpoints import hash_tensors, write_json, write_tensors
 
-    folder = Path(folder)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in adapter.named_parameters()}
+    folder, named = Path(folder), dict(adapter.named_parameters())
     config = {"base_model_name_or_path": None, "fingerprint": lm.fingerprint()} | info
-    token_dim = lm.config.dim
-    prompt = {"task_type": "CAUSAL_LM", "num_layers": lm.config.n_layers}
-    prompt |= {"num_transformer_submodules": 1, "placement": "before_bos"}
+    config["token_dim"] = lm.config.dim
+    if isinstance(adapter, (SoftPrompt, DeepPrompt)):
+        rows = adapter() if isinstance(adapter, SoftPrompt) else adapter.table()
+        named = {"prompt_embeddings": rows}
+        config |= {"task_type": "CAUSAL_LM", "num_layers": lm.config.n_layers}
+        config |= {"num_transformer_submodules": 1, "num_virtual_tokens": len(rows)}
     if isinstance(adapter, SoftPrompt):
-        tensors = {"prompt_embeddings": adapter().detach().cpu().contiguous()}
-        config |= prompt | {
-            "peft_type": "PROMPT_TUNING",
-            "num_virtual_tokens": len(tensors["prompt_embeddings"]),
-            "placement": "before_bos" if adapter.bos is None else "after_bos",
-            "num_attention_heads": lm.config.n_heads,
-        }
+        config |= {"peft_type": "PROMPT_TUNING", "num_attention_heads": lm.config.n_heads}
+        config["placement"] = "before_bos" if adapter.bos is None else "after_bos"
     elif isinstance(adapter, DeepPrompt):
-        tensors = {"prompt_embeddings": adapter.table().detach().cpu().contiguous()}
-        token_dim = kv_width(lm)
-        config |= prompt | {
-            "peft_type": "PREFIX_TUNING",
-            "num_virtual_tokens": len(tensors["prompt_embeddings"]),
-            "num_attention_heads": lm.config.n_kv_heads,
-            "prefix_projection": False,
-        }
+        config |= {"peft_type": "PREFIX_TUNING", "num_attention_heads": lm.config.n_kv_heads}
+        config |= {"prefix_projection": False, "placement": "before_bos"}
+        config["token_dim"] = kv_width(lm)
     elif isinstance(adapter, PromptGenerator):
         (encoder,) = adapter.encoder
         config |= {"peft_type": "PROMPT_GENERATOR", "encoder": hash_tensors(encoder.state_dict())}
     elif isinstance(adapter, (Connector, Connectors)):
         one = adapter if isinstance(adapter, Connector) else adapter[0]
         config |= {"peft_type": "CONNECTOR", "connector_layers": len(one.layers)}
-        config |= {"residual": one.residual}
+        config["residual"] = one.residual
         if isinstance(adapter, Connectors):
             config |= {"passes": adapter.passes, "connectors": len(adapter)}
     else:
         raise TypeError(f"a {type(adapter).__name__} is not an adapter of this file")
-    config |= {"token_dim": token_dim}
+    tensors = {name: t.detach().cpu().to(dtype).contiguous() for name, t in named.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     write_tensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", config)
 

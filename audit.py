@@ -81,12 +81,18 @@ def asked_questions(folder: str | Path) -> tuple[list[data.Example], list[dict]]
 
 def ask_again(args: argparse.Namespace) -> tuple:
     """Load a run and its questions: (the arguments of predict, examples, predictions, record)."""
-    model, prefix, tokenizer, record = load_run(args.run, model=args.model)
+    loaded = load_run(args.run, model=args.model)
     examples, rows = asked_questions(args.run)
+    return arguments(loaded, examples), examples, rows, loaded[-1]
+
+
+def arguments(loaded: tuple, examples: list[data.Example]) -> tuple:
+    """The arguments of `predict` with which a run answers examples. `loaded` is of load_run."""
+    model, prefix, tokenizer, record = loaded
     new, stop = record["arguments"]["max_new_tokens"], record["arguments"]["stop"]
     stops = metrics.stops(examples, stop)
     ids, options, prefix = prepare(model, tokenizer, examples, prefix, new, stops=stops)
-    return (model, tokenizer, ids, prefix, new, options, stops), examples, rows, record
+    return model, tokenizer, ids, prefix, new, options, stops
 
 
 # The hard subset

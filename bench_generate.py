@@ -142,8 +142,7 @@ def alone(who: str, folder: Path, device: str) -> dict:
     """Load in a fresh process. Returns {"seconds", "peak"}; peak is in bytes, beyond what the
     process held before."""
     code = f"import bench_generate; bench_generate.load_alone({who!r}, {str(folder)!r}, {device!r})"
-    kept = {"check": True, "capture_output": True, "text": True, "cwd": Path(__file__).parent}
-    return json.loads(subprocess.run([sys.executable, "-c", code], **kept).stdout.splitlines()[-1])
+    return json.loads(contest.in_new_process(code))
 
 
 def load_alone(who: str, folder: str, device: str) -> None:

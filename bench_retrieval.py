@@ -16,9 +16,7 @@ process held before, each in a process of its own.
 """
 
 import json
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +33,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 import cli
 from checkpoints import write_json
+from contest import in_new_process, memory, reset_peak
 from openbook import load_book
 from rerank import Bert, BertConfig, CrossEncoder
 from retrieve import BM25, split_words
@@ -132,16 +131,8 @@ def same_scores(ours: list[float], theirs: list[float]) -> bool:
 
 def peak(name: str, texts: list[str], questions: list[str]) -> int:
     """Bytes at the peak of indexing and searching, in a fresh process."""
-    data = json.dumps([name, texts, questions])
-    command = [sys.executable, "-c", "import bench_retrieval; bench_retrieval.measure_peak()"]
-    kept = {"check": True, "capture_output": True, "text": True, "cwd": Path(__file__).parent}
-    out = subprocess.run(command, input=data, **kept).stdout
-    return int(out.splitlines()[-1])
-
-
-def memory(mark: str) -> int:
-    """Bytes of memory in use: VmRSS now, VmHWM at the peak."""
-    return 1024 * int(re.search(rf"{mark}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    code = "import bench_retrieval; bench_retrieval.measure_peak()"
+    return int(in_new_process(code, json.dumps([name, texts, questions])))
 
 
 def measure_peak() -> None:
@@ -150,7 +141,7 @@ def measure_peak() -> None:
     index = index_ours if name == "ours" else PEERS[name][1]
     index(texts[:10])(questions[:1])  # imports and compiled code do not count
     before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
+    reset_peak()
     index(texts)(questions)
     print(memory("VmHWM") - before)
 

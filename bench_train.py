@@ -10,8 +10,6 @@ fine_tuning  a step of the whole LM, with AdamW's update
 recursion    neural recursion: a step with the first pass kept against one that computes it again,
              and greedy decoding with two passes against one
 options      what our own options cost or gain, each against the same step without it
-
-Without PEFT the peer is transformers, which then computes what PEFT would: `Prepended`.
 """
 
 from collections.abc import Callable, Iterator
@@ -180,12 +178,12 @@ def tuning(setting: Setting, method: str, lm: LM, peer, prompt, P: int, T: int, 
         model, prefix = COMPOSITIONS[method](lm, prompt)
         return model, prefix(questions) if callable(prefix) else prefix
 
-    peers = {"PEFT": None, "PEFT, trimmed": None}
-    if peer is not None:
-        has_peft = find_spec("peft") and not isinstance(prompt, PromptGenerator)
-        name = "PEFT" if has_peft else "transformers"
-        model = peft_model(peer, prompt) if has_peft else Prepended(peer, prompt, questions)
-        peers = dict(zip((name, f"{name}, trimmed"), peer_steps(setting, model, ids)))
+    generated = isinstance(prompt, PromptGenerator)
+    name = "transformers" if generated else "PEFT"
+    peers = {name: None, f"{name}, trimmed": None}
+    if peer is not None and (generated or find_spec("peft")):
+        model = Prepended(peer, prompt, questions) if generated else peft_model(peer, prompt)
+        peers = dict(zip(peers, peer_steps(setting, model, ids)))
     title = f"{method} P={P} B={B} T={T} V={lm.config.vocab_size}"
     ours = training_step(setting, prompt, compose, ids)
     return Contest(setting, title, lm, ours, peers, B * T, B * T)
@@ -279,25 +277,14 @@ def peft_model(base: nn.Module, prompt: SoftPrompt | DeepPrompt) -> nn.Module:
 
 
 class Prepended(nn.Module):
-    """transformers' model with a prompt of any kind before every row, as PEFT computes it."""
+    """transformers' model with generated prompts before the rows."""
 
-    def __init__(self, base: nn.Module, prompt: nn.Module, questions: list[list[int]]):
+    def __init__(self, base: nn.Module, generator: PromptGenerator, questions: list[list[int]]):
         super().__init__()
-        self.base, self.prompt, self.questions = base, prompt, questions
+        self.base, self.generator, self.questions = base, generator, questions
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels=None, **options):
-        B = len(input_ids)
-        if isinstance(self.prompt, DeepPrompt):
-            from transformers import DynamicCache
-
-            options["past_key_values"] = cache = DynamicCache()
-            for i, pair in enumerate(self.prompt().layers):
-                cache.update(*(t.expand(B, -1, -1, -1) for t in pair), i)
-            return self.base(input_ids=input_ids, labels=labels, **options)
-        if isinstance(self.prompt, PromptGenerator):
-            prompts = self.prompt.prompts(self.questions)
-        else:
-            prompts = self.prompt().expand(B, -1, -1)
+        prompts = self.generator.prompts(self.questions)
         x = self.base.get_input_embeddings()(input_ids)
         x = torch.cat([prompts.to(x.dtype), x], dim=1)
         if labels is not None:

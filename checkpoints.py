@@ -375,8 +375,9 @@ def resolve(path_or_hub_id: str | Path, files: list[str] = HUB_FILES) -> Path:
     try:
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
     except Exception as error:  # the hub's errors and its HTTP client's share no base class
+        reason = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
         raise FileNotFoundError(
-            f"{path}: no such folder, and the download failed: {hub_reason(error, name, revision)}"
+            f"{path}: no such folder, and the download failed: {reason}"
         ) from None
     if files == HUB_FILES and not any(folder.glob("model*.safetensors")):
         raise FileNotFoundError(
@@ -384,23 +385,6 @@ def resolve(path_or_hub_id: str | Path, files: list[str] = HUB_FILES) -> Path:
             "code and are never read here"
         )
     return folder
-
-
-def hub_reason(error: Exception, name: str, revision: str) -> str:
-    """Return in one line why a download from the hub failed."""
-    from huggingface_hub import errors
-
-    gated = f"it is gated: accept its terms at huggingface.co/{name}, then log in (hf auth login)"
-    reasons = {  # in this order: a gated repository counts as a missing one too
-        "GatedRepoError": gated,
-        "RepositoryNotFoundError": "the hub has no such repository, or it is private: log in",
-        "RevisionNotFoundError": f"it has no revision {revision!r}",
-        "LocalEntryNotFoundError": "the hub does not answer, and the local cache does not have it",
-    }
-    for error_name, reason in reasons.items():
-        if isinstance(error, getattr(errors, error_name)):
-            return reason
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # Tokenizers

@@ -44,6 +44,13 @@ PASSES = ("--passes", number_type(int, 2), 2, "passes of a neural recursion (pap
 CONNECTORS = ("--connectors", ["shared", "each"], "shared", "one for all gaps, or one in each gap")
 PAUSE = ("--pause", number_type(int, 0), 0, "k, how often --pause-text follows every question")
 PAUSE_TEXT = ("--pause-text", str, r"\nA:", "what --pause repeats (\\n: a newline)")
+ANSWERS = (
+    ("--max-new-tokens", COUNT, 16, "longest answer"),
+    ("--stop", str, None, "ends an answer; a newline for questions if not given, '' for none"),
+    ("--eval-limit", COUNT, 240, "dev questions scored along training; the end scores all"),
+    ("--eval-tokens", COUNT, 8192, "tokens in a batch of evaluation, options included"),
+    ("--rank-by", ["sum", "mean"], "sum", "of an answer choice's log-probabilities"),
+)
 CONNECTOR = ("--connector-layers", COUNT, 2, "layers of a Connector (paper: 1 and 2)")
 
 
@@ -96,11 +103,7 @@ def add_data_flags(parser) -> None:
         WORLD,
         PAUSE,
         PAUSE_TEXT,
-        ("--max-new-tokens", COUNT, 16, "longest answer"),
-        ("--stop", str, None, "ends an answer; a newline for questions if not given, '' for none"),
-        ("--eval-limit", COUNT, 240, "dev questions scored along training; the end scores all"),
-        ("--eval-tokens", COUNT, 8192, "tokens in a batch of evaluation, options included"),
-        ("--rank-by", ["sum", "mean"], "sum", "of an answer choice's log-probabilities"),
+        *ANSWERS,
     )
     each = "train a prompt for each task of --train, all in the same batches; they lie in OUT/TASK"
     parser.add_argument("--per-task", action="store_true", help=each)

@@ -267,27 +267,27 @@ def compare(run_a, run_b, iters: int = 10_000, seed: int = 0) -> list[dict]:
 
 def _notes(run_a, run_b, pairs: list[tuple[dict, dict]]) -> list[str]:
     """Return what the table does not say: that a is b, or that they were asked in other ways."""
-    notes, differences = [], []
-    if (Path(run_a) / "predictions.jsonl").samefile(Path(run_b) / "predictions.jsonl"):
-        notes.append(f"a and b are the same file: {run_a} and {run_b}")
-    elif all(x == y for x, y in pairs):
-        notes.append("a and b hold the same predictions")
-    records = [_record(run)[0] for run in (run_a, run_b)]
-    given = [record.get("arguments", {}) for record in records]
-    inputs = [argparse.Namespace(input=x["input"]) for x, _ in pairs]
-    defaults = {"stop": None, "shots": None, "max_new_tokens": None, "rank_by": "sum"}
-    if all(arguments.get("shots") for arguments in given):
-        defaults |= {"shots_from": None, "seed": 0}
-    for key, default in defaults.items():
-        a, b = (arguments.get(key, default) for arguments in given)
-        same = a == b or key == "stop" and stops(inputs, a) == stops(inputs, b)
-        if key == "shots_from":  # the same file may have two names
-            same = records[0].get("shots_hash") == records[1].get("shots_hash")
-        if all(given) and not same:
-            differences.append(f"--{key.replace('_', '-')} {a!r} and {b!r}")
+    notes = ["a and b hold the same predictions"] if all(x == y for x, y in pairs) else []
+    a, b = (_arguments(run) for run in (run_a, run_b))
+    keys = ("stop", "shots", "shots_from", "max_new_tokens", "rank_by") if a and b else ()
+    differences = [
+        f"--{key.replace('_', '-')} {a.get(key)!r} and {b.get(key)!r}"
+        for key in keys
+        if a.get(key) != b.get(key)
+    ]
     if differences:
         notes.append(f"a and b were not asked in the same way: {', '.join(differences)}")
     return notes
+
+
+def _arguments(run) -> dict:
+    """Return the arguments in score.json or run.json, {} if there is neither."""
+    from checkpoints import read_json
+
+    for name in ("score.json", "run.json"):
+        if (Path(run) / name).is_file():
+            return read_json(Path(run) / name)["arguments"]
+    return {}
 
 
 def _pair(records_a: list[dict], records_b: list[dict], run_a, run_b) -> list[tuple[dict, dict]]:
@@ -297,9 +297,8 @@ def _pair(records_a: list[dict], records_b: list[dict], run_a, run_b) -> list[tu
         (task, id), both = alone[0], len(a.keys() & b.keys())
         here, there = (run_a, run_b) if alone[0] in a else (run_b, run_a)
         raise ValueError(
-            f"the runs hold different examples: {len(a)} in {_answered(run_a)}, {len(b)} in "
-            f"{_answered(run_b)}, and {both} are in both; id {id!r} of task {task!r} "
-            f"is in {here} but not in {there}"
+            f"the runs hold different examples: {len(a)} in {run_a}, {len(b)} in {run_b}, and "
+            f"{both} are in both; id {id!r} of task {task!r} is in {here} but not in {there}"
         )
     for task, id in a:
         for key in ("input", "answers"):
@@ -307,28 +306,9 @@ def _pair(records_a: list[dict], records_b: list[dict], run_a, run_b) -> list[tu
             if here != there:
                 raise ValueError(
                     f"the runs have different {key} for id {id!r} of task {task!r}: "
-                    f"{here!r:.90} in {_answered(run_a)}, {there!r:.90} in {_answered(run_b)}"
+                    f"{here!r:.90} in {run_a}, {there!r:.90} in {run_b}"
                 )
     return [(a[key], b[key]) for key in a]
-
-
-def _answered(run) -> str:
-    """Return the folder, with the file or split that it answered if a record of it says so."""
-    record, splits = _record(run)
-    if not record:
-        return str(run)
-    split = next((s for s in splits if s in record.get("results", {})), splits[0])
-    return f"{run} ({record.get('arguments', {}).get(split) or split})"
-
-
-def _record(run) -> tuple[dict, list[str]]:
-    """Return score.json or run.json, {} if there is none, and the names of what it may answer."""
-    from checkpoints import read_json
-
-    for name, splits in (("score.json", ["file"]), ("run.json", ["test", "dev"])):
-        if (Path(run) / name).is_file():
-            return read_json(Path(run) / name), splits
-    return {}, []
 
 
 def _print_rows(rows: list[dict]) -> None:
@@ -372,30 +352,21 @@ def ask_command(args: argparse.Namespace) -> list[str]:
 
 def score_command(args: argparse.Namespace) -> dict:
     """Answer a file of examples; print and return the summary of the scores."""
-    from show import show, show_result
+    from show import show
 
     import data
     import questions
 
-    path = Path(args.out or "") / "predictions.jsonl"
-    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
-        raise FileExistsError(f"--out {args.out}: is not a folder")
-    if args.out and path.exists():
-        raise FileExistsError(f"{path} exists; choose another --out")
+    questions.check_out(args.out)
     model, prefix, tokenizer, _ = questions.load_model(args)
     examples = data.read(args.file)
     examples = [examples[row] for row in data.sample(len(examples), args.limit, args.seed)]
     records = score(examples, questions.answer(args, model, prefix, tokenizer, examples))
-    result = summary(records)
-    if args.out:
-        record = questions.score_record(args, model, tokenizer, result)
-        questions.write_scores(path, record, records)
     for record in records[:3]:
         shown = f"{one_line(record['input'])[-200:]} {one_line(record['prediction'])}"
         answers = one_line(", ".join(record["answers"]))
         show(f"{shown}   (accepted: {answers})", result=not args.out)
-    show_result("score", result, asked=not args.out)
-    return result
+    return questions.finish_scores(args, model, tokenizer, records)
 
 
 def one_line(text: str) -> str:
@@ -424,36 +395,43 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("question", nargs="*", help=questions)
     file = "a file of questions, one a line, or JSONL of examples, whose answers are not needed"
     command.add_argument("--input", help=file)
-    _add_answer_flags(command)
+    _add_run_flags(command)
 
     command = commands.add_parser("score", help="score a run or the bare LM on a file of examples")
     command.set_defaults(function=score_command)
     command.add_argument("file", help="examples; of options, the likeliest is the answer")
     command.add_argument("--limit", type=COUNT, help="score that many, sampled with --seed")
     command.add_argument("--out", help="folder for predictions.jsonl and score.json")
-    _add_answer_flags(command)
+    _add_run_flags(command)
     add_commands(commands)
     return parser
 
 
-def _add_answer_flags(command: argparse.ArgumentParser) -> None:
-    """The flags of both commands that answer: the model, and what stands around a question."""
-    from show import COUNT, SEED
+def add_answer_flags(command: argparse.ArgumentParser) -> None:
+    """How questions are answered. What is not given is the run's own."""
+    from show import COUNT
 
-    command.add_argument("--run", help="run folder; the bare LM if not given")
     model = "the LM's checkpoint, if a run's has moved; the embedded LM if neither is given"
     command.add_argument("--model", help=model)
     stop = "text that ends an answer, '' for none; if not given, the run's, a newline for questions"
     command.add_argument("--stop", help=stop)
-    command.add_argument("--shots", type=COUNT, help="examples that stand before every question")
-    command.add_argument("--shots-from", help="the file that they are sampled from")
-    command.add_argument("--seed", type=SEED, default=0, help="of samples of examples")
     new = "tokens of an answer; if not given, as many as the run's, or 16"
     command.add_argument("--max-new-tokens", type=COUNT, help=new)
     rank = "of an answer choice's log-probabilities; if not given, the run's, or sum"
     command.add_argument("--rank-by", choices=["sum", "mean"], help=rank)
     budget = "tokens in a batch, options included"
     command.add_argument("--eval-tokens", type=COUNT, default=8192, help=budget)
+
+
+def _add_run_flags(command: argparse.ArgumentParser) -> None:
+    """The flags of both commands that answer with a run, and what stands around a question."""
+    from show import COUNT, SEED
+
+    command.add_argument("--run", help="run folder; the bare LM if not given")
+    add_answer_flags(command)
+    command.add_argument("--shots", type=COUNT, help="examples that stand before every question")
+    command.add_argument("--shots-from", help="the file that they are sampled from")
+    command.add_argument("--seed", type=SEED, default=0, help="of samples of examples")
     one = "neural_recursion: one pass answers if its log-probability is at least this"
     command.add_argument("--threshold", type=float, help=one)
 

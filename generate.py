@@ -5,8 +5,9 @@ prefix has the methods of model.Prefix: rows, row_lengths, select, preallocate a
 
     prefill            reads every question, except its last token, into the KV cache
     sample_next_token  logits -> one token per row
-    generate           prefill, then one token per step; finished rows leave the batch
-    sample_answers     n samples of each question; samples that agree so far are one row
+    generate           greedy continuations, or n samples of each question
+    sample_answers     n samples of each question, each with random numbers of its own
+    decode             prefill, then one token per step; samples that agree so far are one row
     option_scores      log-probabilities of answer choices; each question is read once
     predict            answers: texts, or choices among options; in batches within a memory budget
 
@@ -97,7 +98,7 @@ def stack_prefixes(prefix, ids: list[list[int]]):
         return prefix
     rows = [stack_prefixes(p, [row]) for p, row in zip(prefix, ids, strict=True)]
     present = [p for p in rows if p is not None]
-    return present[0].stack(rows) if present else None  # Prefix's or StackPrefix's
+    return present[0].stack(rows) if present else None
 
 
 def prefill(lm, ids: list[list[int]], prefix, max_new: list[int]):
@@ -164,54 +165,27 @@ def generate(
     n: int = 1,
     eos: int | list[int] | tuple[int, ...] | None = None,
     generator: torch.Generator | None = None,
-    ended: Callable[[list[int]], bool] | None = None,
+    ended: Callable[[int, list[int]], bool] | None = None,
 ) -> list[list[Sample]]:
     """Continues each of B questions n times. Returns B lists of n Samples, new tokens only.
 
     ids     B non-empty lists of token ids, of any lengths
     prefix  None, one for all, or a list with a prefix or None per question
     eos     id or ids that end a continuation; its row then leaves the batch. None never stops early
-    ended   a function of a continuation's tokens so far; if it returns True, the row leaves too
+    ended   a function of the question's number and the tokens so far; True ends a continuation
 
-    A question is read once, however many samples are drawn. Memory: the cache has 2 * K * D values
-    per row, layer (of every part of a Stack) and position; the positions are the prefix's, the
-    longest question's and max_new_tokens. The peak is twice that, because old and new cache exist
-    together when it is one_each and when finished rows are removed. A prefix that the caller
-    keeps comes on top.
+    A question is read once, however many samples are drawn, and samples whose tokens are the same
+    so far are one row. Memory: the cache has 2 * K * D values per row, layer (of every part of a
+    Stack) and position; the positions are the prefix's, the longest question's and max_new_tokens.
+    The peak is twice that, because old and new cache exist together when rows come or go. A prefix
+    that the caller keeps comes on top.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, n)
-    token, cache = prefill(lm, ids, prefix, [max_new_tokens] * len(ids))
-    device, R = token.device, len(ids) * n
-    eos_ids = torch.tensor(as_list(eos), dtype=torch.long, device=device)
-    rows = torch.arange(len(ids), device=device).repeat_interleave(n)
-    one_each = n == 1 and cache is not None  # every question has its own row already
-    if one_each:
-        cache = cache.preallocate(rows, max_new_tokens)
-    active = torch.arange(R, device=device)  # row i of the batch writes sample active[i]
-    new_tokens = torch.full((R, max_new_tokens), -1, device=device)  # -1: not written
-    logprob = torch.zeros(R, device=device)
-    for step in range(max_new_tokens):
-        h, cache = lm(lm.embed(token), cache, keep=True)
-        logits = lm.logits(h[:, -1])
-        if step == 0 and not one_each:  # until here n samples of a question share one row
-            logits, cache = logits[rows], cache.preallocate(rows, max_new_tokens - 1)
-        token = sample_next_token(logits, temperature, top_k, top_p, generator)[:, None]
-        new_tokens[active, step] = token[:, 0]
-        logprob[active] += (logits.gather(1, token) - logits.logsumexp(-1, keepdim=True))[:, 0]
-        unfinished = ~torch.isin(token[:, 0], eos_ids)
-        if ended is not None:
-            finished = [ended(row) for row in new_tokens[active, : step + 1].tolist()]
-            unfinished &= ~torch.tensor(finished, device=device)
-        if not unfinished.any():
-            break
-        if not unfinished.all():
-            active, token = active[unfinished], token[unfinished]
-            cache = cache.select(unfinished.nonzero()[:, 0])
-    samples = [
-        Sample([token for token in row if token >= 0], value)
-        for row, value in zip(new_tokens.tolist(), logprob.tolist())
-    ]
-    return [samples[b * n : (b + 1) * n] for b in range(len(ids))]
+
+    def draw(logits: Tensor, row: Tensor, active: Tensor, step: int) -> Tensor:
+        return sample_next_token(logits[row], temperature, top_k, top_p, generator)
+
+    return decode(lm, ids, prefix, max_new_tokens, n, eos, draw, ended)
 
 
 @torch.no_grad()
@@ -229,29 +203,44 @@ def sample_answers(
 
     seeds  B seeds. Sample i of a question is drawn with random numbers that depend on the seed and
            on i alone, so neither the questions beside it nor n change it (beyond float32 rounding)
-    ended  a function of the question's number and the tokens so far; True ends the sample
 
-    Samples whose tokens are the same so far are one row: the LM reads each text once, however many
-    samples go on with it. The other arguments, and the memory of a row, are those of `generate`.
+    The other arguments are those of `generate`.
     """
     check_sampling(max_new_tokens, 1.0, None, None, n)
+    rngs = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: all devices alike
+    numbers = [torch.rand(n, max_new_tokens, generator=rng) for rng in rngs]
+    numbers = torch.cat(numbers).double()  # (B * n, max_new_tokens), in [0, 1)
+
+    def draw(logits: Tensor, row: Tensor, active: Tensor, step: int) -> Tensor:
+        u = numbers.to(logits.device)[active, step]
+        return inverse_cdf(logits.log_softmax(-1), row, u)
+
+    return decode(lm, ids, prefix, max_new_tokens, n, eos, draw, ended)
+
+
+def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> list[list[Sample]]:
+    """The loop of `generate`. Row r of a step is a text; several samples may share it.
+
+    draw  (logits (R, V), row (S,), active (S,), step) -> the next token (S,) of each sample that
+          goes on; `active` are their numbers, `row` the rows of their texts
+    """
     token, cache = prefill(lm, ids, prefix, [max_new_tokens] * len(ids))
     device, samples = token.device, [Sample([], 0.0)] * (len(ids) * n)
-    draws = [torch.rand(n, max_new_tokens, generator=seeded(seed)) for seed in seeds]
-    draws = torch.cat(draws).to(device, torch.float64)  # (B * n, max_new_tokens), in [0, 1)
+    eos_ids = torch.tensor(as_list(eos), dtype=torch.long, device=device)
     active = torch.arange(len(ids) * n, device=device)  # the samples that go on,
     row = active // n  # and the row of each
     texts = [(b, []) for b in range(len(ids))]  # question and new tokens of each row
     logprob = torch.zeros(len(ids), device=device)  # of each row
     for step in range(max_new_tokens):
         h, cache = lm(lm.embed(token), cache, keep=True)
-        logprobs = lm.logits(h[:, -1]).log_softmax(-1)  # (R, V)
-        drawn = row * logprobs.shape[1] + inverse_cdf(logprobs, row, draws[active, step])
+        logits = lm.logits(h[:, -1])  # (R, V)
+        R, V = logits.shape
+        drawn = row * V + draw(logits, row, active, step)
         pairs, row = drawn.unique(return_inverse=True)  # the new rows, ordered by their parents
-        parent, token = pairs // logprobs.shape[1], pairs % logprobs.shape[1]
-        logprob = logprob[parent] + logprobs[parent, token]
+        parent, token = pairs // V, pairs % V
+        logprob = logprob[parent] + logits[parent, token] - logits.logsumexp(-1)[parent]
         texts = [(texts[i][0], [*texts[i][1], t]) for i, t in zip(parent.tolist(), token.tolist())]
-        done = torch.isin(token, torch.tensor(as_list(eos), dtype=torch.long, device=device))
+        done = torch.isin(token, eos_ids)
         if ended is not None:
             done |= torch.tensor([ended(b, tokens) for b, tokens in texts], device=device)
         done |= step == max_new_tokens - 1
@@ -261,18 +250,14 @@ def sample_answers(
         if done.all():
             break
         left = (~done).nonzero()[:, 0]
-        if len(left) != len(h) or not torch.equal(parent[left], torch.arange(len(h)).to(device)):
+        same = len(left) == R and torch.equal(parent[left], torch.arange(R, device=device))
+        if cache.buffer is None or not same:
             cache = cache.preallocate(parent[left], max_new_tokens - 1 - step)
         active, row = active[~done[row]], row[~done[row]]
         row = torch.searchsorted(left, row)  # their numbers among the rows that are left
         token, logprob = token[left, None], logprob[left]
         texts = [texts[r] for r in left.tolist()]
     return [samples[b * n : (b + 1) * n] for b in range(len(ids))]
-
-
-def seeded(seed: int) -> torch.Generator:
-    """A generator on the CPU, so that every device draws the same numbers."""
-    return torch.Generator().manual_seed(seed)
 
 
 def inverse_cdf(logprobs: Tensor, row: Tensor, u: Tensor) -> Tensor:
@@ -402,7 +387,7 @@ def continue_texts(lm, tokenizer, ids, prefix, max_new_tokens: int, stop: str) -
     A text ends before `stop` ("" for none) or an eos of the LM.
     """
 
-    def ended(tokens: list[int]) -> bool:
+    def ended(_, tokens: list[int]) -> bool:
         return find_stop(tokenizer.decode(tokens), stop) is not None
 
     eos, texts = lm.config.eos, []

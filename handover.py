@@ -71,7 +71,7 @@ class Replaced(torch.nn.Module):
     def __init__(self, connector, at: Sequence[int], vectors: Tensor):
         super().__init__()
         self.connector, self.at, self.vectors = connector, at, vectors
-        self.residual = connector.residual
+        self.residual, self.layers = connector.residual, connector.layers
 
     def forward(self, x: Tensor, prefix=None, keep: bool = False):
         """As the Connector's."""

@@ -22,7 +22,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -361,8 +361,17 @@ def find_spans(encoder: CrossEncoder, question: list[int], passage: Passage, ans
     return list(spans)[:limit]
 
 
+class OnDevice:
+    """What the two kinds of batches have in common."""
+
+    def to(self, device):
+        """Return a copy with the tensors on `device`."""
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
+
 @dataclass
-class RerankerBatch:
+class RerankerBatch(OnDevice):
     """The tensors of one step; `rerank.reranker_loss` describes them.
 
     targets (B,) are zeros: the positive is the first of its group. rows: each question's sample.
@@ -375,13 +384,9 @@ class RerankerBatch:
     targets: Tensor
     rows: list[int]
 
-    def to(self, device) -> "RerankerBatch":
-        """Return a copy with the tensors on `device`."""
-        return _to(self, device)
-
 
 @dataclass
-class RetrieverBatch:
+class RetrieverBatch(OnDevice):
     """The tensors of one step of the dual encoder.
 
     ids, lengths                  (B, L), (B,)  the questions
@@ -397,15 +402,6 @@ class RetrieverBatch:
     targets: Tensor
     known: Tensor
     rows: list[int]
-
-    def to(self, device) -> "RetrieverBatch":
-        """Return a copy with the tensors on `device`."""
-        return _to(self, device)
-
-
-def _to(batch, device):
-    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return replace(batch, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)})
 
 
 def _epoch_rows(count: int, size: int, seed: int, step: int) -> list[int]:

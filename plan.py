@@ -11,7 +11,6 @@ recursion the texts are longer by the candidates.
 
 import argparse
 import math
-import re
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ import start
 import train
 from adapters import Connector, DeepPrompt, PromptGenerator, SoftPrompt
 from checkpoints import HUB_FILES, load_tokenizer, read_config, resolve, skip_init
+from contest import memory
 from families import t5_from_hf
 from fit import Recipe, linear_weights, make_optimizer
 from generate import stack_prefixes, token_logprobs
@@ -181,11 +181,6 @@ def estimate(args: argparse.Namespace) -> tuple[dict[str, int], dict[str, int], 
 def count(module: nn.Module) -> int:
     """The number of entries of all parameters."""
     return sum(p.numel() for p in module.parameters())
-
-
-def memory(mark: str) -> int:
-    """Bytes of memory in use: VmRSS now, VmHWM at the peak."""
-    return 1024 * int(re.search(rf"{mark}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def optimizer_memory(optimizer: str, trained: nn.Module) -> int:

@@ -14,6 +14,7 @@ Several processes can share the work: start the second command as often, each wi
 OMP_NUM_THREADS=1.
 """
 
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
@@ -28,9 +29,10 @@ import prompts
 import suite
 import train
 import world
+from cost import conduct
 from prompt_audit import distances, few_shot, forgetting, speed
 from runs import read_predictions
-from study import Job, Row, Study, curve, show_cost, show_grid, show_orderings
+from study import Job, Row, Study, curve, show_grid, show_orderings, write_rows
 
 # The runs
 
@@ -160,14 +162,7 @@ OPEN = ("summarization", "structure to text")  # ROUGE-L stands beside F1
 def prompt_study(args) -> dict:
     """Prompts of all kinds, ID-PT and fine-tuning: what they answer, cost and leave intact."""
     study = make_study(args, Path(args.out) / "prompts")
-    cost = show_cost(study, seconds, training_seconds)
-    if args.plan:
-        return {}
-    with study.alone():
-        write_files(study)
-    study.make()
-    with study.alone():
-        return report(study) | {"cost": cost}
+    return conduct(study, partial(write_files, study), report)
 
 
 def make_study(args, folder: Path) -> Study:
@@ -179,8 +174,12 @@ def make_study(args, folder: Path) -> Study:
     names = {"files": folder, "suite": folder / "suite", "single": folder / "single"}
     names |= {"instruction": INSTRUCTION, "short": max(1, args.steps // 5)}
     names |= {"every": max(1, args.steps // 8)}
-    more = {"names": names, "share": 10, "metric": "f1", "score": mean_f1}
-    return Study(args, folder, GROUPS, RATES, programs, **more)
+    more = {"names": names, "share": 10, "metric": "f1", "score": mean_f1, "tokens": 74}
+
+    def asked(job: Job) -> int:
+        return args.count * (154 if "{suite}" in job.row.command else 48)
+
+    return Study(args, folder, GROUPS, RATES, programs, **more, asked=asked)
 
 
 def mean_f1(result: dict) -> float:
@@ -200,7 +199,7 @@ def write_files(study: Study) -> None:
         whole = []
         for name, task in suite.TASKS.items():
             whole += suite.rows(place, name, split, min(size, task.size))
-        study.write_rows(f"suite-{split}.jsonl", whole)
+        write_rows(study.folder / f"suite-{split}.jsonl", whole)
         more = size if split == "train" else 2 * count
         single = {name: suite.rows(place, name, split, more) for name in SINGLE}
         single["single"] = [row for rows in single.values() for row in rows]
@@ -208,8 +207,8 @@ def write_files(study: Study) -> None:
         chosen = data.sample(len(questions), 25 * count if split == "train" else 10 * count, 0)
         single["world"] = [questions[row] for row in chosen]
         for name, rows in single.items():
-            study.write_rows(f"{name}-{split}.jsonl", rows)
-    study.write_rows("held-out.jsonl", list(genres.documents(place, 10 * count, seed=2)))
+            write_rows(study.folder / f"{name}-{split}.jsonl", rows)
+    write_rows(study.folder / "held-out.jsonl", list(genres.documents(place, 10 * count, seed=2)))
 
 
 def report(study: Study) -> dict:
@@ -224,10 +223,6 @@ def report(study: Study) -> dict:
                 show(f"{name}: {key}: {value}")
     drawn = ("id-pt-20", "prompt-20", "fine-tuning")
     results["curves"] = {name: curve(study, name) for name in drawn}
-    results["missing"] = study.missing()
-    show("")
-    for name, reason in results["missing"].items():
-        show(f"{name} is not made: {reason}")
     study.args.picture.parent.mkdir(exist_ok=True)
     with only_shows("picture"), audit.picture(study.args.picture, 8, 3.5) as figure:
         draw(figure, results)
@@ -325,53 +320,3 @@ def draw(figure, results: dict) -> None:
     lengths.set(xlabel="prompt length", ylabel="test F1, median over templates")
     for axes in (steps, lengths):
         axes.legend(fontsize=7)
-
-
-# What it costs. Measured on one core of the machine of RESULTS.md, in milliseconds.
-
-LOAD = 0.36  # an example of a file: read, tokenised and checked
-STEP = {"prompt_tuning": 10.6, "deep_prompt": 10.6, "id_pt": 18, "fine_tuning": 13.8}  # an example
-ANSWER = {"prompt_tuning": 8.4, "deep_prompt": 8.4, "id_pt": 12.4, "fine_tuning": 6.2}
-GENERATED = 0.15  # an example, for each row of a generated prompt
-LARGER_LM = 2.1  # times as many operations
-
-
-def training_seconds(study: Study, job: Job) -> float | None:
-    """Expected seconds of a core for the steps of train.py, and for the dev scores along them."""
-    if not job.trains:
-        return None
-    run = train.parse(study.line(job))
-    step = STEP[run.method] + GENERATED * run.prompt_length * (run.method == "id_pt")
-    scored = run.steps // run.eval_every * min(run.eval_limit, examples_of(study, run.dev))
-    each = run.steps * run.batch_size * step + scored * ANSWER[run.method]
-    return each * (LARGER_LM if LARGER in job.row.command else 1) / 1000
-
-
-def examples_of(study: Study, file: str | None) -> int:
-    """Examples in a file of `write_files`, which may not be there yet."""
-    if file is None:
-        return 0
-    name, split = Path(file).stem.rsplit("-", 1)
-    count, size = study.args.count, sizes(study.args.count)[split]
-    if name == "suite":
-        whole = sum(min(size, task.size) for task in suite.TASKS.values())
-        return whole if split == "train" else 4 * whole
-    if name == "world":
-        return size if split == "train" else 10 * count
-    return (len(SINGLE) if name == "single" else 1) * (size if split == "train" else 8 * count)
-
-
-def seconds(study: Study, job: Job) -> float:
-    """Expected seconds of a core for a job."""
-    line, program = job.row.command, job.program
-    if job.trains:
-        run = train.parse(study.line(job))
-        asked = sum(examples_of(study, file) for file in (run.dev, run.test))
-        more = asked * ANSWER[run.method] * (LARGER_LM if LARGER in line else 1)
-        load = LOAD * (asked + examples_of(study, run.train))
-        return training_seconds(study, job) + (more + load) / 1000
-    if program in ("distances", "speed", "forgetting"):
-        return {"distances": 10, "speed": 25, "forgetting": 15}[program]
-    suite_too = "{suite}" in line
-    asked = examples_of(study, f"{'suite' if suite_too else 'single'}-test.jsonl")
-    return asked * ANSWER["fine_tuning"] * (LARGER_LM if LARGER in line else 1) / 1000

@@ -52,7 +52,7 @@ from data import IGNORE_INDEX, Batch
 from fit import Adafactor, Recipe, autocast, fit, target_loss
 from model import LM
 from recurse import COMPOSITIONS
-from runs import Run, finish_record, read_predictions, start_record
+from runs import Run, read_predictions, start_record
 
 # The gradients
 
@@ -279,17 +279,10 @@ def train_learner(task: start.Task, tasks: list[list], learner: Learner, prompt)
 
     with run:
         record = start_record(run, learner, frozen, train.hashes(task, prompt))
-        record["question_format"] = all(
-            metrics.is_question(e.input) for e in task.examples["train"]
-        )
+        record["question_format"] = train.asks_questions(task)
         recipe, gradient = Recipe.from_args(args), partial(add_gradient, learner)
         record |= fit(run, recipe, learner, batch_at, loss_of, evaluate, save, gradient)
-        splits = [split for split in ("dev", "test") if tokens[split]]
-        predictions = {split: train.predict_split(task, prompt, split) for split in splits}
-        rows = predictions[splits[-1]] if splits else []
-        write_lines(run.folder / "predictions.jsonl", rows)
-        results = {split: metrics.summary(part) for split, part in predictions.items()}
-        return finish_record(run, record, frozen, results)
+        return train.finish(task, run, record, prompt)
 
 
 def read_tasks(args: Namespace) -> list[list[data.Example]]:

@@ -17,10 +17,9 @@ from show import show, show_table
 import numpy as np
 
 import data
-import eval as metrics
 import suite
 from promptability import HELD_OUT, average_relative_gain
-from study import Row, Study, show_differences, verdict
+from study import Row, Study, show_differences, significance
 
 CONTINUE = "transfer.py continue --train {suite} --limit 300 --prompt-length 10 --eval-every 100000"
 META = "--batch-size 64 --grad-accum"
@@ -208,7 +207,7 @@ def at_the_floor(found: dict[str, list[dict]], chance: dict) -> list[str]:
     """The rows whose gain may well be zero: the bootstrap's 95 % interval reaches it."""
     gains = {name: relative_gains(runs, chance) for name, runs in found.items()}
     zero = {name: np.zeros_like(part) for name, part in gains.items()}
-    return [n for n in found if metrics.paired_bootstrap(gains[n], zero[n], iters=2000)[1] <= 0]
+    return [n for n in found if significance(gains[n], zero[n])["low"] <= 0]
 
 
 def show_claims(found: dict[str, list[dict]], chance: dict) -> list[dict]:
@@ -218,10 +217,8 @@ def show_claims(found: dict[str, list[dict]], chance: dict) -> list[dict]:
         if not all(name in found for name in pair):
             continue
         a, b = (relative_gains(found[name], chance) for name in pair)
-        difference, low, high, p = metrics.paired_bootstrap(a, b, iters=2000)
-        says = verdict(difference, p)
-        results.append({"claim": claim, "rows": pair, "seeds": [len(a), len(b)], "verdict": says})
-        results[-1] |= {"difference": difference, "low": low, "high": high, "p": p}
+        seeds = [len(a), len(b)]
+        results.append({"claim": claim, "rows": pair, "seeds": seeds} | significance(a, b))
     show_differences("average relative gain", results)
     return results
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
-from show import COUNT, show, show_result
+from show import COUNT, show, show_table
 
 import torch
 import torch.nn as nn
@@ -41,7 +41,7 @@ from adapters import DeepPrompt, PromptGenerator, SoftPrompt, read_adapter_confi
 from checkpoints import load_tokenizer
 from generate import predict
 from model import LM
-from questions import parse_question, prepare, score_record, write_scores
+from questions import check_out, finish_scores, parse_question, prepare
 from recurse import load_trained, prompt_prefix
 
 # Prompts of one LM
@@ -190,16 +190,14 @@ def prompt_of(example: data.Example, record: dict, prompts: dict) -> Prompt | No
 
 def mixed_command(args: argparse.Namespace) -> list[str] | dict:
     """Answer examples, each with its own prompt. Returns the answers, or with --out the scores."""
-    out = args.out and Path(args.out) / "predictions.jsonl"
-    if out and out.exists():
-        raise FileExistsError(f"{out} exists; choose another --out")
-    lines = read_mixed(args.input, bool(out))
-    examples = [example for example, _ in lines]
+    check_out(args.out)
+    lines = read_mixed(args.input, bool(args.out))
+    examples, args.file = [example for example, _ in lines], args.input
     lm, tokenizer, prompts = load_prompts(args.prompts, args.model)
     ends, new = metrics.stops(examples, args.stop), args.max_new_tokens
     limits = {"max_tokens": args.eval_tokens, "mean": args.rank_by == "mean"}
-    if out:  # before the work: the folder may be one that cannot be made
-        out.parent.mkdir(parents=True, exist_ok=True)
+    if args.out:  # before the work: the folder may be one that cannot be made
+        Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.vote:
         voters = list(prompts.values())
         answers, votes = answer_by_vote(lm, tokenizer, examples, voters, new, ends, **limits)
@@ -213,25 +211,15 @@ def mixed_command(args: argparse.Namespace) -> list[str] | dict:
         more = [{"prompt": name} for name in used]
     counts = ", ".join(f"{name} {count}" for name, count in Counter(used).items())
     show(f"examples of each prompt: {counts}", "stderr")
-    if out:
+    if args.out:
         records = [r | m for r, m in zip(metrics.score(examples, answers), more)]
-        return finish_scores(args, lm, tokenizer, prompts, out, records)
+        files = {n: p.folder / "adapter_model.safetensors" for n, p in prompts.items()}
+        hashes = {name: hashlib.sha256(f.read_bytes()).hexdigest() for name, f in files.items()}
+        return finish_scores(args, lm, tokenizer, records, adapter_hash=hashes)
     texts = [a if isinstance(a, str) else e.options[a] for e, a in zip(examples, answers)]
     for e, text in zip(examples, texts):
         show(f"{metrics.one_line(e.id)}\t{metrics.one_line(text)}", result=True)
     return texts
-
-
-def finish_scores(args, lm, tokenizer, prompts: dict, path: Path, records: list) -> dict:
-    """Write predictions.jsonl and score.json as `eval.py score` does; print and return scores."""
-    result = metrics.summary(records)
-    given = vars(args) | {"run": None, "file": args.input, "shots_from": None}
-    record = score_record(argparse.Namespace(**given), lm, tokenizer, result)
-    files = {n: p.folder / "adapter_model.safetensors" for n, p in prompts.items()}
-    hashes = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
-    write_scores(path, record | {"adapter_hash": hashes}, records)
-    show_result("score", result)
-    return result
 
 
 # A prompt for each task, trained in shared batches
@@ -372,19 +360,15 @@ def explain_command(args: argparse.Namespace) -> list[dict]:
     what = "values of single tokens, all layers" if deep else "token embeddings"
     middle = f"{norms.mean().item():.3f} on average, {low:.3f} to {high:.3f} for 98 % of them"
     show(f"norm of the {what}: {middle}", result=True)
+    table, columns = [], ["row", "norm", "nearest by cosine", "by distance"]
     if questions:
-        show(f"mean over the prompts of {len(questions)} questions", result=True)
-    lines = []
+        columns.insert(2, f"varies over {len(questions)} questions")
     for row in rows:
         near = "  ".join(f"{token!r} {value:.2f}" for token, value in row["cosine"])
         close = "  ".join(f"{token!r} {value:.3f}" for token, value in row["distance"])
-        varies = f"{row['varies']:.3f}" if questions else ""
-        lines.append((str(row["row"]), f"{row['norm']:.3f}", varies, near, close))
-    titles = ("row", "norm", "varies" if questions else "", "nearest by cosine", "by distance")
-    widths = [max(map(len, column)) for column in zip(titles, *lines)]
-    for line in (titles, *lines):
-        cells = [cell.ljust(width) for cell, width in zip(line, widths) if width > 0]
-        show("  ".join(cells).rstrip(), result=True)
+        varies = [f"{row['varies']:.3f}"] if questions else []
+        table.append([row["row"], f"{row['norm']:.3f}", *varies, near, close])
+    show_table("the rows of the prompt, and the tokens nearest to them", columns, table, True)
     return rows
 
 
@@ -488,7 +472,7 @@ def add_commands(commands) -> None:
     """Add mixed, explain and templates to the sub-commands of eval.py."""
     summary = "answer examples in shared batches, each with its own prompt"
     command = commands.add_parser("mixed", help=summary, description=summary)
-    command.set_defaults(function=mixed_command, seed=0)
+    command.set_defaults(function=mixed_command, seed=0, run=None, shots_from=None)
     folders = "runs or folders of prompts, FOLDER or NAME=FOLDER"
     command.add_argument("--prompts", nargs="+", required=True, help=folders)
     file = 'examples; "prompt" or else "task" names the prompt of each, "none" is the LM alone'
@@ -496,13 +480,8 @@ def add_commands(commands) -> None:
     vote = "every prompt answers every example, and the most frequent answer counts"
     command.add_argument("--vote", action="store_true", help=vote)
     command.add_argument("--out", help="folder for predictions.jsonl and score.json")
-    command.add_argument("--model", help="the LM's checkpoint; that of the first prompt")
-    stop = "text that ends an answer; a newline for questions if not given, '' for none"
-    command.add_argument("--stop", help=stop)
-    command.add_argument("--max-new-tokens", type=COUNT, default=16, help="tokens of an answer")
-    command.add_argument("--eval-tokens", type=COUNT, default=8192, help="tokens in a batch")
-    rank = "of an answer choice's log-probabilities"
-    command.add_argument("--rank-by", choices=["sum", "mean"], default="sum", help=rank)
+    metrics.add_answer_flags(command)
+    command.set_defaults(max_new_tokens=16, rank_by="sum")
 
     summary = "the vocabulary tokens nearest to each row of a prompt"
     command = commands.add_parser("explain", help=summary, description=summary)

@@ -6,7 +6,7 @@ check_targets      refuses targets that no tokens spell, which training would te
 check_answers      refuses answers that `predict` could never return, which would score 0
 load_model         the run or the bare LM that the flags of `ask` and `score` name
 answer             answers as these flags say
-score_record       what `score --out` writes down about its scores
+finish_scores      prints scores, and writes what `score --out` leaves
 
 ids, options, prefix = prepare(lm, tokenizer, data.read("questions.jsonl"))
 """
@@ -19,6 +19,8 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 from unicodedata import normalize
+
+from show import show_result
 
 import torch
 from tokenizers import Tokenizer
@@ -124,14 +126,19 @@ def prepare(lm, tokenizer, examples, prefix=None, max_new_tokens: int = 16, shot
             raise ValueError(f"{e.source}: {error}") from None
         ids.append(row)
         options.append(next(tokenized).options if e.options else [])
-        if not e.options and len(row) + max_new_tokens - 1 > left:  # the last is never read
-            raise ValueError(
-                f"{e.source}: {len(row)} tokens and {max_new_tokens} new ones exceed the {left} "
-                "that the LM's context leaves"
-            )
+        check_length(e, row, max_new_tokens, left)
     if shots and not (callable(prefix) or isinstance(prefix, list)):
         ids, prefix = read_shared(lm, ids, prefix)
     return ids, options, prefix
+
+
+def check_length(example, ids: list[int], new: int, left: int) -> None:
+    """ValueError if an example without options and `new` tokens exceed what the context leaves."""
+    if not example.options and len(ids) + new - 1 > left:  # the last new token is never read
+        raise ValueError(
+            f"{example.source}: {len(ids)} tokens and {new} new ones exceed the {left} that the "
+            "LM's context leaves"
+        )
 
 
 @torch.no_grad()
@@ -264,7 +271,21 @@ def score_record(args, model, tokenizer, results: dict) -> dict:
     }
 
 
-def write_scores(path: Path, record: dict, records: list[dict]) -> None:
-    """Write predictions.jsonl at `path`, and score.json beside it, which says what it is of."""
-    write_json(path.with_name("score.json"), record)
-    write_lines(path, records)
+def check_out(out: str | None) -> None:
+    """FileExistsError if no folder can be made at `out`, or if it holds predictions already."""
+    if out and Path(out).exists() and not Path(out).is_dir():
+        raise FileExistsError(f"--out {out}: is not a folder")
+    if out and (Path(out) / "predictions.jsonl").exists():
+        raise FileExistsError(f"{out}/predictions.jsonl exists; choose another --out")
+
+
+def finish_scores(args, model, tokenizer, records: list[dict], **more) -> dict:
+    """Print and return the scores. With --out, write predictions.jsonl and beside it score.json:
+    `score_record`, and `more`."""
+    result = metrics.summary(records)
+    if args.out:
+        record = score_record(args, model, tokenizer, result) | more
+        write_json(Path(args.out) / "score.json", record)
+        write_lines(Path(args.out) / "predictions.jsonl", records)
+    show_result("score", result, asked=not args.out)
+    return result

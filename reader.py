@@ -29,7 +29,6 @@ from show import show
 
 import numpy as np
 import torch
-import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -69,10 +68,10 @@ def rank(args, book: Book, folder: Path, train: Callable) -> tuple[Book, dict]:
     the questions that it was trained on.
     """
     questions, models, info = book.questions, {}, {}
-    training = questions["train"]
+    training, names = questions["train"], iter(["a", "b", "all"])  # as cross_fit trains them
 
-    def train_fn(part: list[Question]) -> str:
-        name = ("a", "b", "all")[len(models)] if cross else "all"
+    def train_fn(part: list[Question], name: str | None = None) -> str:
+        name = name or next(names)
         own = "reranker" if name == "all" else f"reranker-{name}"
         models[name] = train(own, questions | {"train": part, "test": []})
         return name
@@ -80,17 +79,18 @@ def rank(args, book: Book, folder: Path, train: Callable) -> tuple[Book, dict]:
     def score_fn(name: str, part: list[Question], split="train") -> list[list[float]]:
         return score_split(args, models[name], part, folder / "scores" / f"{name}-{split}")
 
-    cross = not (args.no_cross_fit or args.reranker)
-    if args.reranker:
-        path = encoder_folder(args.reranker)
-        models["all"] = CrossEncoder.from_pretrained(path, args.device, args.encoder_len)
-    if cross:
+    if args.reranker or args.no_cross_fit:
+        name = "all"
+        if args.reranker:
+            path = encoder_folder(args.reranker)
+            models[name] = CrossEncoder.from_pretrained(path, args.device, args.encoder_len)
+        else:
+            train_fn(training, name)
+        scores = score_fn(name, training)
+    else:
         scores, halves, name = cross_fit(training, train_fn, score_fn, args.seed, key=half_key)
         info["halves"] = "".join(halves)
         info["cross-fitting"] = compare_halves(args, training, scores, halves, models)
-    else:
-        name = "all" if args.reranker else train_fn(training)
-        scores = score_fn(name, training)
     ranked = {"train": sort_found(training, scores)}
     for split in ("dev", "test"):
         ranked[split] = sort_found(questions[split], score_fn(name, questions[split], split))
@@ -174,7 +174,9 @@ def write_inputs(args, tokenizer, left: int, questions: Sequence[Question], targ
         while kept and len(data.encode_prompts(tokenizer, [text])[0]) > limit:
             kept, out = kept[:-1], out + 1  # some tokenizers split joined lines otherwise
             text = books.reader_text(q.question, kept)
-        texts, packed, dropped = [*texts, text], [*packed, kept], dropped + out
+        texts.append(text)
+        packed.append(kept)
+        dropped += out
     return texts, packed, dropped
 
 
@@ -184,10 +186,7 @@ def examples(book: Book) -> dict[str, list[data.Example]]:
     for split, part in book.questions.items():
         made[split] = []
         for q in part:
-            answers, text = (
-                tuple(answer.strip() for answer in q.answers),
-                data.question_text(q.question),
-            )
+            text, answers = data.question_text(q.question), tuple(map(str.strip, q.answers))
             example = data.Example(text, answers[0], answers, q.task, q.id, q.source)
             made[split].append(example)
     return made
@@ -284,7 +283,7 @@ def recall_at_input(
     return table | {"passages": sum(map(len, packed)) / n, "dropped": dropped}
 
 
-class Reader(nn.Module):
+class Reader(recurse.Around):
     """An LM, with the LM's interface, whose questions get their passages first.
 
     `questions.prepare` calls `read_back` on its examples. The passages and the encoders are loaded
@@ -292,10 +291,9 @@ class Reader(nn.Module):
     """
 
     def __init__(self, lm, tokenizer, args: Namespace, folder: Path):
-        super().__init__()
-        self.config, self.lm, self.tokenizer = lm.config, lm, tokenizer
-        self.args, self.folder, self.search, self.encoder = args, folder, None, None
-        self.embed, self.read, self.logits = lm.embed, lm.read, lm.logits
+        super().__init__(lm)
+        self.tokenizer, self.args, self.folder = tokenizer, args, folder
+        self.search = self.encoder = None
 
     @classmethod
     def load(cls, folder: Path, lm, tokenizer, record: dict, device: str) -> "Reader":
@@ -307,10 +305,6 @@ class Reader(nn.Module):
             if args.get(key):
                 args[key] = find(args[key], folder, record)
         return cls(lm, tokenizer, Namespace(**args), folder)
-
-    def forward(self, x: Tensor, prefix=None, keep: bool = False):
-        """The LM's own."""
-        return self.lm(x, prefix, keep)
 
     def open_book(self) -> None:
         """Load passages, indexes and the re-ranker. ValueError if the passages are others now."""
@@ -361,18 +355,13 @@ class Reader(nn.Module):
         return measured
 
 
-class Checkpointed(nn.Module):
+class Checkpointed(recurse.Around):
     """An LM, with the LM's interface, that keeps one state per block for the backward pass.
 
     The backward pass computes each block again (Chen et al. 2016, "Training Deep Nets with
     Sublinear Memory Cost"). The loss and the gradient stay the same. Without gradients, and with
     `keep`, the LM runs as it is.
     """
-
-    def __init__(self, lm):
-        super().__init__()
-        self.lm, self.config = lm, lm.config
-        self.embed, self.read, self.logits = lm.embed, lm.read, lm.logits
 
     def forward(self, x: Tensor, prefix=None, keep: bool = False):
         """x (B, T, C) -> h (B, T, C), as in LM.forward."""

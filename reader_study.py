@@ -17,6 +17,7 @@ from pathlib import Path
 from show import show, show_table
 
 import train
+from cost import conduct
 from openbook import SPLITS
 from study import Job, Row, Study, cell, show_orderings
 
@@ -115,59 +116,17 @@ class ReaderStudy(Study):
         return [str(word) for word in line]
 
 
+def make_study(args, folder: Path) -> ReaderStudy:
+    """The study in a folder, with flags of reproduce.py. Nothing is written."""
+    more = {"tokens": 26, "asked": lambda job: 420 + 700, "sampled": 5040}
+    return ReaderStudy(args, folder, GROUPS, {}, {"train.py": train}, **more)
+
+
 def readers(args) -> dict:
     """The frozen reader: what it reads and answers, by search, re-ranking, LM and what is tuned."""
     args.grid = False
-    study = ReaderStudy(args, Path(args.out) / "reader", GROUPS, {}, {"train.py": train})
-    cost = show_cost(study)
-    if args.plan:
-        return {}
-    study.make()
-    with study.alone():
-        return report(study) | {"cost": cost}
-
-
-# What it costs. Measured on one core of the machine of RESULTS.md, in seconds.
-
-QUESTIONS = {"train": 5040, "dev": 420, "test": 700}
-RANK = 0.0009  # a question and a passage, scored
-LEARN = 0.0066  # the same, forward and backward
-RETRIEVE = 0.3  # a step of the dual encoder
-READ = 0.046  # a question behind 256 positions of passages, forward and backward
-ANSWER = 0.021  # its greedy answer
-
-
-def seconds(study: Study, job: Job) -> float:
-    """Expected seconds of a core for a job."""
-    run = train.parse(study.line(job))
-    if run.method == "retriever":
-        return run.steps * RETRIEVE
-    total, scored = 0.0, sum(QUESTIONS.values())
-    if run.top > 0 and not run.no_rerank:
-        if not run.reranker:
-            total += 3 * run.encoder_steps * 16 * run.group_size * LEARN
-            scored += run.eval_limit
-        total += scored * run.top * RANK
-    length = run.context / 256 if run.top > 0 else 0.1
-    size = 2 if LARGER in job.row.command else 1
-    answers = run.eval_limit * -(-run.steps // run.eval_every)
-    answers += QUESTIONS["dev"] + QUESTIONS["test"]
-    learn = (1.5 if run.tune == "lm" else 1) * READ * run.steps * run.batch_size
-    return total + size * length * (learn + answers * ANSWER)
-
-
-def show_cost(study: Study) -> dict:
-    """Print the cost sheet. Returns the expected seconds of a core, of all jobs and of the rest."""
-    rows, total, left = [], 0.0, 0.0
-    for job in study.plan():
-        cost = seconds(study, job)
-        state = "finished" if job.record() else "failed" if job.failed() else ""
-        total, left = total + cost, left + (0.0 if state else cost)
-        rows.append([job.folder.name, round(cost), state])
-    show_table("cost", ["run", "seconds of a core", ""], rows)
-    show(f"\n{len(rows)} runs: {total:.0f} seconds of a core, {left:.0f} of them to come.")
-    show(f"Two processes on two quiet cores take {left / 7200:.1f} hours for these.")
-    return {"seconds": round(total), "left": round(left)}
+    study = make_study(args, Path(args.out) / "reader")
+    return conduct(study, lambda: None, report)  # the world's questions need no files
 
 
 # What came out
@@ -177,12 +136,7 @@ def report(study: Study) -> dict:
     """Print all tables. Returns what results/reader.json holds."""
     results = {"search": show_search(study), "runs": show_readers(study)}
     results["orderings"] = show_orderings(study, ORDERINGS)
-    results |= show_reranker(study)
-    results["missing"] = study.missing()
-    show("")
-    for name, reason in results["missing"].items():
-        show(f"{name} is not made: {reason}")
-    return results
+    return results | show_reranker(study)
 
 
 def show_search(study: Study) -> dict:

@@ -15,8 +15,8 @@ A residual Connector, which is not in the paper, is added to what it replaces in
 
     neural recursion   lm(x + connector(lm(x)))         x = lm.embed(ids)
 
-A Stack generates like an LM: every new token runs through all its parts, and every part has its own
-KV cache.
+A Stack generates like an LM: every new token runs through all its parts. Its KV cache holds the
+layers of all of them.
 
 Textual recursion (section 4 of the same paper) composes two passes as text. With a prompt p1 the LM
 samples n answers, and with a prompt p2 it reads the question and these candidates.
@@ -28,7 +28,7 @@ Needs adapters.py, generate.py, t5.py and checkpoints.py; the caller passes the 
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -59,62 +59,35 @@ from generate import (
 from t5 import T5Encoder
 
 
-@dataclass
-class StackPrefix:
-    """The prefixes of all parts of a Stack, with those methods of Prefix that generate.py calls."""
+class Around(nn.Module):
+    """The interface of an LM, around an LM. What a subclass does not define is the LM's own."""
 
-    parts: list  # one Prefix per part, all of the same lengths
+    def __init__(self, lm):
+        super().__init__()
+        self.config, self.lm = lm.config, lm
+        self.embed, self.logits = lm.embed, lm.logits
 
-    @property
-    def size(self) -> int:
-        """P, the same in every part."""
-        return self.parts[0].size
+    def forward(self, x: Tensor, prefix=None, keep: bool = False):
+        """x (B, T, C) -> (B, T, C), or with keep (output, the prefix extended by x)."""
+        return self.lm(x, prefix, keep)
 
-    @property
-    def rows(self) -> int:
-        """1 if shared by all rows of the batch, otherwise B."""
-        return self.parts[0].rows
-
-    def row_lengths(self, B: int) -> list[int]:
-        """The number of prefix positions before each of B rows of text."""
-        return self.parts[0].row_lengths(B)
-
-    def select(self, index: Tensor) -> "StackPrefix":
-        """Rows `index` (R,) of every part."""
-        return StackPrefix([p.select(index) for p in self.parts])
-
-    def preallocate(self, index: Tensor, more: int) -> "StackPrefix":
-        """Rows `index` (R,) of every part, in buffers with space for `more` positions."""
-        return StackPrefix([p.preallocate(index, more) for p in self.parts])
-
-    def drop_padding(self, padding: Tensor) -> "StackPrefix":
-        """Removes the last padding[b] positions of row b in every part."""
-        return StackPrefix([p.drop_padding(padding) for p in self.parts])
-
-    @staticmethod
-    def stack(prefixes: list["StackPrefix | None"]) -> "StackPrefix | None":
-        """Joins prefixes of one row each, one per example. None is an empty prefix."""
-        present = [p for p in prefixes if p is not None]
-        if not present:
-            return None
-        stacked = []
-        for i, part in enumerate(present[0].parts):
-            rows = [None if p is None else p.parts[i] for p in prefixes]
-            stacked.append(part.stack(rows))
-        return StackPrefix(stacked)
+    def read(self, x: Tensor, prefix=None, lengths: Tensor | None = None):
+        """The prefix after x (T, C) or (B, T, C); lengths (B,) as in LM.read."""
+        return self.lm.read(x, prefix, lengths)
 
 
-class Stack(nn.Module):
+class Stack(Around):
     """Parts in a row, each the LM or a Connector, with the LM's interface.
 
     Stack(lm, [c]) is LM-Connector-LM and Stack(lm, [c1, c2]) runs the LM three times; `parts` gives
     any other order. If the first part is the frozen LM, autograd records nothing for it, because
-    nothing trained comes before it. `after_first` sets `embeddings`.
+    nothing trained comes before it. `after_first` sets `embeddings`. A Stack's prefix is a Prefix
+    whose layers are those of all parts in a row.
     """
 
     def __init__(self, lm, connectors=(), parts=None, embeddings: Tensor | None = None):
-        super().__init__()
-        self.config, self.lm, self.embeddings = lm.config, lm, embeddings
+        super().__init__(lm)
+        self.embeddings = embeddings
         if parts is None:
             parts = [lm]
             for connector in connectors:
@@ -125,34 +98,39 @@ class Stack(nn.Module):
         """The parts after the first, which read its output. embeddings (B, T, C): what it read."""
         return Stack(self.lm, parts=list(self.parts)[1:], embeddings=embeddings)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """ids (B, T) -> (B, T, C), what the first part reads."""
-        return self.lm.embed(ids)
+    def prefix_of(self, i: int, prefix):
+        """The Prefix of part i: its own layers of the whole one. None stays None."""
+        if prefix is None:
+            return None
+        first = sum(len(part.layers) for part in list(self.parts)[:i])
+        own = slice(first, first + len(self.parts[i].layers))
+        buffer = None if prefix.buffer is None else prefix.buffer[own]
+        return replace(prefix, layers=prefix.layers[own], buffer=buffer)
 
-    def logits(self, h: Tensor) -> Tensor:
-        """h (..., C) -> (..., V), float32."""
-        return self.lm.logits(h)
-
-    def forward(self, x: Tensor, prefix: StackPrefix | None = None, keep: bool = False):
+    def forward(self, x: Tensor, prefix=None, keep: bool = False):
         """x (B, T, C) -> (B, T, C) through every part.
 
         The output of a residual Connector is added to the vectors that it would replace: the
         embeddings, or the LM's output if no part comes after it. With keep it returns (output,
-        every part's prefix extended by what that part read).
+        the prefix extended by what each part read).
         """
         extended, embeddings = [], x if self.embeddings is None else self.embeddings
         for i, part in enumerate(self.parts):
             replaced = x if i == len(self.parts) - 1 else embeddings
-            x = part(x, None if prefix is None else prefix.parts[i], keep)
+            x = part(x, self.prefix_of(i, prefix), keep)
             if keep:
-                x, part_prefix = x
-                extended.append(part_prefix)
+                x, own = x
+                extended.append(own)
             if getattr(part, "residual", False):
                 x = replaced + x
-        return (x, StackPrefix(extended)) if keep else x
+        if not keep:
+            return x
+        layers = [kv for own in extended for kv in own.layers]
+        buffer = [kv for own in extended for kv in own.buffer or ()]
+        return x, replace(extended[0], layers=layers, buffer=buffer or None)
 
-    def read(self, x: Tensor, prefix: StackPrefix | None = None, lengths: Tensor | None = None):
-        """The StackPrefix after x (T, C) or (B, T, C); lengths (B,) as in LM.read."""
+    def read(self, x: Tensor, prefix=None, lengths: Tensor | None = None):
+        """The prefix after x (T, C) or (B, T, C); lengths (B,) as in LM.read."""
         x = x[None] if x.dim() == 2 else x
         _, extended = self(x, prefix, keep=True)
         if lengths is None:
@@ -166,6 +144,7 @@ class Reread(nn.Module):
     def __init__(self, lm):
         super().__init__()
         self.lm, self.scale = lm, rms(lm.embed_tokens.weight)
+        self.layers = lm.layers
 
     def forward(self, h: Tensor, prefix=None, keep: bool = False):
         """h (B, T, C) -> (B, T, C), and with keep the extended Prefix, as in LM.forward."""
@@ -396,7 +375,7 @@ def check_stack(stack) -> None:
 
 def first_pass(stack, tokenizer, ids, prefix=None, *rest, mean: bool = False) -> list:
     """The frozen LM's own answers and their log-probabilities. As predict."""
-    prefix = None if prefix is None else prefix.parts[0]
+    prefix = stack.prefix_of(0, prefix)
     return predict(stack.lm, tokenizer, ids, prefix, *rest, mean=mean, logprobs=True)
 
 

@@ -21,17 +21,18 @@ from types import SimpleNamespace
 
 from show import only_shows, show, show_table
 
+import torch
+
 import audit
 import data
 import eval as metrics
-import plan
 import pretrain
 import recurse
 import train
 from checkpoints import read_config
+from cost import conduct, passes
 from generate import predict
 from model import LM, Config
-from questions import prepare
 from runs import ASSETS, load_run
 from study import (
     SLICES,
@@ -40,7 +41,6 @@ from study import (
     Study,
     curve,
     em,
-    show_cost,
     show_grid,
     show_orderings,
     show_runs,
@@ -191,15 +191,15 @@ def recursion(args) -> dict:
     programs = {"train.py": train, "pretrain.py": pretrain, "audit.py": audit, "eval.py": metrics}
     programs["route"] = SimpleNamespace(main=answer_by_difficulty)
     programs["clock"] = SimpleNamespace(main=time_answers)
-    study = Study(args, Path(args.out) / "recursion", GROUPS, RATES, programs)
-    cost = show_cost(study, seconds, finished_seconds)
-    if args.plan:
-        return {}
-    with study.alone():
-        study.write_questions()
-    study.make()
-    with study.alone():
-        return report(study) | {"cost": cost}
+    study = make_study(args, Path(args.out) / "recursion", programs)
+    return conduct(study, study.write_questions, report)
+
+
+def make_study(args, folder: Path, programs: dict) -> Study:
+    """The study in a folder, with flags of reproduce.py. Nothing is written."""
+    dev, test, training = (min(n, args.count or n) for n in (1344, 2240, 16128))
+    more = {"tokens": 18, "asked": lambda job: dev + test, "sampled": training}
+    return Study(args, folder, GROUPS, RATES, programs, **more)
 
 
 def report(study: Study) -> dict:
@@ -210,10 +210,6 @@ def report(study: Study) -> dict:
     results["candidates"] = show_candidates(study)
     results |= show_analyses(study)
     results["saturation"] = curve(study, "prompt-long")
-    results["missing"] = study.missing()
-    show("")
-    for name, reason in results["missing"].items():
-        show(f"{name} is not made: {reason}")
     study.args.picture.parent.mkdir(exist_ok=True)
     with only_shows("picture"), audit.picture(study.args.picture, 12, 3.5) as figure:
         draw(figure, results)
@@ -232,7 +228,7 @@ def answer_by_difficulty(line: list[str]) -> dict:
 
 def best_threshold(run: str, examples: list[data.Example]) -> float:
     """The threshold of `recurse.route` with the highest EM; of equal ones the lowest."""
-    asked = arguments(run, examples)
+    asked = audit.arguments(load_run(run), examples)
     pairs = recurse.first_pass(*asked)
     answers, confidence = [answer for answer, _ in pairs], [logprob for _, logprob in pairs]
     scored = (metrics.score(examples, texts) for texts in (answers, predict(*asked)))
@@ -252,7 +248,7 @@ def time_answers(line: list[str]) -> dict[str, float]:
     file, *runs = line[:-2]
     examples = data.read(file)
     examples = [examples[i] for i in data.sample(len(examples), 320, 0)]
-    asked = {Path(run).name: arguments(run, examples) for run in runs}
+    asked = {Path(run).name: audit.arguments(load_run(run), examples) for run in runs}
     seconds = {name: [] for name in asked}
     for _ in range(5):
         for name in asked:
@@ -262,37 +258,7 @@ def time_answers(line: list[str]) -> dict[str, float]:
     return {name: statistics.median(taken) / len(examples) for name, taken in seconds.items()}
 
 
-def arguments(run: str, examples: list[data.Example]) -> tuple:
-    """The arguments of `predict` with which a run answers questions."""
-    model, prefix, tokenizer, record = load_run(run)
-    new, stop = record["arguments"]["max_new_tokens"], record["arguments"]["stop"]
-    stops = metrics.stops(examples, stop)
-    ids, options, prefix = prepare(model, tokenizer, examples, prefix, new, stops=stops)
-    return model, tokenizer, ids, prefix, new, options, stops
-
-
-# What it costs. Measured on one core of the machine of RESULTS.md, in milliseconds.
-
-STEP = 34  # 32 questions of 18 tokens, once forward through the layers of the embedded LM
-ANSWER = 1.5  # one question through them, and its greedy answer
-SAMPLE = (5, 0.26)  # one question, and each sample of its answer
-QUESTIONS = {"train": 16128, "dev": 1344, "test": 2240}
-
-
-def passes(run) -> tuple[float, float]:
-    """How often as much as the LM's 6 layers is read forward in a step, and in an answer.
-
-    Backward costs as much as forward, and in trained layers twice as much. A first pass that is
-    kept costs nothing in a step.
-    """
-    c, more = run.connector_layers / 6, run.passes - 1
-    return {
-        "neural_recursion": (more * (2 + 3 * c), run.passes + more * c),
-        "lm_connector": (3 * c, 1 + c),
-        "connector_lm": (2 + 3 * c, 1 + c),
-        "fine_tuning": (3, 1),
-        "training_free": (0, 2),
-    }.get(run.method, (2.4, 1))  # every question attends to the prompt, too
+# What only some rows have
 
 
 @cache
@@ -300,9 +266,9 @@ def parameters(model: str | None) -> tuple[int, int]:
     """The parameters of an LM, and those of its layers alone. None is the embedded LM, and so is
     an LM that is not there."""
     folder = Path(model or ASSETS / "lm")
-    with plan.without_values():
+    with torch.device("meta"):  # shapes without values
         lm = LM(Config(**read_config(folder if folder.is_dir() else ASSETS / "lm")))
-    return plan.count(lm), plan.count(lm.layers)
+    return tuple(sum(p.numel() for p in part.parameters()) for part in (lm, lm.layers))
 
 
 def size(model: str | None) -> float:
@@ -313,53 +279,6 @@ def size(model: str | None) -> float:
 def answer_operations(run) -> float:
     """Operations of an answer, relative to one pass through the embedded LM without filler."""
     return passes(run)[1] * (1 + run.pause / 6) * size(run.model)  # 18 tokens; a filler has 3
-
-
-def training_seconds(run) -> float:
-    """Expected seconds of a core for the steps of train.py, and for the dev scores along them."""
-    step, answer = passes(run)
-    length = 1 + run.pause / 6  # relative to 18 tokens; a filler has 3
-    if run.method == "textual_recursion":
-        length += (3 + 6 * run.candidates**0.5) / 18  # about so many tokens do candidates take
-    scored = 240 * (run.steps // run.eval_every) * ANSWER * answer
-    return size(run.model) * length * (run.steps * STEP * step + scored) / 1000
-
-
-def seconds(study: Study, job: Job) -> float:
-    """Expected seconds of a core for a job."""
-    train_, dev, test = (min(n, study.args.count or n) for n in QUESTIONS.values())
-    base, each = SAMPLE
-    if job.program == "audit.py":
-        samples = test * (base + 64 * each) / 1000
-        return {"hard": samples, "passes": 4 * test * ANSWER / 1000}.get(job.row.name, 40.0)
-    if not job.trains:
-        return 4 * (dev + test) * ANSWER / 1000
-    line = study.line(job)
-    if job.program == "pretrain.py":
-        run = pretrain.parse(line)
-        batches = run.batch_size * run.seq_len / (32 * 18)
-        return 60 + run.steps * batches * 2.4 * STEP / 1000  # a minute makes the documents
-    run = train.parse(line)
-    total = training_seconds(run)
-    if run.method == "textual_recursion":
-        total += (train_ + dev + test) * (base + run.candidates * each) / 1000
-        prompt = train.parse([*line, "--method", "prompt_tuning"])
-        if not run.stages_from:
-            total += (1 if run.no_cross_fit else 3) * training_seconds(prompt)
-    if run.method in ("neural_recursion", "lm_connector"):
-        total += train_ / 32 * STEP / 1000  # the first pass, once
-    asked = dev if job.short else dev + test
-    return total + asked * ANSWER * answer_operations(run) / 1000
-
-
-def finished_seconds(study: Study, job: Job) -> float | None:
-    """Expected training seconds of a job, or None if its record counts those of other stages."""
-    if job.program != "train.py" or job.row.command.startswith(TEXTUAL):
-        return None
-    return training_seconds(train.parse(study.line(job)))
-
-
-# What only some rows have
 
 
 def show_sizes(study: Study) -> dict:

@@ -93,11 +93,11 @@ def picture(path, width: float, height: float):
         figure.savefig(unfinished, format="png", dpi=110)
 
 
-def show_table(title: str, columns: list[str], rows: list[list]) -> None:
+def show_table(title: str, columns: list[str], rows: list[list], result: bool = False) -> None:
     """Print a Markdown table."""
-    show(f"\n{title}\n")
+    show(f"\n{title}\n", result=result)
     for row in [columns, ["---"] * len(columns), *rows]:
-        show(f"| {' | '.join(map(str, row))} |")
+        show(f"| {' | '.join(map(str, row))} |", result=result)
 
 
 def show_result(split: str, result: dict, asked: bool = False) -> None:

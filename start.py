@@ -28,7 +28,7 @@ import world
 from checkpoints import load_tokenizer, resolve
 from int8 import quantize
 from model import LM
-from questions import check_answers, check_targets
+from questions import check_answers, check_length, check_targets
 from runs import ASSETS, HASHES, Run, arguments, finished, names_file
 
 SUITE = "suite"  # --train suite
@@ -75,12 +75,7 @@ def load_task(args, lm: LM, tokenizer: Tokenizer, examples: dict | None = None) 
         tokens[split] = data.tokenize(part, tokenizer, eos, left, lm.config.vocab_size)
     for split in ("dev", "test"):  # refuse before training what `predict` would refuse after it
         for example, question in zip(examples[split], tokens[split]):
-            T, new = len(question.input), args.max_new_tokens
-            if not example.options and T + new - 1 > left:  # the last new token is never read
-                raise ValueError(
-                    f"{example.source}: {T} tokens and {new} new ones exceed the {left} that the "
-                    "LM's context leaves"
-                )
+            check_length(example, question.input, args.max_new_tokens, left)
     return Task(args, lm, tokenizer, examples, tokens)
 
 

@@ -118,6 +118,9 @@ class Study:
     share: int = 4  # a run that compares learning rates takes 1 / share of the steps
     metric: str = "em"  # what orderings compare
     score: Callable[[dict], float] = itemgetter("em")  # of results["dev"]; chooses learning rates
+    tokens: int = 0  # of an example
+    asked: Callable[[Job], int] = lambda job: 0  # dev and test questions that a job answers
+    sampled: int = 0  # training questions with candidates or passages
     there: set[Path] = field(default_factory=set)  # folders that `ready` has found finished
 
     @property
@@ -228,11 +231,7 @@ class Study:
         for split in world.SPLITS:
             rows = place.questions(split)
             chosen = [rows[i] for i in data.sample(len(rows), self.args.count, 0)]
-            self.write_rows(f"{split}.jsonl", chosen)
-
-    def write_rows(self, name: str, rows: list[dict]) -> None:
-        """Write a file of questions. ValueError if it is there and holds others."""
-        write_rows(self.folder / name, rows)
+            write_rows(self.folder / f"{split}.jsonl", chosen)
 
     def make(self) -> None:
         """Make all that is missing, the most important first, and wait for other processes."""
@@ -311,42 +310,6 @@ def in_use(folder: Path) -> bool:
             return False
     except FileExistsError:
         return True
-
-
-# What it costs
-
-
-def show_cost(
-    study: Study,
-    seconds: Callable[[Study, Job], float],
-    training_seconds: Callable[[Study, Job], float | None],
-) -> dict:
-    """Print the cost sheet. Returns the expected seconds of a core of all jobs, and what is left.
-
-    `seconds` is what a job is expected to take, `training_seconds` that part of it that run.json
-    counts, if it does. Once trainings are finished, their time corrects what is expected of others.
-    """
-    jobs, took, expected = study.plan(), 0.0, 0.0
-    for job in jobs:
-        record = job.record()
-        if record and (training := training_seconds(study, job)):
-            took += record["seconds"]
-            expected += training
-    factor = took / expected if expected else 1.0
-    rows, total, left = [], 0.0, 0.0
-    for job in jobs:
-        cost, steps = factor * seconds(study, job), ""
-        state = "finished" if job.record() else "failed" if job.failed() else ""
-        total, left = total + cost, left + (0.0 if state else cost)
-        if job.trains:
-            steps = study.programs[job.program].parse(study.line(job)).steps
-        rows.append([job.folder.name, steps, round(cost), state])
-    show_table("cost", ["run", "steps", "seconds of a core", ""], rows)
-    show(f"\n{len(jobs)} runs: {total:.0f} seconds of a core, {left:.0f} of them to come.")
-    show(f"Two processes on two quiet cores take {left / 7200:.1f} hours for these.")
-    if expected:
-        show(f"Finished trainings took {factor:.2f} times as long as their operations say.")
-    return {"seconds": round(total), "left": round(left), "factor": factor}
 
 
 # What came out
@@ -453,24 +416,22 @@ def test_scores(study: Study, name: str) -> list[dict]:
 def compare(a: list[dict], b: list[dict], part: str, margin: float = 0.0) -> dict | None:
     """Compare two rows, given as `test_scores`, on one slice; "all" is all of it.
 
-    Returns {"n", "seeds", "difference", "low", "high", "p", "verdict"} by `paired_bootstrap`. None
-    if a row has no finished run or no question is of the slice. With a margin the verdict depends
-    on the interval: the claim holds if all of it is above -margin.
+    Returns {"n", "seeds"} and `significance`. None if a row has no finished run or no question is
+    of the slice.
     """
     keys = [key for key in (a[0] if a and b else ()) if part in ("all", key[0])]
     if not keys:
         return None
     scores = [[[seed[key] for key in keys] for seed in row] for row in (a, b)]
-    difference, low, high, p = metrics.paired_bootstrap(*scores, iters=2000)
-    result = {"n": len(keys), "seeds": [len(a), len(b)], "difference": difference}
-    says = verdict(difference, p)
-    if margin:
-        says = "holds" if low > -margin else "does not hold" if high < -margin else "undecided"
-    return result | {"low": low, "high": high, "p": p, "verdict": says}
+    return {"n": len(keys), "seeds": [len(a), len(b)]} | significance(*scores, margin)
 
 
-def verdict(difference: float, p: float) -> str:
-    """What a difference says of the claim that it is positive: at p < 0.05 it holds or does not."""
-    if p >= 0.05:
-        return "undecided"
-    return "holds" if difference > 0 else "does not hold"
+def significance(a, b, margin: float = 0.0) -> dict:
+    """What scores (seeds, examples) say of the claim that a's are higher: {"difference", "low",
+    "high", "p", "verdict"} by `paired_bootstrap`. Below p = 0.05 it holds or does not. With a
+    margin it holds if all of the interval is above -margin."""
+    difference, low, high, p = metrics.paired_bootstrap(a, b, iters=2000)
+    holds = low > -margin if margin else difference > 0
+    undecided = low <= -margin <= high if margin else p >= 0.05
+    says = "undecided" if undecided else "holds" if holds else "does not hold"
+    return {"difference": difference, "low": low, "high": high, "p": p, "verdict": says}

@@ -32,15 +32,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.nn as nn
-from torch import Tensor
 
 import data
 import eval as metrics
 from adapters import SoftPrompt, load_adapter
 from checkpoints import write_lines
 from data import encode_prompts
-from recurse import Candidate, candidates, text_with
+from recurse import Around, Candidate, candidates, text_with
 from rerank import cross_fit, progress
 
 QUESTIONS_IN_FILE = 128  # a kill costs at most the candidates of so many questions
@@ -69,7 +67,7 @@ def with_candidates(tokenizer, examples, ranked, left: int, max_new_tokens: int,
     return longer, left_out
 
 
-class TextualRecursion(nn.Module):
+class TextualRecursion(Around):
     """An LM, with the LM's interface, whose questions are first answered by earlier prompts.
 
     `questions.prepare` calls `read_back` on its examples. The prefix of the last prompt belongs to
@@ -77,12 +75,11 @@ class TextualRecursion(nn.Module):
     """
 
     def __init__(self, lm, tokenizer, stages: list, args: dict):
-        super().__init__()
-        self.config, self.lm, self.tokenizer = lm.config, lm, tokenizer
+        super().__init__(lm)
+        self.tokenizer = tokenizer
         self.stages = stages  # the prefix of p1, and with more rounds of the prompts after it
         self.args = args  # candidates, max_new_tokens, stop, seed, eval_tokens, pause, pause_text
         self.filler = data.filler(args.get("pause", 0), args.get("pause_text", ""))
-        self.embed, self.read, self.logits = lm.embed, lm.read, lm.logits
 
     @classmethod
     def load(cls, folder: Path, lm, tokenizer, args: dict) -> "TextualRecursion":
@@ -90,10 +87,6 @@ class TextualRecursion(nn.Module):
         prompts = [load_adapter(folder / f"p{i + 1}", lm) for i in range(args["rounds"])]
         with torch.no_grad():
             return cls(lm, tokenizer, [lm.read(prompt()) for prompt in prompts], args)
-
-    def forward(self, x: Tensor, prefix=None, keep: bool = False):
-        """The LM's own."""
-        return self.lm(x, prefix, keep)
 
     def read_back(self, examples: list) -> list:
         """Puts the candidates of every prompt but the last into examples of data.py, in turn."""

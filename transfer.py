@@ -410,21 +410,12 @@ def add_shared_flags(command) -> None:
     """The flags of the commands that train."""
     init = "folder of a trained prompt to start from, or vocab, random, labels, text:WORDS"
     init = ("--init", str, None, f"{init}; vocab if not given")
-    length = ("--prompt-length", cli.COUNT, 20, "P of a soft prompt (papers: 100; 20)")
-    cli.add_flags(command, "model", cli.MODEL, cli.TOKENIZER, init, length, cli.ATTENTION)
+    cli.add_flags(command, "model", cli.MODEL, cli.TOKENIZER, init, cli.PROMPT, cli.ATTENTION)
     files = "files, or folders with files TASK-{}.jsonl"
     for split, needed in (("train", True), ("dev", False), ("test", False)):
         help = files.format(split)
         command.add_argument(f"--{split}", nargs="+", default=[], required=needed, help=help)
-    cli.add_flags(
-        command,
-        "data",
-        ("--max-new-tokens", cli.COUNT, 16, "longest answer"),
-        ("--stop", str, None, "ends an answer; a newline for questions if not given, '' for none"),
-        ("--eval-limit", cli.COUNT, 240, "dev questions scored along training"),
-        ("--eval-tokens", cli.COUNT, 8192, "tokens in a batch of evaluation, options included"),
-        ("--rank-by", ["sum", "mean"], "sum", "of an answer choice's log-probabilities"),
-    )
+    cli.add_flags(command, "data", *cli.ANSWERS)
     command.add_argument("--input-eos", action="store_true", help="end inputs with EOS")
     deep = "a prompt is keys and values of every layer, not vectors"
     command.add_argument("--deep", action="store_true", help=deep)

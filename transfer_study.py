@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from show import only_shows, show, show_table
+from show import only_shows
 
 import audit
 import eval as metrics
@@ -36,6 +36,7 @@ import transfer
 import transfer_tables
 import world
 from checkpoints import atomic_write, read_json, write_json
+from cost import conduct
 from study import Job, Row, Study
 
 # The runs
@@ -66,17 +67,15 @@ def files(target: str) -> str:
     return f"--train {{few}}/{target}-train.jsonl --test {{few}}/{target}-test.jsonl"
 
 
-def tasks_file(source: str) -> str:
-    """The flag with a source's file."""
-    return f"--train {{suite}}/{source}-train.jsonl"
-
-
 def groups(sources: list[str] = SOURCES, targets: list[str] = TARGETS) -> dict[str, list[Row]]:
     """The rows of soft prompt transfer by group. A run that starts from X is X-to-TARGET."""
     library = " ".join(f"{{out}}/source-{s}-0" for s in sources)
     both = "{both_steps}"  # of source and target together
     found = {
-        "sources": [Row(f"source-{s}", 3, "", f"{SOURCE} {tasks_file(s)}") for s in sources],
+        "sources": [
+            Row(f"source-{s}", 3, "", f"{SOURCE} --train {{suite}}/{s}-train.jsonl")
+            for s in sources
+        ],
         "targets": [Row(f"scratch-to-{t}", 3, "", f"{TARGET} {files(t)}") for t in targets],
         "pairs": [
             Row(f"{s}-to-{t}", 1, "", f"{TARGET} {files(t)} --init {{out}}/source-{s}-0")
@@ -233,85 +232,22 @@ def targeted(kind: str, argv: list[str]) -> dict:
     return {"best": best}
 
 
+def tested(args, name: str) -> int:
+    """How many test examples a row answers."""
+    if name.endswith(("-zero", "-few")):
+        return 9 * promptability_study.TEMPLATES * promptability_study.TEST
+    return args.count if "-to-" in name else 0
+
+
 def soft_transfer(args) -> dict:
     """Soft prompt transfer and continued pretraining: what they gain, and what predicts it."""
     programs = {"train.py": train, "transfer.py": transfer, "eval.py": metrics}
     for kind in ("average", "top-mixture"):
         programs[kind] = SimpleNamespace(main=partial(targeted, kind))
     args.grid = False
-    study = TransferStudy(args, Path(args.out) / "transfer", GROUPS, {}, programs)
-    cost = show_cost(study)
-    if args.plan:
-        return {}
-    with study.alone():
-        study.write_files()
-    study.make()
-    with study.alone():
-        return report(study) | {"cost": cost}
-
-
-# What it costs, in seconds of one core of the machine of RESULTS.md
-
-TOKENS = 55  # of an example
-TOKEN = 0.06e-3  # one token, forward through the embedded LM
-START = 2.0  # to load, to tokenise, to write
-
-
-def seconds(study: TransferStudy, job: Job) -> float:
-    """Expected seconds of a core for a job."""
-    line = study.line(job)
-    larger = 2.0 if "larger" in job.row.name else 1.0
-    if job.program == "average":
-        return START
-    if job.program == "top-mixture":
-        return START + study.args.source_steps * 16 * TOKENS * TOKEN * 2.4
-    test = 2 * promptability_study.TEST * promptability_study.TEMPLATES * 9
-    if job.program == "eval.py":
-        return START + test * TOKENS * TOKEN
-    program = study.programs[job.program]
-    run = program.parse(line)
-    if line[0] == "few-shot":
-        tuned = 9 * promptability_study.TEMPLATES * run.steps * 16 * 2.4
-        return START + (tuned + test) * TOKENS * TOKEN
-    examples = run.steps * run.grad_accum * run.batch_size
-    variant = getattr(run, "variant", None)
-    passes = 3.0 if run.method == "fine_tuning" or variant == "mtl" else 2.4
-    if variant in ("fomaml", "reptile"):
-        passes = (run.inner_steps * 2.4 + 3) / (run.inner_steps + 1)
-    tested = study.args.count if run.test else 0
-    return START + larger * (examples * passes + tested) * TOKENS * TOKEN
-
-
-def show_cost(study: TransferStudy) -> dict:
-    """Print the cost sheet. Returns the expected seconds of a core of all jobs, and what is left.
-
-    Once jobs are finished, their time corrects what is expected of the others.
-    """
-    sheet, took, expected = {}, 0.0, 0.0
-    title_of = {row.name: title for title, rows in study.groups.items() for row in rows}
-    for job in study.plan():
-        line = sheet.setdefault(title_of[job.row.name], {"runs": 0, "seconds": 0.0, "left": 0.0})
-        cost, record = seconds(study, job), job.record()
-        line["runs"] += 1
-        line["seconds"] += cost
-        if record:
-            took, expected = took + record["seconds"], expected + cost
-        elif not job.failed():
-            line["left"] += cost
-    factor = took / expected if expected else 1.0
-    rows = [
-        [t, p["runs"], *(round(factor * p[k]) for k in ("seconds", "left"))]
-        for t, p in sheet.items()
-    ]
-    show_table("cost", ["", "runs", "seconds of a core", "to come"], rows)
-    total, left = (
-        factor * sum(part[key] for part in sheet.values()) for key in ("seconds", "left")
-    )
-    show(f"\n{total:.0f} seconds of a core, {left:.0f} of them to come.")
-    show(f"Two processes on two quiet cores take {left / 7200:.1f} hours for these.")
-    if expected:
-        show(f"Finished runs took {factor:.2f} times as long as their operations say.")
-    return {"seconds": round(total), "left": round(left), "factor": factor}
+    more = {"tokens": 55, "asked": lambda job: tested(args, job.row.name)}
+    study = TransferStudy(args, Path(args.out) / "transfer", GROUPS, {}, programs, **more)
+    return conduct(study, study.write_files, report)
 
 
 # What came out
@@ -321,12 +257,6 @@ def report(study: TransferStudy) -> dict:
     """Print all tables and draw the picture. Returns what results/transfer.json holds."""
     results = transfer_tables.tables(study)
     results |= promptability_study.promptability(study, study.folder / "held-out" / "all.jsonl")
-    results["missing"] = study.missing()
-    reasons = sorted(set(results["missing"].values()))
-    show("")
-    for reason in reasons:
-        names = [name for name, r in results["missing"].items() if r == reason]
-        show(f"{len(names)} are not made ({reason}): {', '.join(names[:3])}, ...")
     if "pairs" in results:
         study.args.picture.parent.mkdir(exist_ok=True)
         with only_shows("picture"), audit.picture(study.args.picture, 15, 15) as figure:

@@ -12,12 +12,11 @@ from show import show, show_table
 
 import numpy as np
 
-import eval as metrics
 import suite
 import transfer
 from model import LM
 from runs import ASSETS, read_predictions
-from study import Study, show_differences, verdict
+from study import Study, show_differences, significance
 
 METHODS = (
     "scratch longer tuned multitask text mixture average top-mixture "
@@ -100,10 +99,7 @@ def show_claims(study: Study) -> list[dict]:
         if not a or not b:
             continue
         both = (np.concatenate(list(part.values()), 1) for part in (a, b))
-        difference, low, high, p = metrics.paired_bootstrap(*both, iters=2000)
-        says = verdict(difference, p)
-        results.append({"claim": claim, "rows": pair, "difference": difference, "verdict": says})
-        results[-1] |= {"low": low, "high": high, "p": p}
+        results.append({"claim": claim, "rows": pair} | significance(*both))
     show_differences("score over all targets", results)
     return results
 

@@ -67,6 +67,7 @@ RELATIONS = read_relations(ASSETS / "relations.txt")
 TWO_HOP = read_sections(ASSETS / "two_hop.txt")  # "born_in.country" -> questions
 WORDS = read_sections(ASSETS / "words.txt")
 SPLITS = ("train", "dev", "test")
+COUNTRIES = 16
 MAX_DRAWS = 10_000  # give up after so many draws in a row without a new one
 TRAIN_WORDINGS = 3  # train questions ask each fact in three wordings; dev and test ask once
 
@@ -280,7 +281,7 @@ class Names:
                 return name
         raise ValueError(
             f"people: the parts of the names of {self.count} people make too few names for so many "
-            "cities, companies or countries"
+            "cities or companies"
         )
 
     def new(self, count: int, *parts, sep: str = "") -> list[str]:
@@ -301,31 +302,20 @@ class Names:
 
 
 def make(
-    seed: int = 1,
-    people: int = 640,
-    cities: int | None = None,
-    companies: int | None = None,
-    countries: int = 16,
+    seed: int = 1, people: int = 640, cities: int | None = None, companies: int | None = None
 ) -> World:
     """The world of this seed. By default there is one city per 8 people, one company per 10.
 
-    ValueError if a size is too small or too large, or if the people are so few that the parts of
-    their names make too few names for so many cities, companies or countries.
+    ValueError if the people are too few or too many, or if the parts of their names make too few
+    names for so many cities or companies.
     """
-    cities = min(2000, max(8, people // 8)) if cities is None else cities
-    companies = max(8, people // 10) if companies is None else companies
-    limits = {
-        "people": (people, 20, 20000),
-        "cities": (cities, 4, 2000),
-        "companies": (companies, 4, 2000),
-        "countries": (countries, 2, 100),
-    }
-    for what, (size, low, high) in limits.items():
-        if not low <= size <= high:
-            raise ValueError(f"{what}: {size} is not between {low} and {high}")
+    if not 20 <= people <= 20_000:
+        raise ValueError(f"people: {people} is not between 20 and 20000")
+    cities = cities or min(2000, max(8, people // 8))
+    companies = companies or max(8, people // 10)
     rng = random.Random(f"{seed} world")
     names = Names(rng, people)
-    country = names.new(countries, names.roots, "country_ends")
+    country = names.new(COUNTRIES, names.roots, "country_ends")
     city = [names.unused(names.city) for _ in range(cities)]
     river = names.new(cities, names.roots, "river_ends")
     company = names.new(companies, names.surnames, "company_ends", sep=" ")

@@ -130,7 +130,7 @@ def test_rows_of_a_stacked_prefix_stack_again(lm):
 
 
 @pytest.mark.parametrize("kind", PREFIXES[1:])
-@pytest.mark.parametrize("index", [[2, 2, 0], [3, 0, 1, 2], [1]])
+@pytest.mark.parametrize("index", [[2, 2, 0, 1], [1]])
 def test_selected_rows_continue_as_if_alone_and_preallocated_ones_in_place(lm, kind, index):
     (prefix, prompts), rows, n = before(kind, lm), torch.tensor(index), len(index)
     x, texts, prompts = lm.embed(FOUR[:n]), FOUR[:n].tolist(), [prompts[i] for i in index]
@@ -183,7 +183,7 @@ def in_chunks(lm, x, chunks, cache=None):
     return torch.cat(parts, 1), cache
 
 
-@pytest.mark.parametrize("chunks", [[3, 1, 4], [1] * 8, [8]])
+@pytest.mark.parametrize("chunks", [[3, 1, 4], [1] * 8])
 @pytest.mark.parametrize("kind", PREFIXES)
 def test_reading_in_chunks_equals_reading_at_once(lm, chunks, kind):
     prefix, prompts = before(kind, lm)
@@ -212,9 +212,10 @@ def test_read_skips_the_last_layer_and_the_batch(lm):
     _, kept = lm(vectors(lm, 5)[None], keep=True)
     close(prefix.layers, kept.layers, 0.0)
     shapes.clear()
-    generate(lm, QUESTIONS[::2], prefix, 2, temperature=1.0, n=3, generator=seeded())
-    # Reading the questions, the first new token, the second.
-    assert shapes == [2] * (n - 1) + [2] * n + [6] * n
+    drawn = generate(lm, QUESTIONS[::2], prefix, 2, temperature=1.0, n=3, generator=seeded())
+    rows = len({(b, sample.ids[0]) for b, some in enumerate(drawn) for sample in some})
+    # Reading the questions, the first new token, the second: samples that agree are one row.
+    assert shapes == [2] * (n - 1) + [2] * n + [rows] * n and 2 < rows <= 6
 
 
 # Connectors and compositions
@@ -232,6 +233,8 @@ def test_connector_reads_earlier_positions_and_no_later_one(lm):
 class Embeddings(nn.Module):
     """A Connector that knows the text: it puts out the embeddings self.x of its positions."""
 
+    layers = [None]
+
     def forward(self, x, prefix=None, keep=False):
         start = prefix.size if prefix else 0
         end = start + x.shape[1]
@@ -245,7 +248,9 @@ def test_connector_that_outputs_the_embeddings_gives_the_bare_lm(lm):
     assert torch.equal(stack(x), lm(x))
     h, cache = in_chunks(stack, x, [4, 4])
     close(h, lm(x))
-    close(lm(x[:, 2:], cache.parts[2]), lm(x[:, 2:], lm.read(x)))  # the last pass's own cache
+    close(
+        lm(x[:, 2:], stack.prefix_of(2, cache)), lm(x[:, 2:], lm.read(x))
+    )  # the last pass's own cache
     assert generate(Stack(lm), QUESTIONS, None, 5) == generate(lm, QUESTIONS, None, 5)
 
 
@@ -260,9 +265,9 @@ def test_composition_is_its_formula_at_once_and_in_chunks(lm, kind):
     for chunks in ([1] * 6, [2, 1, 3]):
         again, cache = in_chunks(stack, x, chunks)
         close(again, h, 1e-4)  # each pass amplifies the rounding of the one before
-    assert len(cache.parts) == len(stack.parts) and {p.size for p in cache.parts} == {6}
-    for ours, theirs in zip(stack.read(x).parts, cache.parts):
-        close(ours.layers, theirs.layers, 1e-4)
+    assert {k.shape[2] for k, _ in cache.layers} == {6}
+    assert len(cache.layers) == sum(len(part.layers) for part in stack.parts)
+    close(stack.read(x).layers, cache.layers, 1e-4)
 
 
 def test_method_without_connector_is_the_lm_behind_its_prompt(lm):

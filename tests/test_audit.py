@@ -149,7 +149,7 @@ def test_a_question_takes_all_passes_if_the_first_is_not_sure(stack, shots):
     if shots:
         prefix = stack.read(stack.embed(torch.tensor([text])))
     rest, stops = (6, None, ["w7", "", "", ""]), ["w7", "", "", ""]
-    alone = predict(lm, tokenizer, QUESTIONS, prefix and prefix.parts[0], *rest[:2], stops)
+    alone = predict(lm, tokenizer, QUESTIONS, stack.prefix_of(0, prefix), *rest[:2], stops)
     whole = predict(stack, tokenizer, QUESTIONS, prefix, *rest[:2], stops)
     pairs = recurse.first_pass(stack, tokenizer, QUESTIONS, prefix, *rest[:2], stops)
     assert [a for a, _ in pairs] == alone != whole

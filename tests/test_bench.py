@@ -174,8 +174,7 @@ def plan_of(place, flags, method="neural_recursion"):
     return bench.main(shlex.split(f"{line} {flags}"))
 
 
-@pytest.mark.parametrize("method", ["neural_recursion", "prompt_tuning", "fine_tuning"])
-@pytest.mark.parametrize("words", [1, 5, 12])
+@pytest.mark.parametrize("method, words", [("neural_recursion", 1), ("fine_tuning", 12)])
 def test_the_plan_reads_the_lengths_of_the_questions(place, tmp_path, capsys, method, words):
     """They are those of the longest training question with its answer, in tokens of the LM."""
     rows = [{"question": "why " * n, "answer": ["so it is"]} for n in (1, words)]
@@ -219,19 +218,8 @@ def test_the_plan_counts_the_options_of_a_question(place, tmp_path):
     assert many["evaluation beyond this"] > one["evaluation beyond this"]
 
 
-@pytest.mark.parametrize(
-    "method, answers, low, high",
-    [
-        ("neural_recursion", "free", 0.7, 1.5),
-        ("neural_recursion", "options", 0.7, 1.5),
-        ("neural_recursion", "none", 0.5, 1.5),
-        ("id_pt", "free", 0.7, 1.5),
-        ("textual_recursion", "free", 0.7, 1.5),
-    ],
-)
-def test_the_plan_is_near_the_peak_of_a_whole_run(
-    tmp_path, monkeypatch, capsys, method, answers, low, high
-):
+@pytest.mark.parametrize("method", ["neural_recursion", "id_pt", "textual_recursion"])
+def test_the_plan_is_near_the_peak_of_a_whole_run(tmp_path, monkeypatch, capsys, method):
     rng, words = random.Random(0), [f"w{i}" for i in range(500)]
     tokenizer = train_tokenizer([" ".join(rng.choices(words, k=200)) for _ in range(50)], 1000)
     lm = LM(Config(1000, 256, 6, 4, 4, 64, 704, 512, eos=(0,)))
@@ -241,17 +229,14 @@ def test_the_plan_is_near_the_peak_of_a_whole_run(
 
     def rows(count, length):
         for _ in range(count):
-            row = {"input": " ".join(rng.choices(words, k=length)), "target": "w1"}
-            yield row | ({"options": words[:30]} if answers == "options" else {})
+            yield {"input": " ".join(rng.choices(words, k=length)), "target": "w1"}
 
-    # As many questions as are answered at once.
-    asked = 4 if answers == "options" else 8 if method == "textual_recursion" else 24
+    asked = 8 if method == "textual_recursion" else 24  # as many as are answered at once
     write_lines(tmp_path / "train.jsonl", rows(24, 20))
     write_lines(tmp_path / "dev.jsonl", rows(asked, 150))
-    dev = "" if answers == "none" else "--dev dev.jsonl"
-    flags = f"--method {method} --encoder t5 --candidates 8 --model lm --train train.jsonl {dev} "
-    flags += "--steps 2 --batch-size 4 --device cpu --connector-layers 1 --max-new-tokens 4 "
-    flags += "--eval-tokens 4000"
+    flags = f"--method {method} --encoder t5 --candidates 8 --model lm --train train.jsonl "
+    flags += "--dev dev.jsonl --steps 2 --batch-size 4 --device cpu --connector-layers 1 "
+    flags += "--max-new-tokens 4 --eval-tokens 4000"
     monkeypatch.chdir(tmp_path)
     plan.main(flags.split())
     lines = capsys.readouterr().out.splitlines()
@@ -261,18 +246,15 @@ def test_the_plan_is_near_the_peak_of_a_whole_run(
     call = [sys.executable, "-c", code, *flags.split()]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert low < float(total) * 1e9 / int(result.stdout.splitlines()[-1]) < high
+    assert 0.7 < float(total) * 1e9 / int(result.stdout.splitlines()[-1]) < 1.5
 
 
-@pytest.mark.parametrize("method", [m for m in train.METHODS if m not in train.OPEN_BOOK])
-def test_every_method_has_a_plan(place, method):
-    flags = ["--method", method, "--model", f"{place}/lm/model", "--device", "cpu"]
+def test_a_loop_that_trains_nothing_has_a_plan_without_steps(place):
+    flags = ["--method", "training_free", "--model", f"{place}/lm/model", "--device", "cpu"]
     flags += ["--train", f"{place}/train.jsonl", "--dev", f"{place}/dev.jsonl"]
-    flags += ["--encoder", f"{place}/t5/model", "--prompt-length", "4"]
     table, operations, _ = plan.estimate(plan.parse(flags))
-    assert table["frozen weights"] + table["trained"] > 0 and min(table.values()) >= 0
-    assert min(operations.values()) > 0 and operations["an answer"] > 0
-    assert ("a step" in operations) == (method != "training_free")
+    assert table["frozen weights"] > table["trained"] == 0 == min(table.values())
+    assert list(operations) == ["an answer"] and operations["an answer"] > 0
 
 
 def test_the_plan_counts_a_prompt_for_each_task(place):

@@ -8,7 +8,6 @@ import torch
 
 import bench
 import bench_generate
-import bench_train
 import contest
 from contest import TINY, Contest, Setting
 from model import LM
@@ -56,18 +55,11 @@ def test_a_kept_first_pass_changes_operations_and_no_loss(capsys):
     assert one == pytest.approx(2 * 4 / decoding["peer_seconds"])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_transformers_computes_what_peft_would(monkeypatch, capsys, dtype):
-    """Where PEFT is not installed, `Prepended` takes its place."""
-    for workload in ("prompt", "deep_prompt"):
-        with_peft = rows_of(capsys, workload, "--dtype", dtype)
-        monkeypatch.setattr(bench_train, "find_spec", lambda _: None)
-        without = rows_of(capsys, workload, "--dtype", dtype)
-        monkeypatch.undo()
-        assert [row["peer"] for row in without] == ["transformers", "transformers, trimmed"]
-        assert all(row["loss_difference"] < 5e-2 for row in [*with_peft, *without])
-        for key in ("operations", "peer_operations"):
-            assert [row[key] for row in with_peft] == [row[key] for row in without]
+@pytest.mark.parametrize("workload", ["prompt", "deep_prompt"])
+def test_peft_computes_the_same_loss_in_bf16(capsys, workload):
+    rows = rows_of(capsys, workload, "--dtype", "bfloat16")
+    assert [row["peer"] for row in rows] == ["PEFT", "PEFT, trimmed"]
+    assert all(row["loss_difference"] < 5e-2 for row in rows)
 
 
 def test_what_is_not_installed_is_named(monkeypatch, capsys):

@@ -457,21 +457,10 @@ def test_hub_id_downloads_config_tokenizer_and_safetensors_only(save, monkeypatc
     refused(FileNotFoundError, "repository has no model.safetensors", resolve, "somebody/tiny")
 
 
-HUB_ERRORS = {
-    "GatedRepoError": "it is gated: accept its terms at huggingface.co/somebody/tiny, then",
-    "RepositoryNotFoundError": "the hub has no such repository",
-    "RevisionNotFoundError": "it has no revision 'v9'",
-    "LocalEntryNotFoundError": "the hub does not answer, and the local cache does not have",
-    "OfflineModeIsEnabled": "OfflineModeIsEnabled",
-}
-
-
-@pytest.mark.parametrize("name", HUB_ERRORS)
-def test_what_the_hub_refuses_is_one_line(name, monkeypatch):
+def test_what_the_hub_refuses_is_one_line(monkeypatch):
     def snapshot_download(*_, **__):
-        error = getattr(huggingface_hub.errors, name)
-        raise error.__new__(error)
+        raise RuntimeError("401\n\nlog in")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    expected = f"^somebody/tiny@v9: no such folder, and the download failed: {HUB_ERRORS[name]}"
+    expected = "^somebody/tiny@v9: no such folder, and the download failed: RuntimeError 401 log in"
     refused(FileNotFoundError, expected, resolve, "somebody/tiny@v9")

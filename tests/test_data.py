@@ -397,15 +397,6 @@ def examples(n):
     return [TokenizedExample(input, target) for input, target in draw]
 
 
-@pytest.mark.parametrize("n, size", [(64, 8), (61, 8), (5, 8), (8, 1), (1000, 16)])
-def test_epoch_holds_every_example_once(n, size):
-    some, steps = examples(n), -(-n // size)
-    for epoch in (0, 3):
-        rows = [data.batches(some, size, 5, epoch * steps + step).rows for step in range(steps)]
-        assert sorted(row for batch in rows for row in batch) == list(range(n))
-        assert list(map(len, rows)) == [size] * (steps - 1) + [n - size * (steps - 1)]
-
-
 def test_positions_predict_the_next_token_of_the_target_only():
     some = examples(20)
     batch = data.batches(some, 20, 0, 0)

@@ -333,42 +333,8 @@ def test_stops_are_a_newline_for_questions_unless_something_else_is_asked_for():
         assert stops(examples, stop) == [expected] * 4
 
 
-def with_splits(run, *splits):
-    record = {"arguments": {"method": "fine_tuning"}, "results": dict.fromkeys(splits, {})}
-    (run / "run.json").write_text(json.dumps(record))
-
-
-@pytest.mark.parametrize("splits", [(["dev"], ["dev", "test"]), (["test"], ["dev"])])
-@pytest.mark.parametrize("ids", ["012", "567", "01"])
-def test_runs_that_predicted_different_splits_are_not_compared(tmp_path, splits, ids):
-    """Also if ids and answers are the same by chance."""
-    a = write_run(tmp_path / "a", score([example(i) for i in "012"], ["Paris"] * 3))
-    others = [example(i) for i in ids]
-    for e in others:
-        e.input = f"another {e.input}"
-    b = write_run(tmp_path / "b", score(others, ["x"] * len(ids)))
-    with_splits(a, *splits[0])
-    with_splits(b, *splits[1])
-    with pytest.raises(ValueError) as caught:
-        compare(a, b)
-    for run, split in zip((a, b), splits):
-        assert f"in {run} ({split[-1]})" in str(caught.value)
-
-
-def test_the_same_questions_are_compared_whatever_their_split_is_called(tmp_path, capsys):
-    records = score([example(i) for i in "012"], ["Paris"] * 3)
-    a, b = write_run(tmp_path / "a", records), write_run(tmp_path / "b", records[::-1])
-    with_splits(a, "dev")
-    with_splits(b, "test")
-    assert compare(a, b, iters=10)[0]["n"] == 3
-    for run in (a, b):  # a run that has no results yet, and an early one
-        with_splits(run)
-    assert compare(a, b, iters=10)[0]["n"] == 3
-
-
 def with_settings(run, name="run.json", **arguments):
     record = {"arguments": {"method": "fine_tuning"} | arguments, "results": {}}
-    record["shots_hash"] = arguments.get("shots_from", "").removeprefix("./")
     (run / name).write_text(json.dumps(record))
 
 
@@ -380,22 +346,17 @@ SAME = {"stop": None, "shots": None, "max_new_tokens": 16}
     [
         ({}, {}, None),
         ({"stop": "."}, {"stop": "."}, None),
-        ({"stop": "\\n"}, {"stop": "\n"}, None),
         ({"stop": "."}, {}, "--stop '.' and None"),
         ({"stop": ""}, {"stop": "."}, "--stop '' and '.'"),
         ({"shots": 5}, {}, "--shots 5 and None"),
         ({"max_new_tokens": 4}, {}, "--max-new-tokens 4 and 16"),
         ({"stop": ".", "shots": 2}, {"shots": 3}, "--stop '.' and None, --shots 2 and 3"),
-        ({"rank_by": "mean"}, {}, "--rank-by 'mean' and 'sum'"),
-        ({"rank_by": "sum"}, {}, None),  # early records do not have it
-        ({"shots": 2, "shots_from": "x"}, {"shots": 2, "shots_from": "./x"}, None),
+        ({"rank_by": "mean"}, {"rank_by": "sum"}, "--rank-by 'mean' and 'sum'"),
         (
             {"shots": 2, "shots_from": "x"},
             {"shots": 2, "shots_from": "y"},
             "--shots-from 'x' and 'y'",
         ),
-        ({"shots": 2, "seed": 1}, {"shots": 2}, "--seed 1 and 0"),
-        ({"shots": None, "seed": 1}, {}, None),
     ],
 )
 @pytest.mark.parametrize("names", [("score.json",) * 2, ("run.json", "score.json")])
@@ -408,31 +369,13 @@ def test_compare_says_in_a_line_what_was_asked_in_another_way(tmp_path, capsys, 
     assert lines == ([f"a and b were not asked in the same way: {note}"] if note else [])
 
 
-def test_a_newline_for_questions_is_the_stop_that_is_not_given(tmp_path, capsys):
-    e = moved("0", data.question_text("who"))
-    runs = [write_run(tmp_path / n, score([e], [p])) for n, p in zip("ab", "xy")]
-    for run, stop in zip(runs, (None, "\\n")):
-        with_settings(run, **SAME | {"stop": stop})
-    compare(*runs, iters=5)
-    assert len(capsys.readouterr().out.splitlines()) == 3
-    (runs[0] / "run.json").unlink()  # a folder of predictions alone: nothing is known
-    with_settings(runs[1], **SAME | {"stop": "."})
-    compare(*runs, iters=5)
-    assert len(capsys.readouterr().out.splitlines()) == 3
-
-
 def test_compare_says_if_a_is_b(tmp_path, capsys):
     records = score([example("0"), example("1")], ["Paris", "x"])
     a, copy = write_run(tmp_path / "a", records), write_run(tmp_path / "copy", records[::-1])
-    (tmp_path / "link").symlink_to(a)
     other = write_run(tmp_path / "other", score([example("0"), example("1")], ["Paris", "y"]))
-    for b in (a, tmp_path / "link", tmp_path / "copy" / ".." / "a"):
+    for b in (a, copy):
         compare(a, b, iters=5)
-        assert capsys.readouterr().out.splitlines()[3:] == [
-            f"a and b are the same file: {a} and {b}"
-        ]
-    compare(a, copy, iters=5)
-    assert capsys.readouterr().out.splitlines()[3:] == ["a and b hold the same predictions"]
+        assert capsys.readouterr().out.splitlines()[3:] == ["a and b hold the same predictions"]
     compare(a, other, iters=5)  # the same scores
     assert capsys.readouterr().out.splitlines()[3:] == []
 

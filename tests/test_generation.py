@@ -299,7 +299,7 @@ def test_spaces_before_an_answer_do_not_end_it(make_lm, monkeypatch, text, stop,
 
     def generated(lm, ids, prefix, new, eos, ended):
         tokens = list(map(ord, text))
-        ends = [n for n in range(1, len(tokens)) if ended and ended(tokens[:n])]
+        ends = [n for n in range(1, len(tokens)) if ended and ended(0, tokens[:n])]
         return [[Sample(tokens[: [*ends, len(tokens)][0]], 0.0)]]
 
     monkeypatch.setattr(generation, "generate", generated)

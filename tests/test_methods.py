@@ -65,6 +65,7 @@ def test_target_loss_is_the_naive_sum_over_targets():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_a_complete_folder_and_the_frozen_lm_as_it_was(place, tmp_path, method):
+    """And every trained tensor has moved."""
     file, out = place / "lm" / "model" / "model.safetensors", tmp_path / "run"
     before = hashlib.sha256(file.read_bytes()).hexdigest()
     record = run(command(place, method, out))
@@ -90,15 +91,10 @@ def test_a_run_leaves_a_complete_folder_and_the_frozen_lm_as_it_was(place, tmp_p
         model, prefix, tokenizer, _ = load_run(out)
         ids, _, prefix = prepare(model, tokenizer, data.read(place / "dev.jsonl"), prefix, 4)
         assert predict(model, tokenizer, ids, prefix, 4) == [row["prediction"] for row in rows]
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_trained_tensor_moves(place, tmp_path, method):
-    run(command(place, method, tmp_path / "still", "--lr 0 --steps 1 --seed 3"))
-    run(command(place, method, tmp_path / "run", "--seed 3"))
-    before, after = (load_file(tmp_path / k / "state.safetensors") for k in ("still", "run"))
-    trained = [name for name in before if name.startswith("trained.")]
-    assert trained and not [name for name in trained if torch.equal(before[name], after[name])]
+    run(command(place, method, tmp_path / "still", "--lr 0 --steps 1"))
+    first, last = (load_file(tmp_path / k / "state.safetensors") for k in ("still", "run"))
+    trained = [name for name in first if name.startswith("trained.")]
+    assert trained and not [name for name in trained if torch.equal(first[name], last[name])]
 
 
 def test_fine_tuning_learns_its_questions_and_dev_chooses_the_best(place, tmp_path):
@@ -135,7 +131,7 @@ def test_a_frozen_lm_that_changes_is_reported(place, tmp_path, monkeypatch):
         run(command(place, "connector_lm", tmp_path / "run"))
 
 
-@pytest.mark.parametrize("limit, seed", [(1, 0), (2, 0), (3, 1), (4, 2), (5, 0), (99, 0)])
+@pytest.mark.parametrize("limit, seed", [(1, 0), (3, 1), (99, 0)])
 def test_dev_scores_along_training_are_of_a_sample(place, tmp_path, monkeypatch, limit, seed):
     """Of exactly so many questions, the same each time. At the end all are asked."""
     asked, score = [], metrics.score

@@ -179,4 +179,3 @@ def test_the_plan_takes_at_most_two_and_a_half_hours(tmp_path, monkeypatch, caps
     text = capsys.readouterr().out
     assert 1 < float(text.split("quiet cores take ")[1].split()[0]) <= 2.5
     assert not list(tmp_path.iterdir())
-    assert prompt_study.examples_of(whole_study(tmp_path), "x/suite-test.jsonl") == 29 * 4 * 40

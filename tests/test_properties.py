@@ -93,6 +93,7 @@ def test_an_epoch_has_every_example_once_and_its_batches_come_from_its_numbers(
     epochs = [data.batches(examples, size, seed, number) for number in numbers]
     rows = [row for batch in epochs for row in batch.rows]
     assert sorted(rows) == list(range(len(lengths)))
+    assert all(len(batch.rows) == size for batch in epochs[:-1])
     for number in reversed(numbers):  # a resumed run asks for the later ones only
         data.epoch_order.cache_clear()
         again, batch = data.batches(examples, size, seed, number), epochs[number - numbers[0]]

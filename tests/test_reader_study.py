@@ -6,6 +6,7 @@ import json
 import pytest
 from tiny_runs import make_shelf, small_world
 
+import cost
 import openbook
 import reader_study
 import reproduce
@@ -88,7 +89,7 @@ def whole_study(tmp_path, **changes) -> ReaderStudy:
     args = {"steps": 300, "encoder_steps": 400, "top": 50, "context": 256, "only": "", "seeds": 3}
     args |= {"model": None, "encoder": None, "world_seed": 1, "grid": False, "flags": ""}
     args = argparse.Namespace(**args | {"pretrained": "assets"} | changes)
-    return ReaderStudy(args, tmp_path, GROUPS, {}, {"train.py": train})
+    return reader_study.make_study(args, tmp_path)
 
 
 def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
@@ -110,9 +111,9 @@ def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
 
 def test_costs_are_of_the_stages_that_a_run_has(tmp_path):
     study = whole_study(tmp_path)
-    costs = {job.folder.name: reader_study.seconds(study, job) for job in study.plan()}
-    rankers = 3 * 400 * 16 * 8 * reader_study.LEARN
+    costs = {job.folder.name: cost.seconds(study, job) for job in study.plan()}
+    rankers = 3 * 400 * 16 * 8 * cost.LEARN
     assert costs["bm25-reranked-0"] > costs["bm25-0"] + rankers
     assert costs["bm25-0"] < costs["not-cross-fitted-0"] < costs["bm25-reranked-0"] - rankers
     assert costs["bm25-0"] == costs["bm25-1"] == costs["bm25-reranked-1"]
-    assert costs["larger-bm25-0"] == 2 * costs["bm25-0"] > 4 * costs["closed-book-0"]
+    assert costs["larger-bm25-0"] > 2 * costs["bm25-0"] - cost.LOAD > 4 * costs["closed-book-0"]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from tiny_runs import write_lines
 
+import cost
 import data
 import pretrain
 import recursion_study
@@ -16,7 +17,7 @@ import suite
 import train
 from checkpoints import read_json, write_json
 from runs import Run
-from study import Row, Study
+from study import Job, Row, Study
 
 SHORT = "--batch-size 3 --max-new-tokens 4 --device cpu --eval-every 2"
 PROMPT = f"train.py --method prompt_tuning --prompt-length 4 {SHORT}"
@@ -225,14 +226,13 @@ def test_the_threshold_is_the_best_one_on_dev(monkeypatch):
     examples = [data.Example(f"{i}", "x", ("x",), "", str(i)) for i in range(6)]
     sure = [-0.1, -0.2, -0.3, -4.0, -5.0, -6.0]
     first = [("x" if c > -1 or c == -6 else "y", c) for c in sure]
-    record = {"arguments": {"max_new_tokens": 4, "stop": None}}
     patch = {
-        "load_run": lambda run: (None, None, None, record),
-        "prepare": lambda *rest, **more: ([], [], None),
+        "load_run": lambda run: None,
         "predict": lambda *rest: ["x" if -6 < c < -1 else "y" for c in sure],
     }
     for name, function in patch.items():
         monkeypatch.setattr(recursion_study, name, function)
+    monkeypatch.setattr(recursion_study.audit, "arguments", lambda loaded, examples: ())
     monkeypatch.setattr(recursion_study.recurse, "first_pass", lambda *rest: first)
     threshold = recursion_study.best_threshold("run", examples)
     assert [c < threshold for c in sure] == [False, False, False, True, True, True]
@@ -246,7 +246,8 @@ def test_answers_of_several_runs_are_timed_in_turn(monkeypatch, tmp_path):
         order.append(run)
         clock[0] += {"a": 32.0, "b": 64.0}[run] + 320 * (order.count(run) == 1)
 
-    patch = {"arguments": lambda run, examples: (run[-1], examples), "predict": answers}
+    monkeypatch.setattr(recursion_study.audit, "arguments", lambda run, e: (run[-1], e))
+    patch = {"load_run": str, "predict": answers}
     patch["time"] = SimpleNamespace(perf_counter=lambda: clock[0])
     for name, function in patch.items():
         monkeypatch.setattr(recursion_study, name, function)
@@ -302,8 +303,7 @@ def whole_study(tmp_path, **changes) -> Study:
     }
     args = argparse.Namespace(**args | {"pretrained": "assets"} | changes)
     programs = {"train.py": train, "pretrain.py": pretrain}
-    parts = (recursion_study.GROUPS, recursion_study.RATES, programs)
-    return Study(args, tmp_path, *parts)
+    return recursion_study.make_study(args, tmp_path, programs)
 
 
 def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
@@ -335,7 +335,7 @@ def test_the_plan_is_computed_without_making_anything(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     assert reproduce.main(["recursion", "--plan", "--grid"]) == {}
     text = capsys.readouterr().out
-    assert "| neural-2-0 | 1200 | " in text and "seconds of a core" in text
+    assert "| headline, as in table 4 | 14 | " in text and "| learning rates | " in text
     assert not list(tmp_path.iterdir())
     hours = float(text.split("quiet cores take ")[1].split()[0])
     assert 1 < hours <= 2.5
@@ -343,36 +343,29 @@ def test_the_plan_is_computed_without_making_anything(tmp_path, monkeypatch, cap
 
 def test_costs_follow_the_operations_and_the_finished_runs(tmp_path):
     whole = whole_study(tmp_path, grid=False)
-    runs = {
-        job.row.name: train.parse(whole.line(job))
-        for job in whole.plan()
-        if job.seed == 0 and job.program == "train.py"
-    }
-    two, eight = (recursion_study.passes(runs[f"before-{n}-random"])[0] for n in (2, 8))
+    jobs = {job.row.name: job for job in whole.plan() if job.seed == 0}
+    runs = {n: train.parse(whole.line(j)) for n, j in jobs.items() if j.program == "train.py"}
+    two, eight = (cost.passes(runs[f"before-{n}-random"])[0] for n in (2, 8))
     assert (two, eight) == (3, 6)  # forward and backward through 6 layers, and 3 for each own one
-    cached = recursion_study.passes(runs["neural-2"])[0]
-    assert cached == two and recursion_study.passes(runs["neural-2-passes-3"])[0] == 2 * cached
-    jobs = {job.row.name: recursion_study.seconds(whole, job) for job in whole.plan()}
-    prompt = recursion_study.training_seconds(runs["prompt"])
-    again = Study.jobs(
-        whole, Row("again", 1, "prompt", f"{recursion_study.TEXTUAL} --candidates 8")
-    )
-    taken = recursion_study.seconds(whole, again[0]) - jobs["textual-8"]
-    assert taken == pytest.approx(3 * prompt)  # textual-8 takes them from textual-16
-    seconds = {name: recursion_study.training_seconds(run) for name, run in runs.items()}
-    filled = seconds["neural-2-residual-pause-3"]
-    assert filled == pytest.approx(1.5 * seconds["neural-2-residual"])
-    sizes = [recursion_study.parameters(runs[name].model)[1] for name in ("prompt", "prompt-large")]
-    assert sizes[1] > 2 * sizes[0]
-    assert seconds["prompt-large"] / prompt == pytest.approx(sizes[1] / sizes[0])
+    cached = cost.passes(runs["neural-2"])[0]
+    assert cached == two and cost.passes(runs["neural-2-passes-3"])[0] == 2 * cached
+    again = Job(Row("again", 1, "prompt", f"{recursion_study.TEXTUAL} --candidates 8"), 0, tmp_path)
+    taken = cost.seconds(whole, again) - cost.seconds(whole, jobs["textual-8"])
+    steps = {name: cost.training_tokens(whole, run) for name, run in runs.items()}
+    prompts = 3 * cost.TOKEN * steps["prompt"]  # textual-8 takes them from textual-16
+    assert taken == pytest.approx(prompts)
+    assert steps["neural-2-residual-pause-3"] > 1.4 * steps["neural-2-residual"]
+    large = cost.recorded_seconds(whole, jobs["prompt-large"])
+    assert large == pytest.approx(cost.LARGER * cost.TOKEN * steps["prompt"])
     answers = {name: recursion_study.answer_operations(run) for name, run in runs.items()}
     assert answers["prompt"] == 1 and answers["neural-2"] == pytest.approx(2 + 2 / 6)
     assert answers["neural-2-residual-pause-3"] == pytest.approx(1.5 * answers["neural-2"])
-    before = study.show_cost(whole, recursion_study.seconds, recursion_study.finished_seconds)
+    before = cost.show_cost(whole)
     (tmp_path / "neural-2-0").mkdir()
-    record = {"arguments": {"method": "m"}, "results": {}, "seconds": 2 * seconds["neural-2"]}
+    seconds = 2 * cost.recorded_seconds(whole, jobs["neural-2"])
+    record = {"arguments": {"method": "m"}, "results": {}, "seconds": seconds}
     (tmp_path / "neural-2-0/run.json").write_text(json.dumps(record))
-    after = study.show_cost(whole, recursion_study.seconds, recursion_study.finished_seconds)
+    after = cost.show_cost(whole)
     assert before["factor"] == 1 and after["factor"] == pytest.approx(2)
     assert after["seconds"] == pytest.approx(2 * before["seconds"], rel=1e-3)
     assert after["left"] < after["seconds"] and before["left"] == before["seconds"]

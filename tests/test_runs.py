@@ -88,11 +88,10 @@ def test_a_stream_that_cannot_be_written_costs_no_result(accents, tmp_path, monk
     assert is_whole(tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["costs $5", "$x$ and $y", r"$\frac$", "50% {a} _b_ ^c^", "碧"])
-def test_a_name_that_reads_like_a_formula_costs_no_result(accents, tmp_path, monkeypatch, name):
-    line = [*command(accents, "prompt_tuning", tmp_path), "--out", str(tmp_path / name)]
-    run(line)
-    assert is_whole(tmp_path / name)
+def test_a_name_that_reads_like_a_formula_costs_no_result(accents, tmp_path):
+    for name in ("costs $5 碧", r"$x$ and $\frac$ 50% {a} _b_ ^c^"):
+        run([*command(accents, "prompt_tuning", tmp_path), "--out", str(tmp_path / name)])
+        assert is_whole(tmp_path / name)
 
 
 def test_an_answer_that_cannot_be_shown_costs_no_result(accents, tmp_path, monkeypatch, capsys):
@@ -116,8 +115,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(accents, tmp_path, monke
 
 SHELL = [  # how a shell calls it, variables of the environment, lines of standard error at most
     ("{} | head -1", {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, 1),
-    ("{} 2>&-", {"MPLBACKEND": "nonsense"}, 0),
-    ("{} >&- 2>&- <&-", {}, 0),
+    ("{} >&- 2>&- <&-", {"MPLBACKEND": "nonsense"}, 0),
     ("{} > /dev/full", {"PYTHONIOENCODING": "ascii"}, 1),
     ("{} 2> /dev/full", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, 0),
 ]

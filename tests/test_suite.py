@@ -265,7 +265,7 @@ def test_a_wrong_split_or_template_is_refused(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "sizes", [dict(people=20), dict(people=40), dict(people=20, cities=4, companies=4, countries=2)]
+    "sizes", [dict(people=20), dict(people=40), dict(people=20, cities=4, companies=4)]
 )
 @pytest.mark.parametrize("seed", [1, 5])
 def test_a_small_world_has_all_examples_that_there_are(sizes, seed):

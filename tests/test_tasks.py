@@ -343,12 +343,12 @@ def test_explain_prints_one_table(place, library, capsys):
         lines = capsys.readouterr().out.splitlines()
         table = lines[-len(rows) :]
         assert len(rows) == {"soft": 4, "deep": 2, "generated": 4, "stored": 6}[name]
-        assert lines[0].startswith("norm of the ") and "nearest by cosine" in lines[-len(rows) - 1]
-        column = lines[-len(rows) - 1].index("by distance")
+        assert lines[0].startswith("norm of the ") and "nearest by cosine" in lines[-len(rows) - 2]
         for row, line in zip(rows, table):
-            assert line.split()[:2] == [str(row["row"]), f"{row['norm']:.3f}"]
+            cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+            assert cells[:2] == [str(row["row"]), f"{row['norm']:.3f}"]
             (token, value), _ = row["distance"]
-            assert line[column:].startswith(f"{token!r} {value:.3f}")
+            assert cells[-1].startswith(f"{token!r} {value:.3f}")
     (library / "generated" / "predictions.jsonl").rename(library / "kept")
     with pytest.raises(SystemExit):
         evaluation.main(["explain", str(library / "generated")])

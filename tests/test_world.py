@@ -245,7 +245,7 @@ def test_sections_keep_their_order_and_skip_comments(tmp_path):
 
 @pytest.mark.parametrize(
     "sizes",
-    [dict(people=20), dict(people=21, cities=4, companies=4, countries=2), dict(people=1500)],
+    [dict(people=20), dict(people=21, cities=4, companies=4), dict(people=1500)],
 )
 def test_worlds_of_other_sizes_have_teachers_of_the_same_split(sizes):
     world = make(seed=3, **sizes)

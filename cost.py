@@ -1,0 +1,163 @@
+"""What the runs of a study cost: seconds of a core, expected before any of them is made.
+
+    conduct(study, write_files, report)   what every study does, in order
+    show_cost(study)                      the sheet, a line for each group of rows
+    seconds(study, job)                   of one job
+    passes(run)                           how much of the LM a step and an answer of a method read
+
+The unit is a token that the 6 layers of the embedded LM read once, forward, on one core of the
+machine of RESULTS.md. Backward costs as much as forward, and in trained layers twice as much. These
+are rough figures. Once trainings are finished, their time corrects what is expected of others.
+
+Needs study.py.
+"""
+
+from collections.abc import Callable
+
+from show import show, show_table
+
+from study import Job, Study
+
+TOKEN = 0.06e-3  # seconds
+LARGER = 2.1  # times as many for the larger LM of assets/
+LOAD = 2.0  # seconds to load, to tokenise and to write
+ANSWER = 10  # tokens of an answer and what decoding one by one costs
+SAMPLE = (80, 4.4)  # tokens: a question of textual recursion, and each sample of its answer
+FEW_SHOT = 18  # prompts of a row of few-shot tuning
+ANALYSIS = 25.0  # seconds of what does not train
+RANK, LEARN = 0.0009, 0.0066  # seconds: a question and a passage, scored, and learnt from
+RETRIEVE = 0.3  # seconds: a step of the dual encoder
+
+
+def conduct(study: Study, write_files: Callable[[], None], report: Callable[[Study], dict]) -> dict:
+    """Print what the study costs and, without --plan, make what is missing of it. Returns what
+    report(study) returns, the cost, and what was not made."""
+    cost = show_cost(study)
+    if study.args.plan:
+        return {}
+    with study.alone():
+        write_files()
+    study.make()
+    with study.alone():
+        results = report(study) | {"cost": cost, "missing": study.missing()}
+    for reason in sorted(set(results["missing"].values())):
+        names = [name for name, r in results["missing"].items() if r == reason]
+        show(f"\n{len(names)} not made, {reason}: {', '.join(names[:9])}")
+    return results
+
+
+def passes(run) -> tuple[float, float]:
+    """How often as much as the LM's layers is read in a step, and in an answer. `run` has the flags
+    of a program. A first pass that is kept costs nothing in a step."""
+    variant = getattr(run, "variant", None)  # of continued pretraining
+    if variant in ("fomaml", "reptile"):
+        return (run.inner_steps * 2.4 + 3) / (run.inner_steps + 1), 1
+    if variant in ("mtl", "t0") or getattr(run, "tune", None) == "lm":
+        return 3, 1
+    c, more = getattr(run, "connector_layers", 0) / 6, getattr(run, "passes", 2) - 1
+    return {
+        "neural_recursion": (more * (2 + 3 * c), 1 + more + more * c),
+        "lm_connector": (3 * c, 1 + c),
+        "connector_lm": (2 + 3 * c, 1 + c),
+        "fine_tuning": (3, 1),
+        "training_free": (0, 2),
+        "id_pt": (4, 2),  # the encoder reads the question, too
+    }.get(run.method, (2.4, 1))  # every question attends to the prompt, too
+
+
+def tokens(study: Study, run) -> float:
+    """The tokens of an example, with filler, candidates or passages."""
+    if run.method.startswith("pretrain_"):
+        return run.seq_len
+    if run.method == "reader" and run.top > 0:
+        return run.context
+    more = 3 * getattr(run, "pause", 0)
+    if run.method == "textual_recursion":
+        more += 3 + 6 * run.candidates**0.5  # about so many differ
+    return study.tokens + more
+
+
+def training_tokens(study: Study, run) -> float:
+    """Tokens that the steps of a run read, and the dev scores along them."""
+    step, answer = passes(run)
+    examples = run.steps * run.batch_size * run.grad_accum
+    has_dev = run.dev or not run.train  # then the questions are the world's
+    scored = getattr(run, "eval_limit", 0) * (run.steps // run.eval_every) if has_dev else 0
+    return tokens(study, run) * examples * step + (tokens(study, run) + ANSWER) * scored * answer
+
+
+def encoder_seconds(study: Study, job: Job, run) -> float:
+    """What the encoders of an open book take: the retriever, or the re-rankers of a reader."""
+    if run.method == "retriever":
+        return run.steps * RETRIEVE
+    if run.method != "reader" or run.top == 0 or run.no_rerank:
+        return 0.0
+    learnt, scored = 0, study.sampled + study.asked(job)
+    if not run.reranker:
+        learnt = 3 * run.encoder_steps * 16 * run.group_size
+        scored += run.eval_limit  # by the re-ranker of their own half
+    return learnt * LEARN + scored * run.top * RANK
+
+
+def seconds(study: Study, job: Job) -> float:
+    """Expected seconds of a core for a job."""
+    factor = TOKEN * (LARGER if any("lm2" in word for word in study.line(job)) else 1)
+    if job.program == "eval.py":
+        return LOAD + factor * study.asked(job) * (study.tokens + ANSWER)
+    if not job.trains and job.program != "transfer.py":
+        return ANALYSIS
+    run = flags(study, job)
+    encoders = encoder_seconds(study, job, run)
+    if run.method == "retriever":
+        return encoders
+    trainings = FEW_SHOT if getattr(run, "command", "") == "few-shot" else 1
+    read = trainings * training_tokens(study, run)
+    read += study.asked(job) * (tokens(study, run) + ANSWER) * passes(run)[1]
+    if run.method == "textual_recursion":
+        question, sample = SAMPLE
+        read += (study.sampled + study.asked(job)) * (question + run.candidates * sample)
+        if not run.stages_from:
+            run.method = "prompt_tuning"
+            read += (1 if run.no_cross_fit else 3) * training_tokens(study, run)
+    return LOAD + encoders + factor * read
+
+
+def flags(study: Study, job: Job):
+    """The flags of a job that trains."""
+    return study.programs[job.program].parse(study.line(job))
+
+
+def recorded_seconds(study: Study, job: Job) -> float | None:
+    """Expected seconds of that part of a job which its record counts: the steps. None if its stages
+    count, too, or if it trains nothing."""
+    if not job.trains or flags(study, job).method in ("textual_recursion", "retriever"):
+        return None
+    run = flags(study, job)
+    larger = LARGER if "lm2" in str(run.model) else 1
+    return larger * TOKEN * training_tokens(study, run)
+
+
+def show_cost(study: Study) -> dict:
+    """Print the cost sheet. Returns {"seconds", "left"} of a core, and "factor": finished trainings
+    took so many times as long as expected."""
+    jobs, took, expected = study.plan(), 0.0, 0.0
+    title_of = {row.name: title for title, rows in study.groups.items() for row in rows}
+    sheet = {}  # group: [jobs, seconds, seconds to come]
+    for job in jobs:
+        cost, record = seconds(study, job), job.record()
+        line = sheet.setdefault(title_of.get(job.row.name, "learning rates"), [0, 0.0, 0.0])
+        line[0] += 1
+        line[1] += cost
+        line[2] += 0.0 if record or job.failed() else cost
+        if record and (training := recorded_seconds(study, job)):
+            took += record["seconds"]
+            expected += training
+    factor = took / expected if expected else 1.0
+    rows = [[t, n, round(factor * a), round(factor * b)] for t, (n, a, b) in sheet.items()]
+    show_table("cost", ["", "runs", "seconds of a core", "to come"], rows)
+    total, left = (factor * sum(line[i] for line in sheet.values()) for i in (1, 2))
+    show(f"\n{len(jobs)} runs: {total:.0f} seconds of a core, {left:.0f} of them to come.")
+    show(f"Two processes on two quiet cores take {left / 7200:.1f} hours for these.")
+    if expected:
+        show(f"Finished trainings took {factor:.2f} times as long as expected.")
+    return {"seconds": round(total), "left": round(left), "factor": factor}
