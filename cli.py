@@ -17,6 +17,7 @@ from show import COUNT, SEED, number_type
 
 import torch
 
+import parallel
 from runs import Run, find, names_file
 
 
@@ -73,6 +74,8 @@ def add_model_flags(parser) -> None:
         PASSES,
         CONNECTORS,
     )
+    text = "of n processes each keeps 1/n of the frozen LM: torchrun --nproc-per-node n train.py"
+    parser.add_argument("--shard", action="store_true", help=text)
 
 
 def add_data_flags(parser) -> None:
@@ -191,7 +194,8 @@ def add_run_flags(parser) -> None:
         "compile the LM's layers first (torch.compile): a minute, for steps that are faster after"
     )
     group.add_argument("--compile", action="store_true", help=text)
-    text = "continue from the last checkpoint in --out, bit for bit on a CPU"
+    text = "continue from the last checkpoint in --out, bit for bit on a CPU; --device, --shard "
+    text += "and the number of processes may change"
     group.add_argument("--resume", action="store_true", help=text)
 
 
@@ -236,6 +240,8 @@ def check_and_seed(args: argparse.Namespace) -> None:
     """Refuse a device or a folder that cannot be used, and seed the random numbers."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here")
+    if parallel.asked() > 1:
+        start_processes(args)
     if getattr(args, "init", None) in ("", "text:"):
         raise ValueError(f"--init {args.init!r} names nothing to start from")
     run = Run.from_args(args)
@@ -247,3 +253,13 @@ def check_and_seed(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+
+
+def start_processes(args: argparse.Namespace) -> None:
+    """Connect the processes that torchrun started. ValueError if they cannot share the work."""
+    count = parallel.asked()
+    if args.program not in ("train.py", "pretrain.py"):
+        raise ValueError(f"{count} processes: only train.py and pretrain.py share their work")
+    if args.batch_size < count:
+        raise ValueError(f"--batch-size {args.batch_size}: fewer rows than the {count} processes")
+    parallel.start(args.device)

@@ -379,6 +379,17 @@ class RerankerBatch:
         """Return a copy with the tensors on `device`."""
         return _to(self, device)
 
+    def part(self, rows: Sequence[int]) -> "RerankerBatch":
+        """Return some questions of it, with the inputs of their passages."""
+        groups, spans, targets = self.groups[rows], self.spans[rows], self.targets[rows]
+        used = groups[groups >= 0]  # the inputs of a question stand behind each other
+        number = torch.full((len(self.ids),), -1, device=groups.device)
+        number[used] = torch.arange(len(used), device=groups.device)
+        groups = torch.where(groups < 0, -1, number[groups.clamp(min=0)])
+        lengths = self.lengths[used]
+        ids, kept = self.ids[used, : int(lengths.max())], [self.rows[row] for row in rows]
+        return RerankerBatch(ids, lengths, groups, spans, targets, kept)
+
 
 @dataclass
 class RetrieverBatch:
@@ -401,6 +412,12 @@ class RetrieverBatch:
     def to(self, device) -> "RetrieverBatch":
         """Return a copy with the tensors on `device`."""
         return _to(self, device)
+
+    def part(self, rows: Sequence[int]) -> "RetrieverBatch":
+        """Return some questions of it, with all passages, which all of them choose from."""
+        kept = [self.rows[row] for row in rows]
+        of_questions = {k: getattr(self, k)[rows] for k in ("ids", "lengths", "targets", "known")}
+        return replace(self, **of_questions, rows=kept)
 
 
 def _to(batch, device):

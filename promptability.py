@@ -278,7 +278,7 @@ def train_learner(task: start.Task, tasks: list[list], learner: Learner, prompt)
             adapters.save_adapter(run.folder, prompt, base, method=args.method)
 
     with run:
-        record = start_record(run, learner, frozen, train.hashes(task, prompt))
+        record = start_record(run, learner, frozen, start.hashes(task, prompt))
         record["question_format"] = all(
             metrics.is_question(e.input) for e in task.examples["train"]
         )

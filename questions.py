@@ -14,17 +14,20 @@ ids, options, prefix = prepare(lm, tokenizer, data.read("questions.jsonl"))
 import hashlib
 import json
 import os
+import platform
 import shlex
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from unicodedata import normalize
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 import data
 import eval as metrics
+import parallel
 from checkpoints import write_json, write_lines
 from generate import check_ids, find_stop, prefix_lengths
 
@@ -146,6 +149,21 @@ def read_shared(lm, ids: list[list[int]], prefix=None):
     return [row[n:] for row in ids], prefix
 
 
+def hash_tokenizer(tokenizer: Tokenizer) -> str:
+    """Hash what a tokenizer does, as hex SHA-256: its vocabulary, tokens and texts of a sample.
+
+    How a file stores it may change with the version of the library, so its bytes are not hashed.
+    The sample is every token's text, and letters that tokenizers normalise.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[::-1])
+    texts = tokenizer.decode_batch([[i] for _, i in vocabulary], skip_special_tokens=False)
+    texts = [" ".join(texts[i : i + 64]) for i in range(0, len(texts), 64)]
+    texts += ["", "The U.S.A.  isn't  \u00c9mile\u0301 \ufb01 \u00bd \u65e5\n\tA 12,345 \U0001f600"]
+    ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    does = [vocabulary, ids, tokenizer.decode_batch(ids)]
+    return hashlib.sha256(json.dumps(does).encode()).hexdigest()
+
+
 # Answers that can be given
 
 
@@ -238,6 +256,16 @@ def answer(args, model, prefix, tokenizer, examples: list) -> list[str | int]:
     return route(args.threshold, *asked, mean=args.rank_by == "mean")[0]
 
 
+def environment(device: str) -> dict:
+    """What the process computes with: versions and hardware."""
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    hardware = {"device": name, "threads": torch.get_num_threads()}
+    if parallel.count() > 1:
+        hardware["processes"] = parallel.count()
+    return {"versions": versions | {"numpy": np.__version__}, "hardware": hardware}
+
+
 def score_record(args, model, tokenizer, results: dict) -> dict:
     """What `score --out` stores beside the predictions, in score.json.
 
@@ -245,8 +273,6 @@ def score_record(args, model, tokenizer, results: dict) -> dict:
     LM), tokenizer_hash, eos (the tokens that ended answers), adapter_hash, file_hash, shots_hash,
     versions, hardware, results.
     """
-    from runs import environment, hash_tokenizer
-
     ignored = ("function", "command", "argv", "out", "eval_tokens")  # they change no answer
     adapter = Path(args.run) / "adapter_model.safetensors" if args.run else None
     files = {"adapter_hash": adapter, "file_hash": args.file, "shots_hash": args.shots_from}
