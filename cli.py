@@ -131,7 +131,7 @@ def add_training_flags(parser) -> None:
         parser,
         "training",
         ("--steps", COUNT, None, "optimiser steps (paper: up to 100,000)"),
-        ("--batch-size", COUNT, 32, "questions, or windows of text, in a batch (paper: 32)"),
+        ("--batch-size", COUNT, 32, "questions or windows, of all processes together (paper: 32)"),
         ("--grad-accum", COUNT, 1, "batches in a step"),
         ("--lr", number_type(float, 0), None, "peak (papers: 1e-5 to 4e-4; prompts: 0.03 to 0.5)"),
         ("--schedule", ["linear", "constant"], "linear", "after warm-up: down to zero, or level"),
@@ -263,3 +263,4 @@ def start_processes(args: argparse.Namespace) -> None:
     if args.batch_size < count:
         raise ValueError(f"--batch-size {args.batch_size}: fewer rows than the {count} processes")
     parallel.start(args.device)
+    args.dtype = parallel.divide(lambda _: [args.dtype], [0])[0]  # auto: as the first measured it

@@ -5,12 +5,9 @@
 Every process computes the same batch, a pure function of seed and step, and takes its share of the
 rows. So the data and their order are those of one process. A loss is divided by the number of
 targets of the whole batch, so the gradients of all processes add up to the gradient of one. They
-travel in one buffer after the backward pass: what is trained is small. (DistributedDataParallel
-overlaps both, but it divides by the number of processes, and it wraps one module's forward, while a
-composition calls several methods.) Every process then takes the same step.
-
-Evaluation and sampling are divided by questions. Only the first process writes and prints. With
---shard each holds a part of the frozen LM.
+are small, and travel in one buffer after the backward pass. (DistributedDataParallel divides by the
+number of processes and wraps one forward; a composition calls several methods.) Then every process
+takes the same step. Questions are divided too. Only the first process writes and prints.
 
 Without torchrun there is one process, and nothing here communicates. Needs torch.
 """
@@ -73,14 +70,22 @@ def connected():
         raise ConnectionError(f"another process of this run has ended ({reason})") from None
 
 
-def wait() -> None:
-    """Wait until all processes are here."""
+def total(x: Tensor) -> Tensor:
+    """The sum of x over all processes, in place."""
     if count() > 1:
         with connected():
-            dist.barrier()
+            dist.all_reduce(x)
+    return x
 
 
-# The work
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    return bool(total(torch.tensor([int(flag)])).item())
+
+
+def wait() -> None:
+    """Wait until all processes are here."""
+    any_of(False)
 
 
 def share(items: Sequence) -> Sequence:
@@ -97,19 +102,6 @@ def divide(function: Callable[[Sequence], Iterable], items: Sequence) -> list:
     with connected():
         dist.all_gather_object(parts, results)
     return [parts[i % len(parts)][i // len(parts)] for i in range(len(items))]
-
-
-def any_of(flag: bool) -> bool:
-    """Whether the flag is set in any process."""
-    return bool(total(torch.tensor([int(flag)])).item())
-
-
-def total(x: Tensor) -> Tensor:
-    """The sum of x over all processes, in place."""
-    if count() > 1:
-        with connected():
-            dist.all_reduce(x)
-    return x
 
 
 @torch.no_grad()
@@ -131,10 +123,8 @@ def sum_gradients(parameters: Iterable[nn.Parameter], loss: float) -> float:
 
 
 def all_rows(x: Tensor, own: list[int], rows: int) -> Tensor:
-    """A tensor (rows, ...) of which this process has computed the rows `own`, x.
-
-    The gradient of a row is the sum of what all processes ask of it.
-    """
+    """A tensor (rows, ...) of which this process has computed the rows `own`, x. The gradient of a
+    row is the sum over all processes."""
     if count() == 1:
         return x
     from torch.distributed.nn.functional import all_reduce
@@ -142,9 +132,6 @@ def all_rows(x: Tensor, own: list[int], rows: int) -> Tensor:
     index = torch.tensor(own, device=x.device)
     with connected():
         return all_reduce(x.new_zeros(rows, *x.shape[1:]).index_copy(0, index, x))
-
-
-# A frozen LM in parts
 
 
 def shard(lm: nn.Module, device: str) -> int:

@@ -27,8 +27,12 @@ output replaces x, or lm(x), instead of being added to it. With --passes 3 the L
 times, with one Connector between the passes or one in each gap. A Connector-LM whose Connector has
 as many layers as the recursion has after its first pass (--connector-layers 8 on the embedded LM)
 spends the same compute without a second pass. `--train suite` trains on the 29 prompted tasks of
-suite.py by the protocol of prompts.py, with --per-task a prompt for each of them. The training loop
-is in fit.py, and what it starts from in start.py. To add a method, add a line to
+suite.py by the protocol of prompts.py, with --per-task a prompt for each of them.
+
+    torchrun --nproc-per-node 2 train.py --method neural_recursion
+
+shares the work among processes, and --shard the frozen LM (parallel.py). The training loop is in
+fit.py, and what it starts from in start.py. To add a method, add a line to
 recurse.COMPOSITIONS, and a function and a line of METHODS here.
 """
 
