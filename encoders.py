@@ -144,7 +144,7 @@ class RetrieverTraining:
         asked = dual(dual.question, batch.ids, batch.lengths)
         own = list(parallel.share(range(rows)))
         passages = dual(dual.passage, batch.passage_ids[own], batch.passage_lengths[own])
-        passages = parallel.all_rows(passages, own, rows)
+        passages = parallel.AllRows.apply(passages, own, rows)
         return retriever_loss(self.scale * asked, passages, batch.targets, batch.known)
 
     def evaluate(self) -> float | None:

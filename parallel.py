@@ -122,16 +122,19 @@ def sum_gradients(parameters: Iterable[nn.Parameter], loss: float) -> float:
     return loss.item()
 
 
-def all_rows(x: Tensor, own: list[int], rows: int) -> Tensor:
-    """A tensor (rows, ...) of which this process has computed the rows `own`, x. The gradient of a
-    row is the sum over all processes."""
-    if count() == 1:
-        return x
-    from torch.distributed.nn.functional import all_reduce
+class AllRows(torch.autograd.Function):
+    """Rows of all processes. The gradient of a row is the sum over all processes."""
 
-    index = torch.tensor(own, device=x.device)
-    with connected():
-        return all_reduce(x.new_zeros(rows, *x.shape[1:]).index_copy(0, index, x))
+    @staticmethod
+    def forward(ctx, x: Tensor, own: list[int], rows: int) -> Tensor:
+        """x: the rows `own` of (rows, ...), which this process has computed."""
+        ctx.own, whole = own, x.new_zeros(rows, *x.shape[1:])
+        whole[own] = x
+        return total(whole)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple:
+        return total(gradient.clone())[ctx.own], None, None
 
 
 def shard(lm: nn.Module, device: str) -> int:
