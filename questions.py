@@ -221,6 +221,8 @@ def load_model(args) -> tuple:
 
     Flags that were not given become those of the run: --stop, --max-new-tokens and --rank-by.
     """
+    if parallel.asked() > 1:
+        parallel.start("cpu")
     if args.run:
         from runs import load_run
 
@@ -244,16 +246,21 @@ def answer(args, model, prefix, tokenizer, examples: list) -> list[str | int]:
 
     if (args.shots is None) != (args.shots_from is None):
         raise ValueError("--shots and --shots-from need each other")
-    shots, ends, new = [], metrics.stops(examples, args.stop), args.max_new_tokens
+    shots, new = [], args.max_new_tokens
     if args.shots:
         shots = read_shots(args.shots_from, args.shots, args.seed, examples)
-        if args.stop is None:  # otherwise the model goes on with an example of its own
+
+    def answer_part(part: list) -> list[str | int]:
+        ends = metrics.stops(part, args.stop)
+        if shots and args.stop is None:  # otherwise the model goes on with an example of its own
             ends = [end or SHOT_END for end in ends]
-    ids, options, prefix = prepare(model, tokenizer, examples, prefix, new, shots, ends)
-    if getattr(args, "out", None):  # before the work: the folder may be one that cannot be made
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-    asked = (model, tokenizer, ids, prefix, new, options, ends, args.eval_tokens)
-    return route(args.threshold, *asked, mean=args.rank_by == "mean")[0]
+        ids, options, before = prepare(model, tokenizer, part, prefix, new, shots, ends)
+        if getattr(args, "out", None):  # before the work: the folder may be one that cannot be made
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+        asked = (model, tokenizer, ids, before, new, options, ends, args.eval_tokens)
+        return route(args.threshold, *asked, mean=args.rank_by == "mean")[0]
+
+    return parallel.divide(answer_part, examples)
 
 
 def environment(device: str) -> dict:
@@ -292,5 +299,6 @@ def score_record(args, model, tokenizer, results: dict) -> dict:
 
 def write_scores(path: Path, record: dict, records: list[dict]) -> None:
     """Write predictions.jsonl at `path`, and score.json beside it, which says what it is of."""
-    write_json(path.with_name("score.json"), record)
-    write_lines(path, records)
+    if parallel.first():
+        write_json(path.with_name("score.json"), record)
+        write_lines(path, records)
