@@ -194,8 +194,8 @@ def add_run_flags(parser) -> None:
         "compile the LM's layers first (torch.compile): a minute, for steps that are faster after"
     )
     group.add_argument("--compile", action="store_true", help=text)
-    text = "continue from the last checkpoint in --out, bit for bit on a CPU; --device, --shard "
-    text += "and the number of processes may change"
+    text = "continue from the last checkpoint in --out, bit for bit on a CPU; --shard and the "
+    text += "number of processes may be others now"
     group.add_argument("--resume", action="store_true", help=text)
 
 
@@ -259,7 +259,7 @@ def start_processes(args: argparse.Namespace) -> None:
     """Connect the processes that torchrun started. ValueError if they cannot share the work."""
     count = parallel.asked()
     if args.program not in ("train.py", "pretrain.py"):
-        raise ValueError(f"{count} processes: only train.py and pretrain.py share their work")
+        raise ValueError(f"{count} processes: {args.program} does not share its work among them")
     if args.batch_size < count:
         raise ValueError(f"--batch-size {args.batch_size}: fewer rows than the {count} processes")
     parallel.start(args.device)

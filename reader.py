@@ -95,8 +95,9 @@ def rank(args, book: Book, folder: Path, train: Callable) -> tuple[Book, dict]:
     ranked = {"train": sort_found(training, scores)}
     for split in ("dev", "test"):
         ranked[split] = sort_found(questions[split], score_fn(name, questions[split], split))
-    for split, part in ranked.items() if parallel.first() else ():
-        write_found(folder / "ranked" / f"{split}.jsonl", part)
+    if parallel.first():
+        for split, part in ranked.items():
+            write_found(folder / "ranked" / f"{split}.jsonl", part)
     info["format"] = str(models["all"].format)
     return replace(book, questions=ranked), info
 

@@ -211,7 +211,7 @@ def test_two_processes_score_a_file_as_one(shelf, tmp_path, two):
 
 REFUSED = {
     "train.py --method lm_connector --batch-size 1": "--batch-size 1: fewer rows than the 2 proc",
-    "transfer.py source --train {shelf}/train.jsonl": "2 processes: only train.py and pretrain.py",
+    "transfer.py source --train {shelf}/train.jsonl": "2 processes: transfer.py source does not",
     "train.py --method fine_tuning --shard": "--shard: for one adapter around a frozen LM",
     "train.py --method prompt_tuning --shard --per-task": "--shard: for one adapter",
     "train.py --method prompt_tuning --shard --base-dtype int8": "--shard: for one adapter",
