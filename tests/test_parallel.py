@@ -142,7 +142,11 @@ import torch
 import parallel
 from model import LM
 parallel.start("cpu")
-lm, kinds = LM.from_pretrained(sys.argv[1]), []
+for n in range(5):
+    items = list(range(n))
+    assert parallel.divide(lambda part: [10 * i for i in part], items) == [10 * i for i in items]
+assert parallel.any_of(parallel.rank() == 1) and not parallel.any_of(False)
+lm = LM.from_pretrained(sys.argv[1])
 whole = sum(p.numel() * p.element_size() for p in lm.parameters())
 ids = torch.arange(12).view(2, 6)
 def held():
@@ -159,8 +163,8 @@ with open(sys.argv[2] + os.environ["RANK"], "w") as file:
 """
 
 
-def test_each_process_holds_half_of_a_sharded_lm(shelf, tmp_path, two):
-    """Also after a step has gathered all of it."""
+def test_results_keep_their_order_and_each_process_holds_half_of_a_lm(shelf, tmp_path, two):
+    """The half also after a step has gathered all of it."""
     (tmp_path / "probe.py").write_text(PROBE)
     line = [tmp_path / "probe.py", shelf / "lm/model", tmp_path / "held"]
     assert two(line) == [(0, ""), (0, "")]
@@ -211,7 +215,7 @@ def test_two_processes_score_a_file_as_one(shelf, tmp_path, two):
 
 REFUSED = {
     "train.py --method lm_connector --batch-size 1": "--batch-size 1: fewer rows than the 2 proc",
-    "transfer.py source --train {shelf}/train.jsonl": "2 processes: transfer.py source does not",
+    "transfer.py source --train {shelf}/train.jsonl": "2 processes: transfer.py does not share",
     "train.py --method fine_tuning --shard": "--shard: for one adapter around a frozen LM",
     "train.py --method prompt_tuning --shard --per-task": "--shard: for one adapter",
     "train.py --method prompt_tuning --shard --base-dtype int8": "--shard: for one adapter",
