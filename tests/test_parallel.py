@@ -28,6 +28,7 @@ import parallel
 import train
 from eval import main as score
 from runs import read_predictions, read_record
+from verify import repeat
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +239,18 @@ def test_a_refusal_is_one_line_and_status_2(shelf, tmp_path, two):
     assert status == 2 and errors.startswith("train.py: ") and errors.count("\n") == 1
     with pytest.raises(ValueError, match="--shard: needs processes: torchrun"):
         run(line_of(shelf, "lm_connector", tmp_path / "new", "--shard"))
+
+
+def test_verify_repeats_a_run_with_as_many_processes(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(subprocess, "run", lambda call, **_: calls.append(list(map(str, call))))
+    for count in (1, 2):
+        hardware = {"threads": 1} | ({"processes": count} if count > 1 else {})
+        record = {"command": "python train.py --seed 1", "arguments": {}, "hardware": hardware}
+        repeat(tmp_path, record, tmp_path / "copy")
+    alone, both = (call[1:] for call in calls)
+    assert alone[0].endswith("train.py") and both[-len(alone) :] == alone
+    assert both[:2] == ["-m", "torch.distributed.run"] and both[3:5] == ["--nproc-per-node", "2"]
 
 
 def wait_for(condition, seconds: float) -> None:
