@@ -66,7 +66,7 @@ def connected():
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0].split("] ", 1)[-1]  # gloo: [file] reason
         raise ConnectionError(f"another process of this run has ended ({reason})") from None
 
 
