@@ -259,7 +259,7 @@ def bos_vector(lm) -> Tensor:
     """The LM's embedding of BOS (C,). ValueError if it has none."""
     if lm.config.bos is None:
         raise ValueError("this LM has no BOS, so no prompt can stand after it")
-    return lm.embed_tokens.weight[lm.config.bos]
+    return lm.embed(torch.tensor([[lm.config.bos]], device=lm.embed_tokens.weight.device))[0, 0]
 
 
 def token_ids(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]:

@@ -18,6 +18,7 @@ from show import COUNT, SEED, number_type
 
 import torch
 
+import parallel
 from runs import Run, find, names_file, read_record
 
 
@@ -81,6 +82,8 @@ def add_model_flags(parser) -> None:
         PASSES,
         CONNECTORS,
     )
+    text = "of n processes each keeps 1/n of the frozen LM: torchrun --nproc-per-node n train.py"
+    parser.add_argument("--shard", action="store_true", help=text)
 
 
 def add_data_flags(parser) -> None:
@@ -132,7 +135,7 @@ def add_training_flags(parser) -> None:
         parser,
         "training",
         ("--steps", COUNT, None, "optimiser steps (paper: up to 100,000)"),
-        ("--batch-size", COUNT, 32, "questions, or windows of text, in a batch (paper: 32)"),
+        ("--batch-size", COUNT, 32, "questions or windows, of all processes together (paper: 32)"),
         ("--grad-accum", COUNT, 1, "batches in a step"),
         ("--lr", number_type(float, 0), None, "peak (papers: 1e-5 to 4e-4; prompts: 0.03 to 0.5)"),
         ("--schedule", ["linear", "constant"], "linear", "after warm-up: down to zero, or level"),
@@ -195,7 +198,8 @@ def add_run_flags(parser) -> None:
         "compile the LM's layers first (torch.compile): a minute, for steps that are faster after"
     )
     group.add_argument("--compile", action="store_true", help=text)
-    text = "continue from the last checkpoint in --out, on a CPU with as many threads bit for bit"
+    text = "continue from the last checkpoint in --out, on a CPU with as many threads bit for bit; "
+    text += "--shard and the number of processes may be others now"
     group.add_argument("--resume", action="store_true", help=text)
 
 
@@ -248,6 +252,8 @@ def check_and_seed(args: argparse.Namespace) -> None:
     """Refuse a device or a folder that cannot be used, and seed the random numbers."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here")
+    if parallel.asked() > 1:
+        start_processes(args)
     if getattr(args, "init", None) in ("", "text:"):
         raise ValueError(f"--init {args.init!r} names nothing to start from")
     run = Run.from_args(args)
@@ -259,3 +265,14 @@ def check_and_seed(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+
+
+def start_processes(args: argparse.Namespace) -> None:
+    """Connect the processes that torchrun started. ValueError if they cannot share the work."""
+    count = parallel.asked()
+    if args.program not in ("train.py", "pretrain.py"):
+        raise ValueError(f"{count} processes: {args.program} does not share its work among them")
+    if args.batch_size < count:
+        raise ValueError(f"--batch-size {args.batch_size}: fewer rows than the {count} processes")
+    parallel.start(args.device)
+    args.dtype = parallel.divide(lambda _: [args.dtype], [0])[0]  # auto: as the first measured it

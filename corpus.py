@@ -25,8 +25,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 import data
+import parallel
 from checkpoints import atomic_write
-from runs import hash_tokenizer
+from questions import hash_tokenizer
 
 
 def token_file(
@@ -41,8 +42,9 @@ def token_file(
     dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.int32)
     if tokens.is_file() and starts.is_file():
         show(f"{path}: its tokens are in {tokens}")
-    else:
+    elif parallel.first():
         write_tokens(path, tokenizer, vocab_size, tokens, starts, dtype)
+    parallel.wait()
     stored = np.memmap(tokens, dtype, mode="r")
     return data.Corpus(stored, np.fromfile(starts, np.int64))
 

@@ -369,6 +369,13 @@ class Batch:
         ids, lengths, targets = (t.to(device) for t in (self.ids, self.lengths, self.targets))
         return Batch(ids, lengths, targets, self.rows)
 
+    def part(self, rows: Sequence[int]) -> "Batch":
+        """Return some rows of it, without the padding that only others need."""
+        lengths, targets = self.lengths[rows], self.targets[rows]
+        T = int(lengths.max())
+        targets = targets[:, :T] if self.targets.shape == self.ids.shape else targets
+        return Batch(self.ids[rows, :T], lengths, targets, [self.rows[row] for row in rows])
+
 
 def batches(examples: Sequence[TokenizedExample], size: int, seed: int, step: int) -> Batch:
     """Return the batch of a step, a pure function of the arguments.

@@ -11,7 +11,7 @@ Needs openbook.py, reader.py, fit.py and what these need. train.py has the comma
 """
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,14 +22,16 @@ import torch
 from torch import Tensor
 
 import data
+import parallel
 import passages as books
 from fit import Recipe, fit
 from openbook import Book, base_encoder, hash_encoders, load_book, recalls, retrieve
 from passages import Passage, Question, with_found
+from questions import hash_tokenizer
 from reader import check
 from rerank import CrossEncoder, reranker_loss
 from retrieve import DenseIndex, DualEncoder, retriever_loss
-from runs import Run, finish_record, finished, hash_tokenizer, start_record
+from runs import Run, finish_record, finished, start_record
 
 COSINE_SCALE = 20.0  # vectors of length 1 are scaled so for the loss; sentence-transformers' value
 RERANKER = {"steps": 1500, "warmup": 0.1, "weight_decay": 0.0, "batch_size": 16}
@@ -121,6 +123,12 @@ class RetrieverTraining:
         self.questions, skipped = books.retriever_questions(questions["train"])
         self.dev = dev_groups(self.args, questions["dev"])
         self.encoder.train()
+        last = len(self.questions) % self.args.batch_size  # all processes embed its passages
+        if 0 < last < parallel.count():
+            raise ValueError(
+                f"--batch-size {self.args.batch_size}: the last batch of the "
+                f"{len(self.questions)} questions has fewer than the {parallel.count()} processes"
+            )
         return check_samples(self.questions, {"no positive passage": skipped} if skipped else {})
 
     def batch_at(self, number: int):
@@ -130,10 +138,13 @@ class RetrieverTraining:
         return books.retriever_batch(self.questions, self.encoder, *rest)
 
     def loss_of(self, batch) -> Tensor:
-        """The loss, summed over questions."""
-        dual = self.encoder
+        """The loss, summed over questions. Of several processes each embeds a share of the passages
+        of the whole batch, for the questions of all."""
+        dual, rows = self.encoder, len(batch.passage_ids)
         asked = dual(dual.question, batch.ids, batch.lengths)
-        passages = dual(dual.passage, batch.passage_ids, batch.passage_lengths)
+        own = list(parallel.share(range(rows)))
+        passages = dual(dual.passage, batch.passage_ids[own], batch.passage_lengths[own])
+        passages = parallel.AllRows.apply(passages, own, rows)
         return retriever_loss(self.scale * asked, passages, batch.targets, batch.known)
 
     def evaluate(self) -> float | None:
@@ -142,8 +153,8 @@ class RetrieverTraining:
             return None
         pool = list(dict.fromkeys(passage for _, group in self.dev for passage in group))
         row_of = {passage: row for row, passage in enumerate(pool)}
-        asked = self.encoder.encode_questions([q.question for q, _ in self.dev])
-        scores = asked @ self.encoder.encode_passages(pool).T
+        asked = divide(self.encoder.encode_questions, [q.question for q, _ in self.dev])
+        scores = asked @ divide(self.encoder.encode_passages, pool).T
         ranks = []
         for values, (q, group) in zip(scores, self.dev):
             wrong = np.ones(len(pool), bool)
@@ -153,11 +164,11 @@ class RetrieverTraining:
 
     def results(self, book: Book) -> dict:
         """Recall on dev and test of what --search found and of what the dual encoder finds."""
-        index = DenseIndex(self.encoder.encode_passages(book.passages))
+        index = DenseIndex(divide(self.encoder.encode_passages, book.passages))
         splits = {}
         for split in ("dev", "test"):
             if part := book.questions[split]:
-                vectors = self.encoder.encode_questions([q.question for q in part])
+                vectors = divide(self.encoder.encode_questions, [q.question for q in part])
                 found = [index.search(vector, max(self.args.top, 1)) for vector in vectors]
                 dense = [with_found(q, book.passages, f) for q, f in zip(part, found)]
                 given = {"retrieved": part} if any(q.found for q in part) else {}
@@ -200,8 +211,11 @@ class RerankerTraining:
         """The mean reciprocal rank on the dev sample."""
         if not self.dev:
             return None
-        asked, groups = [q.question for q, _ in self.dev], [group for _, group in self.dev]
-        scores = self.encoder.score_all(asked, groups)
+
+        def score(part: list) -> list[Tensor]:
+            return self.encoder.score_all([q.question for q, _ in part], [g for _, g in part])
+
+        scores = parallel.divide(score, self.dev)
         return float(np.mean([1 / (1 + int((s[1:] >= s[0]).sum())) for s in scores]))
 
     def results(self, book: Book) -> dict:
@@ -216,6 +230,11 @@ class RerankerTraining:
 
 
 ENCODERS = {"retriever": RetrieverTraining, "reranker": RerankerTraining}
+
+
+def divide(encode: Callable, texts: Sequence) -> np.ndarray:
+    """The vectors (B, C) of texts. Each process encodes its share of them."""
+    return np.stack(parallel.divide(encode, texts))
 
 
 def dev_groups(args, questions: Sequence[Question]) -> list[tuple[Question, list[Passage]]]:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
+import parallel
 from data import IGNORE_INDEX, Batch
 from runs import Run, State
 
@@ -231,6 +232,7 @@ def fit(
     batch_at  number -> Batch, counted from 0 over the whole run; a step takes `grad_accum` of them.
               It must be a pure function: a resumed run asks for the same batches.
     loss_of   Batch -> loss summed over its targets. A step minimises the mean over all its targets.
+              Of several processes each gets its share of the rows (Batch.part).
     evaluate  () -> dev score, higher is better. It runs without gradients every `eval_every` steps
               and after the last one. If it returns None, the latest parameters are the best.
     save      () -> None writes what is trained. It runs after each best score, and at the end.
@@ -254,6 +256,7 @@ def fit(
             if state.step % recipe.eval_every == 0 or state.step == recipe.steps:
                 with torch.no_grad(), autocast(recipe):
                     record["score"] = evaluate()
+            stop = parallel.any_of(stopped())
             with checkpoint(run, state):
                 if after_step is not None:
                     after_step(state.step)
@@ -262,19 +265,25 @@ def fit(
                 if "score" in record or state.step % recipe.log_every == 0:
                     log.append(record)
                     run.log(record)
-                if (stop := stopped()) or "score" in record:
+                if stop or "score" in record:
                     state.seconds = earlier_seconds + time.perf_counter() - start
                     run.save_state(trained, optimizer, state)
             show_step(record)
             if stop:
                 raise KeyboardInterrupt
     trained.load_state_dict(state.best)
+    if parallel.first():
+        write_trained(run, state, save, log)
+    state.seconds = earlier_seconds + time.perf_counter() - start
+    return outcome(state)
+
+
+def write_trained(run: Run, state: State, save: Callable[[], None], log: list[dict]) -> None:
+    """Write what is trained, and the curve of its training."""
     with checkpoint(run, state):
         save()
     with only_shows("curve.png"):
         draw_curve(run, log)
-    state.seconds = earlier_seconds + time.perf_counter() - start
-    return outcome(state)
 
 
 def outcome(state: State) -> dict:
@@ -306,12 +315,17 @@ def checkpoint(run: Run, state: State):
 
 
 def mean_gradient(recipe: Recipe, loss_of, batches: list[Batch]) -> float:
-    """Add the gradient of the mean loss over all targets of the batches, and return that loss."""
+    """Add the gradient of the mean loss over all targets of the batches, and return that loss.
+
+    Of several processes each does so for its share of the rows. It still divides by all targets.
+    """
     count = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
     loss = 0.0
     for batch in batches:
+        rows = list(parallel.share(range(len(batch.rows))))
         with autocast(recipe):
-            part = loss_of(batch) / count
+            # If there are fewer rows than processes, some compute a row that counts nothing.
+            part = loss_of(batch.part(rows or [0])) / (count if rows else math.inf)
         part.backward()
         loss += part.item()
     return loss
@@ -328,7 +342,7 @@ def take_step(run, recipe, trained, optimizer, state: State, batch_at, add_gradi
         group["lr"] = learning_rate(step, recipe)
     numbers = range(step * recipe.grad_accum, (step + 1) * recipe.grad_accum)
     batches = [batch_at(number).to(recipe.device) for number in numbers]
-    loss = add_gradient(batches)
+    loss = parallel.sum_gradients(trained.parameters(), add_gradient(batches))
     norm = nn.utils.clip_grad_norm_(trained.parameters(), recipe.clip).item()
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise ValueError(
@@ -359,7 +373,8 @@ def keep_best(run, trained: nn.Module, state: State, score: float | None, save) 
         state.best_step = state.step
         state.best_score = -math.inf if score is None else score
         state.best = {name: p.detach().clone() for name, p in trained.named_parameters()}
-        save()  # before `fit` saves the state: after a kill in between, --resume repeats steps
+        if parallel.first():
+            save()  # before `fit` saves the state: after a kill in between, --resume repeats steps
 
 
 @contextmanager
@@ -393,7 +408,8 @@ def progress(steps: int, first: int):
 
     before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
-    bar = tqdm(total=steps, initial=first, unit="step", disable=not on_terminal)
+    hidden = not (on_terminal and parallel.first())
+    bar = tqdm(total=steps, initial=first, unit="step", disable=hidden)
     try:
         yield show_step, stopped
     finally:

@@ -18,7 +18,6 @@ L passage tokens. (1 | B, ...) means one row for all, or one per row of the batc
 Needs torch. Loading and saving a published folder needs checkpoints.py and families.py beside it.
 
     lm = LM.from_pretrained("assets/lm")
-    python generate.py assets/lm "A text"      continues a text  (3 s)
 """
 
 import math
@@ -243,6 +242,9 @@ class Block(nn.Module):
         """What attention reads: x (B, T, C) after its norm, or x itself if post_norm."""
         return x if self.config.post_norm else self.input_layernorm(x)
 
+    def keys_values(self, x: Tensor, cos_sin) -> KV:
+        return self.self_attn.qkv(self.attention_input(x), cos_sin)[1:]
+
     def forward(self, x: Tensor, cos_sin, prefix: "Prefix | None", keep: bool, attend):
         """x (B, T, C) -> (B, T, C) and Attention's (k, v)."""
         y, kv = self.self_attn(self.attention_input(x), cos_sin, prefix, keep, attend)
@@ -390,7 +392,7 @@ class Layers(nn.ModuleList):
         for block in blocks:
             x, kv = block(x, cos_sin, prefix, True, self.attend)
             kvs.append(kv)
-        _, k, v = last.self_attn.qkv(last.attention_input(x), cos_sin)
+        k, v = last.keys_values(x, cos_sin)
         kvs.append((k, v) if prefix is None else prefix.joined(len(blocks), k, v))
         return self.extended(prefix, kvs, x)
 
@@ -416,9 +418,8 @@ class LM(nn.Module):
         self.lm_head = None if c.tied else nn.Linear(c.dim, c.vocab_size, bias=False)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
         init_weights(self.layers, c.n_layers)
-        for table in (self.embed_positions, self.lm_head):
-            if table is not None:
-                nn.init.normal_(table.weight, std=0.02)
+        for table in filter(None, (self.embed_positions, self.lm_head)):
+            nn.init.normal_(table.weight, std=0.02)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, device="cpu", dtype=torch.float32, attend=None):
@@ -434,8 +435,7 @@ class LM(nn.Module):
         with torch.device("meta"), skip_init():
             lm = cls(Config(**fields)) if attend is None else cls(Config(**fields), attend)
         weights = read_weights(folder, fields, {n: p.shape for n, p in lm.state_dict().items()})
-        state = {name: tensor.to(device, dtype).contiguous() for name, tensor in weights}
-        lm.load_state_dict(state, assign=True)
+        lm.load_state_dict({n: t.to(device, dtype).contiguous() for n, t in weights}, assign=True)
         lm.folder = folder
         return lm.requires_grad_(False).eval()
 

@@ -17,6 +17,7 @@ import numpy as np
 
 import data
 import genres
+import parallel
 import passages as books
 import world
 from checkpoints import read_json, resolve, write_json, write_lines
@@ -265,11 +266,12 @@ def retrieve(args, book: Book, folder: Path) -> Book:
         if not missing or args.top == 0:
             continue
         path = folder / "retrieved" / f"{split}.jsonl"
-        if not path.is_file():
+        if parallel.first() and not path.is_file():
             search = search or Search(args, book.passages, folder, questions["dev"])
             results = search.find([part[row].question for row in missing], args.top)
             new = [with_found(part[r], book.passages, f) for r, f in zip(missing, results)]
             write_found(path, new)
+        parallel.wait()
         questions[split] = list(part)
         for row, q in zip(missing, books.read_questions(path, book.passages), strict=True):
             questions[split][row] = replace(part[row], found=q.found, scores=q.scores)

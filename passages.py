@@ -384,6 +384,16 @@ class RerankerBatch(OnDevice):
     targets: Tensor
     rows: list[int]
 
+    def part(self, rows: Sequence[int]) -> "RerankerBatch":
+        """Return some questions of it, with the inputs of their passages."""
+        groups, spans, targets = self.groups[rows], self.spans[rows], self.targets[rows]
+        used = groups[groups >= 0]  # the inputs of a question stand behind each other
+        number = torch.full((len(self.ids),), -1, device=groups.device)
+        number[used] = torch.arange(len(used), device=groups.device)
+        groups = torch.where(groups < 0, -1, number[groups.clamp(min=0)])
+        lengths = self.lengths[used]
+        ids, kept = self.ids[used, : int(lengths.max())], [self.rows[row] for row in rows]
+        return RerankerBatch(ids, lengths, groups, spans, targets, kept)
 
 @dataclass
 class RetrieverBatch(OnDevice):
@@ -403,6 +413,11 @@ class RetrieverBatch(OnDevice):
     known: Tensor
     rows: list[int]
 
+    def part(self, rows: Sequence[int]) -> "RetrieverBatch":
+        """Return some questions of it, with all passages, which all of them choose from."""
+        kept = [self.rows[row] for row in rows]
+        of_questions = {k: getattr(self, k)[rows] for k in ("ids", "lengths", "targets", "known")}
+        return replace(self, **of_questions, rows=kept)
 
 def _epoch_rows(count: int, size: int, seed: int, step: int) -> list[int]:
     """The examples of a step. Each epoch has its own order, and its last batch may be smaller."""

@@ -35,6 +35,7 @@ import adapters
 import cli
 import data
 import genres
+import parallel
 import recurse
 import start
 import world
@@ -42,8 +43,9 @@ from checkpoints import load_tokenizer, resolve
 from corpus import hash_tokens, split, token_file
 from fit import Recipe, fit, target_loss
 from model import LM, Config
+from questions import hash_tokenizer
 from rerank import Bert, BertConfig, token_type_ids
-from runs import ASSETS, Run, arguments, finish_record, hash_tokenizer, start_record
+from runs import ASSETS, Run, arguments, finish_record, start_record
 from t5 import T5Config, T5Encoder
 
 # The objectives
@@ -361,10 +363,10 @@ def train_on_text(
     def evaluate() -> float:
         trained.eval()
         batches = [make_batch(text.held_out, 0, i).to(args.device) for i in range(held_out_batches)]
-        loss = sum(loss_of(batch).item() for batch in batches)
+        losses = parallel.divide(lambda part: [loss_of(batch).item() for batch in part], batches)
         targets = sum(int((batch.targets != data.IGNORE_INDEX).sum()) for batch in batches)
         trained.train()
-        return -loss / targets
+        return -sum(losses) / targets
 
     if args.seq_len > longest:
         raise ValueError(

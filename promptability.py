@@ -278,7 +278,7 @@ def train_learner(task: start.Task, tasks: list[list], learner: Learner, prompt)
             adapters.save_adapter(run.folder, prompt, base, method=args.method)
 
     with run:
-        record = start_record(run, learner, frozen, train.hashes(task, prompt))
+        record = start_record(run, learner, frozen, start.hashes(task, prompt))
         record["question_format"] = train.asks_questions(task)
         recipe, gradient = Recipe.from_args(args), partial(add_gradient, learner)
         record |= fit(run, recipe, learner, batch_at, loss_of, evaluate, save, gradient)

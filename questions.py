@@ -14,19 +14,22 @@ ids, options, prefix = prepare(lm, tokenizer, data.read("questions.jsonl"))
 import hashlib
 import json
 import os
+import platform
 import shlex
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from unicodedata import normalize
 
-from show import show_result
+from show import processor, show_result
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 import data
 import eval as metrics
+import parallel
 from checkpoints import write_json, write_lines
 from generate import check_ids, find_stop, prefix_lengths
 
@@ -153,6 +156,21 @@ def read_shared(lm, ids: list[list[int]], prefix=None):
     return [row[n:] for row in ids], prefix
 
 
+def hash_tokenizer(tokenizer: Tokenizer) -> str:
+    """Hash what a tokenizer does, as hex SHA-256: its vocabulary, tokens and texts of a sample.
+
+    How a file stores it may change with the version of the library, so its bytes are not hashed.
+    The sample is every token's text, and letters that tokenizers normalise.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[::-1])
+    texts = tokenizer.decode_batch([[i] for _, i in vocabulary], skip_special_tokens=False)
+    texts = [" ".join(texts[i : i + 64]) for i in range(0, len(texts), 64)]
+    texts += ["", "The U.S.A.  isn't  \u00c9mile\u0301 \ufb01 \u00bd \u65e5\n\tA 12,345 \U0001f600"]
+    ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    does = [vocabulary, ids, tokenizer.decode_batch(ids)]
+    return hashlib.sha256(json.dumps(does).encode()).hexdigest()
+
+
 # Answers that can be given
 
 
@@ -210,6 +228,8 @@ def load_model(args) -> tuple:
 
     Flags that were not given become those of the run: --stop, --max-new-tokens and --rank-by.
     """
+    if parallel.asked() > 1:
+        parallel.start("cpu")
     if args.run:
         from runs import load_run
 
@@ -233,16 +253,31 @@ def answer(args, model, prefix, tokenizer, examples: list) -> list[str | int]:
 
     if (args.shots is None) != (args.shots_from is None):
         raise ValueError("--shots and --shots-from need each other")
-    shots, ends, new = [], metrics.stops(examples, args.stop), args.max_new_tokens
+    shots, new = [], args.max_new_tokens
     if args.shots:
         shots = read_shots(args.shots_from, args.shots, args.seed, examples)
-        if args.stop is None:  # otherwise the model goes on with an example of its own
+
+    def answer_part(part: list) -> list[str | int]:
+        ends = metrics.stops(part, args.stop)
+        if shots and args.stop is None:  # otherwise the model goes on with an example of its own
             ends = [end or SHOT_END for end in ends]
-    ids, options, prefix = prepare(model, tokenizer, examples, prefix, new, shots, ends)
-    if getattr(args, "out", None):  # before the work: the folder may be one that cannot be made
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-    asked = (model, tokenizer, ids, prefix, new, options, ends, args.eval_tokens)
-    return route(args.threshold, *asked, mean=args.rank_by == "mean")[0]
+        ids, options, before = prepare(model, tokenizer, part, prefix, new, shots, ends)
+        if getattr(args, "out", None):  # before the work: the folder may be one that cannot be made
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+        asked = (model, tokenizer, ids, before, new, options, ends, args.eval_tokens)
+        return route(args.threshold, *asked, mean=args.rank_by == "mean")[0]
+
+    return parallel.divide(answer_part, examples)
+
+
+def environment(device: str) -> dict:
+    """What the process computes with: versions and hardware."""
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    hardware = {"device": name, "threads": torch.get_num_threads()}
+    if parallel.count() > 1:
+        hardware["processes"] = parallel.count()
+    return {"versions": versions | {"numpy": np.__version__}, "hardware": hardware}
 
 
 def score_record(args, model, tokenizer, results: dict) -> dict:
@@ -252,8 +287,6 @@ def score_record(args, model, tokenizer, results: dict) -> dict:
     LM), tokenizer_hash, eos (the tokens that ended answers), adapter_hash, file_hash, shots_hash,
     versions, hardware, results.
     """
-    from runs import environment, hash_tokenizer
-
     ignored = ("function", "command", "argv", "out", "eval_tokens")  # they change no answer
     adapter = Path(args.run) / "adapter_model.safetensors" if args.run else None
     files = {"adapter_hash": adapter, "file_hash": args.file, "shots_hash": args.shots_from}
@@ -285,7 +318,8 @@ def finish_scores(args, model, tokenizer, records: list[dict], **more) -> dict:
     result = metrics.summary(records)
     if args.out:
         record = score_record(args, model, tokenizer, result) | more
-        write_json(Path(args.out) / "score.json", record)
-        write_lines(Path(args.out) / "predictions.jsonl", records)
+        if parallel.first():
+            write_json(Path(args.out) / "score.json", record)
+            write_lines(Path(args.out) / "predictions.jsonl", records)
     show_result("score", result, asked=not args.out)
     return result

@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import eval as metrics
+import parallel
 import passages as books
 import recurse
 import rerank
@@ -94,8 +95,9 @@ def rank(args, book: Book, folder: Path, train: Callable) -> tuple[Book, dict]:
     ranked = {"train": sort_found(training, scores)}
     for split in ("dev", "test"):
         ranked[split] = sort_found(questions[split], score_fn(name, questions[split], split))
-    for split, part in ranked.items():
-        write_found(folder / "ranked" / f"{split}.jsonl", part)
+    if parallel.first():
+        for split, part in ranked.items():
+            write_found(folder / "ranked" / f"{split}.jsonl", part)
     info["format"] = str(models["all"].format)
     return replace(book, questions=ranked), info
 
@@ -109,13 +111,18 @@ def score_split(args, encoder: CrossEncoder, questions, folder: Path) -> list[li
     """Score what was found for the questions. Complete files of them are read instead."""
     folder.mkdir(parents=True, exist_ok=True)
     scores = []
+
+    def score(part: list[Question]) -> list[Tensor]:
+        return encoder.score_all([q.question for q in part], [q.found for q in part])
+
     for start in rerank.progress(range(0, len(questions), QUESTIONS_IN_FILE), "files"):
         path, part = folder / f"{start:06d}.json", questions[start : start + QUESTIONS_IN_FILE]
         if not path.is_file():
             with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                asked, found = [q.question for q in part], [q.found for q in part]
-                new = encoder.score_all(asked, found)
-            write_json(path, {"scores": [values.tolist() for values in new]})
+                new = parallel.divide(score, part)
+            if parallel.first():
+                write_json(path, {"scores": [values.tolist() for values in new]})
+        parallel.wait()
         scores += read_json(path)["scores"]
     return scores
 
@@ -223,7 +230,7 @@ def prepare(task, book: Book, folder: Path, train: Callable) -> tuple:
     `task` is start.Task, with the questions of `book`. train(name, questions) as in `rank`.
     """
     args, info = task.args, {}
-    if not book.path:
+    if not book.path and parallel.first():
         write_book(folder / "passages.jsonl", book.passages)
     found = ranked = retrieve(args, book, folder)
     reranks = not args.no_rerank and args.top > 0

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, processors
 from torch import Tensor
 
+import parallel
 from adapters import (
     Connector,
     Connectors,
@@ -258,7 +259,7 @@ def new_connector(lm, method: str, layers: int) -> Connector:
     replaces the LM's final hidden states, whose root mean square is about the final norm's gain.
     """
     reference = lm.norm.weight if method == "lm_connector" else lm.embed_tokens.weight
-    return Connector(lm.new_layers(layers), rms(reference))
+    return Connector(lm.new_layers(layers), rms(parallel.whole(reference)))
 
 
 # Prompts

@@ -24,7 +24,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import shlex
 import warnings
 from contextlib import suppress
@@ -33,7 +32,6 @@ from pathlib import Path
 
 from show import processor, run_program, show, show_result
 
-import numpy as np
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
@@ -41,10 +39,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+import parallel
 from checkpoints import atomic_write, hash_tensors, load_tokenizer, write_json, write_lines
 from data import filler
 from int8 import quantize
 from model import LM
+from questions import environment, hash_tokenizer
 from recurse import COMPOSITIONS, load_trained, without_bos
 from textual import TextualRecursion
 
@@ -90,32 +90,18 @@ def names_file(key: str, value) -> bool:
 
 
 def arguments(args) -> dict:
-    """Return the arguments that identify a run: all but its folder, --resume and the command line.
+    """Return the arguments that identify a run. Others say where and in what parts it is computed.
 
     Paths of existing files become absolute, so a run can be resumed and used from any folder.
     """
-    kept = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "program", "argv")}
+    free = ("out", "resume", "program", "argv", "shard")
+    kept = {key: value for key, value in vars(args).items() if key not in free}
     for key, value in kept.items():
         if names_file(key, value) and isinstance(value, list):
             kept[key] = [os.path.abspath(path) for path in value]
         elif names_file(key, value) and os.path.exists(value):
             kept[key] = os.path.abspath(value)
     return kept
-
-
-def hash_tokenizer(tokenizer: Tokenizer) -> str:
-    """Hash what a tokenizer does, as hex SHA-256: its vocabulary, tokens and texts of a sample.
-
-    How a file stores it may change with the version of the library, so its bytes are not hashed.
-    The sample is every token's text, and letters that tokenizers normalise.
-    """
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[::-1])
-    texts = tokenizer.decode_batch([[i] for _, i in vocabulary], skip_special_tokens=False)
-    texts = [" ".join(texts[i : i + 64]) for i in range(0, len(texts), 64)]
-    texts += ["", "The U.S.A.  isn't  \u00c9mile\u0301 \ufb01 \u00bd \u65e5\n\tA 12,345 \U0001f600"]
-    ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-    does = [vocabulary, ids, tokenizer.decode_batch(ids)]
-    return hashlib.sha256(json.dumps(does).encode()).hexdigest()
 
 
 def places(path: str, folder: str | Path, record: dict) -> list[str]:
@@ -218,6 +204,14 @@ class Run:
         return read_record(self.folder) if (self.folder / "run.json").is_file() else None
 
     def __enter__(self) -> "Run":
+        parallel.wait()  # until all processes have checked the folder
+        if parallel.first():
+            self.take_lock()
+        parallel.wait()
+        return self
+
+    def take_lock(self) -> None:
+        """Make the folder and lock it. FileExistsError if another run of a command holds it."""
         import fcntl
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -226,12 +220,21 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FileExistsError(f"{self.folder} is in use by another process") from None
-        return self
 
-    def __exit__(self, *_) -> None:
-        self.lock.close()
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            parallel.wait()  # until the files are complete, which all may read now
+        if parallel.first():
+            self.lock.close()
+
+    def write_record(self, record: dict) -> None:
+        """Write run.json. Like all files of a run, it is written by the first process alone."""
+        if parallel.first():
+            write_json(self.folder / "run.json", record)
 
     def log(self, record: dict) -> None:
+        if not parallel.first():
+            return
         with open(self.metrics_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -243,11 +246,14 @@ class Run:
                 with suppress(ValueError):  # a kill can cut the last line short
                     records.append(json.loads(line))
         records = [r for r in records if isinstance(r, dict) and r.get("step", math.inf) <= step]
-        write_lines(self.metrics_path, records)
+        if parallel.first():
+            write_lines(self.metrics_path, records)
         return records
 
     def save_state(self, trained: nn.Module, optimizer, state: State) -> None:
         """Write all that a resumed run needs: parameters, optimiser, random state, `state`."""
+        if not parallel.first():
+            return
         tensors = {f"trained.{name}": p.detach() for name, p in trained.named_parameters()}
         tensors |= {f"best.{name}": p for name, p in state.best.items()}
         for i, moments in optimizer.state_dict()["state"].items():
@@ -322,25 +328,15 @@ def start_record(run: Run, trained: nn.Module, frozen: LM | None, hashes: dict) 
         "arguments": run.arguments,
         "folder": os.path.abspath(run.folder),
         "trained_parameters": count,
-        "weights_before": hash_tensors(frozen.state_dict()) if frozen else None,
+        "weights_before": hash_tensors(parallel.Whole(frozen.state_dict())) if frozen else None,
         **hashes,
     }
     latest = record.get("resumed", [record])[-1]
     now = environment(run.arguments["device"])
     if any(latest.get(key) != now[key] for key in now):
         record["resumed"] = [*record.get("resumed", []), now]
-    write_json(run.folder / "run.json", record)
+    run.write_record(record)
     return record
-
-
-def environment(device: str) -> dict:
-    """What the process computes with: versions and hardware."""
-    name = torch.cuda.get_device_name() if device == "cuda" else processor()
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {
-        "versions": versions | {"numpy": np.__version__},
-        "hardware": {"device": name, "threads": torch.get_num_threads()},
-    }
 
 
 def finish_record(run: Run, record: dict, frozen: LM | None, results: dict) -> dict:
@@ -348,9 +344,9 @@ def finish_record(run: Run, record: dict, frozen: LM | None, results: dict) -> d
 
     ValueError if the weights of the frozen LM changed during the run.
     """
-    record["weights_after"] = hash_tensors(frozen.state_dict()) if frozen else None
+    record["weights_after"] = hash_tensors(parallel.Whole(frozen.state_dict())) if frozen else None
     record["results"] = results
-    write_json(run.folder / "run.json", record)
+    run.write_record(record)
     if record["weights_before"] != record["weights_after"]:
         raise ValueError(f"{run.folder}: the frozen LM's weights changed during the run")
     for split, result in results.items():

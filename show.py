@@ -22,6 +22,7 @@ import os
 import platform
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -64,6 +65,17 @@ def show(text: str, stream: str = "stdout", result: bool = False) -> None:
             raise OSError(f"standard output: {error}") from None
         if stream == "stdout" and not result:
             show(f"standard output: {error}; the run goes on without it", "stderr")
+
+
+def show_error(program: str, message: str) -> None:
+    """Print why a program ends, in one line on stderr.
+
+    Processes that torchrun started mostly fail alike. The others leave the line to the first one,
+    and torchrun ends them meanwhile. If it does not, the reason is their own.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)
+    show(f"{program}: {' '.join(message.splitlines())}", "stderr")
 
 
 @contextmanager
@@ -179,7 +191,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Print the message after the program's name, and exit with status 2."""
-        show(f"{self.prog}: {' '.join(message.splitlines())}", "stderr")
+        show_error(self.prog, message)
         self.exit(2)
 
 
@@ -199,8 +211,8 @@ def run_program(program: str, main: Callable[[], object], resumes: bool = False)
             return main()
     except KeyboardInterrupt:
         advice = "; the same command with --resume goes on from the last checkpoint"
-        show(f"{program}: stopped{advice if resumes else ''}", "stderr")
+        show_error(program, f"stopped{advice if resumes else ''}")
         sys.exit(130)
     except (ValueError, OSError, SafetensorError) as error:
-        show(f"{program}: {' '.join(str(error).splitlines())}", "stderr")
+        show_error(program, str(error))
         sys.exit(2)

@@ -8,11 +8,14 @@ writes anything.
 """
 
 import argparse
+import hashlib
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+
+from show import show
 
 import torch
 import torch.nn as nn
@@ -22,13 +25,15 @@ from torch import Tensor
 import adapters
 import data
 import eval as metrics
+import parallel
 import recurse
 import suite
 import world
-from checkpoints import load_tokenizer, resolve
+from checkpoints import hash_tensors, load_tokenizer, read_tensors, resolve
 from int8 import quantize
 from model import LM
-from questions import check_answers, check_length, check_targets
+from prompts import TaskPrompts
+from questions import check_answers, check_length, check_targets, hash_tokenizer
 from runs import ASSETS, HASHES, Run, arguments, finished, names_file
 
 SUITE = "suite"  # --train suite
@@ -85,7 +90,9 @@ def load_lm(args) -> tuple[LM, Tokenizer]:
     whole = args.method == "fine_tuning" or getattr(args, "tune", None) == "lm"
     bf16 = args.dtype == "bfloat16" and not whole
     dtype = torch.bfloat16 if bf16 else torch.float32
-    lm = LM.from_pretrained(folder, args.device, dtype, choose_attention(args))
+    shard = getattr(args, "shard", False)
+    device = "cpu" if shard else args.device  # `parallel.shard` moves block by block
+    lm = LM.from_pretrained(folder, device, dtype, choose_attention(args))
     if getattr(args, "base_dtype", None) == "int8":
         if whole:
             raise ValueError("--base-dtype int8: the LM itself is trained, which takes float32")
@@ -101,6 +108,10 @@ def load_lm(args) -> tuple[LM, Tokenizer]:
                 f"--tokenizer {args.tokenizer} belongs to another LM: {token!r} is "
                 f"{given.get(token)} there and {own.get(token)} in the LM's own tokenizer"
             )
+    if shard:
+        size = sum(p.numel() * p.element_size() for p in lm.parameters()) / 1e6
+        part, count = parallel.shard(lm, args.device) / 1e6, parallel.count()
+        show(f"frozen weights: {part:.2f} of {size:.2f} MB in each of {count} processes")
     return lm, tokenizer
 
 
@@ -199,7 +210,8 @@ def start_deep_prompt(task: Task) -> adapters.DeepPrompt:
     else:
         start = start_vectors(task)
     if isinstance(start, Tensor):
-        start = lm.read(start.to(lm.embed_tokens.weight))
+        table = lm.embed_tokens.weight
+        start = lm.read(start.to(table.device, table.dtype))
     if args.init == "random":
         rng = torch.Generator().manual_seed(args.seed)
         start = adapters.random_like(start, generator=rng)
@@ -223,7 +235,7 @@ def start_generator(task: Task) -> adapters.PromptGenerator:
     else:
         rng, table = torch.Generator().manual_seed(args.seed), encoder.embed_tokens.weight
         start = adapters.from_vocab(args.encoder_prompt, table, generator=rng).to(args.device)
-        scale = adapters.rms(lm.embed_tokens.weight)
+        scale = adapters.rms(parallel.whole(lm.embed_tokens.weight))
         dim = lm.config.dim
         generator = adapters.PromptGenerator(encoder, start, args.prompt_length, dim, scale)
     generator.recode = recode
@@ -232,7 +244,8 @@ def start_generator(task: Task) -> adapters.PromptGenerator:
 
 def start_vectors(task: Task) -> Tensor:
     """The vectors (P, C) that --init describes in words."""
-    args, table, P = task.args, task.lm.embed_tokens.weight, task.args.prompt_length
+    args, P = task.args, task.args.prompt_length
+    table = parallel.whole(task.lm.embed_tokens.weight)
     kind, _, text = (args.init or "vocab").partition(":")
     rng = torch.Generator().manual_seed(args.seed)
     if kind == "labels":  # the most frequent answers
@@ -254,6 +267,37 @@ def next_prompt(task: Task, before: adapters.SoftPrompt | None) -> adapters.Soft
     if before is None or task.args.init:
         return start_prompt(task)
     return adapters.SoftPrompt(before.vectors).to(task.args.device)
+
+
+def hashes(task: Task, trained: nn.Module | None) -> dict[str, str | None]:
+    """What identifies the data, their tokens, the frozen models, and what training starts from."""
+    folder, adapter, encoder = init_folder(task.args), None, None
+    if folder:
+        adapter = hash_tensors(read_tensors(folder / "adapter_model.safetensors"))
+    if isinstance(trained, TaskPrompts):
+        trained = trained.prompts[0]
+    if isinstance(trained, adapters.PromptGenerator):
+        encoder = hash_tensors(trained.encoder[0].state_dict())
+    texts, tokens = (repr(sorted(part.items())) for part in (task.examples, task.tokens))
+    texts += task.extra_hash
+    return {
+        "data_hash": hashlib.sha256(texts.encode()).hexdigest(),
+        "templates_hash": hash_templates(task),
+        "tokens_hash": hashlib.sha256(tokens.encode()).hexdigest(),
+        "tokenizer_hash": hash_tokenizer(task.tokenizer),
+        "eos": list(task.lm.config.eos),
+        "fingerprint": task.lm.fingerprint(),
+        "init_hash": adapter,
+        "encoder_hash": encoder,
+    }
+
+
+def hash_templates(task: Task) -> str | None:
+    """What --mixture-cap mixes the training questions by. It is no part of their repr."""
+    if not task.args.mixture_cap:
+        return None
+    templates = repr([example.template for example in task.examples["train"]])
+    return hashlib.sha256(templates.encode()).hexdigest()
 
 
 STAGE_FREE = ("candidates", "rounds", "no_cross_fit", "eval_tokens")  # flags that no p1 depends on
@@ -288,13 +332,15 @@ def check_stages(args, hashes: dict) -> None:
 def take_stage(args, hashes: dict) -> None:
     """Copy the stage args.out from --stages-from, if it is of the first round and not begun."""
     folder, source = Path(args.out), None
-    if args.stages_from and folder.name.startswith("p1") and not folder.exists():
+    wanted = args.stages_from and folder.name.startswith("p1") and not folder.exists()
+    if wanted and parallel.first():
         source = finished_stage(args, hashes)
     if source is not None:
         unfinished = folder.with_name(f"{folder.name}.unfinished")  # a kill may have left one
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.copytree(source, unfinished)
         unfinished.rename(folder)
+    parallel.wait()
 
 
 SIZES = {  # kind of adapter: (what its size counts, the flag of the size)

@@ -35,6 +35,7 @@ import torch
 
 import data
 import eval as metrics
+import parallel
 from adapters import SoftPrompt, load_adapter
 from checkpoints import write_lines
 from data import encode_prompts
@@ -224,12 +225,18 @@ def sample_split(task, asked, name: str, prompt: SoftPrompt, split: str, rows) -
     with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         prefix = task.lm.read(prompt())
         recursion = TextualRecursion(task.lm, task.tokenizer, [], vars(args))
+
+        def sample(part: list[int]) -> list[list[Candidate]]:
+            ids = [asked.tokens[split][row].input for row in part]
+            return recursion.sample([examples[row] for row in part], ids, prefix)
+
         for start in progress(range(0, len(rows), QUESTIONS_IN_FILE), f"files of {split}"):
             path, part = folder / f"{start:06d}.jsonl", rows[start : start + QUESTIONS_IN_FILE]
             if not path.is_file():
-                ids = [asked.tokens[split][row].input for row in part]
-                found = recursion.sample([examples[row] for row in part], ids, prefix)
-                write_candidates(path, [examples[row] for row in part], found)
+                found = sample(part) if args.shard else parallel.divide(sample, part)
+                if parallel.first():
+                    write_candidates(path, [examples[row] for row in part], found)
+            parallel.wait()
             for _, line in data.json_lines(path):
                 ranked.append([Candidate(**c) for c in line["candidates"]])
     return ranked

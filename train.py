@@ -27,13 +27,16 @@ output replaces x, or lm(x), instead of being added to it. With --passes 3 the L
 times, with one Connector between the passes or one in each gap. A Connector-LM whose Connector has
 as many layers as the recursion has after its first pass (--connector-layers 8 on the embedded LM)
 spends the same compute without a second pass. `--train suite` trains on the 29 prompted tasks of
-suite.py by the protocol of prompts.py, with --per-task a prompt for each of them. The training loop
-is in fit.py, and what it starts from in start.py. To add a method, add a line to
+suite.py by the protocol of prompts.py, with --per-task a prompt for each of them.
+
+    torchrun --nproc-per-node 2 train.py --method neural_recursion
+
+shares the work among processes, and --shard the frozen LM (parallel.py). The training loop is in
+fit.py, and what it starts from in start.py. To add a method, add a line to
 recurse.COMPOSITIONS, and a function and a line of METHODS here.
 """
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,16 +55,17 @@ import data
 import encoders
 import eval as metrics
 import openbook
+import parallel
 import prompts
 import reader
 import recurse
 import start
 import textual
-from checkpoints import hash_tensors, read_tensors, write_json, write_lines
+from checkpoints import write_lines
 from fit import Recipe, autocast, fit, target_loss
 from generate import predict, stack_prefixes
 from model import LM
-from runs import Run, finish_record, finished, hash_tokenizer, start_record
+from runs import Run, finish_record, finished, start_record
 
 # The methods
 
@@ -103,10 +107,10 @@ def textual_recursion(task: start.Task) -> dict:
     start.check_stages(*stage_of(task, "p1"))
     with run:
         prompt = start.start_prompt(task)
-        record = start_record(run, prompt, task.lm, hashes(task, prompt))
+        record = start_record(run, prompt, task.lm, start.hashes(task, prompt))
         asked, before, rounds, halves = textual.sample_rounds(task, train_stage, show_candidates)
         split = {"halves": "".join(halves)} if halves else {}
-        write_json(run.folder / "run.json", record | {"candidates": rounds} | split)
+        run.write_record(record | {"candidates": rounds} | split)
     return train_adapter(asked, trained=start.next_prompt(task, before), hashed=task)
 
 
@@ -134,7 +138,7 @@ def training_free(task: start.Task) -> dict:
     """Train nothing: score a second pass over the first one's output at the embeddings' scale."""
     run = Run.from_args(task.args)
     with run:
-        record = start_record(run, nn.Module(), task.lm, hashes(task, None))
+        record = start_record(run, nn.Module(), task.lm, start.hashes(task, None))
         record |= {"question_format": asks_questions(task)}
         record |= {"step": 0, "score": None, "seconds": 0.0}
         return finish(task, run, record, None)
@@ -160,14 +164,14 @@ def frozen_reader(args) -> dict:
         return encoders.stage(args, name, replace(book, questions=questions))
 
     with run:
-        record = start_record(run, trained, frozen, hashes(task, adapter))
+        record = start_record(run, trained, frozen, start.hashes(task, adapter))
         asked, info = reader.prepare(task, book, run.folder, train_reranker)
-        write_json(run.folder / "run.json", record | {"passages": info})
+        run.write_record(record | {"passages": info})
     torch.manual_seed(args.seed)  # whichever stages were loaded
     record = train_adapter(asked, trained=trained, hashed=task)
-    if args.top > 0:
+    if args.top > 0 and parallel.count() == 1:  # it is the time of one process
         record["seconds_per_question"] = reader.time_reader(asked, adapter, book)
-        write_json(run.folder / "run.json", record)
+        run.write_record(record)
     return record
 
 
@@ -207,7 +211,7 @@ def default_prompt_lr(lm: LM) -> float:
     a quarter of the standard deviation of the token embeddings. (Lester et al. tune 0.3 for T5,
     whose embeddings are larger than 1.)
     """
-    return 0.25 * lm.embed_tokens.weight.float().std().item()
+    return 0.25 * parallel.whole(lm.embed_tokens.weight).float().std().item()
 
 
 def train_adapter(task, trained: nn.Module, hashed=None, batch_at=None, after_step=None) -> dict:
@@ -252,7 +256,7 @@ def train_adapter(task, trained: nn.Module, hashed=None, batch_at=None, after_st
             prompts.save(run.folder, adapter, lm, **info)
 
     with run:
-        record = start_record(run, trained, frozen, hashes(hashed or task, adapter))
+        record = start_record(run, trained, frozen, start.hashes(hashed or task, adapter))
         record["lr"] = recipe.lr
         if args.lr is None:
             show(f"learning rate {recipe.lr:.3g}, a quarter of the embeddings' standard deviation")
@@ -299,7 +303,7 @@ def train_stage(task: start.Task, name: str, before: adapters.SoftPrompt | None)
 def stage_of(task: start.Task, name: str) -> tuple[argparse.Namespace, dict]:
     """The arguments of a stage of textual recursion, and the hashes that identify it."""
     flags = {"method": "prompt_tuning", "out": str(Path(task.args.out) / name)}
-    return argparse.Namespace(**vars(task.args) | flags), hashes(task, None)
+    return argparse.Namespace(**vars(task.args) | flags), start.hashes(task, None)
 
 
 def asks_questions(task: start.Task) -> bool:
@@ -314,7 +318,8 @@ def finish(task: start.Task, run: Run, record: dict, adapter) -> dict:
         splits = [split for split in ("dev", "test") if task.tokens[split]]
         predictions = {split: predict_split(task, adapter, split) for split in splits}
     rows = predictions.get("test") or predictions.get("dev") or []
-    write_lines(run.folder / "predictions.jsonl", rows)
+    if parallel.first():
+        write_lines(run.folder / "predictions.jsonl", rows)
     with only_shows("examples"):
         show_examples(rows)
         if args.method == "neural_recursion" and rows:
@@ -355,46 +360,19 @@ def first_pass(task: start.Task) -> recurse.FirstPass | None:
 def predict_split(task: start.Task, adapter, split: str, limit: int | None = None) -> list[dict]:
     """Answer a split's questions, or a sample of `limit` of them, and score the answers."""
     args = task.args
+
+    def answer(rows: list[int]) -> list:
+        model, prefix = compose(task, adapter, split, rows)
+        tokens = [task.tokens[split][row] for row in rows]
+        ids, options = [t.input for t in tokens], [t.options for t in tokens]
+        stops = metrics.stops([task.examples[split][row] for row in rows], args.stop)
+        shape = {"max_tokens": args.eval_tokens, "mean": args.rank_by == "mean"}
+        new = args.max_new_tokens
+        return predict(model, task.tokenizer, ids, prefix, new, options, stops, **shape)
+
     rows = data.sample(len(task.tokens[split]), limit, args.seed)
-    examples = [task.examples[split][row] for row in rows]
-    model, prefix = compose(task, adapter, split, rows)
-    tokens = [task.tokens[split][row] for row in rows]
-    ids, options = [t.input for t in tokens], [t.options for t in tokens]
-    new, stops = args.max_new_tokens, metrics.stops(examples, args.stop)
-    shape = {"max_tokens": args.eval_tokens, "mean": args.rank_by == "mean"}
-    answers = predict(model, task.tokenizer, ids, prefix, new, options, stops, **shape)
-    return metrics.score(examples, answers)
-
-
-def hashes(task: start.Task, trained: nn.Module | None) -> dict[str, str | None]:
-    """What identifies the data, their tokens, the frozen models, and what training starts from."""
-    folder, adapter, encoder = start.init_folder(task.args), None, None
-    if folder:
-        adapter = hash_tensors(read_tensors(folder / "adapter_model.safetensors"))
-    if isinstance(trained, prompts.TaskPrompts):
-        trained = trained.prompts[0]
-    if isinstance(trained, adapters.PromptGenerator):
-        encoder = hash_tensors(trained.encoder[0].state_dict())
-    texts, tokens = (repr(sorted(part.items())) for part in (task.examples, task.tokens))
-    texts += task.extra_hash
-    return {
-        "data_hash": hashlib.sha256(texts.encode()).hexdigest(),
-        "templates_hash": hash_templates(task),
-        "tokens_hash": hashlib.sha256(tokens.encode()).hexdigest(),
-        "tokenizer_hash": hash_tokenizer(task.tokenizer),
-        "eos": list(task.lm.config.eos),
-        "fingerprint": task.lm.fingerprint(),
-        "init_hash": adapter,
-        "encoder_hash": encoder,
-    }
-
-
-def hash_templates(task: start.Task) -> str | None:
-    """What --mixture-cap mixes the training questions by. It is no part of their repr."""
-    if not task.args.mixture_cap:
-        return None
-    templates = repr([example.template for example in task.examples["train"]])
-    return hashlib.sha256(templates.encode()).hexdigest()
+    answers = answer(rows) if getattr(args, "shard", False) else parallel.divide(answer, rows)
+    return metrics.score([task.examples[split][row] for row in rows], answers)
 
 
 # What is shown at the end
@@ -475,6 +453,7 @@ def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     return cli.add_late_defaults(parser.parse_args(argv), program, argv)
 
 
+SHARDED = (*recurse.PROMPT_METHODS, *recurse.CONNECTOR_METHODS)  # around a frozen LM
 CHECKPOINTED = (*recurse.PROMPT_METHODS, "fine_tuning")  # the LM alone, behind a prefix
 
 
@@ -497,6 +476,11 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--checkpoint-activations: not for {args.method}, nor with --pause")
     if args.tune == "lm" and (args.init or args.method != "reader"):
         raise ValueError("--tune lm: for a reader, without --init; else --method fine_tuning")
+    adapter = args.method in SHARDED and args.tune == "prompt" and not args.per_task
+    if args.shard and not (adapter and args.base_dtype is None and not args.compile):
+        raise ValueError("--shard: for one adapter around a frozen LM, not int8, not compiled")
+    if args.shard and parallel.asked() == 1:
+        raise ValueError("--shard: needs processes: torchrun --nproc-per-node 2 train.py ...")
 
 
 def main(argv: list[str] | None = None) -> dict:

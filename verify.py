@@ -78,7 +78,10 @@ def repeat(folder: Path, record: dict, copy: Path) -> subprocess.CompletedProces
         if names_file(key, value):  # the command may have named it from another folder
             value = find(value, folder, record)
             words += [f"--{key.replace('_', '-')}", *([value] if isinstance(value, str) else value)]
-    call = [sys.executable, ROOT / program, *words, "--out", copy, "--resume"]
+    count = str(record["hardware"].get("processes", 1))
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
+    start = [] if count == "1" else start
+    call = [sys.executable, *start, ROOT / program, *words, "--out", copy, "--resume"]
     environment = os.environ | {"OMP_NUM_THREADS": str(record["hardware"]["threads"])}
     return subprocess.run(call, env=environment, capture_output=True, text=True)
 

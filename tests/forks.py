@@ -43,6 +43,7 @@ def child(job):
     if job["unprivileged"]:  # root may write where nobody may
         header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
         assert not ctypes.CDLL(None).capset(header, none)
+    os.environ.update(job["environment"])
     sys.argv = job["line"]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -124,10 +125,11 @@ class Forks:
     def __init__(self, server, folder: Path):
         self.server, self.folder = server, folder
 
-    def start(self, line: list[str], dies_in=None, bytes=0, unprivileged=False) -> Process:
+    def start(self, line: list[str], dies_in=None, bytes=0, unprivileged=False, environment=None):
         errors = self.folder / "errors.txt"
         job = {"line": [*map(str, line)], "errors": str(errors), "dies_in": dies_in}
         job |= {"bytes": bytes, "unprivileged": unprivileged}
+        job["environment"] = environment or {}
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
         return Process(self.server, int(self.server.stdout.readline()), errors)
