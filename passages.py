@@ -395,6 +395,7 @@ class RerankerBatch(OnDevice):
         ids, kept = self.ids[used, : int(lengths.max())], [self.rows[row] for row in rows]
         return RerankerBatch(ids, lengths, groups, spans, targets, kept)
 
+
 @dataclass
 class RetrieverBatch(OnDevice):
     """The tensors of one step of the dual encoder.
@@ -418,6 +419,7 @@ class RetrieverBatch(OnDevice):
         kept = [self.rows[row] for row in rows]
         of_questions = {k: getattr(self, k)[rows] for k in ("ids", "lengths", "targets", "known")}
         return replace(self, **of_questions, rows=kept)
+
 
 def _epoch_rows(count: int, size: int, seed: int, step: int) -> list[int]:
     """The examples of a step. Each epoch has its own order, and its last batch may be smaller."""

@@ -30,7 +30,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from show import processor, run_program, show, show_result
+from show import run_program, show, show_result
 
 import torch
 import torch.nn as nn
