@@ -110,6 +110,8 @@ class CrossBlock(nn.Module):
     its input, but the parameters that the ID-PT paper counts need four times that.)
     """
 
+    ADDED = 0.3  # what is added starts at zero, and stays smaller than x, which is of unit scale
+
     def __init__(self, width: int, cross: bool = False):
         super().__init__()
         self.norm = nn.LayerNorm(width)
@@ -118,13 +120,16 @@ class CrossBlock(nn.Module):
         self.mlp = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
+        for layer in (self.attention.out_proj, self.mlp[-1]):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, inputs: Tensor | None = None, padding: Tensor | None = None):
         """padding (B, L) is true where an input is none. Returns (B, P, W)."""
         q = self.norm(x)
         kv = q if inputs is None else self.inputs_norm(inputs)
-        x = x + self.attention(q, kv, kv, padding, need_weights=False)[0]
-        return x + self.mlp(x)
+        x = x + self.ADDED * self.attention(q, kv, kv, padding, need_weights=False)[0]
+        return x + self.ADDED * self.mlp(x)
 
 
 class PromptGenerator(nn.Module):
@@ -132,30 +137,33 @@ class PromptGenerator(nn.Module):
 
     A frozen encoder reads [start; text]. P learned queries read its output by cross-attention and
     go through two layers of self-attention. One projection, the same for all P, leads to the
-    LM's width. `start` (p, W) is the encoder's own trained prompt, W its width. (Paper: T5-base,
-    p about 430, P 100 to 400.) At first the output has the root mean square `scale`.
-
+    LM's width. (Paper: T5-base, p about 430, P 100 to 400.)
+    start    (p, W), the encoder's own prompt at first. W is the encoder's width
+    prompt   (P, C), what every text gets at first, as in prompt tuning (exactly if P <= W)
     encoder  t5.T5Encoder, or anything with embed(ids) and encoder(x, lengths). It is no part of
              this module: it is neither trained nor stored, nor moved by `to`.
     recode   turns the LM's token ids of a text into the encoder's. None: they are the same
     """
 
-    def __init__(self, encoder, start: Tensor, length: int, dim: int, scale: float = 1.0):
+    GAIN = 100.0  # queries are stored smaller than used, so that Adam moves them more than matrices
+
+    def __init__(self, encoder, start: Tensor, prompt: Tensor):
         super().__init__()
-        width = start.shape[1]
+        prompt, width = prompt.detach().float().to(start.device), start.shape[1]
         self.encoder = [encoder]  # the list hides it from parameters()
         self.recode = None
         self.start = nn.Parameter(start.detach().clone().float())
-        self.queries = nn.Parameter(torch.empty(length, width))
+        self.queries = nn.Parameter(torch.randn(len(prompt), width) / self.GAIN)
         self.cross = CrossBlock(width, cross=True)
         self.layers = nn.ModuleList(CrossBlock(width) for _ in range(2))
-        self.norm = nn.LayerNorm(width)
-        self.project = nn.Linear(width, dim)
-        nn.init.normal_(self.queries, std=0.02)
-        nn.init.constant_(self.norm.weight, scale)
+        self.project = nn.Linear(width, prompt.shape[1])
+        self.scale = prompt.square().mean().sqrt()  # root mean square; it stays
         nn.init.normal_(self.project.weight, std=width**-0.5)
-        nn.init.zeros_(self.project.bias)
         self.to(start.device)
+        with torch.no_grad():  # the random part lets prompts leave the span of the first one
+            y = self.GAIN * self.queries
+            error = prompt / self.scale - self.project(y)
+            self.project.weight += (torch.linalg.pinv(y) @ error).T
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """ids (B, L) of the encoder, right-padded after `lengths` (B,). Returns (B, P, C)."""
@@ -163,11 +171,11 @@ class PromptGenerator(nn.Module):
         x = torch.cat([self.start.expand(B, -1, -1), encoder.embed(ids)], dim=1)
         lengths = lengths + len(self.start)
         padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
-        queries = nn.functional.layer_norm(self.queries, self.queries.shape[1:])
-        y = self.cross(queries.expand(B, -1, -1), encoder(x, lengths), padding)
+        y = self.GAIN * self.queries.expand(B, -1, -1)
+        y = self.cross(y, encoder(x, lengths), padding)
         for layer in self.layers:
             y = layer(y)
-        return self.project(self.norm(y))
+        return self.scale * self.project(y)
 
     def prompts(self, questions: list[list[int]]) -> Tensor:
         """The prompts (B, P, C) of B questions, lists of the LM's token ids."""
@@ -341,8 +349,8 @@ def save_adapter(folder: str | Path, adapter: nn.Module, lm, dtype=torch.float32
         config |= {"prefix_projection": False, "placement": "before_bos"}
         config["token_dim"] = kv_width(lm)
     elif isinstance(adapter, PromptGenerator):
-        (encoder,) = adapter.encoder
-        config |= {"peft_type": "PROMPT_GENERATOR", "encoder": hash_tensors(encoder.state_dict())}
+        config |= {"peft_type": "PROMPT_GENERATOR", "scale": adapter.scale.item()}
+        config["encoder"] = hash_tensors(adapter.encoder[0].state_dict())
     elif isinstance(adapter, (Connector, Connectors)):
         one = adapter if isinstance(adapter, Connector) else adapter[0]
         config |= {"peft_type": "CONNECTOR", "connector_layers": len(one.layers)}
@@ -462,7 +470,8 @@ def load_generator(folder: str | Path, config: dict, lm, encoder) -> PromptGener
         raise ValueError(f"{folder}: a prompt generator needs its encoder; {what}")
     found = read_tensors(Path(folder) / "adapter_model.safetensors")
     start, queries = (found.get(name, torch.empty(1, 8)) for name in ("start", "queries"))
-    generator = PromptGenerator(encoder, start, len(queries), lm.config.dim)
+    generator = PromptGenerator(encoder, start, torch.ones(len(queries), lm.config.dim))
+    generator.scale.fill_(config.get("scale", 1.0))
     check_tensors(found, {name: t.shape for name, t in generator.named_parameters()}, folder)
     generator.load_state_dict(found)
     return generator

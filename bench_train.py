@@ -70,7 +70,8 @@ def id_pt(setting: Setting) -> Iterator[Contest]:
             encoder = T5Encoder.from_pretrained(ASSETS / "t5", setting.device)
         P, T = (4, 12) if setting.tiny else (20, 64)
         start = torch.randn(P, encoder.config.dim, device=setting.device)
-        generator = PromptGenerator(encoder, start, P, lm.config.dim, 0.02)
+        prompt = lm.embed(setting.random_ids(lm, 1, P))[0]
+        generator = PromptGenerator(encoder, start, prompt)
         below = encoder.config.vocab_size
         yield tuning(setting, "id_pt", lm, peer, generator, P, T, below=below)
 

@@ -262,7 +262,7 @@ def new_adapter(args, lm: LM, encoder: T5Encoder | None, tasks: list[str]) -> nn
         return DeepPrompt(lm.read(torch.empty(P, C)), args.reparam_dim)
     if args.method == "id_pt":
         start_vectors = torch.empty(args.encoder_prompt, encoder.config.dim)
-        return PromptGenerator(encoder, start_vectors, P, C)
+        return PromptGenerator(encoder, start_vectors, torch.empty(P, C))
     if args.method in recurse.PROMPT_METHODS:
         return SoftPrompt(
             torch.empty(P, C), torch.empty(C) if args.placement == "after_bos" else None

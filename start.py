@@ -219,10 +219,9 @@ def start_deep_prompt(task: Task) -> adapters.DeepPrompt:
 
 
 def start_generator(task: Task) -> adapters.PromptGenerator:
-    """The prompt generator that training starts from: --init, or a random one."""
+    """The prompt generator that training starts from: a stored one, or one that gives every text
+    the prompt that --init describes."""
     args, lm, folder = task.args, task.lm, init_folder(task.args)
-    if not folder and args.init not in (None, "random"):
-        raise ValueError(f"--init {args.init} starts a prompt, and id_pt trains what computes one")
     path = Path(args.encoder or ASSETS / "t5")
     if not (path / "config.json").is_file():
         raise ValueError(
@@ -235,9 +234,7 @@ def start_generator(task: Task) -> adapters.PromptGenerator:
     else:
         rng, table = torch.Generator().manual_seed(args.seed), encoder.embed_tokens.weight
         start = adapters.from_vocab(args.encoder_prompt, table, generator=rng).to(args.device)
-        scale = adapters.rms(parallel.whole(lm.embed_tokens.weight))
-        dim = lm.config.dim
-        generator = adapters.PromptGenerator(encoder, start, args.prompt_length, dim, scale)
+        generator = adapters.PromptGenerator(encoder, start, start_vectors(task))
     generator.recode = recode
     return generator
 

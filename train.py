@@ -185,7 +185,7 @@ METHODS = {  # method: (function, defaults of its flags)
         deep_prompt,
         {"steps": 400, "lr": 0.01, "schedule": "constant", "weight_decay": 0.0},
     ),
-    "id_pt": (id_pt, {"steps": 1200, "lr": 1e-3, "schedule": "constant"}),
+    "id_pt": (id_pt, {"steps": 1200, "lr": 3e-3, "schedule": "constant"}),
     "textual_recursion": (
         textual_recursion,
         {"steps": 400, "schedule": "constant", "weight_decay": 0.0},  # lr: default_prompt_lr

@@ -57,7 +57,7 @@ def new_adapter(method, lm):
         return adapters.DeepPrompt(lm.read(torch.randn(7, lm.config.dim)))
     if method == "id_pt":
         encoder = T5Encoder(ENCODER).requires_grad_(False)
-        return adapters.PromptGenerator(encoder, torch.randn(6, 32), 7, lm.config.dim)
+        return adapters.PromptGenerator(encoder, torch.randn(6, 32), torch.randn(7, lm.config.dim))
     if method in recurse.PROMPT_METHODS:
         return adapters.SoftPrompt(torch.randn(7, lm.config.dim))
     connector = recurse.new_connector(lm, method, 2)

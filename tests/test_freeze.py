@@ -44,7 +44,10 @@ def setting(method, lm):
     elif method == "id_pt":
         encoder = T5Encoder(T5Config(lm.config.vocab_size, 16, 1, 2, 8, 24)).requires_grad_(False)
         start = from_vocab(3, encoder.embed_tokens.weight)
-        adapter = trained = PromptGenerator(encoder, start, 4, lm.config.dim)
+        adapter = trained = PromptGenerator(encoder, start, torch.randn(4, lm.config.dim))
+        for block in (trained.cross, *trained.layers):  # nothing below a layer of zeros would move
+            torch.nn.init.normal_(block.attention.out_proj.weight, std=0.1)
+            torch.nn.init.normal_(block.mlp[-1].weight, std=0.1)
     else:
         adapter = trained = new_connector(lm, method, 2)
 
@@ -78,7 +81,7 @@ def test_frozen_means_frozen_and_trained_means_trained(lm, method):
     with torch.no_grad():  # must leave nothing behind that later replaces a trained tensor
         untrained = loss(IDS).item()
     base = copies(lm)
-    rate = 2e-4 if method in ("deep_prompt", "id_pt") else 0.05
+    rate = {"deep_prompt": 2e-4, "id_pt": 2e-5}.get(method, 0.05)
     optimizer, losses = torch.optim.SGD(trained.parameters(), lr=rate), []
     for _ in range(2):
         earlier = copies(trained)

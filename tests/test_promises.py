@@ -157,7 +157,7 @@ class Layers(torch.nn.Linear):
 prompt = SoftPrompt(from_vocab(4, torch.randn(50, 16)))
 connector = Connector(Layers(16, 16), 0.1)
 deep = DeepPrompt(Prefix([(torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8))] * 3))
-generator = PromptGenerator(Encoder(), torch.randn(3, 16), 4, 16)
+generator = PromptGenerator(Encoder(), torch.randn(3, 16), torch.randn(4, 16))
 module = torch.nn.ModuleList([prompt, connector, deep, generator])
 loss = connector(prompt()[None]).square().sum() + prompt().square().sum()
 loss += sum(t.square().sum() for pair in deep().layers for t in pair)
