@@ -16,7 +16,9 @@ from documents import ROOT
 from rerank import Bert, CrossEncoder
 
 README = (ROOT / "README.md").read_text()
-MEASURED = "\n".join(path.read_text() for path in [ROOT / "RESULTS.md", *ROOT.glob("results/*")])
+MEASURED = "\n".join(
+    path.read_text() for path in [ROOT / "RESULTS.md", *ROOT.glob("results/*.json")]
+)
 HUB_ID = "cross-encoder/ms-marco-MiniLM-L6-v2"
 FIGURE = re.compile(r"(?<![\w.])[+-]?\d+\.\d+(?![\w.])")
 
