@@ -177,7 +177,7 @@ eval.py                                                 | command
 eval.py contrast                                        | contrast
 eval.py compare x                                       | run_b
 eval.py compare run nowhere                             | nowhere/predictions.jsonl: no such file
-eval.py compare run fewer                               | 5 in run ( | 4 in fewer, and 4 are
+eval.py compare run fewer                               | 5 in run, | 4 in fewer, and 4 are
 eval.py compare run fewer                               | id 'q4' of task 'b' is in run but not in
 eval.py compare run run --iters 0                       | --iters | 0 is not a number from 1 up
 eval.py compare run run --seed -1                       | --seed | -1 is not between 0 and
