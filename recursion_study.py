@@ -4,7 +4,7 @@ Counterparts of figure 6 and of tables 4, 5 and 6 of Levine et al. 2022, "Standi
 of Giant Frozen Language Models", on the embedded world, and the controls that the paper leaves out.
 GROUPS lists the runs, the most important first. study.py makes them, in runs/recursion.
 
-Three seeds have neural-2, prompt, neural-2-muon-pause-3 and before-2. All other rows, the analyses
+Three seeds have neural-2, prompt, neural-2-muon-pause-3, before-2 and after-2-random. All other rows, the analyses
 and the short runs that choose learning rates have one seed.
 
     python reproduce.py recursion --plan       the cost sheet
@@ -102,7 +102,7 @@ GROUPS = {
         Row("neural-1", 1, "neural-2", NEURAL_1),
         Row("neural-1-random", 1, "neural-2-random", f"{NEURAL} {ONE} {RANDOM}"),
         Row("after-2", 1, "after-2", AFTER_2),
-        Row("after-2-random", 1, "after-2-random", f"{AFTER} {RANDOM}"),
+        Row("after-2-random", 3, "after-2-random", f"{AFTER} {RANDOM}"),
         Row("text-prompt", 1, "", "pretrain.py prompt --steps 700 --documents 60000"),
         Row("prompt-pretrained", 1, "prompt", f"{PROMPT} --init {{out}}/text-prompt-0"),
     ],
@@ -110,6 +110,7 @@ GROUPS = {
         Row("lm-alone", 1, "", "eval.py score {test}"),
         Row("training-free", 1, "", "train.py --method training_free"),
         Row("before-8-random", 1, "before-2-random", f"{BEFORE} {RANDOM} --connector-layers 8"),
+        Row("after-8-random", 1, "after-2-random", f"{AFTER} {RANDOM} --connector-layers 8"),
         Row("fine-tuning", 1, "fine-tuning", TUNED),
         Row("prompt-long", 1, "prompt", f"{PROMPT} --steps {{long}}"),
         Row("neural-2-passes-3", 1, "neural-2", f"{NEURAL_2} --passes 3"),
@@ -117,6 +118,7 @@ GROUPS = {
     "residual Connectors and filler after the question, which are not in the paper": [
         Row("before-2-muon-pause-3", 1, "", f"{residual(BEFORE_2)} {FILLER} {MUON}"),
         Row("after-2-muon-pause-3", 1, "", f"{residual(AFTER_2)} {FILLER} {MUON}"),
+        Row("neural-2-pause-3", 1, "neural-2", f"{NEURAL_2} {FILLER}"),
         Row("prompt-pause-3", 1, "prompt", f"{PROMPT} {FILLER}"),
         Row("fine-tuning-pause-3", 1, "fine-tuning", f"{TUNED} {FILLER}"),
         *(
@@ -132,6 +134,8 @@ GROUPS = {
     "what a recursion does": [
         Row("hard", 1, "", "audit.py hard {out}/prompt-long-0 --samples 64"),
         Row("passes", 1, "", f"audit.py passes {{out}}/{BEST}-0"),
+        Row("passes-paper", 1, "", "audit.py passes {out}/neural-2-0"),
+        Row("neural-2-paper-routed", 1, "", "route {out}/neural-2-0 {dev} {test}"),
         Row("neural-2-routed", 1, "", f"route {{out}}/{BEST}-0 {{dev}} {{test}}"),
         Row("bridge", 1, "", "audit.py bridge {out}/neural-2-0 --limit 300"),
         Row("bridge-pause", 1, "", f"audit.py bridge {{out}}/{BEST}-0 --limit 300"),
@@ -159,6 +163,7 @@ ORDERINGS = [  # the claim is that the first row has the higher EM
     ("two layers > one", "neural-2", "neural-1"),
     ("LM-Connector-LM > Connector-LM", "neural-2", "before-2"),
     ("Connector-LM > LM-Connector", "before-2", "after-2"),
+    ("LM-Connector-LM > LM-Connector", "neural-2", "after-2"),
     ("16 candidates > 1", "textual-16", "textual-1"),
     ("64 candidates > 16", "textual-64", "textual-16"),
     # not in the paper
@@ -171,6 +176,13 @@ ORDERINGS = [  # the claim is that the first row has the higher EM
     ("all three > prompt tuning with filler", BEST, "prompt-pause-3"),
     ("all three > Connector-LM with all three", BEST, "before-2-muon-pause-3"),
     ("all three > LM-Connector with all three", BEST, "after-2-muon-pause-3"),
+    ("all three > LM-Connector", BEST, "after-2"),
+    ("all three > LM-Connector, not pretrained", BEST, "after-2-random"),
+    ("residual > LM-Connector, not pretrained", "neural-2-residual", "after-2-random"),
+    ("residual, filler 7 > the same", "neural-2-residual-pause-7", "after-2-random"),
+    ("not residual: filler 3 > 0", "neural-2-pause-3", "neural-2"),
+    ("LM-Connector of 8 layers > of 2", "after-8-random", "after-2-random"),
+    ("all three > LM-Connector of 8 layers", BEST, "after-8-random"),
     ("all three > textual", BEST, "textual-16"),
     ("all three > fine-tuning with filler", BEST, "fine-tuning-pause-3"),
     ("all three > prompt tuning of the larger LM", BEST, "prompt-large"),
@@ -183,6 +195,7 @@ ORDERINGS = [  # the claim is that the first row has the higher EM
     ("cross-fitting > the paper's way", "textual-16", "textual-16-whole"),
     ("three passes > two", "neural-2-passes-3", "neural-2"),
     ("passes by difficulty > two for all", "neural-2-routed", BEST),
+    ("the same, not residual", "neural-2-paper-routed", "neural-2"),
 ]
 
 
