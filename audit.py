@@ -377,7 +377,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     moved = ("--model", str, None, "the LM's checkpoint, if it has moved")
     seed = ("--seed", cli.SEED, 0, "of samples and of the choice of other questions")
-    threshold = ("--threshold", float, None, "also show the scores at this log-probability")
+    number, text = cli.number_type(float, -math.inf), "also show the scores at this log-probability"
+    threshold = ("--threshold", number, None, text)
     limit = ("--limit", cli.COUNT, None, "the first so many two-hop questions; all if not given")
     for name, function, text, *flags in (
         ("hard", hard_command, "run of prompt tuning", ("--samples", cli.COUNT, 64, "answers")),

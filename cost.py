@@ -32,6 +32,8 @@ RETRIEVE = 0.3  # seconds: a step of the dual encoder
 def conduct(study: Study, write_files: Callable[[], None], report: Callable[[Study], dict]) -> dict:
     """Print what the study costs and, without --plan, make what is missing of it. Returns what
     report(study) returns, the cost, and what was not made."""
+    if not study.plan():
+        raise ValueError(f"--only {study.args.only}: no row or table is called like this")
     cost = show_cost(study)
     if study.args.plan:
         return {}

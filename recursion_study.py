@@ -4,8 +4,8 @@ Counterparts of figure 6 and of tables 4, 5 and 6 of Levine et al. 2022, "Standi
 of Giant Frozen Language Models", on the embedded world, and the controls that the paper leaves out.
 GROUPS lists the runs, the most important first. study.py makes them, in runs/recursion.
 
-Three seeds have neural-2, prompt, neural-2-muon-pause-3, before-2 and after-2-random. All other rows, the analyses
-and the short runs that choose learning rates have one seed.
+Three seeds have neural-2, prompt, neural-2-muon-pause-3, before-2 and after-2-random. All other
+rows, the analyses and the short runs that choose learning rates have one seed.
 
     python reproduce.py recursion --plan       the cost sheet
     python reproduce.py recursion --grid       all runs, or what is missing of them, and the tables
@@ -378,7 +378,7 @@ def show_candidates(study: Study) -> list[dict]:
 
 def show_analyses(study: Study) -> dict:
     """Print EM on the hard questions and the rates of the audit. Returns both, and the curve."""
-    names = ("hard", "passes", "bridge", "bridge-pause")
+    names = ("hard", "passes", "passes-paper", "bridge", "bridge-pause")
     found = {name: study.finished(name)[:1] for name in names}
     results = {}
     for job in found["hard"]:
@@ -391,18 +391,22 @@ def show_analyses(study: Study) -> dict:
             row["what"] = one.folder.name
         show(f"\nEM on the {len(hard)} questions without a right answer among 64 samples\n")
         audit.show_rates(results["hard"])
-    for job in found["passes"]:
-        results["passes"] = job.record()["results"]
-        curve = results["passes"]["curve"]
-        rows = sorted({round(k / 40 * (len(curve) - 1)) for k in range(41)})
-        results["passes"]["curve"] = [curve[row] for row in rows]
-        audit.show_curve(results["passes"], None)
+    for job in found["passes"] + found["passes-paper"]:
+        result = results[job.row.name] = job.record()["results"]
+        rows = sorted({round(k / 40 * (len(result["curve"]) - 1)) for k in range(41)})
+        result["curve"] = [result["curve"][row] for row in rows]
+        show(f"\none pass or two: {audited(job)}\n")
+        audit.show_curve(result, None)
     for job in found["bridge"] + found["bridge-pause"]:
         results[job.row.name] = job.record()["results"]["rates"]
-        run = job.row.command.split("/")[1].split()[0]
-        show(f"\ntwo-hop questions: what the first pass of {run} hands over\n")
+        show(f"\ntwo-hop questions: what the first pass of {audited(job)} hands over\n")
         audit.show_rates(results[job.row.name])
     return results
+
+
+def audited(job: Job) -> str:
+    """The run that an analysis is about."""
+    return job.row.command.split("/")[1].split()[0]
 
 
 def draw(figure, results: dict) -> None:

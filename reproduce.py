@@ -9,7 +9,8 @@
     python reproduce.py docs          every command of README.md and TUTORIAL.md (half an hour)
 
 All but the first and the last train, in runs/NAME. If one is stopped, the same command goes on.
-With --model the file is results/NAME-MODEL.json.
+With --model the file is results/NAME-MODEL.json. Flags that make less than all of it (--only,
+--count, --steps, --seeds) write results/NAME-part.json.
 """
 
 import json
@@ -258,12 +259,20 @@ def parser() -> Parser:
     return parser
 
 
+def is_part(args) -> bool:
+    """Whether flags make less of an experiment than the record in results/ holds."""
+    defaults = {flag: default for flag, _, default, _ in FLAGS[args.experiment]}
+    flags = ("only", "count", "steps", "seeds")
+    return any(getattr(args, f, None) != defaults.get(f"--{f}") for f in flags)
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Run one experiment. Returns what results/NAME.json holds."""
     args = parser().parse_args(sys.argv[1:] if argv is None else argv)
     name = args.experiment + ("" if args.world_seed == 1 else f"-world-{args.world_seed}")
     name += f"-{Path(args.model).name}" if args.model else ""
     name += "-int8" if getattr(args, "base_dtype", None) else ""
+    name += "-part" if is_part(args) else ""
     file = Path("results") / f"{name}.json"
     start, record = time.perf_counter(), {"arguments": vars(args).copy()}
     args.picture = file.with_suffix(".png")

@@ -57,8 +57,8 @@ def made(tmp_path_factory):
 def test_every_row_is_made_but_those_of_an_lm_that_is_not_there(made):
     results, folder = made
     assert results["missing"] == {"larger-shallow-0": "what it starts from is missing"}
-    stored = read_json(folder / "results/prompts-lm.json")["results"]
-    assert stored.keys() == results.keys() and (folder / "results/prompts-lm.png").is_file()
+    stored = read_json(folder / "results/prompts-lm-part.json")["results"]
+    assert stored.keys() == results.keys() and (folder / "results/prompts-lm-part.png").is_file()
     assert stored["suite"].keys() == set(ROWS[:5]) | {"old-tasks-after-it"}
     assert [step for step, _ in results["curves"]["id-pt-20"]] == [1, 2, 3]
 

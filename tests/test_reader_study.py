@@ -65,7 +65,7 @@ def test_runs_share_passages_and_none_is_made_twice(reproduces, tmp_path):
     for other in (second, tuned):
         assert other["passages"]["train"]["retrieved"] == first["passages"]["train"]["re-ranked"]
         assert other["arguments"]["no_rerank"] and "cross-fitting" not in other["passages"]
-    stored = json.loads((tmp_path / "results/reader-model.json").read_text())["results"]
+    stored = json.loads((tmp_path / "results/reader-model-part.json").read_text())["results"]
     assert stored == results and len(stored["runs"]["bm25-reranked"]) == 2
     assert stored["runs"]["closed-book"][0]["results"] != {}
     assert stored["cross-fitting"]["held-out half"]["answer"].keys() == {"1", "5"}

@@ -53,7 +53,7 @@ def test_rows_are_made_once_and_their_numbers_are_stored(reproduces, tmp_path):
     results, made = reproduces(TWO)
     assert made == ["prompt-0", "prompt-1", "before-0"] and not results["missing"]
     assert reproduces(TWO)[1] == []
-    stored = read_json(tmp_path / "results/recursion-model.json")["results"]
+    stored = read_json(tmp_path / "results/recursion-model-part.json")["results"]
     runs = {name: len(part) for name, part in stored["runs"].items()}
     assert runs == {"prompt": 2, "before": 1} and stored["orderings"][0]["seeds"] == [2, 1]
     record = read_json(tmp_path / "runs/recursion/prompt-1/run.json")
@@ -130,6 +130,8 @@ def test_a_row_waits_for_what_it_starts_from(reproduces):
 def test_only_some_rows(reproduces):
     assert reproduces(TWO, "--only before")[1] == ["before-0"]
     assert reproduces(TWO, "--seeds 1")[1] == ["prompt-0"]
+    with pytest.raises(ValueError, match="--only nothing: no row or table"):
+        reproduces(TWO, "--only nothing")
 
 
 def test_analyses_are_made_once_and_keep_what_they_return(reproduces, tmp_path):
@@ -377,7 +379,7 @@ def test_headroom_is_measured_once_and_does_not_cut_long_answers(tmp_path, monke
     monkeypatch.setattr(suite, "TASKS", tasks)
     flags = "headroom --count 8 --steps 1".split()
     results = reproduce.main(flags)
-    assert read_json(tmp_path / "results/headroom.json")["results"] == results
+    assert read_json(tmp_path / "results/headroom-part.json")["results"] == results
     assert results.keys() == tasks.keys()
     place = tmp_path / "runs/headroom"
     for name, longest in (("people_trivia", 16), ("record_to_text", 30)):
