@@ -73,17 +73,19 @@ def verify(folder: str | Path) -> dict[str, str]:
 
 
 def repeat(folder: Path, record: dict, copy: Path) -> subprocess.CompletedProcess:
-    """Resume the copy by the run's own command, with as many threads as the run had."""
+    """Resume the copy by the run's own command, with as many threads and processes as the run had
+    in the end."""
+    hardware = record.get("resumed", [record])[-1]["hardware"]
     program, *words = shlex.split(record["command"])[1:]
     for key, value in record["arguments"].items():
         if names_file(key, value):  # the command may have named it from another folder
             value = find(value, folder, record)
             words += [f"--{key.replace('_', '-')}", *([value] if isinstance(value, str) else value)]
-    count = str(record["hardware"].get("processes", 1))
+    count = str(hardware.get("processes", 1))
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
     start = [] if count == "1" else start
     call = [sys.executable, *start, ROOT / program, *words, "--out", copy, "--resume"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(record["hardware"]["threads"])}
+    environment = os.environ | {"OMP_NUM_THREADS": str(hardware["threads"])}
     return subprocess.run(call, env=environment, capture_output=True, text=True)
 
 
@@ -93,7 +95,8 @@ def changes(record: dict, again: dict) -> list[str]:
         {**latest["versions"], **latest["hardware"]}
         for latest in (r.get("resumed", [r])[-1] for r in (record, again))
     )
-    found = [f"{key} {now[key]} instead of {then.get(key)}" for key in now if now[key] != then[key]]
+    changed = [key for key in then | now if now.get(key) != then.get(key)]
+    found = [f"{key} {now.get(key)} instead of {then.get(key)}" for key in changed]
     return found or (["a GPU"] if record["arguments"]["device"] == "cuda" else [])
 
 

@@ -28,7 +28,7 @@ import parallel
 import train
 from eval import main as score
 from runs import read_predictions, read_record
-from verify import repeat
+from verify import changes, repeat
 
 
 @pytest.fixture(scope="module")
@@ -248,9 +248,21 @@ def test_verify_repeats_a_run_with_as_many_processes(tmp_path, monkeypatch):
         hardware = {"threads": 1} | ({"processes": count} if count > 1 else {})
         record = {"command": "python train.py --seed 1", "arguments": {}, "hardware": hardware}
         repeat(tmp_path, record, tmp_path / "copy")
-    alone, both = (call[1:] for call in calls)
+    record["resumed"] = [{"hardware": {"threads": 1}}]  # with one process in the end
+    repeat(tmp_path, record, tmp_path / "copy")
+    alone, both, last = (call[1:] for call in calls)
+    assert last == alone
     assert alone[0].endswith("train.py") and both[-len(alone) :] == alone
     assert both[:2] == ["-m", "torch.distributed.run"] and both[3:5] == ["--nproc-per-node", "2"]
+
+
+def test_verify_says_that_the_number_of_processes_changed():
+    one = {"versions": {"torch": "2"}, "hardware": {"threads": 1}, "arguments": {"device": "cpu"}}
+    two = one | {"hardware": {"threads": 1, "processes": 2}}
+    assert changes(one, one) == [] and changes(two, two) == []
+    assert changes(one, two) == ["processes 2 instead of None"]
+    assert changes(two, one) == ["processes None instead of 2"]
+    assert changes(two | {"resumed": [one]}, one) == []
 
 
 def wait_for(condition, seconds: float) -> None:

@@ -56,3 +56,16 @@ def test_the_commands_of_the_documents_run(tmp_path, monkeypatch, capsys):
             if "generate.py" in block.script:  # nothing is left out here
                 assert block.quoted and not documents.missing(block.quoted, capsys.readouterr().out)
     assert ran > 15
+
+
+def test_the_lines_that_the_tutorial_quotes_stand_in_the_files():
+    blocks = re.findall(
+        r"```\n# ([^\n]*\.py[^\n]*)\n(.*?)```", (documents.ROOT / "TUTORIAL.md").read_text(), re.S
+    )
+    assert len(blocks) >= 6
+    for title, text in blocks:
+        names = re.findall(r"\w+\.py", title)
+        lines = {
+            line for name in names for line in (documents.ROOT / name).read_text().splitlines()
+        }
+        assert [line for line in text.splitlines() if line and line not in lines] == [], title
