@@ -290,6 +290,52 @@ def test_two_sizes_stand_beside_each_other(tmp_path, capsys):
     assert "| neural-2 | 147 % | 50 % | - |" in text
 
 
+def test_the_report_reads_test_candidates_and_names_the_audited_runs(tmp_path, capsys):
+    whole = whole_study(tmp_path)
+
+    def finish(name: str, record: dict) -> None:
+        (job,) = whole.jobs(whole.rows[name])
+        job.folder.mkdir()
+        write_json(job.folder / ("run.json" if job.trains else "result.json"), record)
+
+    def candidates(share: float) -> dict:
+        return {"recall": {"8": share}, "best": 0.1, "majority": 0.2, "distinct": 3.0}
+
+    halves = {s: candidates(x) | {"tasks": {"two-hop": candidates(x)}} for s, x in HALVES.items()}
+    scores = {s: {"em": x / 2, "tasks": {"two-hop": {"em": x / 4}}} for s, x in HALVES.items()}
+    record = {
+        "arguments": {"method": "m", "candidates": 8},
+        "candidates": [halves],
+        "results": scores,
+    }
+    finish("textual-8", record)
+    found = {row["slice"]: row for row in recursion_study.show_candidates(whole)}
+    assert found["all"]["recall"] == {"8": 0.75} and found["all"]["em"] == 0.375
+    assert found["two-hop"]["em"] == 0.1875 and found["all"]["samples"] == 8
+    assert "| textual-8 | all | 75.0 | 10.0 | 20.0 | 37.5 | 3.0 |" in capsys.readouterr().out
+
+    kept = {"passes": 1.5, "operations": 3.0, "threshold": None, "em": 0.5}
+    curve = [kept | {"random": 0.4, "oracle": 0.6}] * 3
+    rate = {"what": "other: the other's answer", "n": 4, "rate": 0.5, "low": 0.2, "high": 0.8}
+    for name in ("passes", "passes-paper"):
+        beside = {"curve": curve, "two_passes_operations": 2.0, "beside": {}}
+        finish(name, {"results": beside})
+    for name in ("bridge", "bridge-pause"):
+        finish(name, {"results": {"rates": [rate]}})
+    assert recursion_study.show_analyses(whole).keys() == {
+        "passes",
+        "passes-paper",
+        "bridge",
+        "bridge-pause",
+    }
+    text = capsys.readouterr().out
+    for what in ("one pass or two: {}", "the first pass of {} hands over"):
+        paper, best = (what.format(run) for run in ("neural-2-0", f"{recursion_study.BEST}-0"))
+        assert paper in text and best in text
+
+
+HALVES = {"dev": 0.25, "test": 0.75}
+
 # The real study
 
 
@@ -306,6 +352,22 @@ def whole_study(tmp_path, **changes) -> Study:
     args = argparse.Namespace(**args | {"pretrained": "assets"} | changes)
     programs = {"train.py": train, "pretrain.py": pretrain}
     return recursion_study.make_study(args, tmp_path, programs)
+
+
+def test_the_name_of_a_row_says_what_it_trains():
+    rows = {row.name: row.command for rows in recursion_study.GROUPS.values() for row in rows}
+    methods = {"neural": "neural_recursion", "after": "lm_connector", "before": "connector_lm"}
+    for name, command in rows.items():
+        first, _, rest = name.partition("-")
+        if first in methods and "routed" not in name:
+            assert command.startswith(f"train.py --method {methods[first]} "), name
+            assert ("--init random" in command) == ("random" in name), name
+            ours = "residual" in name or "muon" in name
+            assert command.count("--residual") == 1, name
+            assert ("--residual on" in command) == ours, name
+        assert ("--pause" in command) == ("-pause-" in name), name
+    assert rows["bridge-pause"].split("/")[1].startswith(f"{recursion_study.BEST}-0")
+    assert rows["bridge"].split("/")[1].startswith("neural-2-0")
 
 
 def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
