@@ -212,7 +212,7 @@ def sample_answers(
     numbers = torch.cat(numbers).double()  # (B * n, max_new_tokens), in [0, 1)
 
     def draw(logits: Tensor, row: Tensor, active: Tensor, step: int) -> Tensor:
-        u = numbers.to(logits.device)[active, step]
+        u = numbers[active.cpu(), step].to(logits.device)
         return inverse_cdf(logits.log_softmax(-1), row, u)
 
     return decode(lm, ids, prefix, max_new_tokens, n, eos, draw, ended)
