@@ -15,7 +15,8 @@ Needs torch, and only its command line needs other files of the project. Dimensi
 
     python generate.py assets/lm "Once upon a time"
 
-continues the text and prints the mean negative log-probability of its tokens  (3 s)
+continues the text and prints the mean negative log-probability of its tokens  (3 s). A run folder
+may stand in the place of the checkpoint.
 """
 
 if __name__ == "__main__":
@@ -429,38 +430,71 @@ def batches(order: list[int], rows, widths, max_rows: int, max_tokens: int) -> I
 
 def main(argv: list[str] | None = None) -> dict:
     """Continues one text. Returns {"ids": the new tokens, "nats": the text's loss per token}."""
-    from show import SEED, Parser, show
+    from show import SEED, Parser, number_type, show
 
     parser = Parser(
         prog="generate.py",
-        description="Continue a text with a published checkpoint, and print its loss per token.",
+        description="Continue a text with a published checkpoint or a run, and print its loss.",
     )
-    parser.add_argument("model", help="checkpoint folder or hub id")
+    parser.add_argument("model", help="checkpoint folder, hub id, or run folder")
     parser.add_argument("text")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    one = "neural_recursion: one pass goes on if its log-probability is at least this"
+    parser.add_argument("--threshold", type=number_type(float, -math.inf), help=one)
     parser.add_argument("--seed", type=SEED, default=0)
     args = parser.parse_args(argv)
 
-    from checkpoints import load_tokenizer
-    from model import LM
+    model, prefix, tokenizer, ids = load_text(args.model, args.text, args.max_new_tokens)
+    passes = [(model, prefix)]
+    if args.threshold is not None:
+        from recurse import check_stack
 
-    lm = LM.from_pretrained(args.model)
-    tokenizer = load_tokenizer(lm.folder, lm.config.vocab_size)
-    ids, rng = tokenizer.encode(args.text).ids, torch.Generator().manual_seed(args.seed)
-    eos = lm.config.eos
-    samples = generate(
-        lm, [ids], None, args.max_new_tokens, args.temperature, eos=eos, generator=rng
-    )
-    new, nats = samples[0][0], math.nan
+        check_stack(model)
+        passes.insert(0, (model.lm, model.prefix_of(0, prefix)))
+    eos = model.config.eos
+    for model, prefix in passes:
+        rng = torch.Generator().manual_seed(args.seed)
+        samples = generate(
+            model, [ids], prefix, args.max_new_tokens, args.temperature, eos=eos, generator=rng
+        )
+        new = samples[0][0]
+        if args.threshold is not None and new.logprob >= args.threshold:
+            break
+    nats = math.nan
     if len(ids) > 1:  # the text after its first token
-        nats = -option_scores(lm, [ids[:1]], [[ids[1:]]], mean=True)[0].item()
+        nats = -option_scores(model, [ids[:1]], [[ids[1:]]], prefix, mean=True)[0].item()
     whole = tokenizer.decode(ids + drop_eos(new.ids, eos))
     show(args.text + whole[len(tokenizer.decode(ids)) :], result=True)
     cost = -new.logprob / len(new.ids)
     line = f"[{nats:.4f} nats a token for the text, {cost:.4f} for the {len(new.ids)} new tokens]"
     show(line, result=True)
     return {"ids": new.ids, "nats": nats}
+
+
+def load_text(folder: str, text: str, max_new_tokens: int) -> tuple:
+    """Loads a checkpoint or a run. Returns (model, prefix, tokenizer, the text's token ids).
+
+    A run reads what it was trained to read behind a question or around it: filler, candidates or
+    passages.
+    """
+    from pathlib import Path
+
+    if (Path(folder) / "run.json").is_file():
+        from data import Example
+        from questions import prepare
+        from runs import load_run
+
+        model, prefix, tokenizer, _ = load_run(folder)
+        example = Example(text, "", (), "text", "text", "the text")
+        (ids,), _, prefix = prepare(model, tokenizer, [example], prefix, max_new_tokens)
+        return model, stack_prefixes(prefix, [ids]), tokenizer, ids
+    from checkpoints import load_tokenizer
+    from model import LM
+
+    lm = LM.from_pretrained(folder)
+    tokenizer = load_tokenizer(lm.folder, lm.config.vocab_size)
+    return lm, None, tokenizer, tokenizer.encode(text).ids
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ Counterparts of figure 6 and of tables 4, 5 and 6 of Levine et al. 2022, "Standi
 of Giant Frozen Language Models", on the embedded world, and the controls that the paper leaves out.
 GROUPS lists the runs, the most important first. study.py makes them, in runs/recursion.
 
-Three seeds have neural-2, prompt, neural-2-muon-pause-3, before-2 and after-2-random. All other
-rows, the analyses and the short runs that choose learning rates have one seed.
+Three seeds have neural-2, neural-2-residual, prompt, neural-2-muon-pause-3, before-2, textual-16
+and after-2-random. All other rows, the analyses and the short runs that choose learning rates have
+one seed.
 
     python reproduce.py recursion --plan       the cost sheet
     python reproduce.py recursion --grid       all runs, or what is missing of them, and the tables
@@ -13,8 +14,10 @@ rows, the analyses and the short runs that choose learning rates have one seed.
 Two processes can share the work: start the second command twice, each with OMP_NUM_THREADS=1.
 """
 
+import shutil
 import statistics
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +66,7 @@ AFTER_2, BEFORE_2 = f"{AFTER} {STORED}/lm_connector_2", f"{BEFORE} {STORED}/conn
 LARGE = "{pretrained}/lm2"
 BEST = "neural-2-muon-pause-3"
 CLOCKED = ("prompt", "neural-2", BEST, "prompt-large")
+QUESTION = 18  # its tokens
 MORE = f"{TEXTUAL} --stages-from {{out}}/textual-16-0"  # the prompts before the last are the same
 
 
@@ -90,17 +94,18 @@ FILLER, MUON = "--pause 3", "--optimizer muon --lr 2e-3"
 GROUPS = {
     "headline, as in table 4": [
         Row("neural-2", 3, "neural-2", NEURAL_2),
-        Row("neural-2-residual", 1, "neural-2-residual", residual(NEURAL_2)),
+        Row("neural-2-residual", 3, "neural-2-residual", residual(NEURAL_2)),
         Row("prompt", 3, "prompt", PROMPT),
-        Row("neural-2-muon-pause-3", 3, "", f"{residual(NEURAL_2)} {FILLER} {MUON}"),
+        Row(BEST, 3, "", f"{residual(NEURAL_2)} {FILLER} {MUON}"),
         Row("before-2", 3, "before-2", BEFORE_2),
-        Row("textual-16", 1, "prompt", f"{TEXTUAL} --candidates 16"),
+        Row("textual-16", 3, "prompt", f"{TEXTUAL} --candidates 16"),
     ],
     "Connectors, as in table 6": [
         Row("neural-2-random", 1, "neural-2-random", f"{NEURAL} {RANDOM}"),
         Row("before-2-random", 1, "before-2-random", f"{BEFORE} {RANDOM}"),
         Row("neural-1", 1, "neural-2", NEURAL_1),
         Row("neural-1-random", 1, "neural-2-random", f"{NEURAL} {ONE} {RANDOM}"),
+        Row("neural-3-random", 1, "neural-2-random", f"{NEURAL} {RANDOM} --connector-layers 3"),
         Row("after-2", 1, "after-2", AFTER_2),
         Row("after-2-random", 3, "after-2-random", f"{AFTER} {RANDOM}"),
         Row("text-prompt", 1, "", "pretrain.py prompt --steps 700 --documents 60000"),
@@ -119,6 +124,8 @@ GROUPS = {
         Row("before-2-muon-pause-3", 1, "", f"{residual(BEFORE_2)} {FILLER} {MUON}"),
         Row("after-2-muon-pause-3", 1, "", f"{residual(AFTER_2)} {FILLER} {MUON}"),
         Row("neural-2-pause-3", 1, "neural-2", f"{NEURAL_2} {FILLER}"),
+        Row("textual-16-pause-3", 1, "prompt", f"{TEXTUAL} --candidates 16 {FILLER}"),
+        Row(f"{BEST}-long", 1, "", f"{residual(NEURAL_2)} {FILLER} {MUON} --steps {{long}}"),
         Row("prompt-pause-3", 1, "prompt", f"{PROMPT} {FILLER}"),
         Row("fine-tuning-pause-3", 1, "fine-tuning", f"{TUNED} {FILLER}"),
         *(
@@ -161,6 +168,7 @@ ORDERINGS = [  # the claim is that the first row has the higher EM
     ("pretrained > random, 2 layers", "neural-2", "neural-2-random"),
     ("pretrained > random, 1 layer", "neural-1", "neural-1-random"),
     ("two layers > one", "neural-2", "neural-1"),
+    ("three layers > two, both random", "neural-3-random", "neural-2-random"),
     ("LM-Connector-LM > Connector-LM", "neural-2", "before-2"),
     ("Connector-LM > LM-Connector", "before-2", "after-2"),
     ("LM-Connector-LM > LM-Connector", "neural-2", "after-2"),
@@ -172,6 +180,8 @@ ORDERINGS = [  # the claim is that the first row has the higher EM
     ("residual: filler 3 > 0", "neural-2-residual-pause-3", "neural-2-residual"),
     ("residual: filler 7 > 3", "neural-2-residual-pause-7", "neural-2-residual-pause-3"),
     ("residual, filler 3: Muon > AdamW", BEST, "neural-2-residual-pause-3"),
+    ("all three: 3 times the steps", f"{BEST}-long", BEST),
+    ("textual: filler 3 > 0", "textual-16-pause-3", "textual-16"),
     ("all three > prompt tuning", BEST, "prompt"),
     ("all three > prompt tuning with filler", BEST, "prompt-pause-3"),
     ("all three > Connector-LM with all three", BEST, "before-2-muon-pause-3"),
@@ -211,7 +221,7 @@ def recursion(args) -> dict:
 def make_study(args, folder: Path, programs: dict) -> Study:
     """The study in a folder, with flags of reproduce.py. Nothing is written."""
     dev, test, training = (min(n, args.count or n) for n in (1344, 2240, 16128))
-    more = {"tokens": 18, "asked": lambda job: dev + test, "sampled": training}
+    more = {"tokens": QUESTION, "asked": lambda job: dev + test, "sampled": training}
     return Study(args, folder, GROUPS, RATES, programs, **more)
 
 
@@ -221,10 +231,10 @@ def report(study: Study) -> dict:
     results["orderings"] = show_orderings(study, ORDERINGS)
     results["sizes"] = show_sizes(study)
     results["candidates"] = show_candidates(study)
+    study.args.picture.parent.mkdir(exist_ok=True)
     results |= show_analyses(study)
     results["saturation"] = curve(study, "prompt-long")
-    study.args.picture.parent.mkdir(exist_ok=True)
-    with only_shows("picture"), audit.picture(study.args.picture, 12, 3.5) as figure:
+    with only_shows("picture"), audit.picture(study.args.picture, 10, 7) as figure:
         draw(figure, results)
     return results
 
@@ -275,12 +285,16 @@ def time_answers(line: list[str]) -> dict[str, float]:
 
 
 @cache
-def parameters(model: str | None) -> tuple[int, int]:
-    """The parameters of an LM, and those of its layers alone. None is the embedded LM, and so is
-    an LM that is not there."""
+def shape(model: str | None) -> LM:
+    """An LM without values. None is the embedded LM, and so is an LM that is not there."""
     folder = Path(model or ASSETS / "lm")
-    with torch.device("meta"):  # shapes without values
-        lm = LM(Config(**read_config(folder if folder.is_dir() else ASSETS / "lm")))
+    with torch.device("meta"):
+        return LM(Config(**read_config(folder if folder.is_dir() else ASSETS / "lm")))
+
+
+def parameters(model: str | None) -> tuple[int, int]:
+    """The parameters of an LM, and those of its layers alone."""
+    lm = shape(model)
     return tuple(sum(p.numel() for p in part.parameters()) for part in (lm, lm.layers))
 
 
@@ -291,7 +305,19 @@ def size(model: str | None) -> float:
 
 def answer_operations(run) -> float:
     """Operations of an answer, relative to one pass through the embedded LM without filler."""
-    return passes(run)[1] * (1 + run.pause / 6) * size(run.model)  # 18 tokens; a filler has 3
+    return passes(run)[1] * (1 + 3 * run.pause / QUESTION) * size(run.model)  # a filler has 3
+
+
+def textual_operations(samples: dict, reads: bool) -> float:
+    """Operations to sample the candidates of a question and, if `reads`, to answer behind them.
+
+    A question has 18 tokens and an answer 4, the one between two candidates included. Samples that
+    agree are decoded once.
+    """
+    T, A, lm = QUESTION, 4, shape(None)
+    sampled = samples["distinct"] * A
+    more = audit.operations(lm, T + sampled, A) if reads else 0
+    return audit.operations(lm, T, sampled) + more
 
 
 def show_sizes(study: Study) -> dict:
@@ -399,6 +425,9 @@ def show_analyses(study: Study) -> dict:
         audit.show_curve(result, None)
     for job in found["bridge"] + found["bridge-pause"]:
         results[job.row.name] = job.record()["results"]["rates"]
+        picture = study.args.picture.with_stem(f"{study.args.picture.stem}-{job.row.name}")
+        with suppress(FileNotFoundError):  # nothing could draw it
+            shutil.copyfile(job.answers / "bridge.png", picture)
         show(f"\ntwo-hop questions: what the first pass of {audited(job)} hands over\n")
         audit.show_rates(results[job.row.name])
     return results
@@ -410,27 +439,32 @@ def audited(job: Job) -> str:
 
 
 def draw(figure, results: dict) -> None:
-    """Draw EM against candidates, against average passes, and the prompt's along its training."""
-    candidates, by_passes, steps = figure.subplots(1, 3)
+    """Draw test EM against candidates, average passes and operations, and the prompt's curve."""
+    (candidates, steps), below = figure.subplots(2, 2)
     rows = [r for r in results["candidates"] if r["slice"] == "all" and "whole" not in r["row"]]
-    for label, value in (
-        ("a right one among them", lambda r: r["recall"][str(r["samples"])]),
-        ("EM after reading them", lambda r: r["em"]),
-        ("the most frequent one", lambda r: r["majority"]),
-    ):
-        x = [r["samples"] for r in rows]
-        candidates.plot(x, [100 * value(r) for r in rows], marker="o", label=label)
+    rows = [r for r in rows if "pause" not in r["row"]]
+    read, majority = ([100 * r[key] for r in rows] for key in ("em", "majority"))
+    n = [r["samples"] for r in rows]
+    recall = [100 * r["recall"][str(r["samples"])] for r in rows]
+    candidates.plot(n, recall, marker="o", label="a right one among them")
+    candidates.plot(n, read, marker="o", label="EM after reading them")
+    candidates.plot(n, majority, marker="o", label="the most frequent one")
     candidates.set(xlabel="candidates", ylabel="test EM", xscale="log")
     curve = results.get("passes", {"curve": []})["curve"]
-    for key, label in (("oracle", "oracle"), ("em", "by confidence"), ("random", "at random")):
-        y = [100 * row[key] for row in curve]
-        by_passes.plot([row["passes"] for row in curve], y, label=label)
-    for row in [row for row in rows if row["samples"] == 16]:
-        for key, style, label in (("em", ":", "textual"), ("majority", "--", "most frequent")):
-            text = f"{label}, 16 samples"
-            by_passes.axhline(100 * row[key], linestyle=style, color="gray", label=text)
-    by_passes.set(xlabel="passes for a question", ylabel="test EM")
-    for axes in (candidates, by_passes):
+    for axes, x in zip(below, ("passes", "operations")):
+        for key, label in (("oracle", "oracle"), ("em", "by confidence"), ("random", "at random")):
+            axes.plot([r[x] for r in curve], [100 * r[key] for r in curve], label=label)
+        axes.set(xlabel=f"{x} for a question", ylabel="test EM")
+    by_passes, by_operations = below
+    for values, style, label, reads in (
+        (read, ":", "textual", True),
+        (majority, "--", "most frequent", False),
+    ):
+        for y in [y for r, y in zip(rows, values) if r["samples"] == 16]:
+            by_passes.axhline(y, linestyle=style, color="gray", label=f"{label}, 16 samples")
+        costs = [textual_operations(r, reads) for r in rows]
+        by_operations.plot(costs, values, style, marker="o", color="gray", label=label)
+    for axes in (candidates, *below):
         axes.legend(fontsize=7)
     x, y = zip(*results["saturation"]) if results["saturation"] else ((), ())
     steps.plot(x, [100 * score for score in y], marker="o")

@@ -16,7 +16,8 @@ import eval as metrics
 import handover
 import recurse
 import world
-from generate import predict
+from generate import generate, predict
+from generate import main as generate_main
 from questions import prepare
 from recurse import Candidate, route
 from runs import load_run, read_predictions
@@ -197,6 +198,25 @@ def test_ask_and_score_take_the_threshold(place):
     assert answers == route(middle, stack, tokenizer, ids, prefix, 4, options, stops)[0]
     with pytest.raises(SystemExit):
         metrics.main(["score", file, "--run", str(place / "prompt"), "--threshold", "0"])
+
+
+def test_a_text_goes_on_with_a_run_and_with_its_first_pass(place):
+    """As `ask` answers, filler and prompt included; --threshold chooses the pass."""
+    text, new = data.read(place / "dev.jsonl")[0].input, ["--max-new-tokens", "4"]
+    for name in ("neural", "filler", "prompt"):
+        folder = str(place / name)
+        model, prefix, tokenizer, _ = load_run(folder)
+        ids = [tokenizer.encode(text + model.filler).ids]
+        eos = model.config.eos
+        (whole,) = generate(model, ids, prefix, 4, eos=eos)[0]
+        assert generate_main([folder, text, *new])["ids"] == whole.ids
+        if name == "prompt":
+            continue
+        (first,) = generate(model.lm, ids, None, 4, eos=eos)[0]
+        assert first.ids != whole.ids
+        for more, ids_of in ((-0.01, first.ids), (0.01, whole.ids)):
+            limit = f"--threshold={first.logprob + more}"
+            assert generate_main([folder, text, *new, limit])["ids"] == ids_of
 
 
 def test_passes_of_a_run(place, tmp_path, capsys):

@@ -245,6 +245,10 @@ generate.py nowhere text                                | nowhere
 generate.py lm/model text --max-new-tokens 0            | max_new_tokens cannot be 0
 generate.py lm/model text --max-new-tokens 96           | context of 96
 generate.py lm/model text --temperature -1              | temperature cannot be -1
+generate.py mine text --threshold 0                     | neural_recursion
+generate.py lm/model text --threshold 0                 | neural_recursion
+generate.py run text --threshold nan                    | --threshold
+generate.py spoilt text                                 | run.json | not a run record
 generate.py lm/model text --seed -1                     | --seed | -1 is not between 0 and
 generate.py lm/model text --seed 9223372036854775808    | --seed | is not between 0 and
 adapters.py                                             | folder

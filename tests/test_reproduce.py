@@ -16,7 +16,8 @@ import study
 import suite
 import train
 from checkpoints import read_json, write_json
-from runs import Run
+from model import LM
+from runs import ASSETS, Run
 from study import Job, Row, Study
 
 SHORT = "--batch-size 3 --max-new-tokens 4 --device cpu --eval-every 2"
@@ -322,16 +323,33 @@ def test_the_report_reads_test_candidates_and_names_the_audited_runs(tmp_path, c
         finish(name, {"results": beside})
     for name in ("bridge", "bridge-pause"):
         finish(name, {"results": {"rates": [rate]}})
+    drawn = tmp_path / "bridge-0" / "out" / "bridge.png"  # the other one could not be drawn
+    drawn.parent.mkdir()
+    drawn.write_text("a question")
     assert recursion_study.show_analyses(whole).keys() == {
         "passes",
         "passes-paper",
         "bridge",
         "bridge-pause",
     }
+    assert (tmp_path / "study-bridge.png").read_text() == "a question"
+    assert not (tmp_path / "study-bridge-pause.png").exists()
     text = capsys.readouterr().out
     for what in ("one pass or two: {}", "the first pass of {} hands over"):
         paper, best = (what.format(run) for run in ("neural-2-0", f"{recursion_study.BEST}-0"))
         assert paper in text and best in text
+
+
+def test_operations_of_textual_recursion():
+    """Two for each parameter of a layer and token, and for each entry of the table and new token;
+    here 18 tokens of a question and 3 different samples of 4, then 30 of all and 4 of an answer."""
+    lm = LM.from_pretrained(ASSETS / "lm")
+    layers, table = sum(p.numel() for p in lm.layers.parameters()), lm.embed_tokens.weight.numel()
+    sampled = 2 * layers * (18 + 12 - 1) + 2 * table * 12
+    samples = {"distinct": 3.0}
+    assert recursion_study.textual_operations(samples, reads=False) == sampled
+    more = 2 * layers * (30 + 4 - 1) + 2 * table * 4
+    assert recursion_study.textual_operations(samples, reads=True) == sampled + more
 
 
 HALVES = {"dev": 0.25, "test": 0.75}
@@ -348,6 +366,7 @@ def whole_study(tmp_path, **changes) -> Study:
         "grid": True,
         "only": "",
         "seeds": 3,
+        "picture": tmp_path / "study.png",
     }
     args = argparse.Namespace(**args | {"pretrained": "assets"} | changes)
     programs = {"train.py": train, "pretrain.py": pretrain}
@@ -399,7 +418,7 @@ def test_the_plan_is_computed_without_making_anything(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     assert reproduce.main(["recursion", "--plan", "--grid"]) == {}
     text = capsys.readouterr().out
-    assert "| headline, as in table 4 | 14 | " in text and "| learning rates | " in text
+    assert "| headline, as in table 4 | 18 | " in text and "| learning rates | " in text
     assert not list(tmp_path.iterdir())
     hours = float(text.split("quiet cores take ")[1].split()[0])
     assert 1 < hours <= 2.5
