@@ -10,11 +10,11 @@
                      Models", section 2):  lm(lm.embed(ids), prefix=lm.read(generator(ids)))
     Connector        a few causal layers before, after or between passes through the LM (section 4.2
                      there):  lm(connector(lm(lm.embed(ids)))) is one composition of recurse.py
-    Connectors       those between more than two passes: one for all the gaps, or one for each
+    Connectors       those between more than two passes: one for all gaps, or one for each
 
-An adapter is stored as a folder of two files, adapter_config.json and adapter_model.safetensors.
-Soft and deep prompts are stored in PEFT's format. The config holds the fingerprint of the LM that
-the adapter was trained on; loading checks it.
+An adapter is stored as a folder of two files, adapter_config.json and adapter_model.safetensors;
+soft and deep prompts in PEFT's format. The config holds the fingerprint of the LM that the adapter
+was trained on, which is checked when it is loaded.
 
 Needs torch and tokenizers. The caller passes the LM and its layers. Saving and loading need
 checkpoints.py and families.py beside this file. Dimensions as in model.py.
@@ -57,23 +57,22 @@ class SoftPrompt(nn.Module):
 class DeepPrompt(nn.Module):
     """Trained keys and values of P positions, for every layer (Li & Liang 2021).
 
-    deep() is a Prefix. It starts as `start`, a shared prefix: what the LM reads of a text, of a
-    soft prompt or of sampled vocabulary, lm.read(vectors), or noise (`random_like`).
+    deep() is a Prefix. At first it equals `start`, a shared prefix: lm.read(vectors) of a text, a
+    soft prompt or sampled vocabulary, or noise (`random_like`).
 
-    The trained keys are those that attention reads, after norm and rope. The LM neither norms nor
-    rotates them again, and the text begins at position P. PEFT treats its past_key_values in the
-    same way, so both have the same numbers.
+    The trained keys are those that attention reads, after norm and rope, and the text begins at
+    position P. PEFT treats its past_key_values in the same way, so both store the same numbers.
 
     `hidden` is the width of an MLP that computes the keys and values from P trained vectors during
     training (paper: 512, which trained more stably). Its last layer is solved by least squares, so
-    that the prompt starts as `start`. Only what the MLP computes is stored, not the MLP.
+    that the prompt equals `start` at first. The MLP's output is stored, not the MLP.
     """
 
     def __init__(self, start, hidden: int | None = None):
         super().__init__()
         if start.rows != 1 or start.lengths is not None:
             raise ValueError("a deep prompt starts as a prefix of one row that is not ragged")
-        self.new_prefix, self.dtype = type(start), start.layers[0][0].dtype
+        self.prefix_type, self.dtype = type(start), start.layers[0][0].dtype
         kv = torch.stack([torch.cat(pair) for pair in start.layers]).detach().float()
         n, _, K, P, D = kv.shape  # layers, keys and values, heads, positions, width
         self.shape = (n, 2, K, D)
@@ -99,18 +98,18 @@ class DeepPrompt(nn.Module):
 
     def forward(self):
         kv = self.table().to(self.dtype).unflatten(1, self.shape).permute(1, 2, 3, 0, 4)
-        return self.new_prefix([(k[None], v[None]) for k, v in kv])  # each (1, K, P, D)
+        return self.prefix_type([(k[None], v[None]) for k, v in kv])  # each (1, K, P, D)
 
 
 class CrossBlock(nn.Module):
     """Attention of 8 heads, then an MLP four times as wide, each on normed input and added to it.
 
-    Vectors x (B, P, W) read `inputs` (B, L, W), or each other if there are none. (The block of
-    Perceiver, Jaegle et al. 2021. The MLP after Perceiver IO's cross-attention is only as wide as
-    its input, but the parameters that the ID-PT paper counts need four times that.)
+    Vectors x (B, P, W) attend to `inputs` (B, L, W), or to each other if there are none. (The block
+    of Perceiver, Jaegle et al. 2021. Perceiver IO's MLP after cross-attention is as wide as its
+    input, but the parameters that the ID-PT paper counts need four times that.)
     """
 
-    ADDED = 0.3  # what is added starts at zero, and stays smaller than x, which is of unit scale
+    ADDED = 0.3  # scale of what is added. It starts at zero and stays smaller than x, of unit scale
 
     def __init__(self, width: int, cross: bool = False):
         super().__init__()
@@ -125,7 +124,7 @@ class CrossBlock(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, inputs: Tensor | None = None, padding: Tensor | None = None):
-        """padding (B, L) is true where an input is none. Returns (B, P, W)."""
+        """padding (B, L) is true where `inputs` is padding. Returns (B, P, W)."""
         q = self.norm(x)
         kv = q if inputs is None else self.inputs_norm(inputs)
         x = x + self.ADDED * self.attention(q, kv, kv, padding, need_weights=False)[0]
@@ -135,14 +134,16 @@ class CrossBlock(nn.Module):
 class PromptGenerator(nn.Module):
     """Computes a soft prompt from the text: generator(ids, lengths) -> (B, P, C), for lm.read.
 
-    A frozen encoder reads [start; text]. P learned queries read its output by cross-attention and
-    go through two layers of self-attention. One projection, the same for all P, leads to the
-    LM's width. (Paper: T5-base, p about 430, P 100 to 400.)
-    start    (p, W), the encoder's own prompt at first. W is the encoder's width
-    prompt   (P, C), what every text gets at first, as in prompt tuning (exactly if P <= W)
-    encoder  t5.T5Encoder, or anything with embed(ids) and encoder(x, lengths). It is no part of
-             this module: it is neither trained nor stored, nor moved by `to`.
-    recode   turns the LM's token ids of a text into the encoder's. None: they are the same
+    A frozen encoder of width W reads [start; text]. P learned queries read its output by
+    cross-attention and go through two layers of self-attention. One linear layer projects each of
+    them to the LM's width. (Paper: T5-base, p about 430, P 100 to 400.)
+
+    encoder  t5.T5Encoder, or anything with embed(ids) and encoder(x, lengths). It is not part of
+             this module, so it is neither trained nor stored, nor moved by `to`
+    start    (p, W), the initial value of the encoder's own prompt, which is trained
+    prompt   (P, C), the prompt of every text before training (exactly if P <= W)
+    recode   an attribute: a function from the LM's token ids of a text to the encoder's, or None
+             if they are the same
     """
 
     GAIN = 100.0  # queries are stored smaller than used, so that Adam moves them more than matrices
@@ -157,10 +158,11 @@ class PromptGenerator(nn.Module):
         self.cross = CrossBlock(width, cross=True)
         self.layers = nn.ModuleList(CrossBlock(width) for _ in range(2))
         self.project = nn.Linear(width, prompt.shape[1])
-        self.scale = prompt.square().mean().sqrt()  # root mean square; it stays
+        self.scale = prompt.square().mean().sqrt()  # root mean square; it is not trained
         nn.init.normal_(self.project.weight, std=width**-0.5)
         self.to(start.device)
-        with torch.no_grad():  # the random part lets prompts leave the span of the first one
+        with torch.no_grad():  # solved for `prompt`; the random part has full rank, so that
+            # training can leave the span of the first prompt's vectors
             y = self.GAIN * self.queries
             error = prompt / self.scale - self.project(y)
             self.project.weight += (torch.linalg.pinv(y) @ error).T
@@ -289,9 +291,9 @@ class Connector(nn.Module):
 
     connector(x, prefix=None, keep=False) is called like the LM: (B, T, C) -> (B, T, C), and with
     keep also its Prefix. The norm's gain starts at `scale`, so that at first the output has the
-    root mean square of the vectors that it replaces. Token embeddings are 10 to 100 times smaller
-    than hidden states; the frozen LM was not trained on larger inputs. A Stack adds the output of a
-    `residual` one to these vectors (not in the paper).
+    root mean square of the vectors that it replaces. (Token embeddings are 10 to 100 times smaller
+    than hidden states, and the frozen LM was not trained on larger inputs.) If `residual` is set, a
+    Stack adds the output to these vectors (not in the paper).
     """
 
     def __init__(self, layers: nn.ModuleList, scale: float = 1.0, residual: bool = False):
@@ -307,15 +309,11 @@ class Connector(nn.Module):
 
 
 class Connectors(nn.ModuleList):
-    """The Connectors between more than two passes: a shared one, or one for each gap."""
+    """The Connectors between more than two passes: a shared one, or one for each gap, in order."""
 
     def __init__(self, connectors: list[Connector], passes: int):
         super().__init__(connectors)
         self.passes = passes
-
-    def gaps(self) -> list[Connector]:
-        """The Connector of each gap, in order."""
-        return [self[i % len(self)] for i in range(self.passes - 1)]
 
 
 def rms(vectors: Tensor) -> float:
@@ -329,7 +327,7 @@ def rms(vectors: Tensor) -> float:
 def save_adapter(folder: str | Path, adapter: nn.Module, lm, dtype=torch.float32, **info) -> None:
     """Writes adapter_config.json and adapter_model.safetensors; `info` is added to the config.
 
-    To PEFT, a prompt after BOS is one of P + 1 rows, whose first is BOS, before texts without BOS.
+    A prompt after BOS is stored for PEFT as P + 1 rows, BOS first, to precede texts without BOS.
     """
     from checkpoints import hash_tensors, write_json, write_tensors
 
@@ -391,18 +389,25 @@ def load_adapter(folder: str | Path, lm, encoder=None) -> nn.Module:
     ValueError if it was trained on another base or its tensors do not fit. An adapter without a
     fingerprint (PEFT's own) loads with a warning.
     """
+    from checkpoints import check_tensors, read_tensors
+
     config = read_adapter_config(folder)
-    # The kind comes first: the width of another kind may mean something else.
-    loaders = {
-        "PROMPT_TUNING": load_soft_prompt,
-        "PREFIX_TUNING": load_deep_prompt,
-        "PROMPT_GENERATOR": lambda *given: load_generator(*given, encoder),
-        "CONNECTOR": load_connector,
-    }
-    check_kind(folder, config, tuple(loaders))
+    # The kind is checked first: another kind's width may mean something else.
+    check_kind(folder, config, ("PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_GENERATOR", "CONNECTOR"))
     check_base(folder, config, lm)
-    adapter = loaders[config["peft_type"]](folder, config, lm)
-    return adapter.to(lm.embed_tokens.weight.device)
+    kind, device = config["peft_type"], lm.embed_tokens.weight.device
+    if kind == "PROMPT_TUNING":
+        return load_soft_prompt(folder, config, lm).to(device)
+    tensors = read_tensors(Path(folder) / "adapter_model.safetensors")
+    if kind == "PREFIX_TUNING":
+        return load_deep_prompt(folder, config, lm, tensors).to(device)
+    if kind == "PROMPT_GENERATOR":
+        adapter = empty_generator(folder, config, lm, tensors, encoder)
+    else:
+        adapter = empty_connector(folder, config, lm)
+    check_tensors(tensors, {name: p.shape for name, p in adapter.named_parameters()}, folder)
+    adapter.load_state_dict(tensors)
+    return adapter.to(device)
 
 
 def check_kind(folder: str | Path, config: dict, supported: tuple[str, ...]) -> None:
@@ -447,53 +452,44 @@ def is_after_bos(folder: str | Path, config: dict) -> bool:
     return placement == "after_bos"
 
 
-def load_deep_prompt(folder: str | Path, config: dict, lm) -> DeepPrompt:
+def load_deep_prompt(folder: str | Path, config: dict, lm, tensors: dict) -> DeepPrompt:
     """The deep prompt that `save_adapter` or PEFT wrote."""
-    from checkpoints import check_tensors, read_tensors
+    from checkpoints import check_tensors
 
     P, n = config.get("num_virtual_tokens", 0), lm.config.n_layers
-    found = read_tensors(Path(folder) / "adapter_model.safetensors")
-    check_tensors(found, {"prompt_embeddings": (P, 2 * n * kv_width(lm))}, folder)
-    with torch.no_grad():  # only the shape of this prefix stays
+    check_tensors(tensors, {"prompt_embeddings": (P, 2 * n * kv_width(lm))}, folder)
+    with torch.no_grad():  # only the shape of this prefix is used
         tokens = torch.zeros(1, P, dtype=torch.long, device=lm.embed_tokens.weight.device)
         deep = DeepPrompt(lm.read(lm.embed(tokens)))
-        deep.keys_values.copy_(found["prompt_embeddings"])
+        deep.keys_values.copy_(tensors["prompt_embeddings"])
     return deep
 
 
-def load_generator(folder: str | Path, config: dict, lm, encoder) -> PromptGenerator:
-    """The generator that `save_adapter` wrote. ValueError unless it was trained on `encoder`."""
-    from checkpoints import check_tensors, hash_tensors, read_tensors
+def empty_generator(folder, config: dict, lm, tensors: dict, encoder) -> PromptGenerator:
+    """A generator for stored tensors. ValueError unless it was trained on `encoder`."""
+    from checkpoints import hash_tensors
 
     if encoder is None or config.get("encoder") != hash_tensors(encoder.state_dict()):
         what = "no encoder is given" if encoder is None else "the given encoder is another one"
         raise ValueError(f"{folder}: a prompt generator needs its encoder; {what}")
-    found = read_tensors(Path(folder) / "adapter_model.safetensors")
-    start, queries = (found.get(name, torch.empty(1, 8)) for name in ("start", "queries"))
+    # The size of a tensor that is missing does not matter: check_tensors will say so.
+    start, queries = (tensors.get(name, torch.empty(1, 8)) for name in ("start", "queries"))
     generator = PromptGenerator(encoder, start, torch.ones(len(queries), lm.config.dim))
     generator.scale.fill_(config.get("scale", 1.0))
-    check_tensors(found, {name: t.shape for name, t in generator.named_parameters()}, folder)
-    generator.load_state_dict(found)
     return generator
 
 
-def load_connector(folder: str | Path, config: dict, lm) -> Connector | Connectors:
-    """What `save_adapter` wrote. ValueError unless its tensors fit this LM."""
-    from checkpoints import check_tensors, read_tensors
-
+def empty_connector(folder: str | Path, config: dict, lm) -> Connector | Connectors:
+    """A Connector, or Connectors, of the shape that a config states. ValueError if it has none."""
     n, passes, count = (config.get(k) for k in ("connector_layers", "passes", "connectors"))
     residual = config.get("residual") is True
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"{folder}: connector_layers is {n!r}, not a number of layers")
-    wrong = passes is not None and (not isinstance(passes, int) or passes < 3)
-    if wrong or passes is not None and count not in (1, passes - 1):
+    fits = isinstance(passes, int) and passes >= 3 and count in (1, passes - 1)
+    if passes is not None and not fits:
         raise ValueError(f"{folder}: passes is {passes!r} and connectors is {count!r}")
     every = [Connector(lm.new_layers(n), residual=residual) for _ in range(count or 1)]
-    connector = every[0] if passes is None else Connectors(every, passes)
-    found = read_tensors(Path(folder) / "adapter_model.safetensors")
-    check_tensors(found, {name: p.shape for name, p in connector.named_parameters()}, folder)
-    connector.load_state_dict(found)
-    return connector
+    return every[0] if passes is None else Connectors(every, passes)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -511,8 +507,8 @@ def main(argv: list[str] | None = None) -> dict:
     for key, value in config.items():
         show(f"{key:28} {value}", result=True)
     for name, tensor in tensors.items():
-        line = f"{name:28} {tuple(tensor.shape)}, root mean square {rms(tensor):.4f}"
-        show(line, result=True)
+        text = f"{name:28} {tuple(tensor.shape)}, root mean square {rms(tensor):.4f}"
+        show(text, result=True)
     return config
 
 

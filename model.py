@@ -2,8 +2,8 @@
 
 Every method of this project (train.py lists them) uses a language model (LM) through these calls:
 
-    p = lm.read(x)               (B, T, C) -> Prefix      the KV cache of x, for what follows it
     x = lm.embed(ids)            (B, T) -> (B, T, C)      token embeddings
+    p = lm.read(x)               (B, T, C) -> Prefix      the KV cache of x, for what follows it
     h = lm(x, prefix=None)       (B, T, C) -> (B, T, C)   all layers and the final norm
     z = lm.logits(h)             (..., C) -> (..., V)
 
@@ -69,7 +69,7 @@ class Config:
 
 def append_kv(past: KV | None, k: Tensor, v: Tensor, buffer: KV | None = None) -> KV:
     """Joins past (1 | B, K, P, D) and k, v (B, K, T, D): each becomes (B, K, P + T, D). With a
-    buffer (see Prefix.preallocate) the T positions are written into it after its first P."""
+    buffer (see Prefix.preallocate), which begins with past, k and v are written behind it."""
     if past is None:
         return k, v
     if buffer is None:
@@ -86,18 +86,18 @@ def append_kv(past: KV | None, k: Tensor, v: Tensor, buffer: KV | None = None) -
 def attend(q: Tensor, k: Tensor, v: Tensor, past: KV | None = None, lengths=None, window=None):
     """Causal attention of T text positions to themselves and to the P positions of a prefix.
 
-    q (B, H, T, D). Without `past`, k and v (B, K, P + T, D) hold the prefix and then the text. With
-    it, `past` (1 | B, K, P, D) holds the prefix and k, v (B, K, T, D) the text, for another
-    attention that reads a shared prefix without a copy per row.
-    lengths (1 | B,): see Prefix. Returns (B, H, T, D). Query t sees text positions up to t and
-    prefix positions j >= P - lengths[b]. With a window it sees the last `window` of these.
+    q (B, H, T, D); past (1 | B, K, P, D) of the prefix; k, v (B, K, T, D) of the text. Without past
+    k, v (B, K, P + T, D) hold the prefix, then the text. This function joins past and k, v; that of
+    attention.py reads a shared past without a copy per row. lengths (1 | B,): see Prefix.
+    Query t sees text positions up to t and prefix positions j >= P - lengths[b]; with a window it
+    sees the last `window` of these. Returns (B, H, T, D).
     """
     k, v = append_kv(past, k, v)
     T = q.shape[2]
     if window is not None:  # no query sees a key older than the first query's window
         oldest = max(0, k.shape[2] - T + 1 - window)
         k, v = k[:, :, oldest:], v[:, :, oldest:]
-    P, grouped = k.shape[2] - T, q.shape[1] != k.shape[1]  # P: the prefix positions kept
+    P = k.shape[2] - T  # the prefix positions kept
     mask = None
     if lengths is not None:
         mask = (torch.arange(P + T, device=q.device) >= P - lengths[:, None])[:, None, None]
@@ -107,7 +107,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, past: KV | None = None, lengths=None
         if window is not None:
             visible = visible.triu(P + 1 - window)
         mask = visible if mask is None else mask & visible
-    is_causal = mask is None and T > 1
+    is_causal, grouped = mask is None and T > 1, q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=grouped)
 
 
@@ -115,7 +115,8 @@ def rope_inv_freq(config: Config, device=None) -> Tensor:
     """Radians per position by which each pair of channels is rotated, (rotary_dim / 2,).
 
     rope_scaling (factor,) divides every frequency. (factor, low, high, original_len) divides those
-    of under `low` turns in original_len, keeps those of over `high` and interpolates between.
+    with under `low` turns in original_len positions, keeps those with over `high`, and interpolates
+    between (Llama 3.1).
     """
     n = config.rotary_dim or config.head_dim
     inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, n, 2, device=device).float() / n)
@@ -139,8 +140,8 @@ def rope_cos_sin(config: Config, positions: Tensor) -> tuple[Tensor, Tensor] | N
 
 
 def apply_rope(x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Rotates the first rotary_dim channels of x (B, heads, T, D). Published weights pair channel
-    d with channel d + rotary_dim / 2; x.roll exchanges the two halves."""
+    """Rotates the first rotary_dim channels of x (B, heads, T, D). Channel d is paired with channel
+    d + rotary_dim / 2, as in published weights; x.roll exchanges the two halves."""
     if cos_sin is None:
         return x
     cos, sin = cos_sin
@@ -224,8 +225,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP. post_attention_layernorm, a published name, precedes the MLP or, if
-    post_norm, follows attention."""
+    """Attention and MLP. post_attention_layernorm (the published name) is the norm before the MLP,
+    or with post_norm the one behind attention."""
 
     def __init__(self, config: Config, index: int):
         super().__init__()
@@ -243,6 +244,7 @@ class Block(nn.Module):
         return x if self.config.post_norm else self.input_layernorm(x)
 
     def keys_values(self, x: Tensor, cos_sin) -> KV:
+        """The keys and values of x (B, T, C), without the rest of the block."""
         return self.self_attn.qkv(self.attention_input(x), cos_sin)[1:]
 
     def forward(self, x: Tensor, cos_sin, prefix: "Prefix | None", keep: bool, attend):
@@ -299,8 +301,8 @@ class Prefix:
         return Prefix(crop(self.size, whole), lengths, None if self.buffer is None else whole)
 
     def preallocate(self, index: Tensor, more: int) -> "Prefix":
-        """Rows `index` (R,), copied into buffers with space for `more` positions, where decoding
-        writes. Continue the result only once: a second text would overwrite the first."""
+        """Rows `index` (R,), copied into buffers with space for `more` positions, so that decoding
+        writes in place. Extend the result only once: a second text would overwrite the first."""
         P, buffer = self.size, []
         for pair in self.layers:
             whole = tuple(t.new_empty(len(index), t.shape[1], P + more, t.shape[3]) for t in pair)
@@ -310,20 +312,20 @@ class Prefix:
         lengths = None if self.lengths is None else self.lengths[index % len(self.lengths)]
         return Prefix(crop(P, buffer), lengths, buffer)
 
-    def drop_padding(self, padding: Tensor) -> "Prefix":
-        """Removes the last padding[b] positions of row b, the right padding of a batch of texts,
-        and moves the row right, so that all rows end together."""
-        if not padding.any():
+    def drop_padding(self, T: int, lengths: Tensor | None) -> "Prefix":
+        """Removes the right padding of the last T positions, of which row b has lengths[b] real
+        ones (None: all T), and moves the rows right, so that all of them end together."""
+        if lengths is None or (lengths == T).all():
             return self
-        rows = torch.arange(len(padding), device=padding.device)[:, None]
+        device = self.layers[0][0].device
+        padding = T - lengths.to(device)  # (B,)
+        rows = torch.arange(len(padding), device=device)[:, None]
         # Position j gets j - padding. The first ones repeat position 0; `lengths` hides them.
-        source = (torch.arange(self.size, device=padding.device) - padding[:, None]).clamp(min=0)
-        lengths = (self.size if self.lengths is None else self.lengths) - padding
-
-        def shift(t: Tensor) -> Tensor:
-            return t.transpose(1, 2)[rows, source].transpose(1, 2)
-
-        return Prefix([(shift(k), shift(v)) for k, v in self.layers], lengths)
+        source = (torch.arange(self.size, device=device) - padding[:, None]).clamp(min=0)
+        layers = []
+        for pair in self.layers:
+            layers.append(tuple(t.transpose(1, 2)[rows, source].transpose(1, 2) for t in pair))
+        return Prefix(layers, (self.size if self.lengths is None else self.lengths) - padding)
 
     @staticmethod
     def stack(prefixes: list["Prefix | None"]) -> "Prefix | None":
@@ -399,9 +401,9 @@ class Layers(nn.ModuleList):
     @staticmethod
     def extended(prefix: Prefix | None, kvs: list[KV], x: Tensor) -> Prefix:
         """The prefix extended by x (B, T, C); `kvs` holds the keys and values of both."""
-        if prefix is None or prefix.lengths is None:
-            return Prefix(kvs, None, None if prefix is None else prefix.buffer)
-        return Prefix(kvs, prefix.lengths.expand(len(x)) + x.shape[1], prefix.buffer)
+        lengths, buffer = (None, None) if prefix is None else (prefix.lengths, prefix.buffer)
+        lengths = None if lengths is None else lengths.expand(len(x)) + x.shape[1]
+        return Prefix(kvs, lengths, buffer)
 
 
 class LM(nn.Module):
@@ -416,10 +418,7 @@ class LM(nn.Module):
         self.layers = Layers(c, c.n_layers, attend)
         self.norm = make_norm(c, c.dim)
         self.lm_head = None if c.tied else nn.Linear(c.dim, c.vocab_size, bias=False)
-        nn.init.normal_(self.embed_tokens.weight, std=0.02)
-        init_weights(self.layers, c.n_layers)
-        for table in filter(None, (self.embed_positions, self.lm_head)):
-            nn.init.normal_(table.weight, std=0.02)
+        init_weights(self, c.n_layers)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, device="cpu", dtype=torch.float32, attend=None):
@@ -450,7 +449,7 @@ class LM(nn.Module):
     def fingerprint(self) -> str:
         """Hex SHA-256 of the checkpoint the LM was loaded from, the same on every device and dtype.
 
-        Later changes of parameters do not affect it. A never-loaded LM hashes its current ones.
+        Later changes do not affect it. If it was never loaded: that of its current parameters.
         """
         from checkpoints import hash_checkpoint, hash_tensors, to_hf
 
@@ -478,7 +477,8 @@ class LM(nn.Module):
         `embed`, so that every pass of a recursion gets them."""
         if self.embed_positions is None:
             return x
-        positions = text_positions(self.config, x, prefix)  # callers let only padding exceed it
+        # After a ragged prefix, right padding may lie beyond the table: it gets the last row.
+        positions = text_positions(self.config, x, prefix)
         return x + self.embed_positions(positions.clamp(max=self.config.max_len - 1))
 
     def read(self, x: Tensor, prefix: Prefix | None = None, lengths: Tensor | None = None):
@@ -486,9 +486,7 @@ class LM(nn.Module):
         the number of real positions in each right-padded row. Gradients flow to x."""
         x = x[None] if x.dim() == 2 else x
         extended = self.layers.read(self.add_positions(x, prefix), prefix)
-        if lengths is None:
-            return extended
-        return extended.drop_padding(x.shape[1] - lengths.to(x.device))
+        return extended.drop_padding(x.shape[1], lengths)
 
     def logits(self, h: Tensor) -> Tensor:
         """h (..., C) -> (..., V), float32."""
@@ -503,12 +501,13 @@ class LM(nn.Module):
         return layers
 
 
-def init_weights(layers: Layers, depth: int) -> None:
-    """GPT-2's scheme: normal(0, 0.02), times 1 / sqrt(2 depth) in o_proj and down_proj."""
-    for name, parameter in layers.named_parameters():
+def init_weights(module: nn.Module, n: int) -> None:
+    """GPT-2's scheme for a module of n layers: normal(0, 0.02), in o_proj and down_proj divided by
+    sqrt(2 n), as their outputs add up."""
+    for name, parameter in module.named_parameters():
         if parameter.dim() == 2:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth) if residual else 0.02)
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n) if residual else 0.02)
         elif name.endswith(".bias"):
             nn.init.zeros_(parameter)
 

@@ -82,8 +82,8 @@ class Stack(Around):
 
     Stack(lm, [c]) is LM-Connector-LM and Stack(lm, [c1, c2]) runs the LM three times; `parts` gives
     any other order. If the first part is the frozen LM, autograd records nothing for it, because
-    nothing trained comes before it. `after_first` sets `embeddings`. A Stack's prefix is a Prefix
-    whose layers are those of all parts in a row.
+    nothing trained comes before it. A Stack's prefix is one Prefix with the layers of all parts, in
+    order. `embeddings` is set by `after_first` only.
     """
 
     def __init__(self, lm, connectors=(), parts=None, embeddings: Tensor | None = None):
@@ -96,11 +96,11 @@ class Stack(Around):
         self.parts = nn.ModuleList(parts)
 
     def after_first(self, embeddings: Tensor) -> "Stack":
-        """The parts after the first, which read its output. embeddings (B, T, C): what it read."""
+        """The Stack that reads the first part's output. embeddings (B, T, C): that part's input."""
         return Stack(self.lm, parts=list(self.parts)[1:], embeddings=embeddings)
 
     def prefix_of(self, i: int, prefix):
-        """The Prefix of part i: its own layers of the whole one. None stays None."""
+        """The Prefix of part i: the layers of the Stack's prefix that are its own, or None."""
         if prefix is None:
             return None
         first = sum(len(part.layers) for part in list(self.parts)[:i])
@@ -111,9 +111,9 @@ class Stack(Around):
     def forward(self, x: Tensor, prefix=None, keep: bool = False):
         """x (B, T, C) -> (B, T, C) through every part.
 
-        The output of a residual Connector is added to the vectors that it would replace: the
-        embeddings, or the LM's output if no part comes after it. With keep it returns (output,
-        the prefix extended by what each part read).
+        The output of a residual Connector is added to the vectors that it would otherwise replace:
+        to the embeddings, or to its own input, the LM's output, if it is the last part. With keep
+        it returns (output, the prefix extended by what each part read).
         """
         extended, embeddings = [], x if self.embeddings is None else self.embeddings
         for i, part in enumerate(self.parts):
@@ -134,9 +134,7 @@ class Stack(Around):
         """The prefix after x (T, C) or (B, T, C); lengths (B,) as in LM.read."""
         x = x[None] if x.dim() == 2 else x
         _, extended = self(x, prefix, keep=True)
-        if lengths is None:
-            return extended
-        return extended.drop_padding(x.shape[1] - lengths.to(x.device))
+        return extended.drop_padding(x.shape[1], lengths)
 
 
 class Reread(nn.Module):
@@ -155,10 +153,10 @@ class Reread(nn.Module):
 class FirstPass:
     """The frozen LM's last hidden states of the training texts, computed once and kept.
 
-    A first pass reads the same tokens in every epoch and nothing trained comes before it. The texts
-    are read in batches that depend on the texts alone, so a resumed run gets the same bits. Other
-    batches would pad and round differently: the states are those of a first pass inside the step
-    to float32 rounding.
+    A first pass reads the same tokens in every epoch, and nothing trained comes before it. The
+    texts are read in batches that depend on the texts alone, so a resumed run gets the same bits.
+    The batches of the steps pad and round differently, so a first pass inside the step would have
+    the same states to float32 rounding only.
     """
 
     def __init__(self, lm, texts: list[list[int]], batch_size: int = 32):
@@ -170,7 +168,7 @@ class FirstPass:
 
     @torch.no_grad()
     def compute(self) -> None:
-        """Read every text, the shortest first."""
+        """Read every text once, the shortest first."""
         device = self.lm.embed_tokens.weight.device
         order = sorted(range(len(self.texts)), key=lambda row: len(self.texts[row]))
         for start in range(0, len(order), self.batch_size):
@@ -197,7 +195,7 @@ class FirstPass:
 class GeneratedPrefix:
     """The prefix of ID-PT: prefix(questions) computes it, one row for each list of token ids.
 
-    Until the questions are known, it has those methods of Prefix that say how long it is.
+    Before that it only knows its length, and has the methods of Prefix that ask for it.
     """
 
     lm: nn.Module
@@ -236,7 +234,9 @@ CONNECTOR_METHODS = ("neural_recursion", "lm_connector", "connector_lm")
 
 def gaps(connector: Connector | Connectors) -> list[Connector]:
     """The Connector of each gap between the passes of a neural recursion."""
-    return connector.gaps() if isinstance(connector, Connectors) else [connector]
+    if isinstance(connector, Connector):
+        return [connector]
+    return [connector[i % len(connector)] for i in range(connector.passes - 1)]
 
 
 def make_connectors(
@@ -273,8 +273,8 @@ def without_bos(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def load_encoder(folder, tokenizer, device: str = "cpu"):
-    """(encoder, recode) of a PromptGenerator: a frozen T5Encoder, and a function from token ids of
-    `tokenizer`, the LM's, to those of the encoder's own tokenizer, by way of the text."""
+    """(encoder, recode) of a PromptGenerator: a frozen T5Encoder, and a function that turns token
+    ids of `tokenizer`, the LM's, into a text and this into ids of the encoder's own tokenizer."""
     encoder = T5Encoder.from_pretrained(folder, device)
     own = load_tokenizer(folder, encoder.config.vocab_size)
 
@@ -287,9 +287,9 @@ def load_encoder(folder, tokenizer, device: str = "cpu"):
 def load_trained(folder, lm, tokenizer, encoder_folder=None):
     """(adapter, tokenizer): the frozen adapter of a folder, and what tokenises the texts for it.
 
-    encoder_folder is the one of ID-PT. The tokenizer adds no BOS if the prompt stands after it.
+    encoder_folder: the T5 encoder of ID-PT. The tokenizer adds no BOS if the prompt follows it.
     """
-    encoder, recode = None, None
+    encoder = recode = None
     if encoder_folder is not None:
         encoder, recode = load_encoder(encoder_folder, tokenizer, lm.embed_tokens.weight.device)
     adapter = load_adapter(folder, lm, encoder).requires_grad_(False)
@@ -302,7 +302,7 @@ def load_trained(folder, lm, tokenizer, encoder_folder=None):
 
 def prompt_prefix(adapter, lm, source=""):
     """The prefix of a prompt of any kind. ValueError, with its source, if it is a Connector."""
-    methods = dict(zip((SoftPrompt, DeepPrompt, PromptGenerator), PROMPT_METHODS))
+    methods = {SoftPrompt: "prompt_tuning", DeepPrompt: "deep_prompt", PromptGenerator: "id_pt"}
     if type(adapter) not in methods:
         raise ValueError(f"{source}: holds a {type(adapter).__name__}, which is no prompt")
     return COMPOSITIONS[methods[type(adapter)]](lm, adapter)[1]
@@ -345,9 +345,9 @@ def route(
 ) -> tuple[list[str | int], list[bool]]:
     """Answers each question with the first pass alone, or with all passes. Arguments of predict.
 
-    The first pass is the frozen LM. Its answer stands if the log-probability of that answer is at
-    least `threshold`; otherwise the whole stack answers. Returns (answers, whether the whole stack
-    gave it). If threshold is None, it always does, and `stack` may be any model.
+    The first pass, the frozen LM, answers. If the log-probability of its answer is below
+    `threshold`, the whole stack answers instead. Returns (answers, for each whether the stack gave
+    it). If threshold is None, the stack answers all questions, and may be any model.
     """
     rest = (max_new_tokens, options, stops, max_tokens)
     if threshold is None:
@@ -356,26 +356,24 @@ def route(
     if threshold != threshold:
         raise ValueError("--threshold: nan is no number")
     first = first_pass(stack, tokenizer, ids, prefix, *rest, mean=mean)
-    unsure = [logprob < threshold for _, logprob in first]
+    answers, unsure = [answer for answer, _ in first], [value < threshold for _, value in first]
     rows = [b for b, more in enumerate(unsure) if more]
-    answers = [answer for answer, _ in first]
-    if rows:
-        ids, options, stops = (part and [part[b] for b in rows] for part in (ids, options, stops))
-        rest = (max_new_tokens, options, stops, max_tokens)
-        for b, answer in zip(rows, predict(stack, tokenizer, ids, prefix, *rest, mean=mean)):
-            answers[b] = answer
+    ids, options, stops = (part and [part[b] for b in rows] for part in (ids, options, stops))
+    rest = (max_new_tokens, options, stops, max_tokens)
+    for b, answer in zip(rows, predict(stack, tokenizer, ids, prefix, *rest, mean=mean)):
+        answers[b] = answer
     return answers, unsure
 
 
 def check_stack(stack) -> None:
-    """ValueError unless it is a Stack of passes with Connectors between them."""
+    """ValueError unless it is a neural recursion: passes with something between them."""
     passes = isinstance(stack, Stack) and stack.parts[0] is stack.parts[-1] is stack.lm
     if not passes or len(stack.parts) < 3:
         raise ValueError("only a run of neural_recursion has a first pass that can answer")
 
 
 def first_pass(stack, tokenizer, ids, prefix=None, *rest, mean: bool = False) -> list:
-    """The frozen LM's own answers and their log-probabilities. As predict."""
+    """What `predict` returns for the frozen LM alone: (answer, log-probability) pairs."""
     prefix = stack.prefix_of(0, prefix)
     return predict(stack.lm, tokenizer, ids, prefix, *rest, mean=mean, logprobs=True)
 
@@ -387,10 +385,10 @@ def first_pass(stack, tokenizer, ids, prefix=None, *rest, mean: bool = False) ->
 class Candidate:
     """An answer that the LM sampled."""
 
-    text: str  # in one line
-    logprob: float  # of the likeliest sequence of tokens that gave it, its end included; in nats
-    count: int  # samples that gave it
-    first: int  # the number of the first of them, from 0
+    text: str  # white space is single spaces
+    logprob: float  # in nats, of the likeliest token sequence that gave it, with its end token
+    count: int  # how many samples gave it
+    first: int  # the first of these samples, counted from 0
 
 
 def candidates(
@@ -404,16 +402,16 @@ def candidates(
     seed: int = 0,
     max_tokens: int = 8192,
 ) -> list[list[Candidate]]:
-    """Samples n answers to each of B questions, from one reading of each. Returns B ranked lists.
+    """Samples n answers to each of B questions, which are read once. Returns B ranked lists.
 
     The temperature is 1, over the whole vocabulary. prefix: None or one for all. `rank` states how
     the samples are merged and ordered. An answer ends with an eos of the LM or at stops[b] ("" for
-    none). Without a tokenizer a text is the list of its token ids.
+    none). Without a tokenizer a text is the list of its token ids, and there are no stops.
 
-    A batch has at most max_tokens positions, if no two samples agree: n times (prefix + longest
-    question + max_new_tokens) for each question. The random numbers of a question depend on `seed`
-    and its tokens alone. So its candidates do not depend on the questions beside it, except that
-    another batch rounds log-probabilities differently. The same arguments give the same bits.
+    A batch has at most max_tokens positions: for each question n times (prefix + longest question +
+    max_new_tokens), as if no two samples agreed. The random numbers of a question depend on `seed`
+    and its tokens alone, so its candidates do not depend on the questions beside it (but other
+    batches round log-probabilities differently). The same arguments give the same bits.
     """
     stops, ranked = stops or [""] * len(ids), [[]] * len(ids)
     before = prefix_lengths(prefix, 1)[0]
@@ -442,8 +440,8 @@ def rank(samples: list[Sample], eos, tokenizer=None, stop: str = "") -> list[Can
     """Merges the samples of one question by their text, the likeliest text first.
 
     A text is cut at `stop`, and its white space becomes single spaces. Samples with the same text
-    are one candidate. Its log-probability is that of the likeliest sequence of tokens among them,
-    summed over all its tokens and not divided by their number. Empty texts are dropped.
+    are one candidate. Its log-probability is the highest of theirs, a sum over tokens that is not
+    divided by their number. Empty texts are dropped.
     """
     merged = {}
     for number, sample in enumerate(samples):
@@ -458,14 +456,14 @@ def rank(samples: list[Sample], eos, tokenizer=None, stop: str = "") -> list[Can
 
 
 def text_with(question: str, candidates: Sequence[str | Candidate]) -> str:
-    """Puts candidates before a question or any other text, in a line of their own.
+    """Puts candidates, if there are any, before a question or any other text, in a line of its own.
 
         Candidates: Velmor; Kranstad
         Q: Where was Anna Teller born?
         A:
 
     The question and the place of its answer stay as p1 saw them, so a prompt that starts from p1
-    answers as well as p1 from the first step. Without candidates the text stays as it is.
+    answers as well as p1 from the first step.
     """
     texts = [c.text if isinstance(c, Candidate) else c for c in candidates]
     return f"Candidates: {'; '.join(texts)}\n{question}" if texts else question

@@ -85,7 +85,7 @@ def test_batched_with_padding_equals_one_by_one_and_the_padding_is_forgotten(lm,
     close(h, lm(x, prefix))
     check(lm, h, QUESTIONS, prompts)
     expected = [len(ids) + (0 if p is None else len(p)) for ids, p in zip(QUESTIONS, prompts)]
-    caches = (kept.drop_padding(8 - lengths), *(lm.read(y, prefix, lengths) for y in (x, garbage)))
+    caches = (kept.drop_padding(8, lengths), *(lm.read(y, prefix, lengths) for y in (x, garbage)))
     for cache in caches:
         assert cache.row_lengths(4) == expected
         check(lm, lm(more, cache), [ids + [21, 22, 23] for ids in QUESTIONS], prompts)
