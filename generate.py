@@ -11,12 +11,12 @@ prefix has the methods of model.Prefix: rows, row_lengths, select, preallocate a
     option_scores      log-probabilities of answer choices; each question is read once
     predict            answers: texts, or choices among options; in batches within a memory budget
 
-Needs torch, and only its command line needs other files of the project. Dimensions as in model.py.
+Needs torch. Only the command line needs other files of the project. Dimensions as in model.py.
 
     python generate.py assets/lm "Once upon a time"
 
-continues the text and prints the mean negative log-probability of its tokens  (3 s). A run folder
-may stand in the place of the checkpoint.
+continues the text and prints the mean negative log-probability of its tokens (3 s). It also takes
+the folder of a run in place of a checkpoint.
 """
 
 if __name__ == "__main__":
@@ -105,9 +105,8 @@ def stack_prefixes(prefix, ids: list[list[int]]):
 def prefill(lm, ids: list[list[int]], prefix, max_new: list[int]):
     """Reads all but the last token of every question. Returns (the last tokens (B, 1), cache).
 
-    The caller feeds the last token, and gets from it the logits of the first new one. prefix: see
-    `stack_prefixes`. max_new, the number of tokens that may follow each question, only serves to
-    check the context.
+    The caller feeds the last token, whose logits give the first new one. prefix: see
+    `stack_prefixes`. max_new: how many tokens may follow each question, to check the context.
     """
     check_ids(ids, lm.config.vocab_size)
     check_context(lm, ids, prefix, max_new)
@@ -126,8 +125,8 @@ def sample_next_token(logits: Tensor, temperature: float, top_k, top_p, generato
     Temperature 0 takes the most likely token. Otherwise it samples: top_k keeps only the most
     likely tokens, and top_p then keeps the fewest most likely ones whose sum reaches top_p.
     """
-    # Float32 logits that differ at all differ by so many multiples of 1e-20 that nothing else can
-    # be sampled. Division by a much smaller number would overflow.
+    # Logits divided by less than 1e-20 would overflow. At 1e-20, two float32 logits that differ at
+    # all are so far apart that only the larger one can be sampled.
     if temperature < 1e-20:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -177,9 +176,8 @@ def generate(
 
     A question is read once, however many samples are drawn, and samples whose tokens are the same
     so far are one row. Memory: the cache has 2 * K * D values per row, layer (of every part of a
-    Stack) and position; the positions are the prefix's, the longest question's and max_new_tokens.
-    The peak is twice that, because old and new cache exist together when rows come or go. A prefix
-    that the caller keeps comes on top.
+    Stack) and position: those of the prefix, of the longest question and max_new_tokens. The peak
+    is twice that, because old and new cache exist together when the number of rows changes.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, n)
 
@@ -220,23 +218,24 @@ def sample_answers(
 
 
 def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> list[list[Sample]]:
-    """The loop of `generate`. Row r of a step is a text; several samples may share it.
+    """The loop of `generate` and `sample_answers`. All samples that agree so far share one row.
 
-    draw  (logits (R, V), row (S,), active (S,), step) -> the next token (S,) of each sample that
-          goes on; `active` are their numbers, `row` the rows of their texts
+    draw  (logits (R, V), row (S,), active (S,), step) -> the next token (S,) of each of the S
+          samples that go on: `active` holds their numbers, `row` the row of each
     """
     token, cache = prefill(lm, ids, prefix, [max_new_tokens] * len(ids))
     device, samples = token.device, [Sample([], 0.0)] * (len(ids) * n)
     eos_ids = torch.tensor(as_list(eos), dtype=torch.long, device=device)
     active = torch.arange(len(ids) * n, device=device)  # the samples that go on,
     row = active // n  # and the row of each
-    texts = [(b, []) for b in range(len(ids))]  # question and new tokens of each row
-    logprob = torch.zeros(len(ids), device=device)  # of each row
+    texts = [(b, []) for b in range(len(ids))]  # of each row: its question and its new tokens,
+    logprob = torch.zeros(len(ids), device=device)  # and the log-probability of these
     for step in range(max_new_tokens):
         h, cache = lm(lm.embed(token), cache, keep=True)
         logits = lm.logits(h[:, -1])  # (R, V)
         R, V = logits.shape
         drawn = row * V + draw(logits, row, active, step)
+        # Samples of one row that drew the same token stay one row; `parent` is the row before.
         pairs, row = drawn.unique(return_inverse=True)  # the new rows, ordered by their parents
         parent, token = pairs // V, pairs % V
         logprob = logprob[parent] + logits[parent, token] - logits.logsumexp(-1)[parent]
@@ -255,17 +254,20 @@ def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> li
         if cache.buffer is None or not same:
             cache = cache.preallocate(parent[left], max_new_tokens - 1 - step)
         active, row = active[~done[row]], row[~done[row]]
-        row = torch.searchsorted(left, row)  # their numbers among the rows that are left
+        row = torch.searchsorted(left, row)  # counted among the rows that are left
         token, logprob = token[left, None], logprob[left]
         texts = [texts[r] for r in left.tolist()]
     return [samples[b * n : (b + 1) * n] for b in range(len(ids))]
 
 
 def inverse_cdf(logprobs: Tensor, row: Tensor, u: Tensor) -> Tensor:
-    """One token (S,) for each number u (S,) in [0, 1), by the distribution logprobs[row] (R, V)."""
+    """The token (S,) at which the cumulative probability of logprobs[row] passes u (S,) in [0, 1).
+
+    logprobs is (R, V); row (S,) says which of its rows each number belongs to.
+    """
     cdf = logprobs.double().exp_().cumsum_(-1)
     cdf /= cdf[:, -1:].clone()  # exactly 1 at the end
-    # The rows behind each other are one ascending list: that of row r lies between r and r + 1.
+    # Plus r, row r lies between r and r + 1, so all rows in order are one ascending list.
     cdf += torch.arange(len(cdf), device=cdf.device)[:, None]
     return torch.searchsorted(cdf.flatten(), row + u, right=True) - row * cdf.shape[1]
 
@@ -337,12 +339,12 @@ def predict(
     """Answers B questions in batches of similar lengths. prefix: None, one for all, or a list of
     one per question, so that questions of different tasks share batches.
 
-    Without options the answer is a text: the greedy continuation up to an eos of the LM, or to
-    stops[b] ("" for none), without either. options[b] is a list of choices, each a list of token
-    ids. If it is not empty, the answer is the index of the choice with the highest sum of
-    log-probabilities (as T0 ranks answers), or with `mean` the highest mean over its tokens.
+    Without options the answer is a text: the greedy continuation before an eos of the LM or before
+    stops[b] ("" for none). options[b] is a list of choices, each a list of token ids. If it is not
+    empty, the answer is the index of the choice with the highest sum of log-probabilities (as T0
+    ranks answers), or with `mean` the highest mean over its tokens.
 
-    With `logprobs` it returns pairs (answer, log-probability). The end token of a text counts.
+    With `logprobs` it returns pairs (answer, log-probability), an end token's included.
 
     A batch has at most batch_size rows and max_tokens positions: rows times (prefix + longest
     question + its new tokens). Every option is a row.
@@ -357,7 +359,7 @@ def predict(
     lengths = prefix_lengths(prefix, len(ids))
     widths = [P + len(row) + new for P, row, new in zip(lengths, ids, max_new)]
     rows = [max(1, len(choices)) for choices in options]
-    groups = {}  # (whether there are options, or else the stop): questions, the shortest first
+    groups = {}  # (has options, else the stop): its questions, the shortest first
     for b in sorted(range(len(ids)), key=lambda b: widths[b]):
         groups.setdefault((bool(options[b]), "" if options[b] else stops[b]), []).append(b)
     answers: list = [("", 0.0)] * len(ids)
@@ -368,7 +370,8 @@ def predict(
             if chooses:  # one question's options may exceed the budget
                 max_rows = max(1, min(batch_size, max_tokens // max(widths[b] for b in batch)))
                 choices = [options[b] for b in batch]
-                found = choose(lm, prompts, before, choices, mean, max_rows)
+                scores = option_scores(lm, prompts, choices, before, mean, max_rows)
+                found = [(row.argmax().item(), row.max().item()) for row in scores]
             else:
                 found = continue_texts(lm, tokenizer, prompts, before, max_new_tokens, stop)
             for b, answer in zip(batch, found):
@@ -376,33 +379,26 @@ def predict(
     return answers if logprobs else [answer for answer, _ in answers]
 
 
-def choose(lm, ids, prefix, options, mean: bool, max_rows: int) -> list[tuple[int, float]]:
-    """The index of the likeliest option of each question, and its log-probability."""
-    scores = option_scores(lm, ids, options, prefix, mean, max_rows)
-    return [(row.argmax().item(), row.max().item()) for row in scores]
-
-
 def continue_texts(lm, tokenizer, ids, prefix, max_new_tokens: int, stop: str) -> list:
-    """The greedy continuations as pairs (text, log-probability of its tokens).
+    """The greedy continuations, which end before `stop` ("" for none) or an eos of the LM.
 
-    A text ends before `stop` ("" for none) or an eos of the LM.
+    Returns pairs (text, log-probability of its tokens).
     """
 
-    def ended(_, tokens: list[int]) -> bool:
+    def has_stop(_, tokens: list[int]) -> bool:
         return find_stop(tokenizer.decode(tokens), stop) is not None
 
-    eos, texts = lm.config.eos, []
-    test = ended if stop else None
-    for (sample,) in generate(lm, ids, prefix, max_new_tokens, eos=eos, ended=test):
+    eos, ended, texts = lm.config.eos, has_stop if stop else None, []
+    for (sample,) in generate(lm, ids, prefix, max_new_tokens, eos=eos, ended=ended):
         text = tokenizer.decode(drop_eos(sample.ids, eos))  # decode drops special tokens
         texts.append((text[: find_stop(text, stop)].strip(), sample.logprob))
     return texts
 
 
 def find_stop(text: str, stop: str) -> int | None:
-    """Where `stop` begins in an answer, or None. Spaces before the answer are no stop."""
+    """Where `stop` begins in an answer, or None. Spaces before the answer are not a stop."""
     spaces = len(text) - len(text.lstrip(" "))
-    # A stop may begin with a space, so it may overlap these spaces by all but its last letter.
+    # A stop that begins with spaces may overlap these by all but its last letter.
     index = text.find(stop, max(0, spaces - len(stop) + 1)) if stop else -1
     return None if index < 0 else index
 
@@ -440,24 +436,22 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("text")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    one = "neural_recursion: one pass goes on if its log-probability is at least this"
+    one = "neural_recursion: keep what one pass writes if its log-probability is at least this"
     parser.add_argument("--threshold", type=number_type(float, -math.inf), help=one)
     parser.add_argument("--seed", type=SEED, default=0)
     args = parser.parse_args(argv)
 
     model, prefix, tokenizer, ids = load_text(args.model, args.text, args.max_new_tokens)
-    passes = [(model, prefix)]
+    tries = [(model, prefix)]
     if args.threshold is not None:
         from recurse import check_stack
 
         check_stack(model)
-        passes.insert(0, (model.lm, model.prefix_of(0, prefix)))
-    eos = model.config.eos
-    for model, prefix in passes:
+        tries = [(model.lm, model.prefix_of(0, prefix)), *tries]  # the first pass alone, then all
+    eos, length = model.config.eos, args.max_new_tokens
+    for model, prefix in tries:
         rng = torch.Generator().manual_seed(args.seed)
-        samples = generate(
-            model, [ids], prefix, args.max_new_tokens, args.temperature, eos=eos, generator=rng
-        )
+        samples = generate(model, [ids], prefix, length, args.temperature, eos=eos, generator=rng)
         new = samples[0][0]
         if args.threshold is not None and new.logprob >= args.threshold:
             break
@@ -475,8 +469,7 @@ def main(argv: list[str] | None = None) -> dict:
 def load_text(folder: str, text: str, max_new_tokens: int) -> tuple:
     """Loads a checkpoint or a run. Returns (model, prefix, tokenizer, the text's token ids).
 
-    A run reads what it was trained to read behind a question or around it: filler, candidates or
-    passages.
+    A run adds to the text what it was trained to read with it: filler, candidates or passages.
     """
     from pathlib import Path
 
