@@ -39,16 +39,6 @@ RETRIEVER = RERANKER | {"batch_size": 32}
 STAGE = {"schedule": "linear", "optimizer": "adamw", "grad_accum": 1, "clip": 1.0}
 
 
-def retriever(args) -> dict:
-    """Train a dual encoder to find passages (Karpukhin et al. 2020)."""
-    return train_encoder(args, load_book(args))
-
-
-def reranker(args) -> dict:
-    """Train a cross-encoder to sort passages (Levine et al. 2022, section 3.1)."""
-    return train_encoder(args, load_book(args))
-
-
 def default_lr(args) -> float:
     """The learning rate if --lr is not given: 2e-3 for the small BERT of assets/bert, else 5e-5.
 
@@ -59,11 +49,13 @@ def default_lr(args) -> float:
     return 5e-5 if args.encoder else 2e-3
 
 
-def train_encoder(args, book: Book, scored=True) -> dict:
+def train_encoder(args, book: Book | None = None, scored=True) -> dict:
     """Train one of ENCODERS. Returns the record, which run.json holds too.
 
-    With `scored` it is tested on the dev and test questions at the end.
+    book: None is that of the flags. With `scored` the encoder is tested on the dev and test
+    questions at the end.
     """
+    book = load_book(args) if book is None else book
     torch.manual_seed(args.seed)  # new heads are random, whatever ran before
     encoders = check(args, book)
     training, run = ENCODERS[args.method](args), Run.from_args(args)

@@ -1,7 +1,7 @@
 """What training starts from, as the flags of train.py say: questions, a frozen LM, an adapter.
 
-Needs the files below train.py. All of it is loaded, and refused if it does not fit, before training
-writes anything.
+All of it is loaded, and refused if it does not fit, before training writes anything. Needs
+adapters.py, recurse.py, runs.py and what these need.
 
     task = load_task(args, *load_lm(args))
     connector = start_connector(task)
@@ -55,13 +55,13 @@ class Task:
 def load_task(args, lm: LM, tokenizer: Tokenizer, examples: dict | None = None) -> Task:
     """Tokenise the questions of each split: `examples`, or those of the files that the flags name.
 
-    One that does not fit the context is a ValueError.
+    ValueError if a question does not fit the context, or if its answer cannot be given.
     """
     P = args.prompt_length if args.method in recurse.PROMPT_METHODS else 0
     if args.placement == "after_bos":
         if args.method != "prompt_tuning":
             raise ValueError(f"--placement after_bos: {args.method} trains no prompt that can be")
-        P += 1
+        P += 1  # BOS is read with the prompt
         tokenizer = recurse.without_bos(tokenizer)
     context = min(lm.config.max_len, getattr(args, "context", None) or lm.config.max_len)
     left = context - P  # for a question and its answer
@@ -159,9 +159,9 @@ def init_folder(args) -> Path | None:
 
 
 def start_connector(task: Task) -> adapters.Connector | adapters.Connectors:
-    """What training starts from: --init, or the Connector in assets/, or a random one.
+    """The Connector that training starts from: that of --init or of assets/, or a random one.
 
-    If there are more than two passes, the one that is loaded is copied into every gap.
+    With more than two passes, a single Connector that is loaded starts every gap.
     """
     args, lm = task.args, task.lm
     folder = init_folder(args)
@@ -276,11 +276,11 @@ def hashes(task: Task, trained: nn.Module | None) -> dict[str, str | None]:
     if isinstance(trained, adapters.PromptGenerator):
         encoder = hash_tensors(trained.encoder[0].state_dict())
     texts, tokens = (repr(sorted(part.items())) for part in (task.examples, task.tokens))
-    texts += task.extra_hash
+    templates = repr([e.template for e in task.examples["train"]])  # no part of an example's repr
     return {
-        "data_hash": hashlib.sha256(texts.encode()).hexdigest(),
-        "templates_hash": hash_templates(task),
-        "tokens_hash": hashlib.sha256(tokens.encode()).hexdigest(),
+        "data_hash": sha256(texts + task.extra_hash),
+        "templates_hash": sha256(templates) if task.args.mixture_cap else None,
+        "tokens_hash": sha256(tokens),
         "tokenizer_hash": hash_tokenizer(task.tokenizer),
         "eos": list(task.lm.config.eos),
         "fingerprint": task.lm.fingerprint(),
@@ -289,22 +289,19 @@ def hashes(task: Task, trained: nn.Module | None) -> dict[str, str | None]:
     }
 
 
-def hash_templates(task: Task) -> str | None:
-    """What --mixture-cap mixes the training questions by. It is no part of their repr."""
-    if not task.args.mixture_cap:
-        return None
-    templates = repr([example.template for example in task.examples["train"]])
-    return hashlib.sha256(templates.encode()).hexdigest()
+def sha256(text: str) -> str:
+    """The hex SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-STAGE_FREE = ("candidates", "rounds", "no_cross_fit", "eval_tokens")  # flags that no p1 depends on
+STAGE_FREE = ("candidates", "rounds", "no_cross_fit", "eval_tokens")  # flags that p1 does not need
 
 
 def finished_stage(args, hashes: dict) -> Path | None:
-    """The folder of the stage that --stages-from has trained in place of the stage args.out.
+    """The folder in the run --stages-from of the same stage as args.out, such as p1-a.
 
-    None if it has not trained this one. ValueError if it did so with other questions, another LM or
-    other flags than those of STAGE_FREE.
+    None if that run has not finished this stage. ValueError if it was trained on other questions,
+    on another LM, or with other flags, except those of STAGE_FREE.
     """
     folder = Path(args.stages_from) / Path(args.out).name
     record = finished(folder)
@@ -319,20 +316,11 @@ def finished_stage(args, hashes: dict) -> Path | None:
     return folder
 
 
-def check_stages(args, hashes: dict) -> None:
-    """ValueError if --stages-from has not finished the stage args.out, or has trained another."""
-    if args.stages_from and finished_stage(args, hashes) is None:
-        name = Path(args.out).name
-        raise ValueError(f"--stages-from {args.stages_from}: holds no finished {name}")
-
-
 def take_stage(args, hashes: dict) -> None:
     """Copy the stage args.out from --stages-from, if it is of the first round and not begun."""
-    folder, source = Path(args.out), None
+    folder = Path(args.out)
     wanted = args.stages_from and folder.name.startswith("p1") and not folder.exists()
-    if wanted and parallel.first():
-        source = finished_stage(args, hashes)
-    if source is not None:
+    if wanted and parallel.first() and (source := finished_stage(args, hashes)):
         unfinished = folder.with_name(f"{folder.name}.unfinished")  # a kill may have left one
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.copytree(source, unfinished)
@@ -340,7 +328,7 @@ def take_stage(args, hashes: dict) -> None:
     parallel.wait()
 
 
-SIZES = {  # kind of adapter: (what its size counts, the flag of the size)
+SIZES = {  # kind of adapter: (the attribute whose length is its size, the flag of the size)
     adapters.SoftPrompt: ("vectors", "prompt_length"),
     adapters.DeepPrompt: ("keys_values", "prompt_length"),
     adapters.PromptGenerator: ("queries", "prompt_length"),
@@ -349,7 +337,8 @@ SIZES = {  # kind of adapter: (what its size counts, the flag of the size)
 
 
 def load_init(init: Path, args, lm: LM, kind: type | tuple[type, ...], encoder=None) -> nn.Module:
-    """Load the stored adapter that --init names. ValueError if the method does not train it."""
+    """Load the adapter in folder `init`. ValueError if it is not of `kind`, or was trained for
+    another composition, number of passes or size than the flags say."""
     method = args.method
     if not init.is_dir():
         raise ValueError(
@@ -384,7 +373,7 @@ def load_init(init: Path, args, lm: LM, kind: type | tuple[type, ...], encoder=N
 def template_rates(examples: list[data.Example], cap: int) -> tuple[list[list[int]], list[int]]:
     """How T0 mixes tasks: (the rows of each template, how many of them an epoch has).
 
-    A template's rate is its number of examples. If they are more than `cap`, it is the cap over the
+    An epoch has all examples of a template, or if they are more than `cap`, `cap` divided by the
     number of templates of its task (T0: cap 500,000; section D.1 of Sanh et al. 2022).
     """
     groups = {}

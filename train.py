@@ -10,7 +10,7 @@ two-hop test questions, about people who occur in no training question. One pass
     method             what answers a question                        what is trained
     prompt_tuning      lm(lm.embed(ids), prefix=lm.read(prompt()))    the prompt, P vectors
     deep_prompt        lm(lm.embed(ids), prefix=prompt())             keys and values of every layer
-    id_pt              lm(lm.embed(ids), prefix=lm.read(prompt(ids))) what computes the prompt
+    id_pt              lm(lm.embed(ids), prefix=lm.read(prompt(ids))) the prompt's generator
     textual_recursion  prompt tuning, reading candidates of a prompt  both prompts
     neural_recursion   lm(x + connector(lm(x))), x = lm.embed(ids)    the Connector
     lm_connector       lm(x) + connector(lm(x))                       the Connector
@@ -24,16 +24,16 @@ two-hop test questions, about people who occur in no training question. One pass
 The second column is recurse.COMPOSITIONS. By default a Connector starts from that of its method and
 size in assets/, which was pretrained on text. --residual off is the paper's form: the Connector's
 output replaces x, or lm(x), instead of being added to it. With --passes 3 the LM is run three
-times, with one Connector between the passes or one in each gap. A Connector-LM whose Connector has
-as many layers as the recursion has after its first pass (--connector-layers 8 on the embedded LM)
-spends the same compute without a second pass. `--train suite` trains on the 29 prompted tasks of
-suite.py by the protocol of prompts.py, with --per-task a prompt for each of them.
+times, with one Connector for both gaps or one in each. A Connector-LM whose Connector has as many
+layers as the recursion has after its first pass (--connector-layers 8 on the embedded LM) spends
+the same compute without a second pass. `--train suite` trains on the 29 prompted tasks of suite.py
+by the protocol of prompts.py, with --per-task a prompt for each of them.
 
     torchrun --nproc-per-node 2 train.py --method neural_recursion
 
-shares the work among processes, and --shard the frozen LM (parallel.py). The training loop is in
-fit.py, and what it starts from in start.py. To add a method, add a line to
-recurse.COMPOSITIONS, and a function and a line of METHODS here.
+divides the work among processes, and with --shard the frozen LM too (parallel.py). The training
+loop is in fit.py, and what it starts from in start.py. To add a method, add a line to
+recurse.COMPOSITIONS and one to METHODS here, with a function.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def deep_prompt(task: start.Task) -> dict:
 
 
 def id_pt(task: start.Task) -> dict:
-    """Train what computes P vectors from each question (Levine et al. 2022, section 2)."""
+    """Train the generator of P vectors for each question (Levine et al. 2022, section 2)."""
     return train_prompt(task, start.start_generator)
 
 
@@ -99,12 +99,13 @@ def train_prompt(task: start.Task, new: Callable[[start.Task], nn.Module]) -> di
 def textual_recursion(task: start.Task) -> dict:
     """Train a prompt that reads what earlier prompts sampled (Levine et al. 2022, section 4).
 
-    textual.py describes the stages. Whatever one of them has finished, --resume does not do again.
+    textual.py describes the stages. --resume goes on in the one that was interrupted.
     """
     run = Run.from_args(task.args)
     if not task.args.no_cross_fit:  # refuse before anything is written
         textual.group_questions(task.examples["train"])
-    start.check_stages(*stage_of(task, "p1"))
+    if task.args.stages_from and start.finished_stage(*stage_of(task, "p1")) is None:
+        raise ValueError(f"--stages-from {task.args.stages_from}: holds no finished p1")
     with run:
         prompt = start.start_prompt(task)
         record = start_record(run, prompt, task.lm, start.hashes(task, prompt))
@@ -114,30 +115,20 @@ def textual_recursion(task: start.Task) -> dict:
     return train_adapter(asked, trained=start.next_prompt(task, before), hashed=task)
 
 
-def neural_recursion(task: start.Task) -> dict:
-    """Train a Connector between two passes through the LM (Levine et al. 2022, section 4.2)."""
-    return train_adapter(task, trained=start.start_connector(task))
-
-
-def lm_connector(task: start.Task) -> dict:
-    """Train a Connector after one pass, like more layers on top of the LM."""
-    return train_adapter(task, trained=start.start_connector(task))
-
-
-def connector_lm(task: start.Task) -> dict:
-    """Train a Connector before one pass, between the embeddings and the first layer."""
+def connector(task: start.Task) -> dict:
+    """Train a Connector between the passes through the LM (Levine et al. 2022, section 4.2), or
+    after or before a single one. Only the line of recurse.COMPOSITIONS differs."""
     return train_adapter(task, trained=start.start_connector(task))
 
 
 def fine_tuning(task: start.Task) -> dict:
-    """Train every parameter of the LM, stored in float32: the reference for the others."""
+    """Train every parameter of the LM, in float32: what the other methods are compared with."""
     return train_adapter(task, trained=task.lm.requires_grad_(True))
 
 
 def training_free(task: start.Task) -> dict:
     """Train nothing: score a second pass over the first one's output at the embeddings' scale."""
-    run = Run.from_args(task.args)
-    with run:
+    with Run.from_args(task.args) as run:
         record = start_record(run, nn.Module(), task.lm, start.hashes(task, None))
         record |= {"question_format": asks_questions(task)}
         record |= {"step": 0, "score": None, "seconds": 0.0}
@@ -147,7 +138,7 @@ def training_free(task: start.Task) -> dict:
 def frozen_reader(args) -> dict:
     """Train a prompt that reads the passages found for a question (Levine et al. 2022, section 3).
 
-    reader.py describes the stages. Whatever one of them has finished, --resume does not do again.
+    reader.py describes the stages. --resume goes on in the one that was interrupted.
     """
     book = openbook.load_book(args)
     used = reader.check(args, book)
@@ -167,48 +158,37 @@ def frozen_reader(args) -> dict:
         record = start_record(run, trained, frozen, start.hashes(task, adapter))
         asked, info = reader.prepare(task, book, run.folder, train_reranker)
         run.write_record(record | {"passages": info})
-    torch.manual_seed(args.seed)  # whichever stages were loaded
+    torch.manual_seed(args.seed)  # the same whether stages were trained or loaded
     record = train_adapter(asked, trained=trained, hashed=task)
-    if args.top > 0 and parallel.count() == 1:  # it is the time of one process
+    if args.top > 0 and parallel.count() == 1:  # the time of a single process
         record["seconds_per_question"] = reader.time_reader(asked, adapter, book)
         run.write_record(record)
     return record
 
 
 OPEN_BOOK = ("retriever", "reranker", "reader")  # their functions take the flags, not a Task
+PROMPT = {"steps": 400, "schedule": "constant", "weight_decay": 0.0}  # lr: default_prompt_lr
 METHODS = {  # method: (function, defaults of its flags)
-    "prompt_tuning": (
-        prompt_tuning,
-        {"steps": 400, "schedule": "constant", "weight_decay": 0.0},  # lr: default_prompt_lr
-    ),
-    "deep_prompt": (
-        deep_prompt,
-        {"steps": 400, "lr": 0.01, "schedule": "constant", "weight_decay": 0.0},
-    ),
+    "prompt_tuning": (prompt_tuning, PROMPT),
+    "deep_prompt": (deep_prompt, PROMPT | {"lr": 0.01}),
     "id_pt": (id_pt, {"steps": 1200, "lr": 3e-3, "schedule": "constant"}),
-    "textual_recursion": (
-        textual_recursion,
-        {"steps": 400, "schedule": "constant", "weight_decay": 0.0},  # lr: default_prompt_lr
-    ),
-    "neural_recursion": (neural_recursion, {"steps": 1200, "lr": 1e-3}),
-    "lm_connector": (lm_connector, {"steps": 1200, "lr": 1e-3}),
-    "connector_lm": (connector_lm, {"steps": 1200, "lr": 1e-3}),
+    "textual_recursion": (textual_recursion, PROMPT),
+    "neural_recursion": (connector, {"steps": 1200, "lr": 1e-3}),
+    "lm_connector": (connector, {"steps": 1200, "lr": 1e-3}),
+    "connector_lm": (connector, {"steps": 1200, "lr": 1e-3}),
     "fine_tuning": (fine_tuning, {"steps": 1200, "lr": 3e-4}),
     "training_free": (training_free, {"steps": 0, "lr": 0.0}),
-    "retriever": (encoders.retriever, encoders.RETRIEVER),
-    "reranker": (encoders.reranker, encoders.RERANKER),
-    "reader": (
-        frozen_reader,
-        {"steps": 400, "schedule": "constant", "weight_decay": 0.0, "batch_size": 16},
-    ),
+    "retriever": (encoders.train_encoder, encoders.RETRIEVER),
+    "reranker": (encoders.train_encoder, encoders.RERANKER),
+    "reader": (frozen_reader, PROMPT | {"batch_size": 16}),
 }
 
 
 def default_prompt_lr(lm: LM) -> float:
     """The learning rate of a soft prompt if --lr is not given, for AdamW.
 
-    AdamW moves every entry by about the rate in a step, so the rate is tied to the size of entries:
-    a quarter of the standard deviation of the token embeddings. (Lester et al. tune 0.3 for T5,
+    AdamW moves every entry by about the rate in a step, so the rate follows the size of entries: it
+    is a quarter of the standard deviation of the token embeddings. (Lester et al. tune 0.3 for T5,
     whose embeddings are larger than 1.)
     """
     return 0.25 * parallel.whole(lm.embed_tokens.weight).float().std().item()
@@ -217,9 +197,9 @@ def default_prompt_lr(lm: LM) -> float:
 def train_adapter(task, trained: nn.Module, hashed=None, batch_at=None, after_step=None) -> dict:
     """Train an adapter, or the LM itself, to answer the training questions.
 
-    Dev chooses the best parameters. Returns the record of run.json. `hashed` is the task as it was
-    loaded, whose hashes identify the run: `task` may have passages or candidates in its tokens. The
-    last two: see `fit`.
+    Dev chooses the best parameters. Returns the record of run.json. `hashed` is the task whose
+    hashes identify the run, if `task` has passages or candidates in its tokens. batch_at and
+    after_step: see `fit`.
     """
     args, lm, tokens = task.args, task.lm, task.tokens
     recipe, run = Recipe.from_args(args), Run.from_args(args)
@@ -230,7 +210,7 @@ def train_adapter(task, trained: nn.Module, hashed=None, batch_at=None, after_st
 
     def loss_of(batch: data.Batch) -> Tensor:
         if cache is None:
-            model, prefix = compose(task, adapter, "train", batch.rows)  # reads the new prompt
+            model, prefix = compose(task, adapter, "train", batch.rows)  # in each step: it changes
             if getattr(args, "checkpoint_activations", False):
                 model = reader.Checkpointed(model)
             rows = [tokens["train"][row].input for row in batch.rows]
@@ -261,14 +241,13 @@ def train_adapter(task, trained: nn.Module, hashed=None, batch_at=None, after_st
         if args.lr is None:
             show(f"learning rate {recipe.lr:.3g}, a quarter of the embeddings' standard deviation")
         record["question_format"] = asks_questions(task)
-        cache = first_pass(task)
-        given = batch_at or batches(task)
-        record |= fit(run, recipe, trained, given, loss_of, evaluate, save, None, after_step)
+        cache, batch_at = first_pass(task), batch_at or batches(task)
+        record |= fit(run, recipe, trained, batch_at, loss_of, evaluate, save, None, after_step)
         return finish(task, run, record, adapter)
 
 
 def batches(task: start.Task) -> Callable[[int], data.Batch]:
-    """The batch of each step: of all training questions, or mixed as T0 mixes tasks."""
+    """step -> Batch, of all training questions, or with --mixture-cap mixed as T0 mixes tasks."""
     args, tokens = task.args, task.tokens["train"]
     if args.mixture_cap is None:
         return partial(data.batches, tokens, args.batch_size, args.seed)
@@ -277,7 +256,7 @@ def batches(task: start.Task) -> Callable[[int], data.Batch]:
 
 
 def compose(task: start.Task, adapter, split: str, rows: list[int]):
-    """The model and what stands before rows of a split: one prefix, or with --per-task a list."""
+    """(model, prefix) for rows of a split. With --per-task, prefix is a list of one per row."""
     if isinstance(adapter, prompts.TaskPrompts):
         return task.lm, adapter.prefixes(task.lm, [task.examples[split][row].task for row in rows])
     return recurse.COMPOSITIONS[task.args.method](task.lm, adapter)
@@ -286,7 +265,7 @@ def compose(task: start.Task, adapter, split: str, rows: list[int]):
 def train_stage(task: start.Task, name: str, before: adapters.SoftPrompt | None) -> nn.Module:
     """Train a soft prompt in the folder `name` below --out, or load it if it is trained already.
 
-    ValueError if it was trained on other questions, as by a program that cut other halves.
+    ValueError if it was trained on other questions, for example on other halves of them.
     """
     args, known = stage_of(task, name)
     folder = Path(args.out)
@@ -302,8 +281,8 @@ def train_stage(task: start.Task, name: str, before: adapters.SoftPrompt | None)
 
 def stage_of(task: start.Task, name: str) -> tuple[argparse.Namespace, dict]:
     """The arguments of a stage of textual recursion, and the hashes that identify it."""
-    flags = {"method": "prompt_tuning", "out": str(Path(task.args.out) / name)}
-    return argparse.Namespace(**vars(task.args) | flags), start.hashes(task, None)
+    own = {"method": "prompt_tuning", "out": str(Path(task.args.out) / name)}
+    return argparse.Namespace(**vars(task.args) | own), start.hashes(task, None)
 
 
 def asks_questions(task: start.Task) -> bool:
