@@ -32,7 +32,7 @@ import eval as metrics
 import recurse
 import world
 from checkpoints import write_json, write_lines
-from handover import hand_over, holders, intervene, nearest, read_bridges, same, two_hop
+from handover import hand_over, holders, intervene, is_right, nearest, read_bridges, two_hop
 from questions import prepare
 from runs import load_run, read_predictions
 
@@ -249,13 +249,13 @@ def show_curve(result: dict, threshold: float | None) -> None:
 
 def bridge_rates(read: list[dict], alone: list[str], answers: list[dict]) -> list[dict]:
     """The rows of the audit's table. `alone` are the answers of the frozen LM's single pass."""
-    own = [same(q, [a["own"]]) for q, a in zip(read, answers)]
+    own = [is_right(q, [a["own"]]) for q, a in zip(read, answers)]
     pairs = [(i, a["donor"]) for i, a in enumerate(answers) if a["donor"] is not None]
     both = [(i, j) for i, j in pairs if own[i] and own[j]]
     right = [(i, i) for i in range(len(read)) if own[i]]
 
     def gives(cases, key):  # whether answer i is right for question j
-        return [same(read[j], [answers[i][key]]) for i, j in cases]
+        return [is_right(read[j], [answers[i][key]]) for i, j in cases]
 
     matches = [metrics.exact_match(a, [q["bridge"]]) == 1 for q, a in zip(read, alone)]
     rows, counts = [rate("the LM alone answers with the bridge", matches)], holders(read)
@@ -318,7 +318,7 @@ def bridge_command(args: argparse.Namespace) -> dict:
     if len(held) > 1:
         best = held.index(max(held))
         show(f"position {best} of 0 to {len(held) - 1} holds the bridge most often: {max(held)}")
-    shown = next((i for i, q in enumerate(read) if same(q, [answers[i]["own"]])), 0)
+    shown = next((i for i, q in enumerate(read) if is_right(q, [answers[i]["own"]])), 0)
     height = max(4, 0.24 * max(len(ids[shown]), len(rates)))
     with only_shows("bridge.png"), picture(out / "bridge.png", 13, height) as figure:
         draw_bridge(figure, model, tokenizer, ids[shown], read[shown]["bridge"], rates)

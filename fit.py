@@ -34,7 +34,7 @@ from runs import Run, State
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of `fit`. train.py's flags describe them."""
+    """The settings of `fit`. The help of train.py's flags describes them."""
 
     steps: int
     lr: float  # peak
@@ -59,9 +59,9 @@ class Recipe:
 class Adafactor(torch.optim.Optimizer):
     """Adafactor (Shazeer & Stern 2018) as the prompt-tuning papers use it.
 
-    The learning rate is absolute and the second moment is kept in full. (torch's own Adafactor can
-    do neither.) At step t, beta2 is 1 - t ** decay. An update is scaled down if its own root mean
-    square exceeds `clip`.
+    The learning rate is absolute, and the second moment is stored in full, not factored. (torch's
+    own Adafactor can do neither.) At step t, beta2 is 1 - t ** decay. An update whose root mean
+    square exceeds `clip` is scaled down to it.
     """
 
     def __init__(self, params, lr: float, decay=-0.8, clip: float = 1.0, weight_decay: float = 0.0):
@@ -93,7 +93,7 @@ class Muon:
     """Muon (Jordan et al. 2024) for `matrices` and AdamW for `others`, as one optimiser.
 
     Muon orthogonalises the momentum and scales it to the size of AdamW's updates (Liu et al. 2025),
-    so one learning rate serves both. `matrices` and `others` are lists of parameter groups, and
+    so both take the same learning rate. `matrices` and `others` are lists of parameter groups, and
     one of them may be empty.
     """
 
@@ -107,7 +107,7 @@ class Muon:
 
     @property
     def param_groups(self) -> list[dict]:
-        """The groups of both. `load_state_dict` replaces them, so they are not kept here."""
+        """The groups of both, looked up each time: `load_state_dict` replaces them."""
         return [group for part in self.parts for group in part.param_groups]
 
     def step(self) -> None:
@@ -119,7 +119,7 @@ class Muon:
             part.zero_grad()
 
     def state_dict(self) -> dict:
-        """The state by number of the parameter, Muon's matrices first."""
+        """The moments of every parameter. They are numbered through, Muon's matrices first."""
         state, first = {}, 0
         for part in self.parts:
             own = part.state_dict()
@@ -179,7 +179,7 @@ def make_optimizer(trained: nn.Module, recipe: Recipe) -> torch.optim.Optimizer 
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then constant, or linear, to reach zero at step `steps`. Steps start at 0."""
+    """The rate of a step, counted from 0: linear warm-up, then constant or linear down to zero."""
     warmup = round(recipe.warmup * recipe.steps)
     if step < warmup:
         return recipe.lr * (step + 1) / warmup
@@ -230,19 +230,19 @@ def fit(
     """Train the parameters of `trained`, and leave the best ones in it.
 
     batch_at  number -> Batch, counted from 0 over the whole run; a step takes `grad_accum` of them.
-              It must be a pure function: a resumed run asks for the same batches.
+              It must be a pure function, so that a resumed run gets the same batches.
     loss_of   Batch -> loss summed over its targets. A step minimises the mean over all its targets.
-              Of several processes each gets its share of the rows (Batch.part).
+              Each of several processes passes it its share of the rows (Batch.part).
     evaluate  () -> dev score, higher is better. It runs without gradients every `eval_every` steps
               and after the last one. If it returns None, the latest parameters are the best.
     save      () -> None writes what is trained. It runs after each best score, and at the end.
-    gradient  (recipe, loss_of, batches) -> loss. It takes the place of `mean_gradient`.
-    after_step  number of finished steps -> None. A resumed run repeats it for repeated steps.
+    gradient  (recipe, loss_of, batches) -> loss, in place of `mean_gradient`
+    after_step  number of finished steps -> None; called after each step, and after a kill again
+                for the steps that are repeated
 
     Returns step and score of the best parameters, seconds, tokens_per_second and padding.
-    ValueError if a loss, gradient, parameter or score is not finite, OSError if the disk is full;
-    the last saved state stays.
-    KeyboardInterrupt after SIGINT or SIGTERM, once the step is finished and saved.
+    ValueError if a loss, gradient, parameter or score is not finite, OSError if the disk is full:
+    the last saved state stays. KeyboardInterrupt after SIGINT or SIGTERM, once the step is saved.
     """
     add_gradient = partial(gradient or mean_gradient, recipe, loss_of)
     optimizer = make_optimizer(trained, recipe)
@@ -287,14 +287,13 @@ def write_trained(run: Run, state: State, save: Callable[[], None], log: list[di
 
 
 def outcome(state: State) -> dict:
-    """What run.json holds of a finished training: tokens per second without scoring, and the share
-    of padding, which is printed."""
+    """What `fit` returns. Evaluation does not count in tokens_per_second. Prints the padding."""
     result = {
         "step": state.best_step,
         "score": None if state.best_score == -math.inf else state.best_score,
         "seconds": round(state.seconds, 1),
     }
-    if state.tokens:  # the state of an earlier program does not count them
+    if state.tokens:  # a state of an earlier version of this program does not count them
         result["tokens_per_second"] = round(state.tokens / state.step_seconds)
     if state.tokens and state.positions >= state.tokens:
         result["padding"] = round(1 - state.tokens / state.positions, 4)
@@ -317,14 +316,15 @@ def checkpoint(run: Run, state: State):
 def mean_gradient(recipe: Recipe, loss_of, batches: list[Batch]) -> float:
     """Add the gradient of the mean loss over all targets of the batches, and return that loss.
 
-    Of several processes each does so for its share of the rows. It still divides by all targets.
+    Each of several processes does so for its share of the rows, divided by the number of all
+    targets, so that gradients and losses of all processes add up to those of one.
     """
     count = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
     loss = 0.0
     for batch in batches:
         rows = list(parallel.share(range(len(batch.rows))))
         with autocast(recipe):
-            # If there are fewer rows than processes, some compute a row that counts nothing.
+            # With fewer rows than processes, some compute a row whose loss is divided by infinity.
             part = loss_of(batch.part(rows or [0])) / (count if rows else math.inf)
         part.backward()
         loss += part.item()
@@ -381,8 +381,8 @@ def keep_best(run, trained: nn.Module, state: State, score: float | None, save) 
 def progress(steps: int, first: int):
     """Yield (show_step, stopped), and handle SIGINT and SIGTERM meanwhile.
 
-    show_step(record) moves a bar on a terminal; elsewhere it prints a line for each dev score.
-    stopped() is true once a signal came: end after this step. A second signal ends at once.
+    show_step(record) moves a bar on a terminal; elsewhere it prints a line for each evaluation.
+    stopped() is true after a signal: end after this step. A second signal ends at once.
     """
     from tqdm import tqdm
 
@@ -420,7 +420,7 @@ def progress(steps: int, first: int):
 
 def draw_curve(run: Run, history: list[dict]) -> None:
     """Write curve.png: loss and dev score against steps."""
-    losses = [(r["step"], r["loss"]) for r in history if r.get("loss") is not None]
+    losses = [(r["step"], r["loss"]) for r in history]
     scores = [(r["step"], r["score"]) for r in history if r.get("score") is not None]
     name = run.folder.name.encode("utf-8", "backslashreplace").decode()
     with picture(run.folder / "curve.png", 7, 4) as figure:

@@ -2,14 +2,14 @@
 
     two_hop         the two-hop questions of the embedded world, with the bridge of each: the answer
                     to the first hop
-    read_bridges    what the vocabulary and the table of embeddings read where a question ends
+    read_bridges    the tokens that the states at the end of a question stand for, in the LM's
+                    vocabulary and in its table of embeddings
     intervene       the answers if another question's hand-over, or the mean, takes its place
 
 The hand-over is the Connector's output. If filler follows a question (--pause), there is more
 than one position at which the bridge can be handed over.
 
-Needs recurse.py, prompts.py, generate.py, world.py, data.py and eval.py. The command is
-of audit.py.
+Needs recurse.py, prompts.py, generate.py, world.py, data.py and eval.py. audit.py has the command:
 
     python audit.py bridge runs/neural_recursion --out audit/bridge
 """
@@ -40,22 +40,22 @@ def two_hop(examples: Sequence, made: world.World) -> list[dict]:
             facts[fact["id"], data.question_text(fact["question"])] = fact
     found = []
     for row, e in enumerate(examples):
-        if (e.id, e.input) not in facts:
+        fact = facts.get((e.id, e.input))
+        if fact is None:
             raise ValueError(f"{e.source}: is no question of the world {made.seed}")
-        path, subject = facts[e.id, e.input]["relation"], facts[e.id, e.input]["subject"]
-        if "." in path:
-            bridge = made.answer(subject, path.split(".")[0])
-            found.append({"row": row, "example": e, "path": path, "bridge": bridge})
+        hops = fact["relation"].split(".")
+        if len(hops) > 1:
+            bridge = made.answer(fact["subject"], hops[0])
+            found.append({"row": row, "example": e, "path": fact["relation"], "bridge": bridge})
     return found
 
 
 @torch.no_grad()
 def hand_over(model, ids: list[int]) -> tuple[Tensor, Tensor]:
-    """What a question of T tokens leads to in the first two parts, the LM and the Connector.
+    """(last hidden states of the first pass (T, C), the Connector's output (T, C)) of a question.
 
-    model  a Stack; ids are the question's, with those of the filler behind it
-    Returns (the first pass's last hidden states (T, C), the Connector's output (T, C)). The second
-    pass reads this output, or if it is residual, the question's embeddings plus this output.
+    model is a Stack; ids are the question's T tokens, with the filler behind it. The second pass
+    reads this output, or if the Connector is residual, the question's embeddings plus this output.
     """
     first, connector = model.parts[:2]
     h = first(model.embed(torch.tensor([ids], device=model.lm.embed_tokens.weight.device)))
@@ -78,7 +78,7 @@ class Replaced(torch.nn.Module):
         h, extended = self.connector(x, prefix, keep=True)
         first = 0 if prefix is None else prefix.size  # the position of x[:, 0]
         for i, position in enumerate(self.at):
-            if first <= position < first + x.shape[1]:  # not when the answer is continued
+            if first <= position < first + x.shape[1]:  # never in the new tokens of an answer
                 h[:, position - first] = self.vectors[:, i]
         return (h, extended) if keep else h
 
@@ -87,8 +87,7 @@ class Replaced(torch.nn.Module):
 def answers_with(model, tokenizer, ids, at, vectors: Tensor, new: int, stops) -> list[str]:
     """The greedy answers to B questions if the Connector gives `vectors` (B, len(at), C).
 
-    at  positions, counted from the end of a question: -1 is the last. Other positions, before and
-        behind it, stay as they are
+    at  positions, counted from the end of a question: -1 is the last. Others stay as they are
     """
     answers, alike = [""] * len(ids), {}
     for b, (row, stop) in enumerate(zip(ids, stops, strict=True)):
@@ -111,30 +110,31 @@ def nearest(lm, vectors: Tensor) -> list[int]:
 
 
 def donors(questions: list[dict], seed: int) -> list[int | None]:
-    """For each question another one of the same path, with another bridge and another answer."""
+    """For each question the index of a random other one of the same path, with another bridge and
+    another answer, or None if there is none."""
     rng, chosen = random.Random(f"{seed} donors"), []
     for a in questions:
         others = []
         for j, b in enumerate(questions):
-            differs = a["bridge"] != b["bridge"] and not same(b, a["example"].answers)
+            differs = a["bridge"] != b["bridge"] and not is_right(b, a["example"].answers)
             if a["path"] == b["path"] and differs:
                 others.append(j)
         chosen.append(rng.choice(others) if others else None)
     return chosen
 
 
-def same(question: dict, answers: Sequence[str]) -> bool:
+def is_right(question: dict, answers: Sequence[str]) -> bool:
     """Whether one of the answers is right for the question."""
     return any(metrics.exact_match(a, question["example"].answers) for a in answers)
 
 
 def read_bridges(model, tokenizer, questions: list[dict], ids: list[list[int]]) -> list[dict]:
-    """What stands at the end of every question, added to its dict.
+    """What can be read at the end of every question, added to its dict.
 
     The positions are the last one of the question itself and those of the filler, if there is any.
-    For each, "first" is the vocabulary's reading of the first pass, "given" the embedding nearest
-    to the Connector's output, "vectors" (positions, C) this output. "token" is the first token of
-    the bridge.
+    At each of them "first" is the likeliest token after the first pass, "vectors" (positions, C) is
+    the Connector's output and "given" the token whose embedding is nearest to it. "token" is the
+    first token of the bridge.
     """
     inputs = [q["example"].input for q in questions]
     alone = data.encode_prompts(tokenizer, inputs)
@@ -152,7 +152,7 @@ def read_bridges(model, tokenizer, questions: list[dict], ids: list[list[int]]) 
 
 
 def holders(read: list[dict]) -> list[int]:
-    """How many questions' bridges each position holds: as read from the first pass, or given."""
+    """For each position, how many questions have their bridge there, as "first" or as "given"."""
     counts = [0] * len(read[0]["first"])
     for q in read:
         for i, tokens in enumerate(zip(q["first"], q["given"])):
@@ -163,10 +163,10 @@ def holders(read: list[dict]) -> list[int]:
 def intervene(model, tokenizer, read: list[dict], ids, new: int, stops, seed: int) -> list[dict]:
     """Answers with the hand-over as it is, with that of a donor, and with the mean.
 
-    Returns rows {"own", "other", "mean": the answers, "donor": its index}, where the hand-over is
-    replaced at all positions. If there is filler, "other_one" and "mean_one" are the answers if it
-    is replaced only where the bridge is held most often. "other" and "donor" are None if there is
-    no donor.
+    Returns a row for each question: "own", "other" and "mean" are its answers if the hand-over is
+    replaced at all positions; "donor" is the index of the other question. With filler, "other_one"
+    and "mean_one" are the answers if it is replaced only at the position that holds the bridge most
+    often. Without a donor, "donor" and the answers with it are None.
     """
     counts, chosen = holders(read), donors(read, seed)
     own = torch.stack([q["vectors"] for q in read])  # (B, positions, C)

@@ -33,14 +33,10 @@ HF_NAMES = {  # our parameter: the published tensor
     ),
     "norm.weight": "encoder.final_layer_norm.weight",
 }
-# A file may hold the one embedding table under several of these names, or under one alone. A head
-# of its own, as T5 1.1 has, stands beside the table and so is never taken for it.
-HF_TABLE_NAMES = (
-    "shared.weight",
-    "encoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight",
-    "lm_head.weight",
-)
+# A file may hold the one embedding table under several of these names. The first that is there
+# counts: an output layer of its own (T5 1.1), the last name here, never stands without a table.
+HF_TABLE_NAMES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+HF_TABLE_NAMES += ("lm_head.weight",)
 HF_LAYER_NAMES = {  # our module of a layer: the published one of encoder.block.{i}
     "input_layernorm": "layer.0.layer_norm",
     "self_attn.q_proj": "layer.0.SelfAttention.q",
@@ -93,9 +89,8 @@ class T5Attention(nn.Module):
 class T5MLP(nn.Module):
     """down(gelu(gate(x)) * up(x)), or in the first T5 down(relu(up(x)))."""
 
-    def __init__(self, config: T5Config):
+    def __init__(self, c: T5Config):
         super().__init__()
-        c = config
         self.gate_proj = nn.Linear(c.dim, c.hidden_dim, bias=False) if c.gated else None
         self.up_proj = nn.Linear(c.dim, c.hidden_dim, bias=False)
         self.down_proj = nn.Linear(c.hidden_dim, c.dim, bias=False)
@@ -133,9 +128,8 @@ class T5Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.relative_attention_bias = nn.Embedding(
-            config.buckets, config.n_heads
-        )  # all layers share it
+        # Shared by all layers; the file stores it in the first one.
+        self.relative_attention_bias = nn.Embedding(config.buckets, config.n_heads)
         self.layers = nn.ModuleList(T5Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         for name, parameter in self.named_parameters():
@@ -204,16 +198,13 @@ class T5Encoder(nn.Module):
             _, i, module = name.removesuffix(".weight").split(".", 2)
             theirs = HF_LAYER_NAMES[module]
             if module == "mlp.up_proj" and not self.config.gated:
-                theirs = "layer.1.DenseReluDense.wi"
+                theirs = theirs.replace("wi_1", "wi")
             names[name] = f"encoder.block.{i}.{theirs}.weight"
         return names
 
 
 def initial_std(name: str, parameter: Tensor, config: T5Config) -> float:
-    """T5's scheme. A matrix has std 1 / sqrt(fan-in).
-
-    That of q has 1 / sqrt(fan-in * D), because the scores are not divided by sqrt(D).
-    """
+    """T5's scheme: 1 / sqrt(fan-in); q_proj 1 / sqrt(fan-in * D), as scores have no scale."""
     if name == "embed_tokens.weight":
         return 1.0
     if name == "relative_attention_bias.weight":
@@ -223,7 +214,7 @@ def initial_std(name: str, parameter: Tensor, config: T5Config) -> float:
 
 
 def distance_bucket(distance: Tensor, config: T5Config) -> Tensor:
-    """Return the bucket of distance = key position - query position. Half of them look back.
+    """The bucket of distance = key position - query position. Half of the buckets look back.
 
     In each half, a near distance has its own bucket. Far distances share buckets that widen
     logarithmically up to max_distance.
@@ -238,6 +229,7 @@ def distance_bucket(distance: Tensor, config: T5Config) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> T5Config:
+    """Print what a checkpoint holds. Returns its config."""
     from show import Parser, show
 
     parser = Parser(prog="t5.py", description="Print what a T5 encoder's checkpoint holds.")

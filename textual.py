@@ -12,14 +12,13 @@ with these candidates. Stages lie below the folder of the run:
 
 The run itself is the last prompt, trained on the questions with the candidates of the last round.
 
-The prompt p1 has seen the training questions, so its candidates for them are better than those for
-new questions, and the last prompt would learn to rely on them. Cross-fitting (rerank.cross_fit)
-takes them from a prompt of the other half. run.json says in which half each training question lies.
-The paper does not say that it does so; --no-cross-fit does without.
+A p1 that was trained on a question samples better candidates for it than for new questions, and the
+last prompt would learn to rely on them. So each half of the training questions gets its candidates
+from the prompt that was trained on the other one (rerank.cross_fit); run.json says in which half
+each question lies. The paper does not mention this; --no-cross-fit leaves it out.
 
-The prompts of the first round do not depend on the number of candidates, so a run can copy those
-that another one has trained (--stages-from). With --pause the filler stands behind the question in
-every stage.
+The prompts of the first round do not depend on the number of candidates, so a run can copy those of
+another run (--stages-from). With --pause the filler stands behind the question in every stage.
 
 Needs recurse.py, rerank.py, adapters.py, data.py, eval.py and checkpoints.py. train.py
 passes its Task and trains.
@@ -50,7 +49,7 @@ def with_candidates(tokenizer, examples, ranked, left: int, max_new_tokens: int,
 
     left   positions of the context that the prompt leaves
     after  the filler that will follow every example
-    Candidates that do not fit beside the answer are left out, the last ones first.
+    Of candidates that do not fit beside the answer, the last ones are left out.
     """
     longer, left_out = [], 0
     for e, kept in zip(examples, ranked, strict=True):
@@ -69,16 +68,16 @@ def with_candidates(tokenizer, examples, ranked, left: int, max_new_tokens: int,
 
 
 class TextualRecursion(Around):
-    """An LM, with the LM's interface, whose questions are first answered by earlier prompts.
+    """An LM, with the LM's interface, whose questions get the candidates of earlier prompts first.
 
-    `questions.prepare` calls `read_back` on its examples. The prefix of the last prompt belongs to
-    the texts that come out.
+    `questions.prepare` calls `read_back` on its examples. The last prompt, which is no part of this
+    object, reads the texts that come out.
     """
 
     def __init__(self, lm, tokenizer, stages: list, args: dict):
         super().__init__(lm)
         self.tokenizer = tokenizer
-        self.stages = stages  # the prefix of p1, and with more rounds of the prompts after it
+        self.stages = stages  # the prefixes of p1, p2, ..., one for each round
         self.args = args  # candidates, max_new_tokens, stop, seed, eval_tokens, pause, pause_text
         self.filler = data.filler(args.get("pause", 0), args.get("pause_text", ""))
 
@@ -90,7 +89,8 @@ class TextualRecursion(Around):
             return cls(lm, tokenizer, [lm.read(prompt()) for prompt in prompts], args)
 
     def read_back(self, examples: list) -> list:
-        """Puts the candidates of every prompt but the last into examples of data.py, in turn."""
+        """Puts the last stage's candidates into examples of data.py. Each stage reads the examples
+        with the candidates of the one before."""
         asked, after, new = examples, self.filler, self.args["max_new_tokens"]
         for prefix in self.stages:
             ids = encode_prompts(self.tokenizer, [e.input + after for e in asked])
@@ -102,7 +102,7 @@ class TextualRecursion(Around):
     def sample(self, examples: list, ids: list[list[int]], prefix) -> list[list[Candidate]]:
         """The candidates of examples. `ids` are what the LM reads of them behind `prefix`."""
         args = self.args
-        stops = metrics.stops(examples, args["stop"])  # of the questions without candidates
+        stops = metrics.stops(examples, args["stop"])
         rest = (args["max_new_tokens"], stops, args["seed"], args.get("eval_tokens", 8192))
         return candidates(self.lm, ids, args["candidates"], prefix, self.tokenizer, *rest)
 
@@ -110,7 +110,7 @@ class TextualRecursion(Around):
 def score_candidates(examples, ranked: list[list[Candidate]], n: int) -> dict:
     """How good the candidates are, over all examples and for each task.
 
-    {"n": examples, "recall": {"1": ..., n: ...}, "best": ..., "majority": ..., "distinct": ...,
+    {"n": examples, "recall": {"1": ..., "8": ..., ...}, "best", "majority", "distinct",
     "tasks": {task: the same}}. recall[k] is the share of examples with a right answer among the
     first k samples. best and majority are the exact match of the candidate that is ranked first and
     of the one sampled most often (ties: ranked first). distinct is the mean number of candidates.
@@ -138,10 +138,11 @@ def score_candidates(examples, ranked: list[list[Candidate]], n: int) -> dict:
 def sample_rounds(task, train_prompt: Callable, report: Callable) -> tuple:
     """Train and sample in as many rounds as --rounds says.
 
-    train_prompt(task, name, before) -> SoftPrompt trains one in the folder `name` of the run, from
-    the one `before` it or None, or loads it if it is trained already. report(split, scores) shows
-    how good the candidates are. Returns (the task whose questions hold their candidates, the last
-    prompt, the scores of each round, the half "A" or "B" of each training question or None).
+    train_prompt(task, name, before) -> SoftPrompt trains one in the folder `name` of the run, or
+    loads it if it is trained already; it starts as the prompt `before`, if there is one.
+    report(split, scores) shows how good the candidates are. Returns (the task with candidates in
+    its questions, the last prompt, the scores of each round, the half "A" or "B" of each training
+    question or None).
     """
     asked, prompts, rounds = task, {}, []
     for number in range(1, task.args.rounds + 1):
@@ -154,9 +155,9 @@ def sample_rounds(task, train_prompt: Callable, report: Callable) -> tuple:
 def sample_round(task, asked, number: int, prompts: dict, train_prompt: Callable) -> tuple:
     """Train the prompts of one round on `asked`, and sample candidates for every question.
 
-    `prompts` holds those of the round before, and then of this one: those of the halves under "a"
-    and "b", the prompt of all questions under "". Returns ({split: ranked candidates}, the half of
-    each training question, or None without cross-fitting).
+    `prompts` holds those of the round before, which this round replaces: under "a" and "b" the
+    prompts of the halves, under "" that of all questions. Returns ({split: ranked candidates}, the
+    half of each training question, or None without cross-fitting).
     """
     names = iter([""] if task.args.no_cross_fit else ["a", "b", ""])  # as cross_fit trains them
 
@@ -183,12 +184,13 @@ def sample_round(task, asked, number: int, prompts: dict, train_prompt: Callable
 
 
 def group_questions(examples: list[data.Example]) -> list[int]:
-    """Name the group of each question: questions of a group lie in the same half.
+    """The group of each question, as the number of one of its rows. A group lies in one half.
 
     Examples with the same input stay together. So do up to 8 neighbours with the same answers: they
     may be one question in several wordings. ValueError if there is only one such group.
     """
-    group, first_with, start = list(range(len(examples))), {}, 0  # row -> an earlier row, or itself
+    # Union-find: `group` leads from a row to an earlier one of its group, or to itself.
+    group, first_with, start = list(range(len(examples))), {}, 0
     for row, e in enumerate(examples):
         if e.answers != examples[start].answers or row - start == 8:
             start = row
@@ -202,23 +204,24 @@ def group_questions(examples: list[data.Example]) -> list[int]:
 
 
 def root(group: list[int], row: int) -> int:
-    """The row that stands for the group of `row`."""
+    """The first row of the group of `row`."""
     while group[row] != row:
         row = group[row]
     return row
 
 
 def half_of(task, rows: list[int]):
-    """The task with some of its training questions and no test."""
-    parts = []
-    for part in (task.examples, task.tokens):
-        parts.append(part | {"train": [part["train"][row] for row in rows], "test": []})
-    return replace(task, examples=parts[0], tokens=parts[1])
+    """The task with the training questions `rows` and no test."""
+
+    def half(part: dict) -> dict:
+        return part | {"train": [part["train"][row] for row in rows], "test": []}
+
+    return replace(task, examples=half(task.examples), tokens=half(task.tokens))
 
 
 @torch.no_grad()
 def sample_split(task, asked, name: str, prompt: SoftPrompt, split: str, rows) -> list[list]:
-    """Sample candidates for some questions of a split. Complete files of them are read instead."""
+    """Sample candidates for the questions `rows` of a split, or read them from files that exist."""
     args, examples = task.args, task.examples[split]
     folder, ranked = Path(args.out) / "candidates" / f"{name}-{split}", []
     folder.mkdir(parents=True, exist_ok=True)
@@ -252,7 +255,7 @@ def write_candidates(path: Path, examples: list[data.Example], ranked: list[list
 
 
 def read_candidates(task, ranked: dict[str, list], report: Callable) -> tuple:
-    """The task whose questions hold their candidates, and how good these are in each split."""
+    """(the task with the candidates in its questions, how good these are in each split)."""
     args, config = task.args, task.lm.config
     after, eos = data.filler(args.pause, args.pause_text), config.eos[0] if config.eos else None
     left, tokens, scores = config.max_len - args.prompt_length, {}, {}
