@@ -139,11 +139,10 @@ class PromptGenerator(nn.Module):
     them to the LM's width. (Paper: T5-base, p about 430, P 100 to 400.)
 
     encoder  t5.T5Encoder, or anything with embed(ids) and encoder(x, lengths). It is not part of
-             this module, so it is neither trained nor stored, nor moved by `to`
+             this module, so it is neither trained nor stored, nor moved by `to`. If it has a
+             function `recode`, that turns the LM's token ids of a text into the encoder's
     start    (p, W), the initial value of the encoder's own prompt, which is trained
     prompt   (P, C), the prompt of every text before training (exactly if P <= W)
-    recode   an attribute: a function from the LM's token ids of a text to the encoder's, or None
-             if they are the same
     """
 
     GAIN = 100.0  # queries are stored smaller than used, so that Adam moves them more than matrices
@@ -152,7 +151,7 @@ class PromptGenerator(nn.Module):
         super().__init__()
         prompt, width = prompt.detach().float().to(start.device), start.shape[1]
         self.encoder = [encoder]  # the list hides it from parameters()
-        self.recode = None
+        self.recode = getattr(encoder, "recode", None)
         self.start = nn.Parameter(start.detach().clone().float())
         self.queries = nn.Parameter(torch.randn(len(prompt), width) / self.GAIN)
         self.cross = CrossBlock(width, cross=True)
@@ -240,13 +239,7 @@ def from_text(length: int, table: Tensor, tokenizer: Tokenizer, text, generator=
 
 def from_file(length: int, table: Tensor, path: str | Path) -> Tensor:
     """The vectors of the soft prompt in folder `path`, without BOS: their shape is (length, C)."""
-    from checkpoints import read_tensors
-
-    tensors = read_tensors(Path(path) / "adapter_model.safetensors")
-    if set(tensors) != {"prompt_embeddings"}:
-        names = ", ".join(sorted(tensors)[:3])
-        raise ValueError(f"{path}: not a soft prompt (its tensors: {names})")
-    vectors = tensors["prompt_embeddings"]
+    vectors = read_prompt(path)
     if (Path(path) / "adapter_config.json").is_file():  # another kind may have vectors that fit
         config = read_adapter_config(path)
         check_kind(path, config, ("PROMPT_TUNING", "P_TUNING"))
@@ -254,7 +247,17 @@ def from_file(length: int, table: Tensor, path: str | Path) -> Tensor:
     shape, expected = tuple(vectors.shape), (length, table.shape[1])
     if shape != expected:
         raise ValueError(f"{path}: the prompt is {shape}, not {expected}")
-    return vectors.float()
+    return vectors
+
+
+def read_prompt(folder: str | Path) -> Tensor:
+    """The rows of a stored prompt, float32. ValueError if the folder holds another adapter."""
+    from checkpoints import read_tensors
+
+    tensors = read_tensors(Path(folder) / "adapter_model.safetensors")
+    if set(tensors) != {"prompt_embeddings"}:
+        raise ValueError(f"{folder}: not a prompt (its tensors: {', '.join(sorted(tensors)[:3])})")
+    return tensors["prompt_embeddings"].float()
 
 
 def random_like(prefix, scale: float = 1.0, generator=None):

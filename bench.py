@@ -24,7 +24,7 @@ import json
 import sys
 import warnings
 
-from show import Parser, run_program, show
+from show import Parser, run_program, show, show_row
 
 import torch
 
@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None):
     setting = Setting(args.runs, args.tiny, args.device, getattr(torch, dtype), args.model, attend)
     rows, missing = [], set()
     if not args.json:
-        print_row(COLUMNS)
-        print_row(["---"] * len(COLUMNS))
+        show_row(COLUMNS, result=True)
+        show_row(["---"] * len(COLUMNS), result=True)
     for workload in args.only or WORKLOADS:
         for found in WORKLOADS[workload](setting):
             for row in measure(found) if isinstance(found, Contest) else [found]:
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None):
                 if args.json:
                     show(json.dumps(row), result=True)
                 else:
-                    print_row(cells(row))
+                    show_row(cells(row), result=True)
     if missing:
         text = f"not installed: {', '.join(sorted(missing))} (pip install -r requirements-dev.txt)"
         show(text, "stderr")
@@ -83,6 +83,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     text = "the rows of this workload; may be given several times; all if not given"
     parser.add_argument("--only", choices=WORKLOADS, action="append", help=text)
     dtype = ("--dtype", ["float32", "bfloat16"], None, "bfloat16 on CUDA, else float32")
+    tiny = "tiny shapes, which show that every row runs and measure nothing"
     cli.add_flags(
         parser,
         "measurement",
@@ -92,20 +93,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         dtype,
         cli.THREADS,
         cli.ATTENTION,
+        ("--tiny", bool, False, tiny),
+        ("--json", bool, False, "print JSON lines instead of a table"),
     )
-    text = "tiny shapes, which show that every row runs and measure nothing"
-    parser.add_argument("--tiny", action="store_true", help=text)
-    parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here")
     args.attention = args.attention or cli.default_attention(args.device)
     return args
-
-
-def print_row(values: list[str]) -> None:
-    """Print a row of a Markdown table as soon as it is known."""
-    show(f"| {' | '.join(values)} |", result=True)
 
 
 def cells(row: dict) -> list[str]:

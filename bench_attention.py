@@ -28,7 +28,7 @@ import statistics
 import time
 from functools import cache, partial
 
-from show import Parser, show
+from show import Parser, show, show_row
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +50,8 @@ def measure(device: str, batch: list[int], prefix: list[int], text: list[int], m
     deadline, rows, missing = time.perf_counter() + 60 * minutes, [], []
     torch._dynamo.config.recompile_limit = 64  # FlexAttention, if it compiles anew for a shape
     ceilings = measure_ceilings()
-    show_row(COLUMNS)
-    show_row(["---"] * len(COLUMNS))
+    show_row(COLUMNS, result=True)
+    show_row(["---"] * len(COLUMNS), result=True)
 
     def add(row: dict, run, exact=()):
         try:
@@ -64,7 +64,7 @@ def measure(device: str, batch: list[int], prefix: list[int], text: list[int], m
             least = least_seconds(row["B"], row["P"], row["T"], row["backward"], *ceilings)
             row["share"] = least / row["seconds"]
         rows.append(row)
-        show_row(cells(row))
+        show_row(cells(row), result=True)
 
     lm, prompt_step = prompt_tuning()
     for who, attend in {**CONTESTANTS, "model.attend": plain}.items():
@@ -88,11 +88,6 @@ def measure(device: str, batch: list[int], prefix: list[int], text: list[int], m
         del tensors, exact, run
     show_summary(rows, missing)
     return rows
-
-
-def show_row(values: list[str]) -> None:
-    """Print a row of a Markdown table."""
-    show(f"| {' | '.join(values)} |", result=True)
 
 
 def cells(row: dict) -> list[str]:

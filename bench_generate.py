@@ -25,8 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import contest
-from contest import Contest, Setting, llama
-from generate import generate
+from contest import Contest, Setting, decoding, llama
 from model import LM
 from recurse import Stack, new_connector
 from runs import ASSETS
@@ -47,10 +46,10 @@ def generation(setting: Setting) -> Iterator[Contest]:
         stack = Stack(lm, [new_connector(lm, "neural_recursion", 2).to(lm.embed_tokens.weight)])
         size = sum(p.numel() for p in lm.parameters()) / 1e6
         for how, ours, theirs, rows in (
-            (f"n={n}", ours_step(lm, ids, new, n), peer_step(peer, ids, new, n), n * questions),
-            ("greedy", ours_step(lm, ids, new), peer_step(peer, ids, new), questions),
+            (f"n={n}", decoding(lm, ids, new, n), peer_step(peer, ids, new, n), n * questions),
+            ("greedy", decoding(lm, ids, new), peer_step(peer, ids, new), questions),
             ("mixed prompts", *mixed_steps(lm, peer, ids, new, prompts), questions),
-            ("recursion", ours_step(stack, ids, new), twice(peer_step(peer, ids, new)), questions),
+            ("recursion", decoding(stack, ids, new), twice(peer_step(peer, ids, new)), questions),
         ):
             title = f"generate, LM of {size:.0f}M, {questions} questions of {tokens}, {how}"
             peers = {"transformers": None if peer is None else theirs}
@@ -58,18 +57,8 @@ def generation(setting: Setting) -> Iterator[Contest]:
             yield Contest(setting, title, lm, ours, peers, rows * new, rows, same)
 
 
-def ours_step(model, ids: Tensor, new: int, n: int = 1, prefix=None) -> Callable:
-    """n samples of each question at temperature 1, or its greedy continuation if n is 1."""
-
-    def step() -> list[list[int]]:
-        samples = generate(model, ids.tolist(), prefix, new, temperature=float(n > 1), n=n)
-        return [sample.ids for row in samples for sample in row]
-
-    return step
-
-
 def peer_step(peer, ids: Tensor, new: int, n: int = 1, **inputs: Tensor) -> Callable:
-    """The same with transformers. Neither side stops at an eos or narrows what it samples from."""
+    """`decoding` by transformers. Neither stops at an eos or narrows what it samples from."""
     options = {"do_sample": False}
     if n > 1:
         options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
@@ -110,7 +99,7 @@ def mixed_steps(lm: LM, peer, ids: Tensor, new: int, prompts: list[Tensor]):
     T = max(map(len, rows))
     x = torch.stack([F.pad(row, (0, 0, T - len(row), 0)) for row in rows])
     mask = torch.stack([torch.arange(T) >= T - len(row) for row in rows]).to(ids)
-    ours = ours_step(lm, ids, new, prefix=[prefixes[id(prompt)] for prompt in prompts])
+    ours = decoding(lm, ids, new, prefix=[prefixes[id(prompt)] for prompt in prompts])
     return ours, peer_step(peer, ids, new, inputs_embeds=x, attention_mask=mask)
 
 
@@ -153,7 +142,7 @@ def load_alone(who: str, folder: str, device: str) -> None:
 
     def step() -> None:
         if who == "ours":
-            ours_step(LM.from_pretrained(folder, device), ids, 1)()
+            decoding(LM.from_pretrained(folder, device), ids, 1)()
         else:
             peer_step(contest.load_peer(folder, device=device), ids, 1)()
 

@@ -213,8 +213,8 @@ def main(argv: list[str]) -> list[dict]:
         ("--questions", str, None, "the questions to ask, if passages are given"),
         ("--runs", cli.COUNT, 5, "timed pairs of a row"),
         cli.WORLD,
+        ("--tiny", bool, False, "a small part, which measures nothing"),
     )
-    parser.add_argument("--tiny", action="store_true", help="a small part, which measures nothing")
     args = parser.parse_args(argv)
     args.train, args.dev, args.test, args.seed = args.questions, None, None, 0
     args.method = "retriever"  # which questions load_book keeps

@@ -25,9 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapters import DeepPrompt, PromptGenerator, SoftPrompt
-from contest import Contest, Setting, llama
+from contest import Contest, Setting, decoding, llama
 from fit import adamw
-from generate import generate
 from int8 import quantize
 from model import LM
 from reader import Checkpointed
@@ -205,16 +204,6 @@ def training_step(
             loss = answer_loss(model.logits(h[:, -ANSWER:]), ids)
         loss.backward()
         return loss.item()
-
-    return step
-
-
-def decoding(model, ids: Tensor, new: int) -> Callable:
-    """The greedy continuation of the questions `ids` (B, T) by `new` tokens each."""
-
-    def step() -> list[list[int]]:
-        rows = generate(model, ids.tolist(), max_new_tokens=new)
-        return [sample.ids for row in rows for sample in row]
 
     return step
 

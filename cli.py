@@ -1,7 +1,7 @@
 """The flags that programs share, in groups: their types, their defaults, what is checked first.
 
     parser = Parser(prog="train.py")                of show.py
-    add_flags(parser, "model", MODEL, TOKENIZER)    rows of (flag, type or choices, default, help)
+    add_flags(parser, "model", MODEL, TOKENIZER)    a group of flags; see there
     add_model_flags(parser)                         the LM, and what is trained around it
     add_data_flags(parser)                          the questions and their scores
     add_training_flags(parser)                      how to train
@@ -22,15 +22,16 @@ import parallel
 from runs import Run, find, names_file, read_record
 
 
-def add_flags(parser, title: str, *rows):
-    """Add and return a group of flags. A row is (flag, type or choices, default, help)."""
+def add_flags(parser, title: str, *rows) -> None:
+    """Add a group of flags. A row is (flag, type or choices, default, help); bool is a switch."""
     group = parser.add_argument_group(title)
     for flag, kind, default, text in rows:
-        if isinstance(kind, list):
+        if kind is bool:
+            group.add_argument(flag, action="store_true", help=text)
+        elif isinstance(kind, list):
             group.add_argument(flag, choices=kind, default=default, help=text)
         else:
             group.add_argument(flag, type=kind, default=default, help=text)
-    return group
 
 
 MODEL = ("--model", str, None, "checkpoint folder or hub id; the embedded LM if not given")
@@ -64,6 +65,7 @@ def add_model_flags(parser) -> None:
         "labels (of training answers), text:WORDS"
     )
     residual = "on: a Connector's output is added to what it would replace (paper: off)"
+    shard = "of n processes each keeps 1/n of the frozen LM: torchrun --nproc-per-node n train.py"
     add_flags(
         parser,
         "model",
@@ -81,9 +83,8 @@ def add_model_flags(parser) -> None:
         ATTENTION,
         PASSES,
         CONNECTORS,
+        ("--shard", bool, False, shard),
     )
-    text = "of n processes each keeps 1/n of the frozen LM: torchrun --nproc-per-node n train.py"
-    parser.add_argument("--shard", action="store_true", help=text)
 
 
 def add_data_flags(parser) -> None:
@@ -96,6 +97,7 @@ def add_data_flags(parser) -> None:
         "mix tasks as T0: an epoch has the examples of a template, or if they are more than this, "
         "this over the number of templates (T0: 500,000; suite: 500; no mixing if not given)"
     )
+    each = "train a prompt for each task of --train, all in the same batches; they lie in OUT/TASK"
     add_flags(
         parser,
         "data",
@@ -107,22 +109,21 @@ def add_data_flags(parser) -> None:
         PAUSE,
         PAUSE_TEXT,
         *ANSWERS,
+        ("--per-task", bool, False, each),
     )
-    each = "train a prompt for each task of --train, all in the same batches; they lie in OUT/TASK"
-    parser.add_argument("--per-task", action="store_true", help=each)
 
 
 def add_recursion_flags(parser) -> None:
     """How often and how the LM reads its own output."""
-    group = add_flags(
+    whole = "sample for training questions with a prompt that has seen them (the paper's way)"
+    add_flags(
         parser,
         "textual recursion",
         ("--candidates", COUNT, 16, "answers sampled for each question (paper: 1 to 64)"),
         ("--rounds", COUNT, 1, "how often candidates are sampled, each time after reading"),
         ("--stages-from", str, None, "a run with the same p1, to be copied and not trained again"),
+        ("--no-cross-fit", bool, False, whole),
     )
-    whole = "sample for training questions with a prompt that has seen them (the paper's way)"
-    group.add_argument("--no-cross-fit", action="store_true", help=whole)
     keep = "GB of memory for the first pass's states, which are the same in every epoch; 0 for none"
     add_flags(parser, "recursion", ("--cache-first-pass", number_type(float, 0), 1.0, keep))
 
@@ -154,6 +155,7 @@ def add_open_book_flags(parser) -> None:
     """What a reader reads, how its passages are found and sorted, and how encoders learn."""
     whole, pools = number_type(int, 0), ["cls", "mean"]
     rate = "reader: of re-rankers (paper: 1e-5); if not given 2e-3, with --encoder 5e-5"
+    twice = "compute each block twice in training, to save memory"
     add_flags(
         parser,
         "open book: retriever, reranker, reader",
@@ -171,14 +173,10 @@ def add_open_book_flags(parser) -> None:
         ("--context", COUNT, None, "positions that the LM reads, if not its whole context"),
         ("--max-packed", COUNT, None, "most passages that the LM reads; all that fit"),
         ("--tune", ["prompt", "lm"], "prompt", "reader: what learns; lm: the whole LM"),
+        ("--shared-encoder", bool, False, "retriever: one BERT for questions and passages"),
+        ("--no-rerank", bool, False, "reader: leave the passages in the order of the search"),
+        ("--checkpoint-activations", bool, False, twice),
     )
-    group = add_flags(parser, "open book: switches")
-    for flag, text in (
-        ("--shared-encoder", "retriever: one BERT for questions and passages"),
-        ("--no-rerank", "reader: leave the passages in the order of the search"),
-        ("--checkpoint-activations", "compute each block twice in training, to save memory"),
-    ):
-        group.add_argument(flag, action="store_true", help=text)
 
 
 def add_run_flags(parser) -> None:
@@ -186,21 +184,19 @@ def add_run_flags(parser) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "arithmetic and frozen weights; on CUDA bfloat16, else float32, if not given; auto: "
     dtype += "bfloat16 if it is faster here"
-    group = add_flags(
+    compiles = "compile the LM's layers first (torch.compile): a minute, for faster steps after it"
+    resume = "continue from the last checkpoint in --out, on a CPU with as many threads bit for "
+    resume += "bit; --shard and the number of processes may be others now"
+    add_flags(
         parser,
         "run",
         ("--out", str, None, "the run's folder; runs/METHOD if not given"),
         ("--device", ["cpu", "cuda"], device, "where to compute"),
         ("--dtype", ["float32", "bfloat16", "auto"], None, dtype),
         THREADS,
+        ("--compile", bool, False, compiles),
+        ("--resume", bool, False, resume),
     )
-    text = (
-        "compile the LM's layers first (torch.compile): a minute, for steps that are faster after"
-    )
-    group.add_argument("--compile", action="store_true", help=text)
-    text = "continue from the last checkpoint in --out, on a CPU with as many threads bit for bit; "
-    text += "--shard and the number of processes may be others now"
-    group.add_argument("--resume", action="store_true", help=text)
 
 
 def add_late_defaults(

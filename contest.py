@@ -31,8 +31,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils import flop_counter
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from generate import generate
 from model import LM, Config
 from model import attend as plain_attention
 
@@ -151,6 +152,16 @@ def compare(seconds: list[tuple[float, float]]) -> dict:
     return {"seconds": ours, "peer_seconds": peer} | ratio
 
 
+def decoding(model, ids: torch.Tensor, new: int, n: int = 1, prefix=None) -> Callable:
+    """n samples of each question (B, T) at temperature 1, or its greedy continuation if n is 1."""
+
+    def step() -> list[list[int]]:
+        samples = generate(model, ids.tolist(), prefix, new, temperature=float(n > 1), n=n)
+        return [sample.ids for row in samples for sample in row]
+
+    return step
+
+
 def difference(ours, theirs) -> dict:
     """How far two losses are apart, or the share of lists of tokens that are identical."""
     if isinstance(ours, float):
@@ -187,18 +198,21 @@ def timed(step: Callable, device: str = "cpu") -> float:
     return now() - start
 
 
+FORMULAS = flop_registry  # of operations. It lacks attention on a CPU, which counts the same
+for end in ("", "_backward"):
+    name = "_scaled_dot_product_flash_attention{}" + end
+    cuda, cpu = (getattr(torch.ops.aten, name.format(on)) for on in ("", "_for_cpu"))
+    FORMULAS.setdefault(cpu, FORMULAS[cuda])
+
+
 def count_operations(step: Callable, lm: LM) -> int:
     """Floating-point operations of all products of matrices in step().
 
     Kernels of attention.py cannot be counted, so the LM attends without them meanwhile.
     """
-    known, sdpa = flop_counter.flop_registry, "_scaled_dot_product_flash_attention"
-    for name in ("", "_backward"):  # it lacks attention on a CPU, which counts the same
-        cuda, cpu = (getattr(torch.ops.aten, f"{sdpa}{on}{name}") for on in ("", "_for_cpu"))
-        known.setdefault(cpu, known[cuda])
     attend, lm.layers.attend = lm.layers.attend, plain_attention
     with torch.compiler.set_stance("force_eager"):  # nor can compiled code be counted
-        with flop_counter.FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter:
             step()
     lm.layers.attend = attend
     return counter.get_total_flops()

@@ -24,7 +24,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 import cli
 import prompts
@@ -34,7 +33,7 @@ import start
 import train
 from adapters import Connector, DeepPrompt, PromptGenerator, SoftPrompt
 from checkpoints import HUB_FILES, load_tokenizer, read_config, resolve, skip_init
-from contest import memory
+from contest import FORMULAS, memory
 from families import t5_from_hf
 from fit import Recipe, linear_weights, make_optimizer
 from generate import stack_prefixes, token_logprobs
@@ -208,13 +207,6 @@ def without_values():
     fused = patch.object(F, "scaled_dot_product_attention", fused_attention)
     with torch.device("meta"), skip_init(), fused:
         yield
-
-
-FORMULAS = dict(flop_registry)  # of operations; torch lacks those of FLASH
-for name in ("", "_backward"):
-    known = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{name}")
-    flash = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{name}")
-    FORMULAS.setdefault(flash, flop_registry[known])
 
 
 class Counter(TorchDispatchMode):

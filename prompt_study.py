@@ -16,7 +16,7 @@ OMP_NUM_THREADS=1.
 
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from types import SimpleNamespace
 
 from show import only_shows, show, show_table
@@ -32,7 +32,7 @@ import world
 from cost import conduct
 from prompt_audit import distances, few_shot, forgetting, speed
 from runs import read_predictions
-from study import Job, Row, Study, curve, show_grid, show_orderings, write_rows
+from study import Job, Row, Study, curve, show_grid, show_orderings, spread, write_rows
 
 # The runs
 
@@ -274,12 +274,6 @@ def answered(study: Study, on_suite: bool) -> list[tuple[Row, list[Job]]]:
         if jobs and on_suite == ("{suite}" in row.command):
             pairs.append((row, jobs))
     return pairs
-
-
-def spread(values: list[float]) -> str:
-    """The mean in percent, and after ± the deviation over seeds if there are several."""
-    deviation = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * mean(values):.1f}{deviation}"
 
 
 def scores(part: dict, name: str) -> str:

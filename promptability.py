@@ -27,7 +27,6 @@ A run's folder holds the trained LM in model/, and its prompt. Few-shot tuning a
 learning rate of 0.001 moves a number of the prompt by at most 0.1 in 100 steps. The default is 0.1.
 """
 
-import re
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -51,6 +50,7 @@ from checkpoints import write_json, write_lines
 from data import IGNORE_INDEX, Batch
 from fit import Adafactor, Recipe, autocast, fit, target_loss
 from model import LM
+from prompts import folder_name
 from recurse import COMPOSITIONS
 from runs import Run, read_predictions, start_record
 
@@ -326,7 +326,7 @@ def few_shot(args: Namespace) -> dict:
         raise FileExistsError(f"{out} exists; continue it with --resume, or choose another --out")
     lm, tokenizer = start.load_lm(args)
     for name, template, examples, tests in few_shot_splits(args):
-        folder = out / re.sub(r"[^\w.-]", "_", f"{name}.{template}")
+        folder = out / folder_name(f"{name}.{template}")
         run = Namespace(**vars(args) | {"out": str(folder)})
         cli.check_and_seed(run)
         splits = {"train": examples, "dev": [], "test": tests}

@@ -19,7 +19,8 @@ import numpy as np
 import data
 import suite
 from promptability import HELD_OUT, average_relative_gain
-from study import Row, Study, show_differences, significance
+from runs import read_predictions
+from study import Row, Study, show_differences, significance, spread
 
 CONTINUE = "transfer.py continue --train {suite} --limit 300 --prompt-length 10 --eval-every 100000"
 META = "--batch-size 64 --grad-accum"
@@ -149,7 +150,8 @@ def promptability(study: Study, file: str) -> dict:
     variants = list(dict.fromkeys(name.rsplit("-", 1)[0] for name in found))
     table, details = [], []
     for name in variants:
-        cells = [gain_cell(results.get(f"{name}-{part}")) for part in ("zero", "few")]
+        gains = [results.get(f"{name}-{part}", {}).get("gain") for part in ("zero", "few")]
+        cells = ["-" if gain is None else spread(gain) for gain in gains]
         table.append([name, training_seconds(study, name), *cells])
         for part in ("zero", "few"):
             if one := results.get(f"{name}-{part}"):
@@ -170,8 +172,8 @@ def promptability(study: Study, file: str) -> dict:
 
 def test_rows(study: Study, name: str) -> list[dict]:
     """{(task, id): line of predictions.jsonl} of every finished seed of a row."""
-    files = [list(data.json_lines(j.answers / "predictions.jsonl")) for j in study.finished(name)]
-    return [{(r["task"], r["id"]): r for _, r in lines} for lines in files]
+    files = [read_predictions(job.answers) for job in study.finished(name)]
+    return [{(r["task"], r["id"]): r for r in rows} for rows in files]
 
 
 def summary(runs: list[dict], chance: dict) -> dict:
@@ -221,14 +223,6 @@ def show_claims(found: dict[str, list[dict]], chance: dict) -> list[dict]:
         results.append({"claim": claim, "rows": pair, "seeds": seeds} | significance(a, b))
     show_differences("average relative gain", results)
     return results
-
-
-def gain_cell(result: dict | None) -> str:
-    """The mean over seeds in percent, and after ± the deviation."""
-    if result is None:
-        return "-"
-    gains = 100 * np.array(result["gain"])
-    return f"{gains.mean():.1f}" + (f" ± {gains.std(ddof=1):.1f}" if len(gains) > 1 else "")
 
 
 def training_seconds(study: Study, name: str) -> str:

@@ -273,15 +273,12 @@ def without_bos(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def load_encoder(folder, tokenizer, device: str = "cpu"):
-    """(encoder, recode) of a PromptGenerator: a frozen T5Encoder, and a function that turns token
-    ids of `tokenizer`, the LM's, into a text and this into ids of the encoder's own tokenizer."""
+    """The frozen encoder of a PromptGenerator. Its function `recode` turns ids of `tokenizer`, the
+    LM's, into a text, and this into ids of the encoder's own tokenizer."""
     encoder = T5Encoder.from_pretrained(folder, device)
     own = load_tokenizer(folder, encoder.config.vocab_size)
-
-    def recode(ids: list[int]) -> list[int]:
-        return own.encode(tokenizer.decode(ids)).ids
-
-    return encoder, recode
+    encoder.recode = lambda ids: own.encode(tokenizer.decode(ids)).ids
+    return encoder
 
 
 def load_trained(folder, lm, tokenizer, encoder_folder=None):
@@ -289,13 +286,11 @@ def load_trained(folder, lm, tokenizer, encoder_folder=None):
 
     encoder_folder: the T5 encoder of ID-PT. The tokenizer adds no BOS if the prompt follows it.
     """
-    encoder = recode = None
+    encoder = None
     if encoder_folder is not None:
-        encoder, recode = load_encoder(encoder_folder, tokenizer, lm.embed_tokens.weight.device)
+        encoder = load_encoder(encoder_folder, tokenizer, lm.embed_tokens.weight.device)
     adapter = load_adapter(folder, lm, encoder).requires_grad_(False)
-    if isinstance(adapter, PromptGenerator):
-        adapter.recode = recode
-    elif isinstance(adapter, SoftPrompt) and adapter.bos is not None:
+    if isinstance(adapter, SoftPrompt) and adapter.bos is not None:
         tokenizer = without_bos(tokenizer)
     return adapter, tokenizer
 

@@ -196,7 +196,9 @@ STUDY = [
     ("--minutes", cli.number_type(float, 0), None, "start nothing after so many"),
     ("--seeds", cli.COUNT, 3, "at most so many seeds of a row"),
     ("--only", str, "", "only rows with this text in their name or their table's title"),
+    ("--plan", bool, False, "print the cost sheet and end"),
 ]
+GRID = ("--grid", bool, False, "choose learning rates by short runs of seed 0, first")
 FLAGS = {
     "docs": [],
     "lm": [
@@ -211,11 +213,13 @@ FLAGS = {
         ("--count", cli.COUNT, None, "questions of each split; all if not given"),
         ("--steps", cli.COUNT, 1200, "steps of a training run; of a few, three times as many"),
         *STUDY,
+        GRID,
     ],
     "prompts": [
         ("--count", cli.COUNT, 40, "test examples of a task, each in four templates"),
         ("--steps", cli.COUNT, 800, "steps of a run on the suite; of other runs a fifth"),
         *STUDY,
+        GRID,
     ],
     "reader": [
         ("--encoder", str, None, "folder of the BERT; assets/bert if not given"),
@@ -235,14 +239,6 @@ FLAGS = {
         *STUDY,
     ],
 }
-GRID = ("--grid", "choose learning rates by short runs of seed 0, first")
-PLAN = ("--plan", "print the cost sheet and end")
-SWITCHES = {
-    "recursion": (GRID, PLAN),
-    "prompts": (GRID, PLAN),
-    "reader": (PLAN,),
-    "transfer": (PLAN,),
-}
 
 
 def parser() -> Parser:
@@ -254,8 +250,6 @@ def parser() -> Parser:
         summary = experiment.__doc__.split("\n")[0]
         command = commands.add_parser(name, help=summary)
         cli.add_flags(command, name, *flags, *FLAGS[name])
-        for switch, text in SWITCHES.get(name, ()):
-            command.add_argument(switch, action="store_true", help=text)
     return parser
 
 

@@ -105,11 +105,16 @@ def picture(path, width: float, height: float):
         figure.savefig(unfinished, format="png", dpi=110)
 
 
+def show_row(cells: list, result: bool = False) -> None:
+    """Print a row of a Markdown table."""
+    show(f"| {' | '.join(map(str, cells))} |", result=result)
+
+
 def show_table(title: str, columns: list[str], rows: list[list], result: bool = False) -> None:
     """Print a Markdown table."""
     show(f"\n{title}\n", result=result)
     for row in [columns, ["---"] * len(columns), *rows]:
-        show(f"| {' | '.join(map(str, row))} |", result=result)
+        show_row(row, result)
 
 
 def show_result(split: str, result: dict, asked: bool = False) -> None:

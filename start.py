@@ -228,15 +228,12 @@ def start_generator(task: Task) -> adapters.PromptGenerator:
             f"{'--encoder ' if args.encoder else ''}{path}: holds no T5 encoder; "
             "`python pretrain.py encoder` makes one, and --encoder names its folder"
         )
-    encoder, recode = recurse.load_encoder(path, task.tokenizer, args.device)
+    encoder = recurse.load_encoder(path, task.tokenizer, args.device)
     if folder:
-        generator = load_init(folder, args, lm, adapters.PromptGenerator, encoder)
-    else:
-        rng, table = torch.Generator().manual_seed(args.seed), encoder.embed_tokens.weight
-        start = adapters.from_vocab(args.encoder_prompt, table, generator=rng).to(args.device)
-        generator = adapters.PromptGenerator(encoder, start, start_vectors(task))
-    generator.recode = recode
-    return generator
+        return load_init(folder, args, lm, adapters.PromptGenerator, encoder)
+    rng, table = torch.Generator().manual_seed(args.seed), encoder.embed_tokens.weight
+    start = adapters.from_vocab(args.encoder_prompt, table, generator=rng).to(args.device)
+    return adapters.PromptGenerator(encoder, start, start_vectors(task))
 
 
 def start_vectors(task: Task) -> Tensor:

@@ -348,14 +348,18 @@ def show_grid(study: Study) -> dict[str, dict]:
     return results
 
 
+def spread(values: list[float]) -> str:
+    """The mean in percent, and after ± the deviation over seeds if there are several."""
+    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{deviation}"
+
+
 def cell(records: list[dict], part: str) -> str:
     """Mean dev and test EM of some runs in percent; after ± the deviation of test over seeds."""
-    texts = []
-    for split in ("dev", "test"):
-        values = [em(record, split, part) for record in records]
-        values = [100 * value for value in values if value is not None]
-        texts.append(f"{statistics.mean(values):.1f}" if values else "-")
-    return " / ".join(texts) + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    dev, test = ([em(record, split, part) for record in records] for split in ("dev", "test"))
+    dev, test = ([value for value in some if value is not None] for some in (dev, test))
+    both = f"{100 * statistics.mean(dev):.1f}" if dev else "-", spread(test) if test else "-"
+    return " / ".join(both)
 
 
 def em(record: dict, split: str, part: str) -> float | None:

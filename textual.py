@@ -30,6 +30,8 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from show import show
+
 import torch
 
 import data
@@ -135,19 +137,18 @@ def score_candidates(examples, ranked: list[list[Candidate]], n: int) -> dict:
     return means(everything) | {"tasks": {task: means(rows) for task, rows in tasks.items()}}
 
 
-def sample_rounds(task, train_prompt: Callable, report: Callable) -> tuple:
+def sample_rounds(task, train_prompt: Callable) -> tuple:
     """Train and sample in as many rounds as --rounds says.
 
     train_prompt(task, name, before) -> SoftPrompt trains one in the folder `name` of the run, or
-    loads it if it is trained already; it starts as the prompt `before`, if there is one.
-    report(split, scores) shows how good the candidates are. Returns (the task with candidates in
-    its questions, the last prompt, the scores of each round, the half "A" or "B" of each training
-    question or None).
+    loads it if it is trained already; it starts as the prompt `before`, if there is one. Returns
+    (the task with candidates in its questions, the last prompt, the scores of each round, the half
+    "A" or "B" of each training question or None).
     """
     asked, prompts, rounds = task, {}, []
     for number in range(1, task.args.rounds + 1):
         ranked, halves = sample_round(task, asked, number, prompts, train_prompt)
-        asked, scores = read_candidates(task, ranked, report)
+        asked, scores = read_candidates(task, ranked)
         rounds.append(scores)
     return asked, prompts[""], rounds, halves
 
@@ -254,7 +255,7 @@ def write_candidates(path: Path, examples: list[data.Example], ranked: list[list
     write_lines(path, lines)
 
 
-def read_candidates(task, ranked: dict[str, list], report: Callable) -> tuple:
+def read_candidates(task, ranked: dict[str, list]) -> tuple:
     """(the task with the candidates in its questions, how good these are in each split)."""
     args, config = task.args, task.lm.config
     after, eos = data.filler(args.pause, args.pause_text), config.eos[0] if config.eos else None
@@ -268,5 +269,16 @@ def read_candidates(task, ranked: dict[str, list], report: Callable) -> tuple:
         if examples:
             scores[split] = score_candidates(examples, ranked[split], args.candidates)
             scores[split]["left_out"] = left_out
-            report(split, scores[split])
+            show_candidates(split, scores[split])
     return replace(task, tokens=tokens), scores
+
+
+def show_candidates(split: str, scores: dict) -> None:
+    """Print how good the candidates of a split are, for all its questions and for each task."""
+    for task, row in {"all": scores, **scores["tasks"]}.items():
+        recall = "  ".join(f"@{k} {100 * value:5.1f}" for k, value in row["recall"].items())
+        first, most = 100 * row["best"], 100 * row["majority"]
+        text = f"recall {recall}   EM likeliest {first:5.1f}, most frequent {most:5.1f}"
+        show(f"{split:5} {task or 'other':12} {text}   ({row['n']} questions)")
+    if scores["left_out"]:
+        show(f"{split:5} {scores['left_out']} candidates did not fit the context and are left out")

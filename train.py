@@ -109,7 +109,7 @@ def textual_recursion(task: start.Task) -> dict:
     with run:
         prompt = start.start_prompt(task)
         record = start_record(run, prompt, task.lm, start.hashes(task, prompt))
-        asked, before, rounds, halves = textual.sample_rounds(task, train_stage, show_candidates)
+        asked, before, rounds, halves = textual.sample_rounds(task, train_stage)
         split = {"halves": "".join(halves)} if halves else {}
         run.write_record(record | {"candidates": rounds} | split)
     return train_adapter(asked, trained=start.next_prompt(task, before), hashed=task)
@@ -395,17 +395,6 @@ def show_passes(task: start.Task, row: dict) -> None:
     for name, line in zip(("last pass", "first pass"), lines):
         show(" ".join([f"  {name:12}", *map(str.ljust, line, widths)]))
     show(f"  accepted     {', '.join(row['answers'])}\n")
-
-
-def show_candidates(split: str, scores: dict) -> None:
-    """Print how good the candidates of a split are, for all its questions and for each task."""
-    for task, row in {"all": scores, **scores["tasks"]}.items():
-        recall = "  ".join(f"@{k} {100 * value:5.1f}" for k, value in row["recall"].items())
-        first, most = 100 * row["best"], 100 * row["majority"]
-        text = f"recall {recall}   EM likeliest {first:5.1f}, most frequent {most:5.1f}"
-        show(f"{split:5} {task or 'other':12} {text}   ({row['n']} questions)")
-    if scores["left_out"]:
-        show(f"{split:5} {scores['left_out']} candidates did not fit the context and are left out")
 
 
 # The command line

@@ -36,7 +36,8 @@ import data
 import promptability
 import start
 import train
-from checkpoints import read_tensors, resolve, write_json, write_tensors
+from adapters import read_prompt
+from checkpoints import resolve, write_json, write_tensors
 from model import LM
 from promptability import load_task, pieces, read_dev_and_test
 from runs import ASSETS
@@ -124,14 +125,6 @@ def read_embedding(folder: str | Path, lm=None) -> tuple:
     if lm is not None:
         return adapters.load_adapter(kept, lm)(), facts
     return read_prompt(kept), facts
-
-
-def read_prompt(folder: str | Path) -> Tensor:
-    """The vectors of a stored prompt. ValueError if the folder holds another adapter."""
-    tensors = read_tensors(Path(folder) / "adapter_model.safetensors")
-    if set(tensors) != {"prompt_embeddings"}:
-        raise ValueError(f"{folder}: not a prompt (its tensors: {', '.join(sorted(tensors)[:3])})")
-    return tensors["prompt_embeddings"].float()
 
 
 def load_library(folder: str | Path, task=None, lm=None) -> dict[str, Tensor]:
@@ -381,10 +374,10 @@ def add_own_flags(command, name: str) -> None:
         kind = ("--kind", list(KINDS), KINDS[0], "of similarity; neurons reads the LM")
         cli.add_flags(command, "search", k, kind, cli.MODEL)
     if name == "source":
-        command.add_argument("--each", action="store_true", help="a prompt per file, in OUT/TASK")
+        each = ("--each", bool, False, "a prompt per file, in OUT/TASK")
         step = ("--keep-at", cli.number_type(int, 0), 100, "step of the task embedding; 0: none")
         length = ("--seq-len", count, 64, "tokens in a window of running text")
-        cli.add_flags(command, "source", limit, step, length)
+        cli.add_flags(command, "source", each, limit, step, length)
     if name == "continue":
         command.add_argument(
             "--hold-out", nargs="*", default=promptability.HELD_OUT, help="clusters left out"
@@ -415,10 +408,9 @@ def add_shared_flags(command) -> None:
     for split, needed in (("train", True), ("dev", False), ("test", False)):
         help = files.format(split)
         command.add_argument(f"--{split}", nargs="+", default=[], required=needed, help=help)
-    cli.add_flags(command, "data", *cli.ANSWERS)
-    command.add_argument("--input-eos", action="store_true", help="end inputs with EOS")
-    deep = "a prompt is keys and values of every layer, not vectors"
-    command.add_argument("--deep", action="store_true", help=deep)
+    ends = ("--input-eos", bool, False, "end inputs with EOS")
+    deep = ("--deep", bool, False, "a prompt is keys and values of every layer, not vectors")
+    cli.add_flags(command, "data", *cli.ANSWERS, ends, deep)
     cli.add_training_flags(command)
     cli.add_run_flags(command)
     command.set_defaults(connector_layers=0, variant=None, placement="before_bos")
