@@ -135,9 +135,8 @@ def hard_command(args: argparse.Namespace) -> dict:
         raise FileExistsError(f"{args.out} exists; choose another --out")
     (model, tokenizer, ids, prefix, new, _, stops), examples, *_ = ask_again(args)
     scores_on(examples[:0], args.runs)  # refuses a folder without predictions before the work
-    ranked = recurse.candidates(
-        model, ids, args.samples, prefix, tokenizer, new, stops, seed=args.seed
-    )
+    rest = (prefix, tokenizer, new, stops, args.seed)
+    ranked = recurse.candidates(model, ids, args.samples, *rest)
     hard = hard_subset(examples, ranked)
     keys = ("id", "task", "input", "target", "answers")
     write_lines(args.out, [{key: getattr(e, key) for key in keys} for e in hard])

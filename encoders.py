@@ -175,10 +175,8 @@ class RerankerTraining:
     """
 
     def __init__(self, args):
-        self.args = args
-        self.encoder = CrossEncoder.from_pretrained(
-            base_encoder(args), args.device, args.encoder_len
-        )
+        self.args, folder = args, base_encoder(args)
+        self.encoder = CrossEncoder.from_pretrained(folder, args.device, args.encoder_len)
         self.trained = self.encoder
 
     def use(self, questions: dict[str, list[Question]]) -> dict:

@@ -179,7 +179,7 @@ def score(examples: Sequence, predictions: Sequence[str | int]) -> list[dict]:
 def _score_one(e, prediction: str | int) -> tuple[str, float, float]:
     """Return the prediction as a text, its exact match and its F1."""
     if isinstance(prediction, str):
-        form = unicode_form(e)
+        form = "NFD" if is_question(e.input) else None  # see `normalise`
         em = exact_match(prediction, e.answers, form)
         return prediction, em, token_f1(prediction, e.answers, form)
     # Options may differ only in what `normalise` deletes: "-5" and "5". Words that a wrong option
@@ -193,11 +193,6 @@ def _score_one(e, prediction: str | int) -> tuple[str, float, float]:
 def is_question(text: str) -> bool:
     """Return whether a text has the format of data.question_text. Spaces may follow it."""
     return text.startswith("Q: ") and text.rstrip(" ").endswith("?\nA:")
-
-
-def unicode_form(e) -> str | None:
-    """Return the Unicode form in which answers to an example are compared: see `normalise`."""
-    return "NFD" if is_question(e.input) else None
 
 
 def stops(examples: Sequence, stop: str | None = None) -> list[str]:

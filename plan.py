@@ -110,14 +110,6 @@ def add_candidates(args: argparse.Namespace, c: Config, lengths: Lengths) -> Len
     return replace(lengths, text=text, question=question)
 
 
-def read_encoder(args: argparse.Namespace) -> T5Config:
-    """The shape of the encoder of ID-PT, from its config.json. ValueError if it is not there."""
-    path = Path(args.encoder or ASSETS / "t5") / "config.json"
-    if not path.is_file():
-        raise ValueError("--encoder: needs the folder of a T5 encoder, which has a config.json")
-    return T5Config(**t5_from_hf(path))
-
-
 def main(argv: list[str]) -> dict[str, int]:
     """Print what a run will need at most. Returns the bytes that it will hold, by what holds them.
 
@@ -144,7 +136,9 @@ def estimate(args: argparse.Namespace) -> tuple[dict[str, int], dict[str, int], 
     libraries = memory("VmRSS")  # this process has loaded the same ones as a run
     folder = args.model or ASSETS / "lm"
     config = Config(**read_config(resolve(folder, ["config.json"])))
-    encoder_config = read_encoder(args) if args.method == "id_pt" else None
+    encoder_config = None
+    if args.method == "id_pt":
+        encoder_config = T5Config(**t5_from_hf(start.t5_folder(args) / "config.json"))
     with without_values():
         lm = LM(config)
     size = count(lm)
@@ -256,9 +250,8 @@ def new_adapter(args, lm: LM, encoder: T5Encoder | None, tasks: list[str]) -> nn
         start_vectors = torch.empty(args.encoder_prompt, encoder.config.dim)
         return PromptGenerator(encoder, start_vectors, torch.empty(P, C))
     if args.method in recurse.PROMPT_METHODS:
-        return SoftPrompt(
-            torch.empty(P, C), torch.empty(C) if args.placement == "after_bos" else None
-        )
+        bos = torch.empty(C) if args.placement == "after_bos" else None
+        return SoftPrompt(torch.empty(P, C), bos)
     if args.method not in recurse.CONNECTOR_METHODS:
         return nn.Module()
 

@@ -369,9 +369,7 @@ def train_on_text(
         return -sum(losses) / targets
 
     if args.seq_len > longest:
-        raise ValueError(
-            f"--seq-len {args.seq_len} exceeds the {longest} that fit the model's context"
-        )
+        raise ValueError(f"--seq-len {args.seq_len} exceeds the {longest} that the model can read")
     if held_out_batches < 1:
         raise ValueError(
             f"the held-out text has {len(text.held_out.tokens)} tokens, too few for a batch of "

@@ -174,17 +174,15 @@ def make_study(args, folder: Path) -> Study:
     names = {"files": folder, "suite": folder / "suite", "single": folder / "single"}
     names |= {"instruction": INSTRUCTION, "short": max(1, args.steps // 5)}
     names |= {"every": max(1, args.steps // 8)}
-    more = {"names": names, "share": 10, "metric": "f1", "score": mean_f1, "tokens": 74}
+    more = {"names": names, "share": 10, "metric": "f1", "tokens": 74}
 
     def asked(job: Job) -> int:
         return args.count * (154 if "{suite}" in job.row.command else 48)
 
-    return Study(args, folder, GROUPS, RATES, programs, **more, asked=asked)
+    def score(result: dict) -> float:
+        return mean(task["f1"] for task in result["tasks"].values())
 
-
-def mean_f1(result: dict) -> float:
-    """The mean of the tasks' F1."""
-    return mean(task["f1"] for task in result["tasks"].values())
+    return Study(args, folder, GROUPS, RATES, programs, **more, score=score, asked=asked)
 
 
 def sizes(count: int) -> dict[str, int]:

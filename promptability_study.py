@@ -152,7 +152,8 @@ def promptability(study: Study, file: str) -> dict:
     for name in variants:
         gains = [results.get(f"{name}-{part}", {}).get("gain") for part in ("zero", "few")]
         cells = ["-" if gain is None else spread(gain) for gain in gains]
-        table.append([name, training_seconds(study, name), *cells])
+        seconds = [job.record()["seconds"] for job in study.finished(name)]  # of its training
+        table.append([name, f"{np.mean(seconds):.0f}" if seconds else "", *cells])
         for part in ("zero", "few"):
             if one := results.get(f"{name}-{part}"):
                 values = [f"{100 * value:.0f}" for value in one["datasets"].values()]
@@ -223,9 +224,3 @@ def show_claims(found: dict[str, list[dict]], chance: dict) -> list[dict]:
         results.append({"claim": claim, "rows": pair, "seeds": seeds} | significance(a, b))
     show_differences("average relative gain", results)
     return results
-
-
-def training_seconds(study: Study, name: str) -> str:
-    """The mean seconds of continued pretraining; "" if there was none."""
-    seconds = [job.record()["seconds"] for job in study.finished(name)]
-    return f"{np.mean(seconds):.0f}" if seconds else ""

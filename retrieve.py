@@ -205,9 +205,8 @@ class DualEncoder(nn.Module):
         if self.pooling == "cls":
             return h[:, 0]
         real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        return F.normalize(
-            (h * real[..., None]).sum(1), dim=-1
-        )  # the sum's direction is the mean's
+        # The sum has the direction of the mean.
+        return F.normalize((h * real[..., None]).sum(1), dim=-1)
 
     def question_inputs(self, questions: Sequence[str]) -> list[list[int]]:
         """Return the tokens of each question's input."""

@@ -178,19 +178,15 @@ class Parser(argparse.ArgumentParser):
     """A parser whose help shows the defaults and whose errors are one line."""
 
     def __init__(self, **options):
-        super().__init__(
-            **options,
-            allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(**options, allow_abbrev=False, formatter_class=formatter)
 
     def parse_known_args(self, args: list[str] | None = None, namespace=None):
         """Parse the flags. An argument that is not UTF-8 is an error."""
         args = sys.argv[1:] if args is None else args
         for text in args:
-            if any(
-                "\ud800" <= letter <= "\udfff" for letter in text
-            ):  # how Python reads such bytes
+            # Python reads bytes that are not UTF-8 as these letters.
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
                 self.error(f"the argument {text!a} is not UTF-8 text")
         return super().parse_known_args(args, namespace)
 

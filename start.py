@@ -166,9 +166,7 @@ def start_connector(task: Task) -> adapters.Connector | adapters.Connectors:
     args, lm = task.args, task.lm
     folder = init_folder(args)
     if args.init not in (None, "random") and not folder:
-        raise ValueError(
-            f"--init {args.init} starts a prompt, and {args.method} trains a Connector"
-        )
+        raise ValueError(f"--init {args.init} starts a prompt; {args.method} trains a Connector")
     if folder and folder.is_dir() and "passes" in adapters.read_adapter_config(folder):
         return set_residual(load_init(folder, args, lm, adapters.Connectors), args.residual)
 
@@ -222,18 +220,23 @@ def start_generator(task: Task) -> adapters.PromptGenerator:
     """The prompt generator that training starts from: a stored one, or one that gives every text
     the prompt that --init describes."""
     args, lm, folder = task.args, task.lm, init_folder(task.args)
-    path = Path(args.encoder or ASSETS / "t5")
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"{'--encoder ' if args.encoder else ''}{path}: holds no T5 encoder; "
-            "`python pretrain.py encoder` makes one, and --encoder names its folder"
-        )
-    encoder = recurse.load_encoder(path, task.tokenizer, args.device)
+    encoder = recurse.load_encoder(t5_folder(args), task.tokenizer, args.device)
     if folder:
         return load_init(folder, args, lm, adapters.PromptGenerator, encoder)
     rng, table = torch.Generator().manual_seed(args.seed), encoder.embed_tokens.weight
     start = adapters.from_vocab(args.encoder_prompt, table, generator=rng).to(args.device)
     return adapters.PromptGenerator(encoder, start, start_vectors(task))
+
+
+def t5_folder(args) -> Path:
+    """The folder of the encoder of ID-PT. ValueError if it holds none."""
+    folder = Path(args.encoder or ASSETS / "t5")
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{'--encoder ' if args.encoder else ''}{folder}: holds no T5 encoder; "
+            "`python pretrain.py encoder` makes one, and --encoder names its folder"
+        )
+    return folder
 
 
 def start_vectors(task: Task) -> Tensor:
@@ -338,9 +341,7 @@ def load_init(init: Path, args, lm: LM, kind: type | tuple[type, ...], encoder=N
     another composition, number of passes or size than the flags say."""
     method = args.method
     if not init.is_dir():
-        raise ValueError(
-            f"--init {init} is neither the folder of an adapter nor a way to start {method}"
-        )
+        raise ValueError(f"--init {init} is no adapter's folder, and no way to start {method}")
     adapter = adapters.load_adapter(init, lm, encoder)
     name = type(adapter).__name__
     if not isinstance(adapter, kind):

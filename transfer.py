@@ -37,7 +37,7 @@ import promptability
 import start
 import train
 from adapters import read_prompt
-from checkpoints import resolve, write_json, write_tensors
+from checkpoints import write_json, write_tensors
 from model import LM
 from promptability import load_task, pieces, read_dev_and_test
 from runs import ASSETS
@@ -322,9 +322,7 @@ def search_command(args: Namespace) -> list[tuple[str, float]]:
     average = args.average and Path(args.average)
     if average and average.exists():
         raise FileExistsError(f"{average} exists; choose another --average")
-    lm = (
-        LM.from_pretrained(resolve(args.model or ASSETS / "lm")) if args.kind == "neurons" else None
-    )
+    lm = LM.from_pretrained(args.model or ASSETS / "lm") if args.kind == "neurons" else None
     ranking = search(args.task, args.library, args.kind, lm)
     for name, value in ranking:
         show(f"{value:+.4f}  {name}")
