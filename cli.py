@@ -199,9 +199,7 @@ def add_run_flags(parser) -> None:
     )
 
 
-def add_late_defaults(
-    args: argparse.Namespace, program: str, argv: list[str]
-) -> argparse.Namespace:
+def add_late_defaults(args, program: str, argv: list[str]) -> argparse.Namespace:
     """Fill in the defaults that depend on other flags, and remember the command line."""
     args.program, args.argv = program, argv
     args.out = args.out or f"runs/{args.method}"

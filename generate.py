@@ -125,7 +125,7 @@ def sample_next_token(logits: Tensor, temperature: float, top_k, top_p, generato
     Temperature 0 takes the most likely token. Otherwise it samples: top_k keeps only the most
     likely tokens, and top_p then keeps the fewest most likely ones whose sum reaches top_p.
     """
-    # Logits divided by less than 1e-20 would overflow. At 1e-20, two float32 logits that differ at
+    # Division by much less than 1e-20 would overflow. At 1e-20, two float32 logits that differ at
     # all are so far apart that only the larger one can be sampled.
     if temperature < 1e-20:
         return logits.argmax(-1)
@@ -177,7 +177,8 @@ def generate(
     A question is read once, however many samples are drawn, and samples whose tokens are the same
     so far are one row. Memory: the cache has 2 * K * D values per row, layer (of every part of a
     Stack) and position: those of the prefix, of the longest question and max_new_tokens. The peak
-    is twice that, because old and new cache exist together when the number of rows changes.
+    is twice that, because old and new cache exist together when rows come or go. A prefix that the
+    caller keeps comes on top.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, n)
 

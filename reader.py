@@ -52,7 +52,7 @@ from openbook import (
     write_book,
     write_found,
 )
-from passages import Passage, Question, with_found
+from passages import Question, with_found
 from rerank import CrossEncoder, cross_fit, pack
 
 QUESTIONS_IN_FILE = 128  # a kill costs at most the scores of so many questions
@@ -278,9 +278,7 @@ def context(args, lm) -> int:
     return min(longest, args.context or longest) - args.prompt_length
 
 
-def recall_at_input(
-    questions: Sequence[Question], packed: list[list[Passage]], dropped: int
-) -> dict:
+def recall_at_input(questions: Sequence[Question], packed: list, dropped: int) -> dict:
     """What reaches the LM: recall as in `recalls`, passages a question, and the dropped ones."""
     read = [replace(q, found=kept) for q, kept in zip(questions, packed)]
     n, known = len(read), [q for q in read if q.positives]

@@ -234,14 +234,12 @@ CONNECTOR_METHODS = ("neural_recursion", "lm_connector", "connector_lm")
 
 def gaps(connector: Connector | Connectors) -> list[Connector]:
     """The Connector of each gap between the passes of a neural recursion."""
-    if isinstance(connector, Connector):
-        return [connector]
-    return [connector[i % len(connector)] for i in range(connector.passes - 1)]
+    if isinstance(connector, Connectors):
+        return [connector[i % len(connector)] for i in range(connector.passes - 1)]
+    return [connector]
 
 
-def make_connectors(
-    passes: int, shared: bool, new: Callable[[], Connector]
-) -> Connector | Connectors:
+def make_connectors(passes: int, shared: bool, new: Callable) -> Connector | Connectors:
     """What stands between `passes` passes: a shared Connector, or one for each gap.
 
     new() returns a Connector. Two passes have one gap, and get a plain Connector.

@@ -153,9 +153,7 @@ class T5Encoder(nn.Module):
         return self.norm(x)
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> "T5Encoder":
+    def from_pretrained(cls, folder, device: str = "cpu", dtype=torch.float32) -> "T5Encoder":
         """Load the encoder of a published T5, frozen: eval mode, no parameter needs a gradient.
 
         A decoder in the same file is ignored. FileNotFoundError if a file is missing. ValueError if
