@@ -34,6 +34,7 @@ from retrieve import (
     recall_at,
     tune_weight,
 )
+from world import SPLITS
 
 RECALL_AT = (1, 5, 20, 100)
 TUNED_AT = 5  # the weight of a hybrid search: an answer among so many passages of dev
@@ -53,7 +54,7 @@ class Book:
         """What identifies the passages and the questions with all that is known of them."""
         known = hash_passages(self.passages) if self.passages else ""
         digest = hashlib.sha256(known.encode())
-        for split in world.SPLITS:
+        for split in SPLITS:
             for q in self.questions[split]:
                 text = repr((split, replace(q, source="")))
                 digest.update(text.encode("utf-8", "surrogatepass"))
@@ -68,7 +69,7 @@ def load_book(args) -> Book:
     FileNotFoundError or ValueError if a file is missing or malformed, or if two questions of a
     file have one id.
     """
-    found, listed, questions = None, [], dict.fromkeys(world.SPLITS, ())
+    found, listed, questions = None, [], dict.fromkeys(SPLITS, ())
     if args.passages and holds_questions(args.passages):
         found = books.read_questions(args.passages)
     elif args.passages:
@@ -77,11 +78,11 @@ def load_book(args) -> Book:
         listed, records = genres.library(world.make(args.world_seed))
         listed = [Passage(p["title"], p["text"], p["id"]) for p in listed]
         by_id = {passage.id: passage for passage in listed}
-        for split in world.SPLITS:
+        for split in SPLITS:
             rows = enumerate(records[split])
             parsed = [books.parse_question(r, by_id, f"world {split}:{i}") for i, r in rows]
             questions[split] = parsed
-    for split in world.SPLITS:
+    for split in SPLITS:
         if path := getattr(args, split):
             named = listed or [passage for q in found or () for passage in q.found]
             questions[split] = books.read_questions(path, named)
@@ -89,11 +90,11 @@ def load_book(args) -> Book:
         questions |= cut(found, args.seed)
     if not questions["train"]:
         raise ValueError(f"--passages {args.passages} is a book: --train names the questions")
-    for split in world.SPLITS:
+    for split in SPLITS:
         questions[split] = check_questions(questions[split], args.method == "reader")
     if found and args.train:
         results = {data.bare_question(q.question): q for q in found}
-        for split in world.SPLITS:
+        for split in SPLITS:
             questions[split] = [take_results(q, results, args.passages) for q in questions[split]]
     book = Book(listed, questions, args.passages if listed and args.passages else None)
     return book if book.path else collect(book)
