@@ -26,7 +26,7 @@ from checkpoints import load_tokenizer
 from data import Example, TokenizedExample, collate, encode_prompts
 from fit import target_loss
 from generate import generate, option_scores, pad, predict, stack_prefixes
-from model import LM
+from model import LM, Prefix
 from questions import prepare
 from recurse import (
     COMPOSITIONS,
@@ -364,6 +364,28 @@ def test_mixed_prefixes_that_do_not_fit_are_refused(lm, mixed, tokenizer):
 
 
 # Files and other uses
+
+
+@torch.no_grad()
+def test_a_prefix_is_stored_and_belongs_to_its_lm(make_lm, lm, tmp_path):
+    ragged = lm.read(lm.embed(torch.tensor([[5, 9, 11], [4, 7, 0]])), lengths=torch.tensor([3, 2]))
+    shared, folder = lm.read(vectors(lm, 4)), tmp_path / "a" / "b"
+    for prefix, ids in ((shared, QUESTIONS), (ragged, QUESTIONS[:2])):
+        prefix.save(folder, lm)  # the second in place of the first
+        again = Prefix.load(folder, lm)
+        assert greedy(lm, again, ids) == greedy(lm, prefix, ids)
+        for pair, other in zip(prefix.layers, again.layers, strict=True):
+            close(pair, other, 0.0)
+    half = make_lm("tied").bfloat16()
+    half.stored_hash, half.folder = lm.fingerprint(), "unused"
+    assert Prefix.load(folder, half).layers[0][0].dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="prefix.safetensors: belongs to another LM"):
+        Prefix.load(folder, make_lm("tied", seed=9))
+    save_file({"keys": torch.zeros(1)}, tmp_path / "prefix.safetensors")
+    with pytest.raises(ValueError, match="prefix.safetensors: belongs to another LM, or to none"):
+        Prefix.load(tmp_path, lm)
+    with pytest.raises(FileNotFoundError, match="no prefix.safetensors"):
+        Prefix.load(tmp_path / "none", lm)
 
 
 @torch.no_grad()
