@@ -83,7 +83,7 @@ class DeepPrompt(nn.Module):
             self.keys_values = nn.Parameter(kv.clone())
             return
         if hidden < P:
-            raise ValueError(f"an MLP of width {hidden} cannot make {P} positions; at least {P}")
+            raise ValueError(f"--reparam-dim {hidden} cannot make {P} positions; at least {P}")
         self.embedding = nn.Parameter(torch.randn(P, K * D))
         last = nn.Linear(hidden, kv.shape[1])
         self.mlp = nn.Sequential(nn.Linear(K * D, hidden), nn.Tanh(), last)

@@ -176,7 +176,7 @@ def make_study(args, folder: Path) -> Study:
     names |= {"every": max(1, args.steps // 8)}
     more = {"names": names, "share": 10, "metric": "f1", "score": mean_f1, "tokens": 74}
 
-    def asked(job: Job) -> int:
+    def asked(job: Job) -> int:  # of all tasks or of SINGLE, in four templates, of dev and test
         return args.count * (154 if "{suite}" in job.row.command else 48)
 
     return Study(args, folder, GROUPS, RATES, programs, **more, asked=asked)

@@ -130,11 +130,13 @@ def answer_mixed(
     chosen: Sequence[Prompt | None],
     max_new_tokens: int = 16,
     stops: list[str] | None = None,
+    out: str | None = None,
     **limits,
 ) -> list[str | int]:
     """Answer each example with its own prompt, or with the LM alone for None, in shared batches.
 
-    The answers are those of `predict` for each prompt alone. `limits` are its keywords.
+    The answers are those of `predict` for each prompt alone. `limits` are its keywords. `out` is a
+    folder to make once nothing is refused, and before the work: it may be one that cannot be made.
     """
     if len(examples) != len(chosen):
         raise ValueError(f"{len(chosen)} prompts for {len(examples)} examples")
@@ -143,9 +145,11 @@ def answer_mixed(
         rows = [b for b, p in enumerate(chosen) if p is prompt]
         own, prefix = (tokenizer, None) if prompt is None else (prompt.tokenizer, prompt.prefix)
         part, ends = [examples[b] for b in rows], stops and [stops[b] for b in rows]
-        found = prepare(lm, own, part, prefix, max_new_tokens, stops=ends)
-        for b, *prepared in zip(rows, *found[:2]):
-            ids[b], options[b] = prepared
+        own_ids, own_options, _ = prepare(lm, own, part, prefix, max_new_tokens, stops=ends)
+        for b, question, choices in zip(rows, own_ids, own_options):
+            ids[b], options[b] = question, choices
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
     prefixes = [None if p is None else p.prefix for p in chosen]
     return predict(lm, tokenizer, ids, prefixes, max_new_tokens, options, stops, **limits)
 
@@ -159,6 +163,7 @@ def answer_by_vote(lm, tokenizer, examples, voters: Sequence[Prompt], new=16, st
     B, N = len(examples), len(voters)
     chosen = [prompt for prompt in voters for _ in examples]
     given = answer_mixed(lm, tokenizer, [*examples] * N, chosen, new, stops and stops * N, **limits)
+    # given[b::B] are the answers of all voters to example b.
     return zip(*(Counter(given[b::B]).most_common(1)[0] for b in range(B)))
 
 
@@ -195,9 +200,7 @@ def mixed_command(args: argparse.Namespace) -> list[str] | dict:
     examples, args.file = [example for example, _ in lines], args.input
     lm, tokenizer, prompts = load_prompts(args.prompts, args.model)
     ends, new = metrics.stops(examples, args.stop), args.max_new_tokens
-    limits = {"max_tokens": args.eval_tokens, "mean": args.rank_by == "mean"}
-    if args.out:  # before the work: the folder may be one that cannot be made
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+    limits = {"max_tokens": args.eval_tokens, "mean": args.rank_by == "mean", "out": args.out}
     if args.vote:
         voters = list(prompts.values())
         answers, votes = answer_by_vote(lm, tokenizer, examples, voters, new, ends, **limits)

@@ -276,8 +276,8 @@ def test_a_vote_writes_predictions_that_compare_reads(place, library, tmp_path, 
 def test_bad_input_of_mixed_is_one_line(place, library, tmp_path, capsys):
     question = {"question": "where was Anna born"}
     file = write_lines(tmp_path / "q.jsonl", [question, question | {"prompt": "sof"}])
-    good = place / "train.jsonl"
-    soft, connector = library / "soft", library / "connector"
+    long = write_lines(tmp_path / "l.jsonl", [{"question": "where " * 99, "answer": "x"}])
+    good, soft, connector = place / "train.jsonl", library / "soft", library / "connector"
     for flags, words in (
         (
             f"--prompts {soft} --input {file}",
@@ -287,6 +287,7 @@ def test_bad_input_of_mixed_is_one_line(place, library, tmp_path, capsys):
         (f"--prompts {soft} {connector} --input {good}", "holds a Connector, which is no prompt"),
         (f"--prompts {soft} {tmp_path} --input {good}", "no adapter_config.json"),
         (f"--prompts {soft} --input {file} --out {tmp_path / 'o'}", "q.jsonl:1: needs a list"),
+        (f"--prompts {soft} --input {long} --out {tmp_path / 'o'}", "l.jsonl:1: "),
         (f"--prompts {place / 'lm'} --input {good}", "trains more than a prompt, or none"),
         (f"--prompts {soft} --input {tmp_path / 'x'}", "no such file"),
     ):
