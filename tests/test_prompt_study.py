@@ -3,10 +3,12 @@
 import argparse
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import read_lines
 
+import data
 import prompt_audit
 import prompt_study
 import prompts
@@ -91,6 +93,23 @@ def test_a_prompt_forgets_nothing_and_a_tuned_lm_does(made):
     assert losses["fine-tuning-0"]["tuned"] != losses["prompt-20-0"]["alone"]
     trained = {name: row["trained"] for name, row in results["speed"].items()}
     assert trained["prompt-20-0"] == 20 * 16 < trained["id-pt-20-0"]
+
+
+@torch.no_grad()
+def test_loss_on_text_is_of_the_tokens_behind_those_that_a_prompt_is_made_of(made):
+    lm, seen = LM.from_pretrained(made[1] / "lm"), []
+    batch = data.windows(data.Corpus(np.arange(300), np.array([0, 300])), 2, 96, 0, 0)
+
+    def computed(texts):
+        seen.extend(texts)
+        return lm.read(lm.embed(torch.tensor([[9, 8]] * len(texts))))
+
+    x, read = lm.embed(batch.ids), prompt_audit.READ
+    for prefix, h in ((None, lm(x)), (computed, lm(x, lm.read(lm.embed(torch.tensor([9, 8])))))):
+        nats = -lm.logits(h).log_softmax(-1).gather(2, batch.targets[..., None])[:, read:]
+        loss = prompt_audit.text_loss(lm, prefix, [batch])
+        assert loss == pytest.approx(nats.mean().item(), rel=1e-5)
+    assert seen == batch.ids[:, :read].tolist()
 
 
 def test_a_task_is_answered_with_the_prompt_of_the_other(made):
