@@ -219,8 +219,12 @@ def report(study: Study) -> dict:
     for name in ("distances", "speed", "forgetting"):
         for job in study.finished(name):
             results[name] = job.record()["results"]
-            for key, value in results[name].items():
-                show(f"{name}: {key}: {value}")
+    for job in study.finished("added-prompt"):  # what the old tasks lose by it
+        before, after = (job.record()[f"weights_{when}"] for when in ("before", "after"))
+        results["added-prompt"] = {"weights are the same": before == after}
+    for name in ("distances", "speed", "forgetting", "added-prompt"):
+        for key, value in results.get(name, {}).items():
+            show(f"{name}: {key}: {value}")
     drawn = ("id-pt-20", "prompt-20", "fine-tuning")
     results["curves"] = {name: curve(study, name) for name in drawn}
     study.args.picture.parent.mkdir(exist_ok=True)

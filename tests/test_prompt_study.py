@@ -23,7 +23,7 @@ from study import Study
 TASKS = ("question_pairs", "sentence_pairs", "news_topic", "gist")
 ROWS = """id-pt-20 prompt-20 fine-tuning zero-shot deep-20 distances speed forgetting shallow-text
     shallow-vocab tuned-question_pairs design-1 larger-shallow shift-prompt-question_pairs
-    shift-tuned-question_pairs added-tuned old-tasks-after-it""".split()
+    shift-tuned-question_pairs added-prompt added-tuned old-tasks-after-it""".split()
 SHORT = "--device cpu --batch-size 4"
 
 
@@ -90,6 +90,7 @@ def test_a_prompt_forgets_nothing_and_a_tuned_lm_does(made):
     for name in ("prompt-20-0", "deep-20-0", "id-pt-20-0"):
         assert losses[name]["alone"] == losses[name]["again"] != losses[name]["attached"]
         assert losses[name]["weights are the same"]
+    assert results["added-prompt"] == {"weights are the same": True}
     assert losses["fine-tuning-0"]["tuned"] != losses["prompt-20-0"]["alone"]
     trained = {name: row["trained"] for name, row in results["speed"].items()}
     assert trained["prompt-20-0"] == 20 * 16 < trained["id-pt-20-0"]
