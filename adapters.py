@@ -137,8 +137,8 @@ class PromptGenerator(nn.Module):
 
     A frozen encoder reads [start; text]. P learned queries read its output by cross-attention and
     go through two layers of self-attention. One projection, the same for all P, leads to the
-    LM's width. (Paper: T5-base, p about 430, P 100 to 400. It does not say how these parts start:
-    that they begin as prompt tuning, GAIN and ADDED are not in the paper.)
+    LM's width. (Paper: T5-base, p about 430, P 100 to 400. Its queries read as many vectors as the
+    text has, ours those of `start` too. Starting as prompt tuning, GAIN and ADDED are ours.)
     start    (p, W), the encoder's own prompt at first. W is the encoder's width
     prompt   (P, C), what every text gets at first, as in prompt tuning (exactly if P <= W)
     encoder  t5.T5Encoder, or anything with embed(ids) and encoder(x, lengths). It is no part of

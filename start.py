@@ -392,7 +392,7 @@ def template_rates(examples: list[data.Example], cap: int) -> tuple[list[list[in
     """How T0 mixes tasks: (the rows of each template, how many of them an epoch has).
 
     A template's rate is its number of examples. If they are more than `cap`, it is the cap over the
-    number of templates of its task (T0: cap 500,000; section D.1 of Sanh et al. 2022).
+    number of templates of its task (Levine et al. 2022, section 2.2, and T0: cap 500,000).
     """
     groups = {}
     for row, example in enumerate(examples):
