@@ -40,6 +40,7 @@ LENGTHS = (5, 10, 40)  # of prompts, beside 20
 SHOTS = (0, 1, 4)
 SINGLE = ("question_pairs", "sentence_pairs", "news_topic")  # tasks with a prompt of their own
 INITS = ("vocab", "text", "labels", "random")
+# Parts of commands. Study.line fills what stands in braces, such as {suite} (see `make_study`).
 SUITE = "--train {suite}-train.jsonl --dev {suite}-dev.jsonl --test {suite}-test.jsonl"
 MULTI = f"{SUITE} --mixture-cap 500 --max-new-tokens 32 --eval-every {{every}} --eval-limit 580"
 ALONE = "--train {0}-train.jsonl --dev {0}-dev.jsonl --test {0}-test.jsonl --steps {{short}}"
