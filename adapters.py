@@ -83,7 +83,7 @@ class DeepPrompt(nn.Module):
             self.keys_values = nn.Parameter(kv.clone())
             return
         if hidden < P:
-            raise ValueError(f"an MLP of width {hidden} cannot make {P} positions; at least {P}")
+            raise ValueError(f"--reparam-dim {hidden} cannot make {P} positions; at least {P}")
         self.embedding = nn.Parameter(torch.randn(P, K * D))
         last = nn.Linear(hidden, kv.shape[1])
         self.mlp = nn.Sequential(nn.Linear(K * D, hidden), nn.Tanh(), last)
@@ -137,7 +137,8 @@ class PromptGenerator(nn.Module):
 
     A frozen encoder reads [start; text]. P learned queries read its output by cross-attention and
     go through two layers of self-attention. One projection, the same for all P, leads to the
-    LM's width. (Paper: T5-base, p about 430, P 100 to 400.)
+    LM's width. (Paper: T5-base, p about 430, P 100 to 400. Its queries read as many vectors as the
+    text has, ours those of `start` too. Starting as prompt tuning, GAIN and ADDED are ours.)
     start    (p, W), the encoder's own prompt at first. W is the encoder's width
     prompt   (P, C), what every text gets at first, as in prompt tuning (exactly if P <= W)
     encoder  t5.T5Encoder, or anything with embed(ids) and encoder(x, lengths). It is no part of
@@ -511,8 +512,7 @@ def main(argv: list[str] | None = None) -> dict:
     for key, value in config.items():
         show(f"{key:28} {value}", result=True)
     for name, tensor in tensors.items():
-        line = f"{name:28} {tuple(tensor.shape)}, root mean square {rms(tensor):.4f}"
-        show(line, result=True)
+        show(f"{name:28} {tuple(tensor.shape)}, root mean square {rms(tensor):.4f}", result=True)
     return config
 
 

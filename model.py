@@ -230,24 +230,16 @@ class Block(nn.Module):
     def __init__(self, config: Config, index: int):
         super().__init__()
         c = self.config = config
-        if not c.post_norm:
-            self.input_layernorm = make_norm(c, c.dim)
+        self.input_layernorm = nn.Identity() if c.post_norm else make_norm(c, c.dim)
         self.self_attn = Attention(c, index)
         self.post_attention_layernorm = make_norm(c, c.dim)
         self.mlp = MLP(c)
         if c.post_norm:
             self.post_feedforward_layernorm = make_norm(c, c.dim)
 
-    def attention_input(self, x: Tensor) -> Tensor:
-        """What attention reads: x (B, T, C) after its norm, or x itself if post_norm."""
-        return x if self.config.post_norm else self.input_layernorm(x)
-
-    def keys_values(self, x: Tensor, cos_sin) -> KV:
-        return self.self_attn.qkv(self.attention_input(x), cos_sin)[1:]
-
     def forward(self, x: Tensor, cos_sin, prefix: "Prefix | None", keep: bool, attend):
         """x (B, T, C) -> (B, T, C) and Attention's (k, v)."""
-        y, kv = self.self_attn(self.attention_input(x), cos_sin, prefix, keep, attend)
+        y, kv = self.self_attn(self.input_layernorm(x), cos_sin, prefix, keep, attend)
         if self.config.post_norm:
             x = x + self.post_attention_layernorm(y)
             return x + self.post_feedforward_layernorm(self.mlp(x)), kv
@@ -319,11 +311,9 @@ class Prefix:
         # Position j gets j - padding. The first ones repeat position 0; `lengths` hides them.
         source = (torch.arange(self.size, device=padding.device) - padding[:, None]).clamp(min=0)
         lengths = (self.size if self.lengths is None else self.lengths) - padding
-
-        def shift(t: Tensor) -> Tensor:
-            return t.transpose(1, 2)[rows, source].transpose(1, 2)
-
-        return Prefix([(shift(k), shift(v)) for k, v in self.layers], lengths)
+        # t[rows, :, source] is (B, P, K, D): what two indices select comes first.
+        moved = [tuple(t[rows, :, source].transpose(1, 2) for t in pair) for pair in self.layers]
+        return Prefix(moved, lengths)
 
     @staticmethod
     def stack(prefixes: list["Prefix | None"]) -> "Prefix | None":
@@ -344,6 +334,19 @@ class Prefix:
             layers.append(stacked)
         ragged = torch.tensor(lengths, device=layers[0][0].device)
         return Prefix(layers, None if min(lengths) == P else ragged)
+
+    def save(self, folder, lm) -> None:
+        """Writes prefix.safetensors, with the fingerprint of `lm`, the LM that has read it."""
+        from checkpoints import write_prefix
+
+        write_prefix(folder, self.layers, self.lengths, lm.fingerprint())
+
+    @classmethod
+    def load(cls, folder, lm) -> "Prefix":
+        """What `save` wrote, on the LM's device. ValueError if another LM has read it."""
+        from checkpoints import read_prefix
+
+        return cls(*read_prefix(folder, lm.fingerprint(), lm.embed_tokens.weight))
 
 
 def crop(P: int, layers: list[KV]) -> list[KV]:
@@ -392,7 +395,7 @@ class Layers(nn.ModuleList):
         for block in blocks:
             x, kv = block(x, cos_sin, prefix, True, self.attend)
             kvs.append(kv)
-        k, v = last.keys_values(x, cos_sin)
+        _, k, v = last.self_attn.qkv(last.input_layernorm(x), cos_sin)
         kvs.append((k, v) if prefix is None else prefix.joined(len(blocks), k, v))
         return self.extended(prefix, kvs, x)
 
@@ -416,10 +419,7 @@ class LM(nn.Module):
         self.layers = Layers(c, c.n_layers, attend)
         self.norm = make_norm(c, c.dim)
         self.lm_head = None if c.tied else nn.Linear(c.dim, c.vocab_size, bias=False)
-        nn.init.normal_(self.embed_tokens.weight, std=0.02)
-        init_weights(self.layers, c.n_layers)
-        for table in filter(None, (self.embed_positions, self.lm_head)):
-            nn.init.normal_(table.weight, std=0.02)
+        init_weights(self, c.n_layers)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, device="cpu", dtype=torch.float32, attend=None):
@@ -503,7 +503,7 @@ class LM(nn.Module):
         return layers
 
 
-def init_weights(layers: Layers, depth: int) -> None:
+def init_weights(layers: nn.Module, depth: int) -> None:
     """GPT-2's scheme: normal(0, 0.02), times 1 / sqrt(2 depth) in o_proj and down_proj."""
     for name, parameter in layers.named_parameters():
         if parameter.dim() == 2:

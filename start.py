@@ -229,8 +229,15 @@ def start_generator(task: Task) -> adapters.PromptGenerator:
             "`python pretrain.py encoder` makes one, and --encoder names its folder"
         )
     encoder, recode = recurse.load_encoder(path, task.tokenizer, args.device)
+    width = encoder.config.dim
+    if width % 8:  # the heads of a CrossBlock
+        raise ValueError(f"--encoder {path}: its width {width} is not a multiple of 8")
     if folder:
         generator = load_init(folder, args, lm, adapters.PromptGenerator, encoder)
+        P = len(generator.start)
+        if P != args.encoder_prompt:
+            say = f"say so with --encoder-prompt {P}"
+            raise ValueError(f"--init {folder} gives the encoder a prompt of {P}; {say}")
     else:
         rng, table = torch.Generator().manual_seed(args.seed), encoder.embed_tokens.weight
         start = adapters.from_vocab(args.encoder_prompt, table, generator=rng).to(args.device)
@@ -385,7 +392,7 @@ def template_rates(examples: list[data.Example], cap: int) -> tuple[list[list[in
     """How T0 mixes tasks: (the rows of each template, how many of them an epoch has).
 
     A template's rate is its number of examples. If they are more than `cap`, it is the cap over the
-    number of templates of its task (T0: cap 500,000; section D.1 of Sanh et al. 2022).
+    number of templates of its task (Levine et al. 2022, section 2.2, and T0: cap 500,000).
     """
     groups = {}
     for row, example in enumerate(examples):
