@@ -22,6 +22,7 @@ from tiny_runs import (
     read_lines,
     run,
     stored,
+    write_lines,
 )
 
 import parallel
@@ -212,6 +213,16 @@ def test_two_processes_score_a_file_as_one(shelf, tmp_path, two):
     score(f"{line}/one".split()[1:])
     assert two(f"{line}/two".split()) == [(0, "")] * 2
     assert read_predictions(tmp_path / "one") == read_predictions(tmp_path / "two")
+
+
+def test_two_processes_warn_once_and_of_all_questions(shelf, tmp_path, two):
+    rows = [{"question": f"who {i}", "answer": ["who was it who"]} for i in range(5)]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    line = f"eval.py score {path} --model {shelf}/lm/model --max-new-tokens 1"
+    (status, errors), other = two(line.split())
+    assert status == 0 and other == (0, "")
+    assert errors.startswith("eval.py score: 5 of 5 questions cannot be scored as right: ")
+    assert errors.count("\n") == 1
 
 
 REFUSED = {
