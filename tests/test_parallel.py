@@ -31,6 +31,8 @@ from eval import main as score
 from runs import read_predictions, read_record
 from verify import changes, repeat
 
+README = (ROOT / "README.md").read_text()
+
 
 @pytest.fixture(scope="module")
 def shelf(place):
@@ -223,6 +225,25 @@ def test_two_processes_warn_once_and_of_all_questions(shelf, tmp_path, two):
     assert status == 0 and other == (0, "")
     assert errors.startswith("eval.py score: 5 of 5 questions cannot be scored as right: ")
     assert errors.count("\n") == 1
+
+
+def test_the_torchrun_commands_of_the_readme_run(shelf, tmp_path, two, monkeypatch):
+    """With a few steps. The last one is started by torchrun, and scores as one process does."""
+    lines = [
+        line.split()[3:] for line in README.splitlines() if line.startswith("torchrun --nproc")
+    ]
+    *trains, (dashes, program, *words) = lines
+    monkeypatch.chdir(tmp_path)
+    for train_line, out in zip(trains, ("recursion", "mine"), strict=True):
+        flags = command(shelf, train_line[2], tmp_path / "runs" / out)[3:]
+        assert two([*train_line, *flags]) == [(0, "")] * 2
+    (tmp_path / "test.jsonl").symlink_to(shelf / "train.jsonl")
+    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*call, dashes, ROOT / program, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(Path("scores/mine/score.json").read_text())["hardware"]["processes"] == 2
+    score([*words, "--out", "scores/one"])
+    assert read_predictions(Path("scores/mine")) == read_predictions(Path("scores/one"))
 
 
 REFUSED = {
