@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tiny_runs import ASKED, BOOK, small_world, write_lines
+from tiny_runs import BOOK, HOMES, small_world, write_lines
 
 import documents
 import genres
@@ -76,12 +76,10 @@ STAND_INS = {  # of what this page names and does not make
     "EleutherAI/pythia-1b": "assets/lm",
     "FOLDER": "assets/t5",
 }
-BLOCKS = re.findall(
-    r"^```(\w*)\n(.*?)^```", (documents.ROOT / "README.md").read_text(), re.S | re.M
-)
+README_TEXT = (documents.ROOT / "README.md").read_text()
 README_COMMANDS = [
     command
-    for language, block in BLOCKS
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", README_TEXT, re.S | re.M)
     if not language
     for command in commands(block)
     if command.startswith("python ")
@@ -94,26 +92,22 @@ def make_files(monkeypatch) -> None:
     names, rows = ("food_reviews", "gist", "record_nli"), suite.rows
     monkeypatch.setattr(suite, "TASKS", {name: suite.TASKS[name] for name in names})
     monkeypatch.setattr(suite, "rows", lambda place, name, split: rows(place, name, split, 8))
-    for name, verb in (("train", "born"), ("new-train", "born"), ("dev", "bred"), ("test", "met")):
-        asked = [{"question": f"where was {q['question'].split()[2]} {verb}"} for q in ASKED]
-        lines = [row | {"answer": q["answer"]} for row, q in zip(asked, ASKED)]
-        write_lines(Path(f"{name}.jsonl"), lines)
+    for name, verb in {"train": "born", "new-train": "born", "dev": "bred", "test": "met"}.items():
+        asked = [{"question": f"where was {who} {verb}", "answer": [town]} for who, town in HOMES]
+        write_lines(Path(f"{name}.jsonl"), asked)
     questions = [{"question": "who", **more} for more in ({"prompt": "mine"}, {"task": "gist"}, {})]
     write_lines(Path("questions.jsonl"), questions)
     Path("text.txt").write_text("\n\n".join([" ".join(p.text for p in BOOK)] * 2))
-    rows_of_book = "".join(f"{p.id}\t{p.text}\t{p.title}\n" for p in BOOK)
-    Path("psgs_w100.tsv").write_text(f"id\ttext\ttitle\n{rows_of_book}")
+    lines = ["id\ttext\ttitle", *(f"{p.id}\t{p.text}\t{p.title}" for p in BOOK)]
+    Path("psgs_w100.tsv").write_text("\n".join(lines))
     passages = [{"title": p.title, "text": p.text, "passage_id": p.id} for p in BOOK]
-    for name, key in (
-        ("nq-train", "positive_ctxs"),
-        ("nq-dev", "positive_ctxs"),
-        ("dpr-results", "ctxs"),
-    ):
-        lines = [
-            {"question": q["question"], "answers": q["answer"], key: passages[i : i + 3]}
-            for i, q in enumerate(ASKED)
+    keys = {"nq-train": "positive_ctxs", "nq-dev": "positive_ctxs", "dpr-results": "ctxs"}
+    for name, key in keys.items():
+        records = [
+            {"question": f"where was {who} born", "answers": [town], key: passages[i : i + 3]}
+            for i, (who, town) in enumerate(HOMES)
         ]
-        Path(f"{name}.json").write_text(json.dumps(lines))
+        Path(f"{name}.json").write_text(json.dumps(records))
     files = "--train train.jsonl --dev dev.jsonl --out runs"
     run_short("python train.py --method neural_recursion", f"{files}/neural_recursion")
     run_short("python train.py --method prompt_tuning", f"{files}/mine")
