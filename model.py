@@ -354,20 +354,20 @@ def crop(P: int, layers: list[KV]) -> list[KV]:
     return [(k[:, :, :P], v[:, :, :P]) for k, v in layers]
 
 
-def text_positions(config: Config, x: Tensor, prefix: Prefix | None) -> Tensor:
+def text_positions(layers: "Layers", x: Tensor, prefix: Prefix | None) -> Tensor:
     """The positions of text x (B, T, C): (T,), or (1 | B, T) after a ragged prefix. ValueError if a
-    shape is wrong or, unless the prefix is ragged, if the text exceeds the context."""
-    if x.dim() != 3 or x.shape[-1] != config.dim:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, T, {config.dim})")
+    shape or the prefix's number of layers is wrong or, unless it is ragged, the text too long."""
+    if x.dim() != 3 or x.shape[-1] != layers.config.dim:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, T, {layers.config.dim})")
+    if prefix is not None and len(prefix.layers) != len(layers):  # a Stack's has all its parts'
+        raise ValueError(f"the prefix has {len(prefix.layers)} layers, expected {len(layers)}")
     T, P = x.shape[1], 0 if prefix is None else prefix.size
     if prefix is not None and prefix.rows not in (1, x.shape[0]):
         raise ValueError(f"the prefix has {prefix.rows} rows, the text {x.shape[0]}")
     if prefix is not None and prefix.lengths is not None:
         return torch.arange(T, device=x.device) + prefix.lengths[:, None]
-    if P + T > config.max_len:
-        raise ValueError(
-            f"{T} positions after a prefix of {P} exceed the LM's context of {config.max_len}"
-        )
+    if P + T > layers.config.max_len:
+        raise ValueError(f"{P} + {T} positions exceed the LM's context of {layers.config.max_len}")
     return torch.arange(T, device=x.device) + P
 
 
@@ -380,7 +380,7 @@ class Layers(nn.ModuleList):
 
     def forward(self, x: Tensor, prefix: Prefix | None = None, keep: bool = False):
         """x (B, T, C) -> (B, T, C), or with keep (output, the prefix extended by x)."""
-        cos_sin = rope_cos_sin(self.config, text_positions(self.config, x, prefix))
+        cos_sin = rope_cos_sin(self.config, text_positions(self, x, prefix))
         kvs = []
         for block in self:
             x, kv = block(x, cos_sin, prefix, keep, self.attend)
@@ -389,7 +389,7 @@ class Layers(nn.ModuleList):
 
     def read(self, x: Tensor, prefix: Prefix | None = None) -> Prefix:
         """The prefix extended by x. The last block stops at keys and values: the rest is unused."""
-        cos_sin = rope_cos_sin(self.config, text_positions(self.config, x, prefix))
+        cos_sin = rope_cos_sin(self.config, text_positions(self, x, prefix))
         *blocks, last = self
         kvs = []
         for block in blocks:
@@ -478,7 +478,7 @@ class LM(nn.Module):
         `embed`, so that every pass of a recursion gets them."""
         if self.embed_positions is None:
             return x
-        positions = text_positions(self.config, x, prefix)  # callers let only padding exceed it
+        positions = text_positions(self.layers, x, prefix)  # callers let only padding exceed it
         return x + self.embed_positions(positions.clamp(max=self.config.max_len - 1))
 
     def read(self, x: Tensor, prefix: Prefix | None = None, lengths: Tensor | None = None):
