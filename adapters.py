@@ -82,7 +82,7 @@ class DeepPrompt(nn.Module):
             self.keys_values = nn.Parameter(kv.clone())
             return
         if hidden < P:
-            raise ValueError(f"an MLP of width {hidden} cannot make {P} positions; at least {P}")
+            raise ValueError(f"--reparam-dim {hidden} cannot make {P} positions; at least {P}")
         self.embedding = nn.Parameter(torch.randn(P, K * D))
         last = nn.Linear(hidden, kv.shape[1])
         self.mlp = nn.Sequential(nn.Linear(K * D, hidden), nn.Tanh(), last)
@@ -136,7 +136,9 @@ class PromptGenerator(nn.Module):
 
     A frozen encoder of width W reads [start; text]. P learned queries read its output by
     cross-attention and go through two layers of self-attention. One linear layer projects each of
-    them to the LM's width. (Paper: T5-base, p about 430, P 100 to 400.)
+    them to the LM's width. (Paper: T5-base, p about 430, P 100 to 400. Its queries read as many
+    vectors as the text has, ours those of `start` too. Starting as prompt tuning, GAIN and ADDED
+    are ours.)
 
     encoder  t5.T5Encoder, or anything with embed(ids) and encoder(x, lengths). It is not part of
              this module, so it is neither trained nor stored, nor moved by `to`. If it has a
@@ -510,8 +512,7 @@ def main(argv: list[str] | None = None) -> dict:
     for key, value in config.items():
         show(f"{key:28} {value}", result=True)
     for name, tensor in tensors.items():
-        text = f"{name:28} {tuple(tensor.shape)}, root mean square {rms(tensor):.4f}"
-        show(text, result=True)
+        show(f"{name:28} {tuple(tensor.shape)}, root mean square {rms(tensor):.4f}", result=True)
     return config
 
 

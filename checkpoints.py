@@ -303,17 +303,36 @@ def write_lines(path: str | Path, records: list[dict]) -> None:
         unfinished.write_text("".join(lines), encoding="utf-8")
 
 
-def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], **metadata: str) -> None:
     """Write {name: tensor} as a safetensors file."""
     with atomic_write(path) as unfinished:
-        save_file(tensors, unfinished, metadata={"format": "pt"})  # transformers wants the format
+        save_file(tensors, unfinished, {"format": "pt"} | metadata)  # transformers wants the format
+
+
+def write_prefix(folder: str | Path, layers, lengths: Tensor | None, fingerprint: str) -> None:
+    """Write the (keys, values) of an LM's layers, with its fingerprint, as prefix.safetensors."""
+    keys, values = (torch.stack(part).detach().cpu() for part in zip(*layers))
+    tensors = {"keys": keys, "values": values}
+    if lengths is not None:
+        tensors["lengths"] = lengths.cpu()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_tensors(Path(folder) / "prefix.safetensors", tensors, fingerprint=fingerprint)
+
+
+def read_prefix(folder: str | Path, fingerprint: str, like: Tensor) -> tuple:
+    """Return (layers, lengths) that `write_prefix` wrote, in the dtype of `like` and beside it."""
+    path = Path(folder) / "prefix.safetensors"
+    found = read_tensors(path)
+    with safe_open(path, framework="pt") as file:
+        stored = (file.metadata() or {}).get("fingerprint")
+    if stored != fingerprint:
+        raise ValueError(f"{path}: belongs to another LM, or to none")
+    keys, values = (found[name].to(like) for name in ("keys", "values"))
+    return list(zip(keys, values)), found["lengths"].to(like.device) if "lengths" in found else None
 
 
 def write_encoder(folder: str | Path, config: dict, tensors: dict[str, Tensor], dtype) -> None:
-    """Write config.json and model.safetensors of a BERT or T5 into a folder, which may exist.
-
-    `config` and the names of `tensors` are the published ones.
-    """
+    """Write config.json and model.safetensors under published names. The folder may exist."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().to(dtype).contiguous() for name, t in tensors.items()}
     write_tensors(Path(folder) / "model.safetensors", tensors)
@@ -376,9 +395,7 @@ def resolve(path_or_hub_id: str | Path, files: list[str] = HUB_FILES) -> Path:
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
     except Exception as error:  # the hub's errors and its HTTP client's share no base class
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
-        raise FileNotFoundError(
-            f"{path}: no such folder, and the download failed: {reason}"
-        ) from None
+        raise FileNotFoundError(f"{path}: no such folder; the download failed: {reason}") from None
     if files == HUB_FILES and not any(folder.glob("model*.safetensors")):
         raise FileNotFoundError(
             f"{path}: the repository has no model.safetensors, and pickled weights (.bin) can run "

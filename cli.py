@@ -75,7 +75,7 @@ def add_model_flags(parser) -> None:
         PROMPT,
         ("--placement", ["before_bos", "after_bos"], "before_bos", "of prompt_tuning's prompt"),
         ("--reparam-dim", COUNT, None, "deep_prompt: width of an MLP in training (paper: 512)"),
-        ("--encoder", str, None, "id_pt: folder of a T5 encoder, or assets/t5; open book: a BERT"),
+        ("--encoder", str, None, "id_pt: a T5 encoder; open book: a BERT; else that of assets/"),
         ("--encoder-prompt", COUNT, 20, "id_pt: the encoder's own prompt (paper: about 430)"),
         CONNECTOR,
         ("--residual", ["on", "off"], "on", residual),
@@ -132,13 +132,15 @@ def add_training_flags(parser) -> None:
     """The fields of a Recipe except device and dtype, --batch-size and --seed."""
     optimizers = ["adamw", "adafactor", "muon"]
     about = "muon: on linear layers, adamw on the rest; papers: adafactor for prompts"
+    rate = "peak (papers: 1e-5 to 4e-4; prompts: 0.03 to 0.5); of a soft prompt, if not given, a "
+    rate += "quarter of the standard deviation of the LM's token embeddings"
     add_flags(
         parser,
         "training",
         ("--steps", COUNT, None, "optimiser steps (paper: up to 100,000)"),
         ("--batch-size", COUNT, 32, "questions or windows, of all processes together (paper: 32)"),
         ("--grad-accum", COUNT, 1, "batches in a step"),
-        ("--lr", number_type(float, 0), None, "peak (papers: 1e-5 to 4e-4; prompts: 0.03 to 0.5)"),
+        ("--lr", number_type(float, 0), None, rate),
         ("--schedule", ["linear", "constant"], "linear", "after warm-up: down to zero, or level"),
         ("--warmup", number_type(float, 0, 1), 0.005, "fraction of the steps (paper: 0.005)"),
         ("--optimizer", optimizers, "adamw", about),

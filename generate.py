@@ -91,13 +91,19 @@ def stack_prefixes(prefix, ids: list[list[int]]):
     """The prefix of a batch of questions: None, or one for all, or one row each.
 
     A prefix that depends on the question (recurse.GeneratedPrefix) is computed here. A list with
-    one prefix or None per question, of any kinds and lengths, is joined into one.
+    one prefix or None per question, of any kinds and lengths, is joined into one. There, what is
+    computed is computed for all of its own questions at once.
     """
     if callable(prefix):
         return prefix(ids)
     if not isinstance(prefix, list):
         return prefix
-    rows = [stack_prefixes(p, [row]) for p, row in zip(prefix, ids, strict=True)]
+    rows = [p for p, _ in zip(prefix, ids, strict=True)]
+    for generated in {id(p): p for p in prefix if callable(p)}.values():
+        own = [b for b, p in enumerate(prefix) if p is generated]
+        whole = generated([ids[b] for b in own])
+        for i, b in enumerate(own):
+            rows[b] = whole.select(torch.tensor([i]))
     present = [p for p in rows if p is not None]
     return present[0].stack(rows) if present else None
 

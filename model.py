@@ -114,9 +114,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, past: KV | None = None, lengths=None
 def rope_inv_freq(config: Config, device=None) -> Tensor:
     """Radians per position by which each pair of channels is rotated, (rotary_dim / 2,).
 
-    rope_scaling (factor,) divides every frequency. (factor, low, high, original_len) divides those
-    with under `low` turns in original_len positions, keeps those with over `high`, and interpolates
-    between (Llama 3.1).
+    rope_scaling (factor,) divides every frequency. Llama 3.1's (factor, low, high, original_len)
+    divides those of under `low` turns in original_len, keeps those of over `high`, interpolates.
     """
     n = config.rotary_dim or config.head_dim
     inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, n, 2, device=device).float() / n)
@@ -195,8 +194,7 @@ class Attention(nn.Module):
         if prefix is not None:
             past, lengths = prefix.layers[self.index], prefix.lengths
             if keep:  # attention reads the joined keys and values, which are needed anyway
-                k, v = prefix.joined(self.index, k, v)
-                past = None
+                (k, v), past = prefix.joined(self.index, k, v), None
         y = attend(q, k, v, past, lengths, self.window)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
@@ -231,25 +229,20 @@ class Block(nn.Module):
     def __init__(self, config: Config, index: int):
         super().__init__()
         c = self.config = config
-        if not c.post_norm:
-            self.input_layernorm = make_norm(c, c.dim)
+        self.input_layernorm = nn.Identity() if c.post_norm else make_norm(c, c.dim)
         self.self_attn = Attention(c, index)
         self.post_attention_layernorm = make_norm(c, c.dim)
         self.mlp = MLP(c)
         if c.post_norm:
             self.post_feedforward_layernorm = make_norm(c, c.dim)
 
-    def attention_input(self, x: Tensor) -> Tensor:
-        """What attention reads: x (B, T, C) after its norm, or x itself if post_norm."""
-        return x if self.config.post_norm else self.input_layernorm(x)
-
     def keys_values(self, x: Tensor, cos_sin) -> KV:
-        """The keys and values of x (B, T, C), without the rest of the block."""
-        return self.self_attn.qkv(self.attention_input(x), cos_sin)[1:]
+        """Those of x (B, T, C). A method of the block: a sharded one gathers its weights for it."""
+        return self.self_attn.qkv(self.input_layernorm(x), cos_sin)[1:]
 
     def forward(self, x: Tensor, cos_sin, prefix: "Prefix | None", keep: bool, attend):
         """x (B, T, C) -> (B, T, C) and Attention's (k, v)."""
-        y, kv = self.self_attn(self.attention_input(x), cos_sin, prefix, keep, attend)
+        y, kv = self.self_attn(self.input_layernorm(x), cos_sin, prefix, keep, attend)
         if self.config.post_norm:
             x = x + self.post_attention_layernorm(y)
             return x + self.post_feedforward_layernorm(self.mlp(x)), kv
@@ -322,10 +315,9 @@ class Prefix:
         rows = torch.arange(len(padding), device=device)[:, None]
         # Position j gets j - padding. The first ones repeat position 0; `lengths` hides them.
         source = (torch.arange(self.size, device=device) - padding[:, None]).clamp(min=0)
-        layers = []
-        for pair in self.layers:
-            layers.append(tuple(t.transpose(1, 2)[rows, source].transpose(1, 2) for t in pair))
-        return Prefix(layers, (self.size if self.lengths is None else self.lengths) - padding)
+        # t[rows, :, source] is (B, P, K, D): what two indices select comes first.
+        moved = [tuple(t[rows, :, source].transpose(1, 2) for t in pair) for pair in self.layers]
+        return Prefix(moved, (self.size if self.lengths is None else self.lengths) - padding)
 
     @staticmethod
     def stack(prefixes: list["Prefix | None"]) -> "Prefix | None":
@@ -347,26 +339,39 @@ class Prefix:
         ragged = torch.tensor(lengths, device=layers[0][0].device)
         return Prefix(layers, None if min(lengths) == P else ragged)
 
+    def save(self, folder, lm) -> None:
+        """Writes prefix.safetensors, with the fingerprint of `lm`, the LM that has read it."""
+        from checkpoints import write_prefix
+
+        write_prefix(folder, self.layers, self.lengths, lm.fingerprint())
+
+    @classmethod
+    def load(cls, folder, lm) -> "Prefix":
+        """What `save` wrote, on the LM's device. ValueError if another LM has read it."""
+        from checkpoints import read_prefix
+
+        return cls(*read_prefix(folder, lm.fingerprint(), lm.embed_tokens.weight))
+
 
 def crop(P: int, layers: list[KV]) -> list[KV]:
     """Views of the first P positions of every layer."""
     return [(k[:, :, :P], v[:, :, :P]) for k, v in layers]
 
 
-def text_positions(config: Config, x: Tensor, prefix: Prefix | None) -> Tensor:
+def text_positions(layers: "Layers", x: Tensor, prefix: Prefix | None) -> Tensor:
     """The positions of text x (B, T, C): (T,), or (1 | B, T) after a ragged prefix. ValueError if a
-    shape is wrong or, unless the prefix is ragged, if the text exceeds the context."""
-    if x.dim() != 3 or x.shape[-1] != config.dim:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, T, {config.dim})")
+    shape or the prefix's number of layers is wrong or, unless it is ragged, the text too long."""
+    if x.dim() != 3 or x.shape[-1] != layers.config.dim:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, T, {layers.config.dim})")
+    if prefix is not None and len(prefix.layers) != len(layers):  # a Stack's has all its parts'
+        raise ValueError(f"the prefix has {len(prefix.layers)} layers, expected {len(layers)}")
     T, P = x.shape[1], 0 if prefix is None else prefix.size
     if prefix is not None and prefix.rows not in (1, x.shape[0]):
         raise ValueError(f"the prefix has {prefix.rows} rows, the text {x.shape[0]}")
     if prefix is not None and prefix.lengths is not None:
         return torch.arange(T, device=x.device) + prefix.lengths[:, None]
-    if P + T > config.max_len:
-        raise ValueError(
-            f"{T} positions after a prefix of {P} exceed the LM's context of {config.max_len}"
-        )
+    if P + T > layers.config.max_len:
+        raise ValueError(f"{P} + {T} positions exceed the LM's context of {layers.config.max_len}")
     return torch.arange(T, device=x.device) + P
 
 
@@ -379,7 +384,7 @@ class Layers(nn.ModuleList):
 
     def forward(self, x: Tensor, prefix: Prefix | None = None, keep: bool = False):
         """x (B, T, C) -> (B, T, C), or with keep (output, the prefix extended by x)."""
-        cos_sin = rope_cos_sin(self.config, text_positions(self.config, x, prefix))
+        cos_sin = rope_cos_sin(self.config, text_positions(self, x, prefix))
         kvs = []
         for block in self:
             x, kv = block(x, cos_sin, prefix, keep, self.attend)
@@ -388,7 +393,7 @@ class Layers(nn.ModuleList):
 
     def read(self, x: Tensor, prefix: Prefix | None = None) -> Prefix:
         """The prefix extended by x. The last block stops at keys and values: the rest is unused."""
-        cos_sin = rope_cos_sin(self.config, text_positions(self.config, x, prefix))
+        cos_sin = rope_cos_sin(self.config, text_positions(self, x, prefix))
         *blocks, last = self
         kvs = []
         for block in blocks:
@@ -447,10 +452,8 @@ class LM(nn.Module):
         write_checkpoint(folder, vars(self.config), self.state_dict(), dtype, tokenizer, replace)
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the checkpoint the LM was loaded from, the same on every device and dtype.
-
-        Later changes do not affect it. If it was never loaded: that of its current parameters.
-        """
+        """Hex SHA-256 of the checkpoint it was loaded from, the same on every device and dtype,
+        whatever its parameters are now. If it was never loaded: of its current parameters."""
         from checkpoints import hash_checkpoint, hash_tensors, to_hf
 
         if self.folder is None:
@@ -477,8 +480,7 @@ class LM(nn.Module):
         `embed`, so that every pass of a recursion gets them."""
         if self.embed_positions is None:
             return x
-        # After a ragged prefix, right padding may lie beyond the table: it gets the last row.
-        positions = text_positions(self.config, x, prefix)
+        positions = text_positions(self.layers, x, prefix)  # padding may lie beyond the table
         return x + self.embed_positions(positions.clamp(max=self.config.max_len - 1))
 
     def read(self, x: Tensor, prefix: Prefix | None = None, lengths: Tensor | None = None):
@@ -502,8 +504,7 @@ class LM(nn.Module):
 
 
 def init_weights(module: nn.Module, n: int) -> None:
-    """GPT-2's scheme for a module of n layers: normal(0, 0.02), in o_proj and down_proj divided by
-    sqrt(2 n), as their outputs add up."""
+    """GPT-2's scheme for n layers: normal(0, 0.02), times 1 / sqrt(2 n) in o_proj and down_proj."""
     for name, parameter in module.named_parameters():
         if parameter.dim() == 2:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))

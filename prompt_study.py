@@ -40,6 +40,7 @@ LENGTHS = (5, 10, 40)  # of prompts, beside 20
 SHOTS = (0, 1, 4)
 SINGLE = ("question_pairs", "sentence_pairs", "news_topic")  # tasks with a prompt of their own
 INITS = ("vocab", "text", "labels", "random")
+# Parts of commands. Study.line fills what stands in braces, such as {suite} (see `make_study`).
 SUITE = "--train {suite}-train.jsonl --dev {suite}-dev.jsonl --test {suite}-test.jsonl"
 MULTI = f"{SUITE} --mixture-cap 500 --max-new-tokens 32 --eval-every {{every}} --eval-limit 580"
 ALONE = "--train {0}-train.jsonl --dev {0}-dev.jsonl --test {0}-test.jsonl --steps {{short}}"
@@ -176,7 +177,7 @@ def make_study(args, folder: Path) -> Study:
     names |= {"every": max(1, args.steps // 8)}
     more = {"names": names, "share": 10, "metric": "f1", "tokens": 74}
 
-    def asked(job: Job) -> int:
+    def asked(job: Job) -> int:  # of all tasks or of SINGLE, in four templates, of dev and test
         return args.count * (154 if "{suite}" in job.row.command else 48)
 
     def score(result: dict) -> float:
@@ -217,8 +218,12 @@ def report(study: Study) -> dict:
     for name in ("distances", "speed", "forgetting"):
         for job in study.finished(name):
             results[name] = job.record()["results"]
-            for key, value in results[name].items():
-                show(f"{name}: {key}: {value}")
+    for job in study.finished("added-prompt"):  # what the old tasks lose by it
+        before, after = (job.record()[f"weights_{when}"] for when in ("before", "after"))
+        results["added-prompt"] = {"weights are the same": before == after}
+    for name in ("distances", "speed", "forgetting", "added-prompt"):
+        for key, value in results.get(name, {}).items():
+            show(f"{name}: {key}: {value}")
     drawn = ("id-pt-20", "prompt-20", "fine-tuning")
     results["curves"] = {name: curve(study, name) for name in drawn}
     study.args.picture.parent.mkdir(exist_ok=True)

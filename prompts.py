@@ -23,7 +23,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
 
@@ -55,6 +55,7 @@ class Prompt:
     adapter: nn.Module
     prefix: object  # a Prefix, or recurse.GeneratedPrefix
     tokenizer: Tokenizer  # adds no BOS if the prompt stands after it
+    arguments: dict = field(default_factory=dict)  # of its run, if it has one
 
 
 def load_prompts(paths: Sequence[str | Path], model=None, device: str = "cpu"):
@@ -117,7 +118,8 @@ def load_prompt(folder: Path, lm: LM, tokenizer) -> Prompt:
     generates = read_adapter_config(folder)["peft_type"] == "PROMPT_GENERATOR"
     encoder = find_encoder(place, record) if generates else None
     adapter, own = load_trained(folder, lm, tokenizer, encoder)
-    return Prompt(folder, adapter, prompt_prefix(adapter, lm, folder), own)
+    prefix = prompt_prefix(adapter, lm, folder)
+    return Prompt(folder, adapter, prefix, own, record.get("arguments", {}))
 
 
 # Mixed tasks
@@ -130,11 +132,13 @@ def answer_mixed(
     chosen: Sequence[Prompt | None],
     max_new_tokens: int = 16,
     stops: list[str] | None = None,
+    out: str | None = None,
     **limits,
 ) -> list[str | int]:
     """Answer each example with its own prompt, or with the LM alone for None, in shared batches.
 
-    The answers are those of `predict` for each prompt alone. `limits` are its keywords.
+    The answers are those of `predict` for each prompt alone. `limits` are its keywords. `out` is a
+    folder to make once nothing is refused, and before the work: it may be one that cannot be made.
     """
     if len(examples) != len(chosen):
         raise ValueError(f"{len(chosen)} prompts for {len(examples)} examples")
@@ -143,9 +147,11 @@ def answer_mixed(
         rows = [b for b, p in enumerate(chosen) if p is prompt]
         own, prefix = (tokenizer, None) if prompt is None else (prompt.tokenizer, prompt.prefix)
         part, ends = [examples[b] for b in rows], stops and [stops[b] for b in rows]
-        found = prepare(lm, own, part, prefix, max_new_tokens, stops=ends)
-        for b, *prepared in zip(rows, *found[:2]):
-            ids[b], options[b] = prepared
+        own_ids, own_options, _ = prepare(lm, own, part, prefix, max_new_tokens, stops=ends)
+        for b, question, choices in zip(rows, own_ids, own_options):
+            ids[b], options[b] = question, choices
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
     prefixes = [None if p is None else p.prefix for p in chosen]
     return predict(lm, tokenizer, ids, prefixes, max_new_tokens, options, stops, **limits)
 
@@ -159,6 +165,7 @@ def answer_by_vote(lm, tokenizer, examples, voters: Sequence[Prompt], new=16, st
     B, N = len(examples), len(voters)
     chosen = [prompt for prompt in voters for _ in examples]
     given = answer_mixed(lm, tokenizer, [*examples] * N, chosen, new, stops and stops * N, **limits)
+    # given[b::B] are the answers of all voters to example b.
     return zip(*(Counter(given[b::B]).most_common(1)[0] for b in range(B)))
 
 
@@ -188,16 +195,28 @@ def prompt_of(example: data.Example, record: dict, prompts: dict) -> Prompt | No
     return prompts.get(name)
 
 
+def take_flags(args: argparse.Namespace, prompts: dict) -> None:
+    """Answer as the prompts' runs did, where flags say nothing. ValueError if the runs differ."""
+    for key, default in (("stop", None), ("max_new_tokens", 16), ("rank_by", "sum")):
+        if getattr(args, key) is not None:
+            continue
+        runs = [p.arguments for p in prompts.values() if p.arguments]
+        found = list(dict.fromkeys(run.get(key, default) for run in runs)) or [default]
+        if len(found) > 1:
+            flag, values = f"--{key.replace('_', '-')}", " and ".join(map(str, found))
+            raise ValueError(f"{flag} is needed: the runs of --prompts have {values}")
+        setattr(args, key, found[0])
+
+
 def mixed_command(args: argparse.Namespace) -> list[str] | dict:
     """Answer examples, each with its own prompt. Returns the answers, or with --out the scores."""
     check_out(args.out)
     lines = read_mixed(args.input, bool(args.out))
     examples, args.file = [example for example, _ in lines], args.input
     lm, tokenizer, prompts = load_prompts(args.prompts, args.model)
+    take_flags(args, prompts)
     ends, new = metrics.stops(examples, args.stop), args.max_new_tokens
-    limits = {"max_tokens": args.eval_tokens, "mean": args.rank_by == "mean"}
-    if args.out:  # before the work: the folder may be one that cannot be made
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+    limits = {"max_tokens": args.eval_tokens, "mean": args.rank_by == "mean", "out": args.out}
     if args.vote:
         voters = list(prompts.values())
         answers, votes = answer_by_vote(lm, tokenizer, examples, voters, new, ends, **limits)
@@ -481,7 +500,6 @@ def add_commands(commands) -> None:
     command.add_argument("--vote", action="store_true", help=vote)
     command.add_argument("--out", help="folder for predictions.jsonl and score.json")
     metrics.add_answer_flags(command)
-    command.set_defaults(max_new_tokens=16, rank_by="sum")
 
     summary = "the vocabulary tokens nearest to each row of a prompt"
     command = commands.add_parser("explain", help=summary, description=summary)

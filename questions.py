@@ -17,6 +17,7 @@ import os
 import platform
 import shlex
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from unicodedata import normalize
@@ -98,19 +99,29 @@ def read_shots(path, count: int, seed: int, asked) -> list[data.Example]:
 # Tokens
 
 
-def prepare(lm, tokenizer, examples, prefix=None, max_new_tokens: int = 16, shots=(), stops=None):
+def prepare(
+    lm,
+    tokenizer: Tokenizer,
+    examples,
+    prefix=None,
+    max_new_tokens: int = 16,
+    shots=(),
+    stops: list[str] | None = None,
+    check: bool = True,
+) -> tuple:
     """Tokenise examples of data.py for `predict`. Returns (ids, options, prefix).
 
     `shots` are examples that stand, with their answers, before every question. They are read here,
     once, and the prefix is extended by them, if it is the same for all questions. ValueError, with
-    the example's name, if one of its options or max_new_tokens exceed the context, or what
+    the example's name, if one of its options or max_new_tokens exceed the context, or (check) what
     `check_answers` refuses. A TextualRecursion first adds its candidates. The text `lm.filler`, if
     there is one, stands behind every question.
     """
     config = lm.config
     check_targets(tokenizer, shots, config.eos)
     stops = stops or [""] * len(examples)
-    check_answers(tokenizer, examples, config.eos, stops, max_new_tokens)
+    if check:
+        check_answers(tokenizer, examples, config.eos, stops, max_new_tokens)
     if hasattr(lm, "read_back"):
         examples = lm.read_back(examples)
     longest = max(prefix_lengths(prefix, len(examples)), default=0)
@@ -256,18 +267,20 @@ def answer(args, model, prefix, tokenizer, examples: list) -> list[str | int]:
     shots, new = [], args.max_new_tokens
     if args.shots:
         shots = read_shots(args.shots_from, args.shots, args.seed, examples)
+    ends = metrics.stops(examples, args.stop)
+    if shots and args.stop is None:  # otherwise the model goes on with an example of its own
+        ends = [end or SHOT_END for end in ends]
+    check_answers(tokenizer, examples, model.config.eos, ends, new)  # not of a share
 
-    def answer_part(part: list) -> list[str | int]:
-        ends = metrics.stops(part, args.stop)
-        if shots and args.stop is None:  # otherwise the model goes on with an example of its own
-            ends = [end or SHOT_END for end in ends]
-        ids, options, before = prepare(model, tokenizer, part, prefix, new, shots, ends)
+    def answer_part(rows: Sequence[int]) -> list[str | int]:
+        part, stops = [examples[row] for row in rows], [ends[row] for row in rows]
+        ids, options, before = prepare(model, tokenizer, part, prefix, new, shots, stops, False)
         if getattr(args, "out", None):  # before the work: the folder may be one that cannot be made
             Path(args.out).mkdir(parents=True, exist_ok=True)
-        asked = (model, tokenizer, ids, before, new, options, ends, args.eval_tokens)
+        asked = (model, tokenizer, ids, before, new, options, stops, args.eval_tokens)
         return route(args.threshold, *asked, mean=args.rank_by == "mean")[0]
 
-    return parallel.divide(answer_part, examples)
+    return parallel.divide(answer_part, range(len(examples)))
 
 
 def environment(device: str) -> dict:

@@ -374,7 +374,7 @@ class Checkpointed(recurse.Around):
         if keep or not torch.is_grad_enabled():
             return lm(x, prefix, keep)
         x = lm.add_positions(x, prefix)
-        cos_sin = rope_cos_sin(layers.config, text_positions(layers.config, x, prefix))
+        cos_sin = rope_cos_sin(layers.config, text_positions(layers, x, prefix))
         for block in layers:
 
             def run(x: Tensor, block=block) -> Tensor:

@@ -204,7 +204,8 @@ def run_program(program: str, main: Callable[[], object], resumes: bool = False)
     from safetensors import SafetensorError
 
     def show_warning(message, *_, **__):
-        show(f"{program}: {message}", "stderr")
+        if os.environ.get("RANK", "0") == "0":  # processes that torchrun started warn alike
+            show(f"{program}: {message}", "stderr")
 
     try:
         with warnings.catch_warnings():

@@ -221,8 +221,16 @@ def start_generator(task: Task) -> adapters.PromptGenerator:
     the prompt that --init describes."""
     args, lm, folder = task.args, task.lm, init_folder(task.args)
     encoder = recurse.load_encoder(t5_folder(args), task.tokenizer, args.device)
+    if encoder.config.dim % 8:  # the heads of a CrossBlock
+        width = f"its width {encoder.config.dim} is not a multiple of 8"
+        raise ValueError(f"--encoder {t5_folder(args)}: {width}")
     if folder:
-        return load_init(folder, args, lm, adapters.PromptGenerator, encoder)
+        generator = load_init(folder, args, lm, adapters.PromptGenerator, encoder)
+        P = len(generator.start)
+        if P != args.encoder_prompt:
+            say = f"say so with --encoder-prompt {P}"
+            raise ValueError(f"--init {folder} gives the encoder a prompt of {P}; {say}")
+        return generator
     rng, table = torch.Generator().manual_seed(args.seed), encoder.embed_tokens.weight
     start = adapters.from_vocab(args.encoder_prompt, table, generator=rng).to(args.device)
     return adapters.PromptGenerator(encoder, start, start_vectors(task))
@@ -372,7 +380,7 @@ def template_rates(examples: list[data.Example], cap: int) -> tuple[list[list[in
     """How T0 mixes tasks: (the rows of each template, how many of them an epoch has).
 
     An epoch has all examples of a template, or if they are more than `cap`, `cap` divided by the
-    number of templates of its task (T0: cap 500,000; section D.1 of Sanh et al. 2022).
+    number of templates of its task (Levine et al. 2022, section 2.2, and T0: cap 500,000).
     """
     groups = {}
     for row, example in enumerate(examples):

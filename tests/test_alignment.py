@@ -151,10 +151,10 @@ def test_selected_rows_continue_as_if_alone_and_preallocated_ones_in_place(lm, k
 def test_what_does_not_fit_is_refused(lm):
     C, most, x = lm.config.dim, lm.config.max_len, vectors(lm, lm.config.max_len)[None]
     close(lm(x)[:, :9], lm(x[:, :9]))
-    message = f"{most + 1} positions after a prefix of 0 exceed the LM's context of {most}"
+    message = rf"0 \+ {most + 1} positions exceed the LM's context of {most}"
     with pytest.raises(ValueError, match=message):
         lm(torch.zeros(1, most + 1, C))
-    with pytest.raises(ValueError, match=f"{most - 3} positions after a prefix of 4"):
+    with pytest.raises(ValueError, match=rf"4 \+ {most - 3} positions exceed"):
         lm(x[:, 3:], lm.read(vectors(lm, 4)))
     for wrong in (torch.zeros(1, 3, C + 1), torch.zeros(3, C)):
         with pytest.raises(ValueError, match=rf"expected \(B, T, {C}\)"):
@@ -252,6 +252,17 @@ def test_connector_that_outputs_the_embeddings_gives_the_bare_lm(lm):
         lm(x[:, 2:], stack.prefix_of(2, cache)), lm(x[:, 2:], lm.read(x))
     )  # the last pass's own cache
     assert generate(Stack(lm), QUESTIONS, None, 5) == generate(lm, QUESTIONS, None, 5)
+
+
+@pytest.mark.parametrize("kind", CONNECTOR_METHODS)
+def test_an_lm_refuses_the_prefix_of_a_composition_and_the_reverse(lm, kind):
+    """A prefix of more layers would be read as one of the first of them."""
+    stack, _ = build(kind, lm)
+    for model, other in ((lm, stack), (stack, lm)):
+        prefix = other.read(vectors(lm, 3))
+        for call in (model, model.read):
+            with pytest.raises(ValueError, match=r"the prefix has \d layers, expected \d"):
+                call(lm.embed(FOUR), prefix)
 
 
 @pytest.mark.parametrize("kind", STACKS)

@@ -462,5 +462,5 @@ def test_what_the_hub_refuses_is_one_line(monkeypatch):
         raise RuntimeError("401\n\nlog in")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    expected = "^somebody/tiny@v9: no such folder, and the download failed: RuntimeError 401 log in"
+    expected = "^somebody/tiny@v9: no such folder; the download failed: RuntimeError 401 log in"
     refused(FileNotFoundError, expected, resolve, "somebody/tiny@v9")

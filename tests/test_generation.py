@@ -21,7 +21,15 @@ from torch.profiler import ProfilerActivity, profile
 
 import data
 import generate as generation  # not its function of that name
-from generate import Sample, generate, main, option_scores, predict, sample_next_token
+from generate import (
+    Sample,
+    generate,
+    main,
+    option_scores,
+    predict,
+    sample_next_token,
+    stack_prefixes,
+)
 from model import LM, Config
 from questions import prepare
 
@@ -474,6 +482,23 @@ def test_command_line_prints_no_end_token(make_lm, tokenizer, tmp_path, capsys):
     shown = words(free[: free.index(free[2])])
     assert main([str(tmp_path / "lm"), "w5 w9 w11", "--max-new-tokens", "6"])["ids"][-1] == free[2]
     assert capsys.readouterr().out.splitlines()[0] == f"w5 w9 w11 {shown}".strip()
+
+
+@torch.no_grad()
+def test_in_a_list_a_computed_prefix_reads_all_of_its_own_questions_at_once(make_lm):
+    lm, asked = make_lm("tied"), []
+
+    def computed(questions):
+        asked.append(questions)
+        return lm.read(torch.stack([vectors(lm, 3, ids[0]) for ids in questions]))
+
+    given = [computed, None, computed, lm.read(vectors(lm, 5))]
+    stacked = stack_prefixes(given, QUESTIONS)
+    assert asked == [[QUESTIONS[0], QUESTIONS[2]]] and stacked.row_lengths(4) == [3, 0, 3, 5]
+    for b in (0, 2):
+        alone = lm.read(vectors(lm, 3, QUESTIONS[b][0]))
+        for pair, own in zip(stacked.layers, alone.layers):
+            close([t[b, :, -3:] for t in pair], [t[0] for t in own])
 
 
 @pytest.mark.parametrize("text", ["\udcff", "Caf\udce9", "w5 \udc80 w6"])

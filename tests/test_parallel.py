@@ -22,6 +22,7 @@ from tiny_runs import (
     read_lines,
     run,
     stored,
+    write_lines,
 )
 
 import parallel
@@ -29,6 +30,8 @@ import train
 from eval import main as score
 from runs import read_predictions, read_record
 from verify import changes, repeat
+
+README = (ROOT / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +215,35 @@ def test_two_processes_score_a_file_as_one(shelf, tmp_path, two):
     score(f"{line}/one".split()[1:])
     assert two(f"{line}/two".split()) == [(0, "")] * 2
     assert read_predictions(tmp_path / "one") == read_predictions(tmp_path / "two")
+
+
+def test_two_processes_warn_once_and_of_all_questions(shelf, tmp_path, two):
+    rows = [{"question": f"who {i}", "answer": ["who was it who"]} for i in range(5)]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    line = f"eval.py score {path} --model {shelf}/lm/model --max-new-tokens 1"
+    (status, errors), other = two(line.split())
+    assert status == 0 and other == (0, "")
+    assert errors.startswith("eval.py score: 5 of 5 questions cannot be scored as right: ")
+    assert errors.count("\n") == 1
+
+
+def test_the_torchrun_commands_of_the_readme_run(shelf, tmp_path, two, monkeypatch):
+    """With a few steps. The last one is started by torchrun, and scores as one process does."""
+    lines = [
+        line.split()[3:] for line in README.splitlines() if line.startswith("torchrun --nproc")
+    ]
+    *trains, (dashes, program, *words) = lines
+    monkeypatch.chdir(tmp_path)
+    for train_line, out in zip(trains, ("recursion", "mine"), strict=True):
+        flags = command(shelf, train_line[2], tmp_path / "runs" / out)[3:]
+        assert two([*train_line, *flags]) == [(0, "")] * 2
+    (tmp_path / "test.jsonl").symlink_to(shelf / "train.jsonl")
+    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*call, dashes, ROOT / program, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(Path("scores/mine/score.json").read_text())["hardware"]["processes"] == 2
+    score([*words, "--out", "scores/one"])
+    assert read_predictions(Path("scores/mine")) == read_predictions(Path("scores/one"))
 
 
 REFUSED = {

@@ -3,10 +3,12 @@
 import argparse
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import read_lines
 
+import data
 import prompt_audit
 import prompt_study
 import prompts
@@ -21,7 +23,7 @@ from study import Study
 TASKS = ("question_pairs", "sentence_pairs", "news_topic", "gist")
 ROWS = """id-pt-20 prompt-20 fine-tuning zero-shot deep-20 distances speed forgetting shallow-text
     shallow-vocab tuned-question_pairs design-1 larger-shallow shift-prompt-question_pairs
-    shift-tuned-question_pairs added-tuned old-tasks-after-it""".split()
+    shift-tuned-question_pairs added-prompt added-tuned old-tasks-after-it""".split()
 SHORT = "--device cpu --batch-size 4"
 
 
@@ -88,9 +90,27 @@ def test_a_prompt_forgets_nothing_and_a_tuned_lm_does(made):
     for name in ("prompt-20-0", "deep-20-0", "id-pt-20-0"):
         assert losses[name]["alone"] == losses[name]["again"] != losses[name]["attached"]
         assert losses[name]["weights are the same"]
+    assert results["added-prompt"] == {"weights are the same": True}
     assert losses["fine-tuning-0"]["tuned"] != losses["prompt-20-0"]["alone"]
     trained = {name: row["trained"] for name, row in results["speed"].items()}
     assert trained["prompt-20-0"] == 20 * 16 < trained["id-pt-20-0"]
+
+
+@torch.no_grad()
+def test_loss_on_text_is_of_the_tokens_behind_those_that_a_prompt_is_made_of(made):
+    lm, seen = LM.from_pretrained(made[1] / "lm"), []
+    batch = data.windows(data.Corpus(np.arange(300), np.array([0, 300])), 2, 96, 0, 0)
+
+    def computed(texts):
+        seen.extend(texts)
+        return lm.read(lm.embed(torch.tensor([[9, 8]] * len(texts))))
+
+    x, read = lm.embed(batch.ids), prompt_audit.READ
+    for prefix, h in ((None, lm(x)), (computed, lm(x, lm.read(lm.embed(torch.tensor([9, 8])))))):
+        nats = -lm.logits(h).log_softmax(-1).gather(2, batch.targets[..., None])[:, read:]
+        loss = prompt_audit.text_loss(lm, prefix, [batch])
+        assert loss == pytest.approx(nats.mean().item(), rel=1e-5)
+    assert seen == batch.ids[:, :read].tolist()
 
 
 def test_a_task_is_answered_with_the_prompt_of_the_other(made):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from checkpoints import load_tokenizer
 from data import Example, TokenizedExample, collate, encode_prompts
 from fit import target_loss
 from generate import generate, option_scores, pad, predict, stack_prefixes
-from model import LM
+from model import LM, Prefix
 from questions import prepare
 from recurse import (
     COMPOSITIONS,
@@ -114,7 +115,7 @@ def test_a_start_that_no_deep_prompt_can_have_is_refused(lm):
     for start in (rows, ragged):
         with pytest.raises(ValueError, match="one row that is not ragged"):
             DeepPrompt(start)
-    with pytest.raises(ValueError, match="width 3 cannot make 4 positions"):
+    with pytest.raises(ValueError, match="--reparam-dim 3 cannot make 4 positions"):
         DeepPrompt(lm.read(vectors(lm, 4)), hidden=3)
 
 
@@ -367,6 +368,26 @@ def test_mixed_prefixes_that_do_not_fit_are_refused(lm, mixed, tokenizer):
 
 
 @torch.no_grad()
+def test_a_prefix_is_stored_and_belongs_to_its_lm(make_lm, lm, tmp_path):
+    ragged = lm.read(lm.embed(torch.tensor([[5, 9, 11], [4, 7, 0]])), lengths=torch.tensor([3, 2]))
+    shared, folder = lm.read(vectors(lm, 4)), tmp_path / "a" / "b"
+    for prefix, ids in ((shared, QUESTIONS), (ragged, QUESTIONS[:2])):
+        prefix.save(folder, lm)  # the second in place of the first
+        again = Prefix.load(folder, lm)
+        assert greedy(lm, again, ids) == greedy(lm, prefix, ids)
+        for pair, other in zip(prefix.layers, again.layers, strict=True):
+            close(pair, other, 0.0)
+    half = make_lm("tied").bfloat16()
+    half.stored_hash, half.folder = lm.fingerprint(), "unused"
+    assert Prefix.load(folder, half).layers[0][0].dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="prefix.safetensors: belongs to another LM"):
+        Prefix.load(folder, make_lm("tied", seed=9))
+    save_file({"keys": torch.zeros(1)}, tmp_path / "prefix.safetensors")
+    with pytest.raises(ValueError, match="prefix.safetensors: belongs to another LM, or to none"):
+        Prefix.load(tmp_path, lm)
+
+
+@torch.no_grad()
 def test_prompts_of_all_kinds_are_loaded_as_prefixes(lm, encoder, mixed, tokenizer, tmp_path):
     (prefixes, adapters), folder = mixed, tmp_path / "t5"
     encoder.save(folder)
@@ -470,6 +491,12 @@ def test_a_run_with_its_prompt_after_bos_is_used_without_another_bos(place, tmp_
 def test_a_run_of_id_pt_needs_an_encoder_and_remembers_it(place, tmp_path):
     with pytest.raises(ValueError, match="holds no T5 encoder; `python pretrain.py encoder`"):
         run(command(place, "id_pt", tmp_path / "a", f"--encoder {tmp_path}"))
+    narrow = tmp_path / "narrow"
+    config = T5Encoder.from_pretrained(place / "t5" / "model").config
+    T5Encoder(replace(config, dim=12)).save(narrow)
+    shutil.copy(place / "t5" / "model" / "tokenizer.json", narrow)
+    with pytest.raises(ValueError, match="--encoder .*narrow: its width 12 is not a multiple of 8"):
+        run(command(place, "id_pt", tmp_path / "a", f"--encoder {narrow}"))
     out, moved = tmp_path / "x" / "run", tmp_path / "y"
     shutil.copytree(place / "t5", tmp_path / "x" / "t5")
     encoder = f"--encoder {tmp_path}/x/t5/model"
@@ -481,6 +508,8 @@ def test_a_run_of_id_pt_needs_an_encoder_and_remembers_it(place, tmp_path):
     assert predict(model, tokenizer, ids, prefix, 4) == expected
     flags = f"{STILL} --init {moved}/run --encoder {moved}/t5/model"
     run(command(place, "id_pt", tmp_path / "again", flags))
+    with pytest.raises(ValueError, match="a prompt of 3; say so with --encoder-prompt 3"):
+        run(command(place, "id_pt", tmp_path / "no", f"{flags} --encoder-prompt 4"))
     before, after = (
         load_file(f / "adapter_model.safetensors") for f in (moved / "run", tmp_path / "again")
     )

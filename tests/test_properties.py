@@ -1,11 +1,14 @@
 """Properties that hold for whatever hypothesis draws: readers, tokens, batches, packing, metrics.
 
-The examples are the same in every run. HYPOTHESIS_EXAMPLES=1000 draws more of them.
+The examples are the same in every run. This draws more of them, and prints how many:
+
+    HYPOTHESIS_EXAMPLES=1000 python -m pytest -q -s tests/test_properties.py
 """
 
 import json
 import os
 from collections import Counter
+from functools import wraps
 
 import torch
 from hypothesis import given, settings
@@ -20,6 +23,23 @@ settings.register_profile(
     "fixed", derandomize=True, database=None, deadline=None, max_examples=EXAMPLES
 )
 settings.load_profile("fixed")
+
+RAN = Counter()  # examples of each property
+
+
+def holds(*strategies):
+    """`given`, with a count of the examples that run."""
+
+    def decorate(test):
+        @wraps(test)
+        def counted(*args, **drawn):
+            RAN[test.__name__] += 1
+            test(*args, **drawn)
+
+        return given(*strategies)(counted)
+
+    return decorate
+
 
 words = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(str.strip)
 short = st.text("ab the,. \u00e9\u4e2d", max_size=12)
@@ -40,7 +60,7 @@ TOKENIZER = data.train_tokenizer(["the cat sat on the mat, and then the rat"], 2
 # Readers
 
 
-@given(st.lists(rows, min_size=1, max_size=5), st.booleans())
+@holds(st.lists(rows, min_size=1, max_size=5), st.booleans())
 def test_what_is_written_is_read(tmp_path_factory, records, ascii):
     path = tmp_path_factory.getbasetemp() / "rows.jsonl"
     lines = [json.dumps(record, ensure_ascii=ascii) for record in records]
@@ -51,7 +71,7 @@ def test_what_is_written_is_read(tmp_path_factory, records, ascii):
     assert [e.source for e in examples] == [f"rows.jsonl:{i + 1}" for i in range(len(records))]
 
 
-@given(st.lists(st.dictionaries(keys, values), max_size=4))
+@holds(st.lists(st.dictionaries(keys, values), max_size=4))
 def test_a_record_is_read_or_refused_by_its_line(tmp_path_factory, records):
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -61,7 +81,7 @@ def test_a_record_is_read_or_refused_by_its_line(tmp_path_factory, records):
         assert "any.jsonl:" in str(error)
 
 
-@given(st.binary(max_size=60) | st.text('{}[]":,\\ \n\r\u2028a0').map(str.encode))
+@holds(st.binary(max_size=60) | st.text('{}[]":,\\ \n\r\u2028a0').map(str.encode))
 def test_bytes_are_read_or_refused_by_name(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "bytes.jsonl"
     path.write_bytes(content)
@@ -75,7 +95,7 @@ def test_bytes_are_read_or_refused_by_name(tmp_path_factory, content):
 # Tokens and batches
 
 
-@given(st.text(st.characters(codec="utf-8"), max_size=40))
+@holds(st.text(st.characters(codec="utf-8"), max_size=40))
 def test_tokens_decode_to_their_text(text):
     assert TOKENIZER.decode(TOKENIZER.encode(text).ids) == text
 
@@ -84,7 +104,7 @@ def examples_of(lengths):
     return [data.TokenizedExample([1] * a, [2] * b) for a, b in lengths]
 
 
-@given(sizes, st.integers(1, 9), st.integers(0, 99), st.integers(0, 3))
+@holds(sizes, st.integers(1, 9), st.integers(0, 99), st.integers(0, 3))
 def test_an_epoch_has_every_example_once_and_its_batches_come_from_its_numbers(
     lengths, size, seed, epoch
 ):
@@ -103,7 +123,7 @@ def test_an_epoch_has_every_example_once_and_its_batches_come_from_its_numbers(
         assert batch.lengths.tolist() == [sum(lengths[row]) - 1 for row in batch.rows]
 
 
-@given(
+@holds(
     st.lists(st.integers(1, 12), min_size=1, max_size=8),
     st.integers(1, 4),
     st.integers(1, 6),
@@ -125,7 +145,7 @@ def test_a_window_predicts_the_stream_of_documents_token_by_token(sizes, size, l
 # Packing and metrics
 
 
-@given(st.lists(st.tuples(st.integers(1, 20), st.integers(-3, 3)), max_size=9), st.integers(0, 40))
+@holds(st.lists(st.tuples(st.integers(1, 20), st.integers(-3, 3)), max_size=9), st.integers(0, 40))
 def test_packing_takes_the_best_that_fit(drawn, budget):
     passages, scores = [(i, n) for i, (n, _) in enumerate(drawn)], [score for _, score in drawn]
     packed, dropped = pack(passages, scores, budget, lambda passage: passage[1])
@@ -138,7 +158,7 @@ def test_packing_takes_the_best_that_fit(drawn, budget):
     assert packed == [passage for passage in order if passage in packed]
 
 
-@given(short, st.lists(short, min_size=1, max_size=3))
+@holds(short, st.lists(short, min_size=1, max_size=3))
 def test_f1_is_between_exact_match_and_one(prediction, answers):
     em, f1 = exact_match(prediction, answers), token_f1(prediction, answers)
     assert 0 <= em <= f1 <= 1 and em == float(any(exact_match(prediction, [a]) for a in answers))
@@ -146,7 +166,7 @@ def test_f1_is_between_exact_match_and_one(prediction, answers):
     assert exact_match(answers[0], answers) == token_f1(answers[0], answers) == 1
 
 
-@given(st.lists(st.tuples(*[st.sampled_from([0.0, 0.5, 1.0])] * 2), min_size=1, max_size=12))
+@holds(st.lists(st.tuples(*[st.sampled_from([0.0, 0.5, 1.0])] * 2), min_size=1, max_size=12))
 def test_a_bootstrap_says_of_two_systems_the_opposite_of_their_exchange(pairs):
     a, b = zip(*pairs)
     one, two = paired_bootstrap(a, b, 200), paired_bootstrap(b, a, 200)
@@ -155,3 +175,8 @@ def test_a_bootstrap_says_of_two_systems_the_opposite_of_their_exchange(pairs):
     assert one[1] - 1e-12 <= one[0] <= one[2] + 1e-12 or len(pairs) < 5
     if Counter(a) == Counter(b) == Counter([a[0]] * len(a)):
         assert one[:3] == (0, 0, 0) and one[3] == 1
+
+
+def test_every_property_is_tried_on_all_its_examples():
+    print(f"{len(RAN)} properties, {sum(RAN.values()):,} examples")
+    assert all(count >= EXAMPLES for count in RAN.values()), RAN

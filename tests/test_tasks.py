@@ -2,6 +2,7 @@
 multi-task protocol. (The prompts themselves: test_prompts.)"""
 
 import json
+import shutil
 from argparse import Namespace
 from collections import Counter
 
@@ -197,10 +198,8 @@ def test_a_task_without_a_prompt_of_its_own_is_refused_before_training(place, tm
 @pytest.fixture(scope="module")
 def model(place, tmp_path_factory):
     """The folder of an LM whose answers differ: the tiny one with large random weights."""
-    lm, folder = (
-        LM.from_pretrained(place / "lm" / "model"),
-        tmp_path_factory.mktemp("random") / "lm",
-    )
+    lm = LM.from_pretrained(place / "lm" / "model")
+    folder = tmp_path_factory.mktemp("random") / "lm"
     tokenizer = load_tokenizer(lm.folder)
     randomise(lm, 3).save(folder, tokenizer=tokenizer)
     return folder
@@ -225,7 +224,7 @@ NAMES = ("soft", "deep", "generated", "stored", "none")
 
 def ask_mixed(library, file, *flags):
     line = ["mixed", "--prompts", *(str(library / name) for name in NAMES[:4])]
-    return evaluation.main([*line, "--input", str(file), "--max-new-tokens", "4", *flags])
+    return evaluation.main([*line, "--input", str(file), *flags])  # 4 new tokens, as the runs
 
 
 def test_mixed_answers_as_ask_answers_with_each_run(place, model, library, tmp_path, capsys):
@@ -276,17 +275,19 @@ def test_a_vote_writes_predictions_that_compare_reads(place, library, tmp_path, 
 def test_bad_input_of_mixed_is_one_line(place, library, tmp_path, capsys):
     question = {"question": "where was Anna born"}
     file = write_lines(tmp_path / "q.jsonl", [question, question | {"prompt": "sof"}])
-    good = place / "train.jsonl"
-    soft, connector = library / "soft", library / "connector"
+    long = write_lines(tmp_path / "l.jsonl", [{"question": "where " * 99, "answer": "x"}])
+    good, soft, connector = place / "train.jsonl", library / "soft", library / "connector"
+    other = shutil.copytree(soft, tmp_path / "other")
+    text = (soft / "run.json").read_text().replace('"max_new_tokens": 4', '"max_new_tokens": 9')
+    (other / "run.json").write_text(text)
     for flags, words in (
-        (
-            f"--prompts {soft} --input {file}",
-            "q.jsonl:2: the prompt 'sof' is not one of soft, none",
-        ),
+        (f"--prompts {soft} --input {file}", "q.jsonl:2: the prompt 'sof' is not one of soft"),
+        (f"--prompts {soft} {other} --input {good}", "--max-new-tokens is needed: the runs of"),
         (f"--prompts {soft} {soft} --input {good}", "two are called 'soft'; NAME=FOLDER"),
         (f"--prompts {soft} {connector} --input {good}", "holds a Connector, which is no prompt"),
         (f"--prompts {soft} {tmp_path} --input {good}", "no adapter_config.json"),
         (f"--prompts {soft} --input {file} --out {tmp_path / 'o'}", "q.jsonl:1: needs a list"),
+        (f"--prompts {soft} --input {long} --out {tmp_path / 'o'}", "l.jsonl:1: "),
         (f"--prompts {place / 'lm'} --input {good}", "trains more than a prompt, or none"),
         (f"--prompts {soft} --input {tmp_path / 'x'}", "no such file"),
     ):

@@ -1,16 +1,28 @@
-"""Every command of the tutorial and of README's first screen, in this process, with a few steps."""
+"""Every command of TUTORIAL.md and README.md, in this process, with a few steps.
+
+Those of torchrun are in tests/test_parallel.py.
+"""
 
 import importlib
+import json
 import re
 import shlex
+import shutil
 import subprocess
+from pathlib import Path
+
+import pytest
+from tiny_runs import BOOK, HOMES, small_world, write_lines
 
 import documents
+import genres
+import suite
 
 TRAIN = "--device cpu --steps 2 --eval-every 2 --eval-limit 2 --batch-size 2 --max-new-tokens 4"
 FLAGS = {  # of a program, and of its command; the last ones count
     "train.py": TRAIN,
-    "train.py reader": "--encoder-steps 2 --top 8",
+    "pretrain.py": "--device cpu --steps 2 --eval-every 2 --batch-size 2 --seq-len 16",
+    "train.py reader": "--encoder-steps 2 --top 4",
     "transfer.py": TRAIN,
     "transfer.py source": "--keep-at 2",
     "transfer.py continue": "--inner-steps 1 --grad-accum 1 --limit 8",
@@ -19,6 +31,7 @@ FLAGS = {  # of a program, and of its command; the last ones count
     "world.py": "--people 60 --documents 5",
     "eval.py ask": "--max-new-tokens 2",
     "eval.py mixed": "--max-new-tokens 2",
+    "eval.py score": "--max-new-tokens 2",
 }
 README = "--train small.jsonl --dev dev.jsonl --test test.jsonl --out runs/readme"
 
@@ -56,6 +69,68 @@ def test_the_commands_of_the_documents_run(tmp_path, monkeypatch, capsys):
             if "generate.py" in block.script:  # nothing is left out here
                 assert block.quoted and not documents.missing(block.quoted, capsys.readouterr().out)
     assert ran > 15
+
+
+STAND_INS = {  # of what this page names and does not make
+    "HuggingFaceTB/SmolLM2-135M": "assets/lm",
+    "EleutherAI/pythia-1b": "assets/lm",
+    "FOLDER": "assets/t5",
+}
+README_TEXT = (documents.ROOT / "README.md").read_text()
+README_COMMANDS = [
+    command
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", README_TEXT, re.S | re.M)
+    if not language
+    for command in commands(block)
+    if command.startswith("python ")
+]
+
+
+def make_files(monkeypatch) -> None:
+    """The files and runs in the current folder that README's commands start from."""
+    monkeypatch.setattr(genres, "library", lambda place: small_world())
+    names, rows = ("food_reviews", "gist", "record_nli"), suite.rows
+    monkeypatch.setattr(suite, "TASKS", {name: suite.TASKS[name] for name in names})
+    monkeypatch.setattr(suite, "rows", lambda place, name, split: rows(place, name, split, 8))
+    for name, verb in {"train": "born", "new-train": "born", "dev": "bred", "test": "met"}.items():
+        asked = [{"question": f"where was {who} {verb}", "answer": [town]} for who, town in HOMES]
+        write_lines(Path(f"{name}.jsonl"), asked)
+    questions = [{"question": "who", **more} for more in ({"prompt": "mine"}, {"task": "gist"}, {})]
+    write_lines(Path("questions.jsonl"), questions)
+    Path("text.txt").write_text("\n\n".join([" ".join(p.text for p in BOOK)] * 2))
+    lines = ["id\ttext\ttitle", *(f"{p.id}\t{p.text}\t{p.title}" for p in BOOK)]
+    Path("psgs_w100.tsv").write_text("\n".join(lines))
+    passages = [{"title": p.title, "text": p.text, "passage_id": p.id} for p in BOOK]
+    keys = {"nq-train": "positive_ctxs", "nq-dev": "positive_ctxs", "dpr-results": "ctxs"}
+    for name, key in keys.items():
+        records = [
+            {"question": f"where was {who} born", "answers": [town], key: passages[i : i + 3]}
+            for i, (who, town) in enumerate(HOMES)
+        ]
+        Path(f"{name}.json").write_text(json.dumps(records))
+    files = "--train train.jsonl --dev dev.jsonl --out runs"
+    run_short("python train.py --method neural_recursion", f"{files}/neural_recursion")
+    run_short("python train.py --method prompt_tuning", f"{files}/mine")
+    for name in "abc":
+        shutil.copytree("runs/mine", f"runs/{name}")
+
+
+@pytest.mark.filterwarnings("ignore:.* cannot be scored as right")
+def test_the_other_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    """In the order of the page. What it names and does not make has a small stand-in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "assets").symlink_to(documents.ROOT / "assets")
+    make_files(monkeypatch)
+    for command in README_COMMANDS:
+        for name, other in STAND_INS.items():
+            command = command.replace(name, other)
+        out = re.search(r"--out (\S+)", command) or re.search(r"--method (\w+)", command)
+        folder = Path(out[1] if "--out" in out[0] else f"runs/{out[1]}") if out else None
+        if folder and folder.is_dir():  # of the same command with other flags
+            shutil.rmtree(folder)
+        run_short(command, "")
+        assert capsys.readouterr().out.strip(), command
+    assert len(README_COMMANDS) > 20
 
 
 def test_the_lines_that_the_tutorial_quotes_stand_in_the_files():
