@@ -224,9 +224,9 @@ def targeted(kind: str, argv: list[str]) -> dict:
         return {"best": best}
     record = {run: read_json(Path(run) / "run.json")["arguments"] for run, _ in best}
     first = record[best[0][0]]
-    trained = [file for run in record for file in record[run]["train"]]
-    line = [*DEEP.split()[2:], "--steps", first["steps"], "--keep-at", 0, "--train", *trained]
-    line += [file, "--limit", LIMIT, "--out", args.out]
+    files = [path for flags in record.values() for path in flags["train"]] + [file]
+    line = [*DEEP.split()[2:], "--steps", first["steps"], "--keep-at", 0, "--train", *files]
+    line += ["--limit", LIMIT, "--out", args.out]
     line += ["--model", first["model"]] if first["model"] else []
     transfer.main(["source", *map(str, line)])
     return {"best": best}

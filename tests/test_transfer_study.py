@@ -3,10 +3,11 @@
 import argparse
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny_runs import make_place, read_lines, suite_rows
+from tiny_runs import make_place, read_lines, suite_rows, write_lines
 
 import fit
 import promptability_study
@@ -146,8 +147,27 @@ def test_parts_of_unequal_templates_still_average_to_the_gain():
             run[key] = {"template": template, "em": em}
             chance[key] = 0.5 if task == "a" else 0.25
     expected = ((2 / 3 / 0.5 - 1 + 1) / 2 + (0.5 / 0.25 - 1)) / 2
-    assert promptability_study.relative_gains([run], chance).mean() == pytest.approx(expected)
+    parts = promptability_study.relative_gains([run], chance)
+    assert parts.mean() == pytest.approx(expected)
     assert promptability_study.summary([run], chance)["gain"] == pytest.approx([expected])
+    turned = dict(reversed(run.items()))
+    assert np.array_equal(promptability_study.relative_gains([turned], chance), parts)
+
+
+def test_the_templates_of_an_example_are_one_example(tmp_path):
+    """The bootstrap must not take the same question in two wordings for two."""
+    ems, rows = {"x": (1, 0, 0), "y": (1, 1, 0)}, []
+    for template, values in ems.items():
+        for i, em in enumerate(values):
+            row = {"task": "a", "id": f"test-{i}-{template}", "template": template}
+            rows.append(row | {"em": em, "f1": em})
+    run, chance = {("a", row["id"]): row for row in rows}, {("a", row["id"]): 0.5 for row in rows}
+    assert promptability_study.relative_gains([run], chance).tolist() == [[1, 0, -1]]
+    write_lines(tmp_path / "predictions.jsonl", rows[::-1])
+    study = SimpleNamespace(finished=lambda name: [SimpleNamespace(answers=tmp_path)])
+    scores = transfer_tables.test_scores(study, "any")
+    assert scores == [{"test-0": 1, "test-1": 0.5, "test-2": 0}]
+    assert list(scores[0]) == sorted(scores[0])
 
 
 def test_nearest_tasks_are_neighbours_in_the_order_of_the_heatmap():
@@ -191,6 +211,9 @@ def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
             assert name in whole.rows, f"{job.row.name} starts from {name}"
     named = {name for _, *pair in promptability_study.CLAIMS for name in pair}
     assert named <= whole.rows.keys()
+    assert {m for _, *pair in transfer_tables.CLAIMS for m in pair} <= {*transfer_tables.METHODS}
+    for method in transfer_tables.METHODS:
+        assert {f"{method}-to-{t}" for t in transfer_study.TARGETS} <= whole.rows.keys()
     pairs = [name for name in whole.rows if name.split("-to-")[0] in transfer_study.SOURCES]
     assert len(pairs) == len(transfer_study.SOURCES) * len(transfer_study.TARGETS) >= 96
 
