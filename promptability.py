@@ -168,7 +168,7 @@ def split_rows(batch: Batch, parts: int) -> list[Batch]:
     """A batch as `parts` batches of one size. ValueError if its rows cannot be shared out."""
     size, rest = divmod(len(batch.rows), parts)
     if rest:
-        raise ValueError(f"a batch of {len(batch.rows)} rows cannot be split into {parts}")
+        raise ValueError(f"--batch-size: {len(batch.rows)} rows cannot be split into {parts} parts")
     return [select(batch, range(i * size, (i + 1) * size)) for i in range(parts)]
 
 

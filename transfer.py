@@ -326,7 +326,7 @@ def source_prompt(args: Namespace, lm: LM, tokenizer) -> dict:
 
 
 def search_command(args: Namespace) -> list[tuple[str, float]]:
-    """Print and return the ranking of a library's prompts, and write their average if asked to."""
+    """Rank the prompts of a library for a task; write the average of the best if asked to."""
     if args.average and Path(args.average).exists():
         raise FileExistsError(f"{args.average} exists; choose another --average")
     lm = None

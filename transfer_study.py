@@ -14,8 +14,9 @@ OMP_NUM_THREADS=1. Rows of the larger LM need it in assets/lm2.
 Prompts are deep: they have keys and values of their own in every layer. Before the first layer
 alone, as in the paper, prompts of this small LM learn little in so few steps, as the rows named
 `shallow` show. A target has 64 training examples and no dev examples. Its prompt is scored once,
-after its last step. Scores are F1, which is accuracy where an example has options. A task embedding
-is the prompt after KEEP steps. Similarities are means over the seeds of both prompts.
+after its last step, on 75 examples in four templates each. Scores are F1, which is accuracy where
+an example has options. A task embedding is the prompt after KEEP steps. Similarities are means over
+pairs of different seeds, but `average` and `top-mixture` choose by seed 0, to which they belong.
 """
 
 import argparse

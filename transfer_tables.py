@@ -122,7 +122,8 @@ def pair_scores(study: Study) -> dict[str, dict[str, float]]:
 
 
 def similarities(study: Study, tasks: list[str]) -> dict[str, np.ndarray]:
-    """{kind: (tasks, tasks)}: the mean similarity of two tasks over the seeds of their prompts."""
+    """{kind: (tasks, tasks)}: the mean similarity of two tasks over pairs of different seeds:
+    prompts of one seed start from the same vectors."""
     lm = LM.from_pretrained(study.args.model or ASSETS / "lm")
     found, neurons = [], []
     for name in tasks:
@@ -133,15 +134,14 @@ def similarities(study: Study, tasks: list[str]) -> dict[str, np.ndarray]:
         neurons.append([transfer.activated_neurons(lm, prompt)[None] for prompt in prompts])
 
     def mean(kind: str, a: list, b: list) -> float:
-        pairs = [transfer.similarity(x, y, kind) for x in a for y in b if x is not y]
-        return float(np.mean(pairs)) if pairs else 1.0  # one prompt and itself
+        pairs = [(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i != j]
+        return float(np.mean([transfer.similarity(*p, kind) for p in pairs or [(a[0], b[0])]]))
 
-    near = {kind: (kind, found) for kind in ("per_token", "average_tokens")}
-    near["neurons"] = ("average_tokens", neurons)  # their overlap is a cosine, too
-    return {
-        name: np.array([[mean(kind, a, b) for b in part] for a in part])
-        for name, (kind, part) in near.items()
-    }
+    def matrix(kind: str, prompts: list) -> np.ndarray:
+        return np.array([[mean(kind, a, b) for b in prompts] for a in prompts])
+
+    near = {kind: matrix(kind, found) for kind in ("per_token", "average_tokens")}
+    return near | {"neurons": matrix("average_tokens", neurons)}  # their overlap is a cosine, too
 
 
 def show_search(study: Study, scores: dict, near: dict, tasks: list[str]) -> dict:

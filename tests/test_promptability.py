@@ -419,7 +419,7 @@ def test_bad_input_is_refused_by_name(runs, tmp_path):
     free = tmp_path / "free.jsonl"
     free.write_text('{"input": "a", "target": "b"}\n')
     cases = {
-        "--batch-size 7": "a batch of 7 rows cannot be split into 3",
+        "--batch-size 7": "--batch-size: 7 rows cannot be split into 3 parts",
         "--batch-size 99": "12 examples of the template 'is', fewer than --batch-size 99",
         f"--train {tmp_path}/none.jsonl": "none.jsonl: no such file",
         f"--train {runs}": "is a folder",

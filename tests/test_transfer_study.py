@@ -1,8 +1,10 @@
 """The study of soft prompt transfer and of continued pretraining, from its files to its tables."""
 
 import argparse
+import io
 import json
 import re
+from contextlib import redirect_stdout
 from types import SimpleNamespace
 
 import numpy as np
@@ -49,9 +51,10 @@ def done(tmp_path_factory):
         rows = transfer_study.groups(SOURCES, TARGETS) | promptability_study.groups(VARIANTS)
         patch.setattr(transfer_study, "GROUPS", rows)
         patch.chdir(folder)
-        results = reproduce.main(
-            f"transfer --model {place}/lm/model --pretrained {place} {FLAGS}".split()
-        )
+        line = f"transfer --model {place}/lm/model --pretrained {place} {FLAGS}"
+        with redirect_stdout(io.StringIO()) as printed:
+            results = reproduce.main(line.split())
+        (folder / "printed.txt").write_text(printed.getvalue())
     return folder, results
 
 
@@ -107,7 +110,21 @@ def test_scores_are_those_of_the_predictions(done):
         assert results["baseline"][target] == pytest.approx(np.mean(means))
 
 
-def test_similarities_are_means_over_the_seeds(done):
+def test_the_report_has_every_table_and_the_picture(done):
+    printed = (done[0] / "printed.txt").read_text()
+    for text in ("similarity, neurons", "random | oracle", "average | 3", "top-mixture | 3"):
+        assert text in printed, text
+    (picture,) = (done[0] / "results").glob("*.png")
+    assert picture.name == "transfer-model-part.png"
+
+
+def test_fewer_steps_or_examples_make_a_part_of_the_study():
+    for flag in ("--source-steps", "--target-steps", "--examples", "--count", "--steps"):
+        assert reproduce.is_part(reproduce.parser().parse_args(["transfer", flag, "7"])), flag
+    assert not reproduce.is_part(reproduce.parser().parse_args(["transfer"]))
+
+
+def test_similarities_are_means_over_pairs_of_different_seeds(done):
     folder, results = done
     runs, tasks = folder / "runs/transfer", results["tasks"]
     assert tasks == [*SOURCES, *TARGETS]
@@ -116,8 +133,10 @@ def test_similarities_are_means_over_the_seeds(done):
         for row in ("source-food_reviews", "scratch-to-staff_reviews")
     )
     for kind in ("per_token", "average_tokens"):
-        mean = np.mean([transfer.similarity(x, y, kind) for x in a for y in b])
-        assert results["similarities"][kind][0][2] == pytest.approx(mean, abs=1e-4)
+        for other, column in ((b, 2), (a, 0)):  # a task and itself, too
+            pairs = [(a[i], other[j]) for i, j in ((0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1))]
+            mean = np.mean([transfer.similarity(x, y, kind) for x, y in pairs])
+            assert results["similarities"][kind][0][column] == pytest.approx(mean, abs=1e-4)
     assert set(results["similarities"]) == set(transfer.KINDS)
 
 
