@@ -168,7 +168,7 @@ def split_rows(batch: Batch, parts: int) -> list[Batch]:
     """A batch as `parts` batches of one size. ValueError if its rows cannot be shared out."""
     size, rest = divmod(len(batch.rows), parts)
     if rest:
-        raise ValueError(f"a batch of {len(batch.rows)} rows cannot be split into {parts}")
+        raise ValueError(f"--batch-size: {len(batch.rows)} rows cannot be split into {parts} parts")
     return [select(batch, range(i * size, (i + 1) * size)) for i in range(parts)]
 
 
@@ -287,9 +287,13 @@ def train_learner(task: start.Task, tasks: list[list], learner: Learner, prompt)
 
 def read_tasks(args: Namespace) -> list[list[data.Example]]:
     """The training examples of each task, at most --limit of it, without held-out clusters."""
-    groups = []
+    groups, clusters = [], set(HELD_OUT)
     for path in args.train:
-        for template, examples in by_template(path, args.hold_out).items():
+        for template, examples in by_template(path).items():
+            clusters |= {example.cluster for example in examples}
+            examples = [e for e in examples if e.cluster not in args.hold_out]
+            if not examples:
+                continue
             kept = data.sample(len(examples), args.limit, args.seed)
             if len(kept) < args.batch_size:
                 raise ValueError(
@@ -297,17 +301,18 @@ def read_tasks(args: Namespace) -> list[list[data.Example]]:
                     f"--batch-size {args.batch_size}"
                 )
             groups.append([examples[row] for row in kept])
+    if unknown := set(args.hold_out) - clusters:
+        raise ValueError(f"--hold-out: no file of --train has the cluster {min(unknown)!r}")
     if not groups:
         raise ValueError("--hold-out leaves no task in the files of --train")
     return groups
 
 
-def by_template(path: str, held_out=()) -> dict[str, list[data.Example]]:
-    """The examples of a file for each `template` of its records, without held-out clusters."""
+def by_template(path: str) -> dict[str, list[data.Example]]:
+    """The examples of a file for each `template` of its records."""
     groups = {}
     for example in data.read(path):
-        if example.cluster not in held_out:
-            groups.setdefault(example.template or "all", []).append(example)
+        groups.setdefault(example.template or "all", []).append(example)
     return groups
 
 
@@ -327,6 +332,8 @@ def few_shot(args: Namespace) -> dict:
     lm, tokenizer = start.load_lm(args)
     for name, template, examples, tests in few_shot_splits(args):
         folder = out / folder_name(f"{name}.{template}")
+        if folder.name in shots:
+            raise ValueError(f"{name}, {template!r}: another template has the folder {folder}")
         run = Namespace(**vars(args) | {"out": str(folder)})
         cli.check_and_seed(run)
         splits = {"train": examples, "dev": [], "test": tests}

@@ -18,7 +18,7 @@ import numpy as np
 
 import data
 import suite
-from promptability import HELD_OUT, average_relative_gain
+from promptability import HELD_OUT
 from runs import read_predictions
 from study import Row, Study, show_differences, significance, spread
 
@@ -99,12 +99,14 @@ CLAIMS = [  # the claim is that the first row has the higher average relative ga
     ("16-shot: prompt alone > none", "ppt-few", "none-few"),
     ("16-shot: LM and prompt > Reptile, equal steps", "mtl-few", "reptile-few"),
     ("16-shot: LM and prompt > Reptile, equal compute", "mtl-long-few", "reptile-few"),
-    ("the same, less compute for Reptile", "mtl-few", "reptile-small-few"),
+    ("16-shot: LM and prompt > Reptile, equal examples", "mtl-few", "reptile-small-few"),
     ("16-shot: LM and prompt > FOMAML, equal steps", "mtl-few", "fomaml-few"),
     ("16-shot: LM and prompt > FOMAML, equal compute", "mtl-long-few", "fomaml-few"),
     ("16-shot: LM and prompt > T0, equal compute", "mtl-long-few", "t0-long-few"),
     ("16-shot > zero-shot, LM and prompt", "mtl-few", "mtl-zero"),
     ("16-shot > zero-shot, the LM as it is", "none-few", "none-zero"),
+    ("zero-shot > 16-shot, T0", "t0-zero", "t0-few"),
+    ("zero-shot: shallow > deep, LM and prompt", "mtl-zero", "mtl-deep-zero"),
     ("16-shot: deep > shallow, LM and prompt", "mtl-deep-few", "mtl-few"),
     ("16-shot: deep > shallow, the LM as it is", "none-deep-few", "none-few"),
     ("16-shot, deep: LM and prompt > T0", "mtl-deep-few", "t0-deep-few"),
@@ -178,32 +180,31 @@ def test_rows(study: Study, name: str) -> list[dict]:
 
 
 def summary(runs: list[dict], chance: dict) -> dict:
-    """{"gain": one for each seed, "datasets": {task: mean accuracy}}."""
-    gains, accuracies = [], {}
-    for run in runs:
-        datasets = {}
-        for key, row in run.items():
-            datasets.setdefault(key[0], {}).setdefault(row["template"], []).append(key)
-        for task, templates in datasets.items():
-            for template, keys in templates.items():
-                accuracy = float(np.mean([run[key]["em"] for key in keys]))
-                part = {"accuracy": accuracy, "chance": float(np.mean([chance[k] for k in keys]))}
-                templates[template] = part
-                accuracies.setdefault(task, []).append(accuracy)
-        gains.append(average_relative_gain(datasets))
-    return {"gain": gains, "datasets": {t: float(np.mean(a)) for t, a in accuracies.items()}}
+    """{"gain": one for each seed, "datasets": {task: mean accuracy over its templates}}."""
+    found = {}
+    for (task, _), row in (item for run in runs for item in run.items()):
+        found.setdefault(task, {}).setdefault(row["template"], []).append(row["em"])
+    means = {t: float(np.mean([np.mean(e) for e in part.values()])) for t, part in found.items()}
+    return {"gain": relative_gains(runs, chance).mean(1).tolist(), "datasets": means}
 
 
 def relative_gains(runs: list[dict], chance: dict) -> np.ndarray:
-    """(seeds, examples): each example's part of the average relative gain, which is their mean."""
-    keys = list(runs[0])
+    """(seeds, examples): each example's part of the average relative gain, which is their mean.
+
+    An example counts once, in all its templates. They are in the same order for every row.
+    """
+    keys = sorted(runs[0])
     place = [(task, runs[0][task, id]["template"]) for task, id in keys]
     templates = {pair: place.count(pair) for pair in set(place)}  # examples of each
     datasets = {task: sum(t == task for t, _ in templates) for task, _ in templates}
-    weight = np.array([len(keys) / (templates[p] * datasets[p[0]] * len(datasets)) for p in place])
+    weight = np.array([1 / (templates[p] * datasets[p[0]] * len(datasets)) for p in place])
     level = np.array([chance[key] for key in keys])
     right = np.array([[run[key]["em"] for key in keys] for run in runs])
-    return weight * (right - level) / level
+    own = [(task, id.removesuffix(f"-{t}")) for (task, id), (_, t) in zip(keys, place)]
+    number = {example: i for i, example in enumerate(dict.fromkeys(own))}
+    parts = np.zeros((len(runs), len(number)))
+    np.add.at(parts, (slice(None), [number[e] for e in own]), weight * (right - level) / level)
+    return len(number) * parts
 
 
 def at_the_floor(found: dict[str, list[dict]], chance: dict) -> list[str]:

@@ -10,7 +10,7 @@
 
 All but the first and the last train, in runs/NAME. If one is stopped, the same command goes on.
 With --model the file is results/NAME-MODEL.json. Flags that make less than all of it (--only,
---count, --steps, --seeds) write results/NAME-part.json.
+--count, --steps, --seeds and the like) write results/NAME-part.json.
 """
 
 import json
@@ -234,7 +234,7 @@ FLAGS = {
         ("--source-steps", cli.COUNT, 300, "steps of a source prompt (paper: 262,144)"),
         ("--target-steps", cli.COUNT, 80, "steps of a target's prompt (paper: 100,000)"),
         ("--examples", cli.COUNT, 64, "training examples of a target"),
-        ("--count", cli.COUNT, 300, "test examples of a target"),
+        ("--count", cli.COUNT, 300, "test rows of a target; an example is one in each template"),
         ("--steps", cli.COUNT, 100, "steps of continued pretraining; of some, thrice as many"),
         *STUDY,
     ],
@@ -255,9 +255,9 @@ def parser() -> Parser:
 
 def is_part(args) -> bool:
     """Whether flags make less of an experiment than the record in results/ holds."""
-    defaults = {flag: default for flag, _, default, _ in FLAGS[args.experiment]}
-    flags = ("only", "count", "steps", "seeds")
-    return any(getattr(args, f, None) != defaults.get(f"--{f}") for f in flags)
+    defaults = {row[0][2:].replace("-", "_"): row[2] for row in FLAGS[args.experiment]}
+    flags = ("only", "count", "steps", "seeds", "source_steps", "target_steps", "examples")
+    return any(getattr(args, f, None) != defaults.get(f) for f in flags)
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -5,15 +5,15 @@ trained on source tasks is where the prompt of a target task starts. If sources 
 embedding, which is a prompt after a few steps, finds the ones to try.
 
     python transfer.py source --each --train world/suite --dev world/suite --out runs/library
-    python transfer.py source --train news-train.jsonl --out runs/news          the target's own
-    python transfer.py search --library runs/library --task runs/news
+    python transfer.py search --library runs/library --task news-train.jsonl
     python train.py --method prompt_tuning --init runs/library/subject_type --train news-train.jsonl
 
 The first command trains a prompt for each task of a folder. Without --each it trains one prompt on
 a mixture of its files. A file of running text, among others or alone, is learned as prefix LM: a
-window is cut at random, and the second part is the target of the first. --average of `search`
-writes the average of the best prompts, weighted by similarity. Their top-k mixture is `source` on
-their files and the target's.
+window is cut at random, and the second part is the target of the first. `search` first trains the
+prompt of --task in the same way, in runs/news, unless --task is a run already. --average writes the
+average of the best prompts, weighted by similarity. Their top-k mixture is `source` on their files
+and the target's.
 
 `continue` and `few-shot` are in promptability.py. A run leaves the folder that runs.py describes.
 """
@@ -37,7 +37,7 @@ import promptability
 import start
 import train
 from adapters import read_prompt
-from checkpoints import write_json, write_tensors
+from checkpoints import read_json, write_json, write_tensors
 from model import LM
 from promptability import load_task, pieces, read_dev_and_test
 from runs import ASSETS
@@ -175,7 +175,8 @@ def search_table(scores: dict, baselines: dict, rankings: dict, ks: list[int]) -
     baselines  {target: score without transfer};  rankings {target: what `search` returned}
 
     A row holds the mean over targets of the best-of-top-k score and of its relative error
-    reduction, and the fractions of the search eliminated and of the oracle's gain kept.
+    reduction, and the fractions of the search eliminated and of the oracle's gain kept. The best is
+    chosen by the scores that are averaged, as in the paper, so chance is a part of its gain.
     """
 
     def best(target: str, k: int) -> float:
@@ -188,14 +189,14 @@ def search_table(scores: dict, baselines: dict, rankings: dict, ks: list[int]) -
         score = np.mean([best(t, k) for t in scores])
         errors = [relative_error_reduction(best(t, k), baselines[t]) for t in scores]
         row = {"k": k, "score": float(score), "error_reduction": float(np.mean(errors))}
-        kept = float((score - base) / (oracle - base)) if oracle != base else float("nan")
+        kept = float((score - base) / (oracle - base)) if oracle > base else float("nan")
         rows.append(row | {"eliminated": 1 - k / n, "gain_kept": kept})
     return rows
 
 
 def relative_error_reduction(score: float, baseline: float) -> float:
-    """The fraction of the baseline's errors that are gone. Scores from 0 to 1."""
-    return (score - baseline) / (1 - baseline)
+    """The fraction of the baseline's errors that are gone, 0 if it makes none. Scores: 0 to 1."""
+    return (score - baseline) / (1 - baseline) if baseline < 1 else 0.0
 
 
 def permutation_test(statistic: Callable, values, iters=10_000, seed=0) -> tuple[float, float]:
@@ -318,17 +319,32 @@ def source_prompt(args: Namespace, lm: LM, tokenizer) -> dict:
 
 
 def search_command(args: Namespace) -> list[tuple[str, float]]:
-    """Print and return the ranking of a library's prompts, and write their average if asked to."""
-    average = args.average and Path(args.average)
-    if average and average.exists():
-        raise FileExistsError(f"{average} exists; choose another --average")
+    """Rank the prompts of a library for a task; write the average of the best if asked to."""
+    if args.average and Path(args.average).exists():
+        raise FileExistsError(f"{args.average} exists; choose another --average")
     lm = LM.from_pretrained(args.model or ASSETS / "lm") if args.kind == "neurons" else None
-    ranking = search(args.task, args.library, args.kind, lm)
+    task = embed_file(args) if Path(args.task).is_file() else args.task
+    ranking = search(task, args.library, args.kind, lm)
     for name, value in ranking:
         show(f"{value:+.4f}  {name}")
-    if average:
-        write_average(average, args.library, ranking[: args.top_k])
+    if args.average:
+        write_average(args.average, args.library, ranking[: args.top_k])
     return ranking
+
+
+def embed_file(args: Namespace) -> Path:
+    """Train the prompt of the file --task with the flags of the library's first run. Returns the
+    folder, which is beside the library. A run that is finished there is not made again."""
+    first = next(iter(sorted(Path(args.library).glob("*/run.json"))), None)
+    flags = read_json(first)["arguments"] if first else {}
+    if "keep_at" not in flags:
+        where = "holds no run of `transfer.py source` to train --task like"
+        raise ValueError(f"{args.library}: {where}; give --task the folder of a run")
+    out = Path(args.library).parent / Path(args.task).stem.removesuffix("-train")
+    own = {"train": [args.task], "dev": [], "test": [], "each": False}
+    own |= {"out": str(out), "resume": True, "program": "transfer.py", "argv": args.argv}
+    source(Namespace(**flags | own))
+    return out
 
 
 def write_average(out: str | Path, library: str | Path, best: list[tuple[str, float]]) -> None:
@@ -362,29 +378,31 @@ COMMANDS = {  # command: (function, defaults of its flags)
 
 def add_own_flags(command, name: str) -> None:
     """The flags of one command alone."""
-    count, positive = cli.COUNT, cli.number_type(float, 0)
-    limit = ("--limit", count, None, "examples of a task that are used: the size limit K")
+    count, positive, natural = cli.COUNT, cli.number_type(float, 0), cli.number_type(int, 0)
+    limit = ("--limit", count, None, "K, examples used of a task (papers: 2^19, 500,000)")
     if name == "search":
         command.add_argument("--library", required=True, help="folder of the source prompts' runs")
-        command.add_argument("--task", required=True, help="run of the target's own prompt")
+        command.add_argument("--task", required=True, help="the target's file, or its prompt's run")
         command.add_argument("--average", help="new folder for the average of the best prompts")
-        k = ("--top-k", count, 3, "how many prompts are averaged")
+        k = ("--top-k", count, 3, "how many prompts are averaged (paper: 3)")
         kind = ("--kind", list(KINDS), KINDS[0], "of similarity; neurons reads the LM")
         cli.add_flags(command, "search", k, kind, cli.MODEL)
     if name == "source":
         each = ("--each", bool, False, "a prompt per file, in OUT/TASK")
-        step = ("--keep-at", cli.number_type(int, 0), 100, "step of the task embedding; 0: none")
+        text = "step of the task embedding; 0: none (paper: 10,000)"
+        step = ("--keep-at", natural, 100, text)
         length = ("--seq-len", count, 64, "tokens in a window of running text")
         cli.add_flags(command, "source", each, limit, step, length)
     if name == "continue":
         command.add_argument(
             "--hold-out", nargs="*", default=promptability.HELD_OUT, help="clusters left out"
         )
+        trained = "t0 trains the LM, ppt a prompt, the others both"
         cli.add_flags(
             command,
             "variants",
-            ("--variant", list(promptability.VARIANTS), "mtl", "what is trained, and its gradient"),
-            ("--inner-steps", cli.number_type(int, 0), 7, "of the prompt, per task (paper: 7)"),
+            ("--variant", list(promptability.VARIANTS), "mtl", trained),
+            ("--inner-steps", natural, 7, "of the prompt, per task (paper: 7)"),
             ("--inner-lr", positive, 1e-3, "of the inner steps (paper: 0.001)"),
             ("--inner-optimizer", ["adafactor", "sgd"], "adafactor", "of the inner steps"),
             ("--inner-state", ["carried", "reset"], "carried", "its moments, from task to task"),
@@ -393,28 +411,27 @@ def add_own_flags(command, name: str) -> None:
         )
     if name == "few-shot":
         shots = ("--shots", count, 16, "training examples of each template (paper: 16)")
-        seed = ("--shots-seed", cli.number_type(int, 0), 100, "of their choice (paper: 100)")
+        seed = ("--shots-seed", natural, 100, "of their choice (paper: 100)")
         cli.add_flags(command, "few-shot", shots, seed)
 
 
-def add_shared_flags(command) -> None:
+def add_shared_flags(command, splits: tuple[str, ...]) -> None:
     """The flags of the commands that train."""
     init = "folder of a trained prompt to start from, or vocab, random, labels, text:WORDS"
     init = ("--init", str, None, f"{init}; vocab if not given")
     cli.add_flags(command, "model", cli.MODEL, cli.TOKENIZER, init, cli.PROMPT, cli.ATTENTION)
     files = "files, or folders with files TASK-{}.jsonl"
-    for split, needed in (("train", True), ("dev", False), ("test", False)):
-        help = files.format(split)
+    for split in splits:
+        needed, help = split == "train", files.format(split)
         command.add_argument(f"--{split}", nargs="+", default=[], required=needed, help=help)
     ends = ("--input-eos", bool, False, "end inputs with EOS")
     deep = ("--deep", bool, False, "a prompt is keys and values of every layer, not vectors")
     cli.add_flags(command, "data", *cli.ANSWERS, ends, deep)
     cli.add_training_flags(command)
     cli.add_run_flags(command)
-    command.set_defaults(connector_layers=0, variant=None, placement="before_bos")
-    command.set_defaults(reparam_dim=None)  # these, too, are of train.py
+    command.set_defaults(connector_layers=0, variant=None, placement="before_bos", dev=[])
     command.set_defaults(pause=0, pause_text="", cache_first_pass=0.0)
-    command.set_defaults(mixture_cap=None, per_task=False)
+    command.set_defaults(mixture_cap=None, per_task=False, reparam_dim=None)  # flags of train.py
 
 
 def parse(argv: list[str], program: str = "transfer.py") -> Namespace:
@@ -425,10 +442,12 @@ def parse(argv: list[str], program: str = "transfer.py") -> Namespace:
         summary = function.__doc__.split("\n")[0]
         command = commands.add_parser(name, help=summary, description=summary)
         if name != "search":
-            add_shared_flags(command)
+            few = name == "few-shot"  # which has no dev examples
+            add_shared_flags(command, ("train", "test") if few else ("train", "dev", "test"))
         add_own_flags(command, name)
         command.set_defaults(**defaults)
     args = parser.parse_args(argv)
+    args.argv = argv
     if args.command != "search":
         args.method = "deep_prompt" if args.deep else "prompt_tuning"
         if args.variant == "t0":

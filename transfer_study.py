@@ -14,8 +14,9 @@ OMP_NUM_THREADS=1. Rows of the larger LM need it in assets/lm2.
 Prompts are deep: they have keys and values of their own in every layer. Before the first layer
 alone, as in the paper, prompts of this small LM learn little in so few steps, as the rows named
 `shallow` show. A target has 64 training examples and no dev examples. Its prompt is scored once,
-after its last step. Scores are F1, which is accuracy where an example has options. A task embedding
-is the prompt after KEEP steps. Similarities are means over the seeds of both prompts.
+after its last step, on 75 examples in four templates each. Scores are F1, which is accuracy where
+an example has options. A task embedding is the prompt after KEEP steps. Similarities are means over
+pairs of different seeds, but `average` and `top-mixture` choose by seed 0, to which they belong.
 """
 
 import argparse
@@ -224,9 +225,9 @@ def targeted(kind: str, argv: list[str]) -> dict:
         return {"best": best}
     record = {run: read_json(Path(run) / "run.json")["arguments"] for run, _ in best}
     first = record[best[0][0]]
-    trained = [file for run in record for file in record[run]["train"]]
-    line = [*DEEP.split()[2:], "--steps", first["steps"], "--keep-at", 0, "--train", *trained]
-    line += [file, "--limit", LIMIT, "--out", args.out]
+    files = [path for flags in record.values() for path in flags["train"]] + [file]
+    line = [*DEEP.split()[2:], "--steps", first["steps"], "--keep-at", 0, "--train", *files]
+    line += ["--limit", LIMIT, "--out", args.out]
     line += ["--model", first["model"]] if first["model"] else []
     transfer.main(["source", *map(str, line)])
     return {"best": best}

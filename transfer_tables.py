@@ -59,9 +59,14 @@ def targets_of(study: Study) -> list[str]:
 
 
 def test_scores(study: Study, name: str) -> list[dict]:
-    """{id: F1} of the test examples, for every finished seed of a row."""
-    files = [read_predictions(job.answers) for job in study.finished(name)]
-    return [{row["id"]: row["f1"] for row in rows} for rows in files]
+    """{example: its mean F1 over templates} for every finished seed of a row."""
+    found = []
+    for job in study.finished(name):
+        scores = {}
+        for row in read_predictions(job.answers):
+            scores.setdefault(row["id"].removesuffix(f"-{row['template']}"), []).append(row["f1"])
+        found.append({example: float(np.mean(scores[example])) for example in sorted(scores)})
+    return found
 
 
 def method_scores(study: Study, method: str) -> dict[str, np.ndarray]:
@@ -117,7 +122,8 @@ def pair_scores(study: Study) -> dict[str, dict[str, float]]:
 
 
 def similarities(study: Study, tasks: list[str]) -> dict[str, np.ndarray]:
-    """{kind: (tasks, tasks)}: the mean similarity of two tasks over the seeds of their prompts."""
+    """{kind: (tasks, tasks)}: the mean similarity of two tasks over pairs of different seeds:
+    prompts of one seed start from the same vectors."""
     lm = LM.from_pretrained(study.args.model or ASSETS / "lm")
     found, neurons = [], []
     for name in tasks:
@@ -128,15 +134,14 @@ def similarities(study: Study, tasks: list[str]) -> dict[str, np.ndarray]:
         neurons.append([transfer.activated_neurons(lm, prompt)[None] for prompt in prompts])
 
     def mean(kind: str, a: list, b: list) -> float:
-        pairs = [transfer.similarity(x, y, kind) for x in a for y in b if x is not y]
-        return float(np.mean(pairs)) if pairs else 1.0  # one prompt and itself
+        pairs = [(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i != j]
+        return float(np.mean([transfer.similarity(*p, kind) for p in pairs or [(a[0], b[0])]]))
 
-    near = {kind: (kind, found) for kind in ("per_token", "average_tokens")}
-    near["neurons"] = ("average_tokens", neurons)  # their overlap is a cosine, too
-    return {
-        name: np.array([[mean(kind, a, b) for b in part] for a in part])
-        for name, (kind, part) in near.items()
-    }
+    def matrix(kind: str, prompts: list) -> np.ndarray:
+        return np.array([[mean(kind, a, b) for b in prompts] for a in prompts])
+
+    near = {kind: matrix(kind, found) for kind in ("per_token", "average_tokens")}
+    return near | {"neurons": matrix("average_tokens", neurons)}  # their overlap is a cosine, too
 
 
 def show_search(study: Study, scores: dict, near: dict, tasks: list[str]) -> dict:
@@ -149,6 +154,8 @@ def show_search(study: Study, scores: dict, near: dict, tasks: list[str]) -> dic
     search, correlation, table, lines = {}, {}, [], []
     for kind, matrix in near.items():
         values = {t: [matrix[tasks.index(t), tasks.index(s)] for s in sources] for t in targets}
+        rows = [[s, *(f"{values[t][i]:+.2f}" for t in targets)] for i, s in enumerate(sources)]
+        show_table(f"similarity, {kind}", ["source", *targets], rows)
         ranked = {t: sorted(zip(sources, values[t]), key=lambda pair: -pair[1]) for t in targets}
         search[kind] = transfer.search_table(scores, base, ranked, range(1, n + 1))
         correlation[kind] = {
@@ -160,7 +167,12 @@ def show_search(study: Study, scores: dict, near: dict, tasks: list[str]) -> dic
         for k in sorted({k for k in (1, 3, 6, 9, 12, n) if k <= n}):
             row = part[k - 1]
             percents = (row[key] for key in ("score", "error_reduction", "eliminated", "gain_kept"))
-            table.append([kind, k, *(f"{100 * value:.1f}" for value in percents)])
+            table.append([kind, "oracle" if k == n else k, *(f"{100 * v:.1f}" for v in percents)])
+    for method in ("average", "top-mixture"):
+        if found := method_scores(study, method):
+            mean = [found[t].mean() for t in targets]
+            gone = [transfer.relative_error_reduction(*pair) for pair in zip(mean, base.values())]
+            table.append([method, 3, *(f"{100 * np.mean(v):.1f}" for v in (mean, gone)), "", ""])
     columns = ["similarity", "k", "best of k", "error reduction", "eliminated", "gain kept"]
     show_table("search for a source, in percent", columns, table)
     for kind, part in search.items():
@@ -206,17 +218,17 @@ def leaf_order(near: np.ndarray) -> list[int]:
 def draw(figure, results: dict) -> None:
     """Draw the heatmaps of transfer and of similarity, and below one against the other."""
     scores, base, tasks = results["pairs"], results["baseline"], results["tasks"]
-    near = np.array(results["similarities"]["per_token"])
+    near, average = (np.array(results["similarities"][kind]) for kind in transfer.KINDS[:2])
     targets, sources = list(scores), list(next(iter(scores.values())))
     above, below = figure.subfigures(2, 1)
     gain, similar = above.subplots(1, 2)
-    order = leaf_order(near)
+    order = leaf_order(average)  # as in figure 4
     names = [tasks[i] for i in order]
     change = np.array([[100 * (scores[t][s] - base[t]) for s in sources] for t in targets])
     largest = max(np.abs(change).max(), 1e-9)
     for axes, matrix, x, y, title, limits in (
         (gain, change, sources, targets, "score minus that from scratch", (-largest, largest)),
-        (similar, near[np.ix_(order, order)], names, names, "similarity", (None, None)),
+        (similar, average[np.ix_(order, order)], names, names, "similarity", (None, None)),
     ):
         colours = "RdBu" if axes is gain else "viridis"
         image = axes.imshow(matrix, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
@@ -224,6 +236,8 @@ def draw(figure, results: dict) -> None:
         axes.set_yticks(range(len(y)), y, fontsize=7)
         axes.set_title(title)
         above.colorbar(image, ax=axes)
+    below.supxlabel("similarity, per token")
+    below.supylabel("score")
     grid = below.subplots(2, -(-len(targets) // 2), squeeze=False).flat
     for axes, t in zip(grid, targets):
         x = [near[tasks.index(t), tasks.index(s)] for s in sources]

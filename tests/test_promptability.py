@@ -9,7 +9,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import seeded
 from safetensors.torch import load_file
-from tiny_runs import COLOURS, contents, die_at_5, make_suite, read_lines, run, same_runs
+from tiny_runs import (
+    COLOURS,
+    contents,
+    die_at_5,
+    make_suite,
+    read_lines,
+    run,
+    same_runs,
+    suite_rows,
+    write_lines,
+)
 
 import adapters
 import data
@@ -320,6 +330,8 @@ def test_held_out_clusters_are_not_trained_on(place):
     assert tasks("") == ["car", "car", "hat", "hat"]  # two templates each
     assert tasks("--hold-out b") == ["car", "car", "end", "end"]
     assert len(tasks("--hold-out")) == 6
+    with pytest.raises(ValueError, match="--hold-out: no file of --train has the cluster 'c'"):
+        tasks("--hold-out b c")
 
 
 def test_an_eos_ends_every_input_if_asked_for(place):
@@ -407,7 +419,7 @@ def test_bad_input_is_refused_by_name(runs, tmp_path):
     free = tmp_path / "free.jsonl"
     free.write_text('{"input": "a", "target": "b"}\n')
     cases = {
-        "--batch-size 7": "a batch of 7 rows cannot be split into 3",
+        "--batch-size 7": "--batch-size: 7 rows cannot be split into 3 parts",
         "--batch-size 99": "12 examples of the template 'is', fewer than --batch-size 99",
         f"--train {tmp_path}/none.jsonl": "none.jsonl: no such file",
         f"--train {runs}": "is a folder",
@@ -430,7 +442,11 @@ def test_bad_input_is_refused_by_name(runs, tmp_path):
                 runs, "reptile", runs / "reptile", f"--resume --train {runs}/suite/car-train.jsonl"
             )
         )
+    same = tmp_path / "same.jsonl"
+    write_lines(same, suite_rows("x", 24, "train", "a") + suite_rows("y", 24, "train", "a"))
+    same.write_text(same.read_text().replace('"paint"', '"a b"').replace('"is"', '"a_b"'))
     for flags, error in {
+        f"--train {same} --test {same}": "another template has the folder .*same.a_b",
         "--shots 13": "the template 'is' has 12 examples, not 13",
         f"--test {free}": "as many files with --test",
         f"--train {free} --test {free}": "'all' has no examples, or some without options",
@@ -438,4 +454,6 @@ def test_bad_input_is_refused_by_name(runs, tmp_path):
     }.items():
         with pytest.raises(ValueError, match=error):
             run(few_shot(runs, tmp_path / "new", flags))
-    assert [path.name for path in tmp_path.iterdir()] == ["free.jsonl"]
+    with pytest.raises(SystemExit):  # it has no dev examples
+        run(few_shot(runs, tmp_path / "new", f"--dev {free}"))
+    assert {path.name for path in tmp_path.iterdir()} == {"free.jsonl", "same.jsonl"}

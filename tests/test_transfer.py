@@ -120,6 +120,17 @@ def test_the_search_command_writes_an_average_that_a_run_starts_from(
     assert record["init_hash"] is not None
 
 
+def test_search_for_a_file_trains_its_prompt_like_the_library(place, library, capsys):
+    """The same embedding, to the bit, as the library's own of this file. It is trained once."""
+    line = f"transfer.py search --library {library} --task {place}/suite/car-train.jsonl"
+    ranking = run(f"{line} --kind average_tokens".split())
+    assert ranking[0][0] == "car" and ranking[0][1] == pytest.approx(1) and len(ranking) == 3
+    assert contents(place / "car/embedding") == contents(library / "car/embedding")
+    assert "step     6 of 6" in capsys.readouterr().out
+    assert run(f"{line} --kind average_tokens".split()) == ranking
+    assert "step     6 of 6" not in capsys.readouterr().out
+
+
 def test_the_weighted_average_of_one_source_is_that_source():
     prompt = torch.randn(3, 4, generator=seeded(1))
     assert torch.equal(weighted_average([prompt], [0.3]), prompt)
@@ -144,6 +155,8 @@ def test_search_table_on_figures_worked_out_by_hand():
     assert second["gain_kept"] == pytest.approx(0.2 / 0.35)
     assert transfer.relative_error_reduction(0.7, 0.6) == pytest.approx(1 / 4)
     assert last["gain_kept"] == 1 and last["eliminated"] == 0
+    (row,) = transfer.search_table(scores, {"x": 1.0, "y": 1.0}, rankings, [1])
+    assert row["error_reduction"] == 0 and math.isnan(row["gain_kept"]), "there is no gain"
 
 
 def naive_silhouette(distance, labels):
@@ -287,6 +300,7 @@ def test_bad_input_is_refused_by_name(place, library, tmp_path, monkeypatch):
         f"search --library {longer} {task}": r"x: the prompt is \(5, 32\)",
         f"search --library {late} {task}": "x: its step is 9, that of .*car is 2",
         f"search --library {library} {task} --average {library}": "library exists",
+        f"search --library {other} --task {place}/text.txt": "other: holds no run of",
     }.items():
         with pytest.raises((ValueError, OSError), match=error):
             transfer.main(line.split())

@@ -1,12 +1,15 @@
 """The study of soft prompt transfer and of continued pretraining, from its files to its tables."""
 
 import argparse
+import io
 import json
 import re
+from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny_runs import make_place, read_lines, suite_rows
+from tiny_runs import make_place, read_lines, suite_rows, write_lines
 
 import fit
 import promptability_study
@@ -48,9 +51,10 @@ def done(tmp_path_factory):
         rows = transfer_study.groups(SOURCES, TARGETS) | promptability_study.groups(VARIANTS)
         patch.setattr(transfer_study, "GROUPS", rows)
         patch.chdir(folder)
-        results = reproduce.main(
-            f"transfer --model {place}/lm/model --pretrained {place} {FLAGS}".split()
-        )
+        line = f"transfer --model {place}/lm/model --pretrained {place} {FLAGS}"
+        with redirect_stdout(io.StringIO()) as printed:
+            results = reproduce.main(line.split())
+        (folder / "printed.txt").write_text(printed.getvalue())
     return folder, results
 
 
@@ -106,7 +110,21 @@ def test_scores_are_those_of_the_predictions(done):
         assert results["baseline"][target] == pytest.approx(np.mean(means))
 
 
-def test_similarities_are_means_over_the_seeds(done):
+def test_the_report_has_every_table_and_the_picture(done):
+    printed = (done[0] / "printed.txt").read_text()
+    for text in ("similarity, neurons", "random | oracle", "average | 3", "top-mixture | 3"):
+        assert text in printed, text
+    (picture,) = (done[0] / "results").glob("*.png")
+    assert picture.name == "transfer-model-part.png"
+
+
+def test_fewer_steps_or_examples_make_a_part_of_the_study():
+    for flag in ("--source-steps", "--target-steps", "--examples", "--count", "--steps"):
+        assert reproduce.is_part(reproduce.parser().parse_args(["transfer", flag, "7"])), flag
+    assert not reproduce.is_part(reproduce.parser().parse_args(["transfer"]))
+
+
+def test_similarities_are_means_over_pairs_of_different_seeds(done):
     folder, results = done
     runs, tasks = folder / "runs/transfer", results["tasks"]
     assert tasks == [*SOURCES, *TARGETS]
@@ -115,8 +133,10 @@ def test_similarities_are_means_over_the_seeds(done):
         for row in ("source-food_reviews", "scratch-to-staff_reviews")
     )
     for kind in ("per_token", "average_tokens"):
-        mean = np.mean([transfer.similarity(x, y, kind) for x in a for y in b])
-        assert results["similarities"][kind][0][2] == pytest.approx(mean, abs=1e-4)
+        for other, column in ((b, 2), (a, 0)):  # a task and itself, too
+            pairs = [(a[i], other[j]) for i, j in ((0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1))]
+            mean = np.mean([transfer.similarity(x, y, kind) for x, y in pairs])
+            assert results["similarities"][kind][0][column] == pytest.approx(mean, abs=1e-4)
     assert set(results["similarities"]) == set(transfer.KINDS)
 
 
@@ -146,8 +166,27 @@ def test_parts_of_unequal_templates_still_average_to_the_gain():
             run[key] = {"template": template, "em": em}
             chance[key] = 0.5 if task == "a" else 0.25
     expected = ((2 / 3 / 0.5 - 1 + 1) / 2 + (0.5 / 0.25 - 1)) / 2
-    assert promptability_study.relative_gains([run], chance).mean() == pytest.approx(expected)
+    parts = promptability_study.relative_gains([run], chance)
+    assert parts.mean() == pytest.approx(expected)
     assert promptability_study.summary([run], chance)["gain"] == pytest.approx([expected])
+    turned = dict(reversed(run.items()))
+    assert np.array_equal(promptability_study.relative_gains([turned], chance), parts)
+
+
+def test_the_templates_of_an_example_are_one_example(tmp_path):
+    """The bootstrap must not take the same question in two wordings for two."""
+    ems, rows = {"x": (1, 0, 0), "y": (1, 1, 0)}, []
+    for template, values in ems.items():
+        for i, em in enumerate(values):
+            row = {"task": "a", "id": f"test-{i}-{template}", "template": template}
+            rows.append(row | {"em": em, "f1": em})
+    run, chance = {("a", row["id"]): row for row in rows}, {("a", row["id"]): 0.5 for row in rows}
+    assert promptability_study.relative_gains([run], chance).tolist() == [[1, 0, -1]]
+    write_lines(tmp_path / "predictions.jsonl", rows[::-1])
+    study = SimpleNamespace(finished=lambda name: [SimpleNamespace(answers=tmp_path)])
+    scores = transfer_tables.test_scores(study, "any")
+    assert scores == [{"test-0": 1, "test-1": 0.5, "test-2": 0}]
+    assert list(scores[0]) == sorted(scores[0])
 
 
 def test_nearest_tasks_are_neighbours_in_the_order_of_the_heatmap():
@@ -191,6 +230,9 @@ def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
             assert name in whole.rows, f"{job.row.name} starts from {name}"
     named = {name for _, *pair in promptability_study.CLAIMS for name in pair}
     assert named <= whole.rows.keys()
+    assert {m for _, *pair in transfer_tables.CLAIMS for m in pair} <= {*transfer_tables.METHODS}
+    for method in transfer_tables.METHODS:
+        assert {f"{method}-to-{t}" for t in transfer_study.TARGETS} <= whole.rows.keys()
     pairs = [name for name in whole.rows if name.split("-to-")[0] in transfer_study.SOURCES]
     assert len(pairs) == len(transfer_study.SOURCES) * len(transfer_study.TARGETS) >= 96
 
