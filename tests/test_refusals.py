@@ -127,14 +127,14 @@ LM --init connector                                     | --init
 LM --vocab-size 256                                     | --vocab-size
 LM --heads 5                                            | --heads 5
 LM --dim 6                                              | --dim 6
-LM --seq-len 97                                         | --seq-len 97 | context
+LM --seq-len 97                                         | --seq-len 97 | can read
 LM --train little.jsonl                                 | too few for one window of
 LM --dev little.jsonl                                   | held-out text | too few
 LM --train little.jsonl --dev ''                        | one document | --dev
 LM --train latin.txt                                    | latin.txt:1: not UTF-8 text
 LM --train blank.txt                                    | blank.txt: holds no text
-BERT --seq-len 31                                       | --seq-len 31 | context
-CONNECTOR --seq-len 97                                  | --seq-len 97 | context
+BERT --seq-len 31                                       | --seq-len 31 | can read
+CONNECTOR --seq-len 97                                  | --seq-len 97 | can read
 CONNECTOR --composition magic                           | magic
 CONNECTOR --composition lm_connector --passes 3         | --passes 3 | neural_recursion
 pretrain.py prompt --model lm/model --prompt-length 95  | --prompt-length 95 | context of 96
