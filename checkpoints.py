@@ -304,9 +304,9 @@ def write_lines(path: str | Path, records: list[dict]) -> None:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Write {name: tensor} as a safetensors file."""
+    """Write {name: tensor} as a safetensors file, with the format that transformers wants."""
     with atomic_write(path) as unfinished:
-        save_file(tensors, unfinished, {"format": "pt"} | metadata)  # transformers wants the format
+        save_file(tensors, unfinished, metadata={"format": "pt"} | metadata)
 
 
 def write_prefix(folder: str | Path, layers, lengths: Tensor | None, fingerprint: str) -> None:
