@@ -172,7 +172,9 @@ def stored(folder: Path) -> dict:
 
 def same_runs(a, b):
     """Assert that two runs left the same bits. Returns their checkpoint."""
-    assert contents(a) == contents(b)
+    files, others = contents(a), contents(b)
+    differ = [name for name in files.keys() | others.keys() if files.get(name) != others.get(name)]
+    assert not differ, differ
     a, b = (load_file(folder / "state.safetensors") for folder in (a, b))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     return a
