@@ -220,6 +220,8 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FileExistsError(f"{self.folder} is in use by another process") from None
+        for path in self.folder.glob(".tmp??????"):  # of safetensors, whose write a kill has ended
+            path.unlink()
 
     def __exit__(self, kind, *_) -> None:
         if kind is None:

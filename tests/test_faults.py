@@ -25,6 +25,7 @@ from tiny_runs import (
 )
 
 import train
+from runs import finished
 from verify import verify
 
 WRITES = 6  # of a short run: three checkpoints, and what is trained as often
@@ -73,10 +74,11 @@ def test_a_killed_run_resumes_to_the_same_bits(request, shelf, tmp_path, process
             same_runs(whole, killed)
             shutil.rmtree(killed)
     assert sum(survived.values()) == kills
-    if (killed / "metrics.jsonl").is_file():
+    if (killed / "metrics.jsonl").is_file() and not finished(killed):  # one is, if killed late
         with open(killed / "metrics.jsonl", "a") as file:
             file.write('{"step": 5, "lo')  # a line that a kill cut short
     killed.mkdir(exist_ok=True)
+    (killed / ".tmpaB3xY9").write_text("what a kill inside safetensors leaves")
     with open(killed / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(FileExistsError, match="in use by another process"):
