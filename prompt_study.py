@@ -38,7 +38,7 @@ from study import Job, Row, Study, curve, show_grid, show_orderings, spread, wri
 
 LENGTHS = (5, 10, 40)  # of prompts, beside 20
 SHOTS = (0, 1, 4)
-SINGLE = ("question_pairs", "sentence_pairs", "news_topic")  # tasks with a prompt of their own
+SINGLE = ("passage_qa", "record_qa", "people_choice")  # tasks with a prompt of their own
 INITS = ("vocab", "text", "labels", "random")
 # Parts of commands. Study.line fills what stands in braces, such as {suite} (see `make_study`).
 SUITE = "--train {suite}-train.jsonl --dev {suite}-dev.jsonl --test {suite}-test.jsonl"
@@ -60,7 +60,7 @@ def tuned(task: str) -> str:
 
 
 def shift(trained: str, method: str) -> str:
-    """The command that answers one of two paraphrase tasks with what is trained on the other."""
+    """The command that answers one of two reading tasks with what is trained on the other."""
     other = next(task for task in SINGLE[:2] if task != trained)
     test = f"{{files}}/{other}-test.jsonl"
     if method == "tuned":
@@ -69,7 +69,7 @@ def shift(trained: str, method: str) -> str:
 
 
 START = {"vocab": "vocab", "labels": "labels", "random": "random", "text": "{instruction}"}
-INSTRUCTION = "text:Read the text and answer the question with one of the words:"
+INSTRUCTION = "text:Read the text and answer the question about it:"
 RATES = {  # row: learning rates; the first is used where --grid has chosen none
     "id-pt-20": ("3e-3", "1e-3", "1e-2"),
     "prompt-20": ("0.024", "0.008", "0.072"),  # a quarter of the embeddings' standard deviation

@@ -20,10 +20,10 @@ from model import LM
 from runs import ASSETS, read_predictions
 from study import Study
 
-TASKS = ("question_pairs", "sentence_pairs", "news_topic", "gist")
+TASKS = ("passage_qa", "record_qa", "people_choice", "gist")
 ROWS = """id-pt-20 prompt-20 fine-tuning zero-shot deep-20 distances speed forgetting shallow-text
-    shallow-vocab tuned-question_pairs design-1 larger-shallow shift-prompt-question_pairs
-    shift-tuned-question_pairs added-prompt added-tuned old-tasks-after-it""".split()
+    shallow-vocab tuned-passage_qa design-1 larger-shallow shift-prompt-passage_qa
+    shift-tuned-passage_qa added-prompt added-tuned old-tasks-after-it""".split()
 SHORT = "--device cpu --batch-size 4"
 
 
@@ -74,7 +74,7 @@ def test_the_suite_s_scores_are_the_medians_of_the_predictions(made):
     assert row["clusters"] == medians["clusters"] and row["rouge"] == medians["rouge"]
     zero = read_predictions(folder / "runs/prompts/zero-shot-0/out")
     claims = {(r["claim"], r["slice"]): r for r in results["table 1"]}
-    for part in ("all", "topic classification"):
+    for part in ("all", "extractive QA"):
         f1 = [
             [r["f1"] for r in part_rows if part in ("all", r["cluster"])]
             for part_rows in (rows, zero)
@@ -116,11 +116,11 @@ def test_loss_on_text_is_of_the_tokens_behind_those_that_a_prompt_is_made_of(mad
 def test_a_task_is_answered_with_the_prompt_of_the_other(made):
     results, folder = made
     runs = folder / "runs/prompts"
-    rows = read_predictions(runs / "shift-prompt-question_pairs-0/out")
-    assert {(row["task"], row["prompt"]) for row in rows} == {("sentence_pairs",) * 2}
-    command = read_json(runs / "shift-prompt-question_pairs-0/result.json")["command"]
-    assert "sentence_pairs=runs/prompts/shallow-vocab-0/question_pairs" in command
-    assert results["single"]["shift-tuned-question_pairs"].keys() == {"sentence_pairs"}
+    rows = read_predictions(runs / "shift-prompt-passage_qa-0/out")
+    assert {(row["task"], row["prompt"]) for row in rows} == {("record_qa",) * 2}
+    command = read_json(runs / "shift-prompt-passage_qa-0/result.json")["command"]
+    assert "record_qa=runs/prompts/shallow-vocab-0/passage_qa" in command
+    assert results["single"]["shift-tuned-passage_qa"].keys() == {"record_qa"}
     started = read_json(runs / "shallow-text-0/run.json")["arguments"]["init"]
     assert started == prompt_study.INSTRUCTION
     first = read_json(runs / "added-tuned-0/run.json")["fingerprint"]
