@@ -16,7 +16,7 @@ alone, as in the paper, prompts of this small LM learn little in so few steps, a
 `shallow` show. A target has 64 training examples and no dev examples. Its prompt is scored once,
 after its last step, on 75 examples in four templates each. Scores are F1, which is accuracy where
 an example has options. A task embedding is the prompt after KEEP steps. Similarities are means over
-pairs of different seeds, but `average` and `top-mixture` choose by seed 0, to which they belong.
+pairs of different seeds, but rows of `average` and `top-mixture` choose by seed 0, theirs.
 """
 
 import argparse
@@ -52,7 +52,6 @@ TARGETS = (
     "fact_completion possessive_reference same_sense"
 ).split()
 SOURCE_EXAMPLES = 2000
-K = 3  # prompts that are averaged, or tasks that are mixed
 LIMIT = 512  # examples of a task that a mixture has at most (paper: 2^19)
 KEEP = 50  # the step of the task embedding (paper: 10,000 of 262,144)
 PROMPT = "transfer.py source --prompt-length 10 --batch-size 16 --eval-every 100000"
@@ -93,9 +92,15 @@ def groups(sources: list[str] = SOURCES, targets: list[str] = TARGETS) -> dict[s
             for t in targets
         ],
         "targeted transfer": [
-            Row(f"{name}-for-{t}", 1, "", f"{name} {{out}}/scratch-to-{t}-0 {more} {library}")
+            Row(
+                f"{name}-{k}-for-{t}",
+                1,
+                "",
+                f"{name} {k} {{out}}/scratch-to-{t}-0 {more} {library}",
+            )
             for t in targets
             for name, more in (("average", ""), ("top-mixture", f"{{few}}/{t}-train.jsonl"))
+            for k in transfer_tables.NEAREST
         ],
         "baselines": baselines(targets, "", "", both),
         "shallow prompts": shallow(targets),
@@ -104,7 +109,7 @@ def groups(sources: list[str] = SOURCES, targets: list[str] = TARGETS) -> dict[s
     found["targeted transfer"] += [
         Row(f"{name}-to-{t}", 1, "", f"{TARGET} {files(t)} --init {{out}}/{name}-for-{t}-0/out")
         for t in targets
-        for name in ("average", "top-mixture")
+        for name in transfer_tables.TARGETED
     ]
     return found
 
@@ -208,18 +213,20 @@ class TransferStudy(Study):
 
 
 def targeted(kind: str, argv: list[str]) -> dict:
-    """What `average` and `top-mixture` of a target make, in --out, of the K most similar sources.
+    """What `average` and `top-mixture` of a target make, in --out, of the k most similar sources.
 
-    `argv` is [the target's run, the target's training file if it is a mixture, the source's runs].
+    `argv` is [k, the target's run, the target's training file if it is a mixture, the sources'
+    runs].
     """
     parser = argparse.ArgumentParser()
+    parser.add_argument("k", type=int)
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--out")
     args = parser.parse_args(argv)
     task, *runs = args.runs
     file = runs.pop(0) if kind == "top-mixture" else None
     library = {run: transfer.read_embedding(run)[0] for run in runs}
-    best = transfer.search(transfer.read_embedding(task)[0], library)[:K]
+    best = transfer.search(transfer.read_embedding(task)[0], library)[: args.k]
     if kind == "average":
         transfer.write_average(args.out, Path(task).parent, [(Path(r).name, s) for r, s in best])
         return {"best": best}

@@ -18,11 +18,14 @@ from model import LM
 from runs import ASSETS, read_predictions
 from study import Study, show_differences, significance
 
-METHODS = (
-    "scratch longer tuned multitask text mixture average top-mixture "
-    "scratch-shallow mixture-shallow "
-    "scratch-larger longer-larger tuned-larger multitask-larger mixture-larger"
-).split()
+NEAREST = (3, 9)  # sources whose prompts are averaged, or whose tasks are mixed
+TARGETED = [f"{name}-{k}" for name in ("average", "top-mixture") for k in NEAREST]
+METHODS = [
+    *"scratch longer tuned multitask text mixture".split(),
+    *TARGETED,
+    *"scratch-shallow mixture-shallow scratch-larger longer-larger tuned-larger".split(),
+    *"multitask-larger mixture-larger".split(),
+]
 CLAIMS = [  # the claim is that the first method has the higher score
     ("transfer from a mixture > from scratch", "mixture", "scratch"),
     ("transfer from text > from scratch", "text", "scratch"),
@@ -30,8 +33,7 @@ CLAIMS = [  # the claim is that the first method has the higher score
     ("transfer from a mixture > longer prompt tuning", "mixture", "longer"),
     ("transfer from a mixture > tuning of the LM", "mixture", "tuned"),
     ("transfer from a mixture > multi-task tuning of the LM", "mixture", "multitask"),
-    ("average of the 3 nearest > from scratch", "average", "scratch"),
-    ("mixture of the 3 nearest > from scratch", "top-mixture", "scratch"),
+    *[(f"{name} > from scratch", name, "scratch") for name in TARGETED],
     ("shallow: transfer from a mixture > from scratch", "mixture-shallow", "scratch-shallow"),
     ("from scratch: deep > shallow", "scratch", "scratch-shallow"),
     ("larger LM: transfer from a mixture > from scratch", "mixture-larger", "scratch-larger"),
@@ -168,11 +170,12 @@ def show_search(study: Study, scores: dict, near: dict, tasks: list[str]) -> dic
             row = part[k - 1]
             percents = (row[key] for key in ("score", "error_reduction", "eliminated", "gain_kept"))
             table.append([kind, "oracle" if k == n else k, *(f"{100 * v:.1f}" for v in percents)])
-    for method in ("average", "top-mixture"):
+    for method in TARGETED:
         if found := method_scores(study, method):
             mean = [found[t].mean() for t in targets]
             gone = [transfer.relative_error_reduction(*pair) for pair in zip(mean, base.values())]
-            table.append([method, 3, *(f"{100 * np.mean(v):.1f}" for v in (mean, gone)), "", ""])
+            name, k = method.rsplit("-", 1)
+            table.append([name, k, *(f"{100 * np.mean(v):.1f}" for v in (mean, gone)), "", ""])
     columns = ["similarity", "k", "best of k", "error reduction", "eliminated", "gain kept"]
     show_table("search for a source, in percent", columns, table)
     for kind, part in search.items():

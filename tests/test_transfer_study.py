@@ -77,12 +77,12 @@ def test_a_targets_prompt_starts_from_its_sources(done):
     for name, start in (
         ("food_reviews-to-record_nli-0", "source-food_reviews-0"),
         ("mixture-to-record_nli-2", "mixture-2"),
-        ("average-to-record_nli-0", "average-for-record_nli-0/out"),
-        ("top-mixture-to-record_nli-0", "top-mixture-for-record_nli-0/out"),
+        ("average-3-to-record_nli-0", "average-3-for-record_nli-0/out"),
+        ("top-mixture-3-to-record_nli-0", "top-mixture-3-for-record_nli-0/out"),
     ):
         record = read_json(runs / name / "run.json")
         assert record["arguments"]["init"] == str(runs / start)
-    mixed = read_json(runs / "top-mixture-for-record_nli-0/out/run.json")["arguments"]["train"]
+    mixed = read_json(runs / "top-mixture-3-for-record_nli-0/out/run.json")["arguments"]["train"]
     names = {path.split("/")[-1] for path in mixed}
     assert names == {f"{t}-train.jsonl" for t in [*SOURCES, "record_nli"]}
     multitask = read_json(runs / "multitask-to-record_nli-0/run.json")["arguments"]["model"]
@@ -226,7 +226,7 @@ def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
         if job.trains:
             run = whole.programs[job.program].parse(whole.line(job))
             assert (run.seed, run.out) == (job.seed, str(job.folder))
-        for name in re.findall(r"\{out\}/([\w-]+?)-\d+", job.command):
+        for name in re.findall(r"\{out\}/([\w-]+)-\d+", job.command):
             assert name in whole.rows, f"{job.row.name} starts from {name}"
     named = {name for _, *pair in promptability_study.CLAIMS for name in pair}
     assert named <= whole.rows.keys()
