@@ -74,8 +74,8 @@ RATES = {  # row: learning rates; the first is used where --grid has chosen none
     "id-pt-20": ("3e-3", "1e-3", "1e-2"),
     "prompt-20": ("0.024", "0.008", "0.072"),  # a quarter of the embeddings' standard deviation
     "fine-tuning": ("1e-3", "3e-4", "3e-3"),
-    **{f"shallow-{init}": ("0.024", "0.008", "0.072") for init in INITS},
-    **{f"deep-{init}": ("0.01", "0.003", "0.03") for init in INITS},
+    **{f"shallow-{init}": ("0.024", "0.072", "0.216") for init in INITS},
+    **{f"deep-{init}": ("0.03", "0.01", "0.1") for init in INITS},
 }
 GROUPS = {
     "the suite, as in table 1": [

@@ -170,7 +170,7 @@ OPEN_BOOK = ("retriever", "reranker", "reader")  # their functions take the flag
 PROMPT = {"steps": 400, "schedule": "constant", "weight_decay": 0.0}  # lr: default_prompt_lr
 METHODS = {  # method: (function, defaults of its flags)
     "prompt_tuning": (prompt_tuning, PROMPT),
-    "deep_prompt": (deep_prompt, PROMPT | {"lr": 0.01}),
+    "deep_prompt": (deep_prompt, PROMPT),
     "id_pt": (id_pt, {"steps": 1200, "lr": 3e-3, "schedule": "constant"}),
     "textual_recursion": (textual_recursion, PROMPT),
     "neural_recursion": (connector, {"steps": 1200, "lr": 1e-3}),
@@ -184,13 +184,19 @@ METHODS = {  # method: (function, defaults of its flags)
 }
 
 
-def default_prompt_lr(lm: LM) -> float:
-    """The learning rate of a soft prompt if --lr is not given, for AdamW.
+def default_prompt_lr(lm: LM, prompt: nn.Module) -> float:
+    """The learning rate of a prompt if --lr is not given, for AdamW.
 
-    AdamW moves every entry by about the rate in a step, so the rate follows the size of entries: it
-    is a quarter of the standard deviation of the token embeddings. (Lester et al. tune 0.3 for T5,
-    whose embeddings are larger than 1.)
+    AdamW moves every entry by about the rate in a step, so the rate of a soft prompt follows the
+    size of entries: it is a quarter of the standard deviation of the token embeddings. (Lester et
+    al. tune 0.3 for T5, whose embeddings are larger than 1.) Keys and values are of similar size in
+    all LMs, but a deep prompt moves those of every layer at once. Its rate is 1 over the square of
+    the number of layers, which fits 0.03 and 0.001, the best for 6 and for 30 layers.
     """
+    if isinstance(prompt, prompts.TaskPrompts):
+        prompt = prompt.prompts[0]
+    if isinstance(prompt, adapters.DeepPrompt):
+        return lm.config.n_layers**-2
     return 0.25 * parallel.whole(lm.embed_tokens.weight).float().std().item()
 
 
@@ -204,7 +210,7 @@ def train_adapter(task, trained: nn.Module, hashed=None, batch_at=None, after_st
     args, lm, tokens = task.args, task.lm, task.tokens
     recipe, run = Recipe.from_args(args), Run.from_args(args)
     if recipe.lr is None:
-        recipe = replace(recipe, lr=default_prompt_lr(lm))
+        recipe = replace(recipe, lr=default_prompt_lr(lm, trained))
     adapter = None if trained is lm else trained
     frozen = None if trained is lm else lm
 
@@ -239,7 +245,7 @@ def train_adapter(task, trained: nn.Module, hashed=None, batch_at=None, after_st
         record = start_record(run, trained, frozen, start.hashes(hashed or task, adapter))
         record["lr"] = recipe.lr
         if args.lr is None:
-            show(f"learning rate {recipe.lr:.3g}, a quarter of the embeddings' standard deviation")
+            show(f"learning rate {recipe.lr:.3g}, by the size of the LM")
         record["question_format"] = asks_questions(task)
         cache, batch_at = first_pass(task), batch_at or batches(task)
         record |= fit(run, recipe, trained, batch_at, loss_of, evaluate, save, None, after_step)

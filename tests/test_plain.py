@@ -49,7 +49,7 @@ HIDDEN = {  # method: (lm, what is trained, x (1, T, C), the question's tokens) 
 def plain_losses(method, task, trained):
     """The losses of all steps. `trained` is as it was before the first."""
     args, lm, tokens = task.args, task.lm, task.tokens["train"]
-    lr = train.default_prompt_lr(lm) if args.lr is None else args.lr
+    lr = train.default_prompt_lr(lm, trained) if args.lr is None else args.lr
     groups = [
         {"params": [p for p in trained.parameters() if p.dim() > 1]},
         {"params": [p for p in trained.parameters() if p.dim() <= 1], "weight_decay": 0.0},
