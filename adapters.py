@@ -309,7 +309,7 @@ class Connector(nn.Module):
         self.to(next(layers.parameters()).device)
 
     def forward(self, x: Tensor, prefix=None, keep: bool = False):
-        out = self.layers(x, prefix, keep)
+        out = self.layers(x.to(self.norm.weight.dtype), prefix, keep)
         return (self.norm(out[0]), out[1]) if keep else self.norm(out)
 
 

@@ -476,8 +476,8 @@ class LM(nn.Module):
         return (self.norm(out[0]), out[1]) if keep else self.norm(out)
 
     def add_positions(self, x: Tensor, prefix: Prefix | None) -> Tensor:
-        """Adds learned position embeddings, if the LM has them, to x (B, T, C): here and not in
-        `embed`, so that every pass of a recursion gets them."""
+        """x (B, T, C) as the LM's dtype, with learned positions, if any: for every pass anew."""
+        x = x.to(self.norm.weight.dtype)  # a trained prompt is float32
         if self.embed_positions is None:
             return x
         positions = text_positions(self.layers, x, prefix)  # padding may lie beyond the table
