@@ -352,7 +352,7 @@ def take_step(run, recipe, trained, optimizer, state: State, batch_at, add_gradi
     optimizer.step()
     optimizer.zero_grad()
     state.tokens += sum(int(batch.lengths.sum()) for batch in batches)
-    state.positions += sum(batch.ids.numel() for batch in batches)
+    state.positions += sum(getattr(b, "positions", b.ids.numel()) for b in batches)
     state.step += 1
     state.step_seconds += time.perf_counter() - began
     return loss

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from data import BOM, json_lines, question_text
-from rerank import CrossEncoder, pad
+from rerank import CrossEncoder, loss_parts, pad
 from retrieve import has_answer
 
 # Files
@@ -383,6 +383,12 @@ class RerankerBatch(OnDevice):
     spans: Tensor
     targets: Tensor
     rows: list[int]
+
+    @property
+    def positions(self) -> int:
+        """How many positions the loss computes, with padding."""
+        parts = loss_parts(self.lengths, self.groups)
+        return sum(len(part) * int(self.lengths[part].max()) for part in parts)
 
     def part(self, rows: Sequence[int]) -> "RerankerBatch":
         """Return some questions of it, with the inputs of their passages."""

@@ -63,9 +63,8 @@ class BertConfig:
 class BertLayer(nn.Module):
     """Attention, then an MLP. Each is added to its input, and the sum is normed."""
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, c: BertConfig):
         super().__init__()
-        c = config
         self.n_heads, self.dropout = c.n_heads, c.dropout
         self.q_proj = nn.Linear(c.dim, c.dim)
         self.k_proj = nn.Linear(c.dim, c.dim)
@@ -77,26 +76,20 @@ class BertLayer(nn.Module):
         self.mlp_norm = nn.LayerNorm(c.dim, c.norm_eps)
 
     def attention(self, queries: Tensor, x: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """queries (B, Q, C), x (B, L, C), attention_mask (B, 1, 1, L) -> (B, Q, C).
-
-        attention_mask is True at real tokens.
-        """
+        """queries (B, Q, C), x (B, L, C) -> (B, Q, C). attention_mask: True at real tokens."""
         q, k, v = self.q_proj(queries), self.k_proj(x), self.v_proj(x)
         q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, k, v))
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attention_mask, dropout)  # (B, H, Q, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def mlp(self, x: Tensor) -> Tensor:
-        """x (B, L, C) -> (B, L, C)."""
-        return self.down_proj(F.gelu(self.up_proj(x)))
-
     def forward(self, x: Tensor, attention_mask: Tensor | None, length: int | None = None):
         """x (B, L, C), attention_mask (B, 1, 1, L) or None -> the first `length` states, or all."""
         queries = x[:, :length]
         y = F.dropout(self.attention(queries, x, attention_mask), self.dropout, self.training)
         x = self.attention_norm(queries + y)
-        return self.mlp_norm(x + F.dropout(self.mlp(x), self.dropout, self.training))
+        y = self.down_proj(F.gelu(self.up_proj(x)))
+        return self.mlp_norm(x + F.dropout(y, self.dropout, self.training))
 
 
 class Bert(nn.Module):
@@ -113,12 +106,11 @@ class Bert(nn.Module):
         self.token_type_embeddings = nn.Embedding(c.token_types, c.dim)
         self.norm = nn.LayerNorm(c.dim, c.norm_eps)
         self.layers = nn.ModuleList(BertLayer(c) for _ in range(c.n_layers))
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(
         self, ids: Tensor, lengths: Tensor | None = None, token_type_ids=None, only_first=False
@@ -189,16 +181,14 @@ class Bert(nn.Module):
         return names
 
 
-PLACES = r"^(bert|(question_encoder|ctx_encoder|span_predictor\.encoder)\.bert_model)\."
-
-
 def current_name(name: str) -> str:
     """Return today's published name of a tensor of BertModel.
 
     A file of BertFor... has `bert.` in front of the encoder's names, and DPR's three models have
     their own. The first published files call a LayerNorm's weight and bias gamma and beta.
     """
-    name = re.sub(PLACES, "", name)
+    dpr = r"(question_encoder|ctx_encoder|span_predictor\.encoder)\.bert_model"
+    name = re.sub(rf"^(bert|{dpr})\.", "", name)
     for earlier, current in (("gamma", "weight"), ("beta", "bias")):
         if name.endswith(f"LayerNorm.{earlier}"):
             name = name.removesuffix(earlier) + current
@@ -206,10 +196,7 @@ def current_name(name: str) -> str:
 
 
 def token_type_ids(ids: Tensor, separator: int) -> Tensor:
-    """ids (B, L) -> token types (B, L): 0 up to and including the first separator, 1 after it.
-
-    Examples: [CLS] question [SEP] title [SEP] passage, or two segments with one [SEP] between.
-    """
+    """ids (B, L) -> token types (B, L): 0 up to and including the first separator, 1 after it."""
     separators = (ids == separator).long()
     return ((separators.cumsum(1) - separators) > 0).long()
 
@@ -421,17 +408,28 @@ def reranker_loss(
     in it: the sum over its spans of P(start) * P(end), which are softmaxes over the tokens of the
     positive's row. A question without spans, and a classifier, have the first term only.
     """
-    has_span = spans[..., 0].ge(0).any(1)
-    rank, logits = encoder(ids, lengths, spans="span" in encoder.heads)
-    rank = rank.float()[groups.clamp(min=0)].masked_fill(groups < 0, -torch.inf)  # (B, M)
+    rank, logits, has_span = torch.zeros(len(ids)).to(ids.device), None, spans[..., 0].ge(0).any(1)
+    for rows in loss_parts(lengths, groups):
+        part = (ids[rows, : lengths[rows].max()], lengths[rows])  # most rows need no span logits
+        if logits is None and "span" in encoder.heads:
+            rank[rows], logits = encoder(*part, spans=True)  # of the positives
+        else:
+            rank[rows] = encoder(*part)[0]
+    rank = rank[groups.clamp(min=0)].masked_fill(groups < 0, -torch.inf)  # (B, M)
     loss = -rank.log_softmax(1)[:, 0].sum()
     if logits is None or not has_span.any():
         return loss
-    rows, spans = groups[has_span, 0], spans[has_span]
-    padding = torch.arange(ids.shape[1], device=ids.device) >= lengths[rows, None]
-    logits = logits[rows].float().masked_fill(padding[..., None], -torch.inf)
+    lengths, spans = lengths[groups[has_span, 0]], spans[has_span]
+    padding = torch.arange(logits.shape[1], device=ids.device) >= lengths[:, None]
+    logits = logits[has_span].float().masked_fill(padding[..., None], -torch.inf)
     logprobs = logits.log_softmax(1).gather(1, spans.clamp(min=0)).sum(-1)  # (B, S)
     return loss - logprobs.masked_fill(spans[..., 0] < 0, -torch.inf).logsumexp(1).sum()
+
+
+def loss_parts(lengths: Tensor, groups: Tensor) -> list[Tensor]:
+    """The rows that `reranker_loss` reads together: the positives, and others of similar length."""
+    rows = groups[:, 1:][groups[:, 1:] >= 0]
+    return [groups[:, 0], *(part for part in rows[lengths[rows].argsort()].split(32) if len(part))]
 
 
 # Cross-fitting and packing

@@ -2,13 +2,21 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import close, randomise, seeded
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import rerank
-from passages import Passage, Question, find_spans, reranker_batch, reranker_samples
+from passages import (
+    Passage,
+    Question,
+    RerankerBatch,
+    find_spans,
+    reranker_batch,
+    reranker_samples,
+)
 from rerank import CrossEncoder, cross_fit, pack, reranker_loss
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz"]
@@ -198,6 +206,28 @@ def test_the_loss_is_that_of_the_paper_with_padding_and_unequal_groups():
     last = naive_loss(encoder, inputs, groups[1:], spans[1:])
     first_only = reranker_loss(encoder, *rerank.pad(inputs), padded[1:], without[1:])
     close(loss - part, last - first_only, 1e-5)
+
+
+def test_other_passages_are_read_in_parts_of_similar_length():
+    """The same loss and gradient as one passage at a time, with less padding."""
+    encoder, rng = make_encoder(), np.random.default_rng(0)
+    lengths = [9, *range(1, 18), *range(1, 18), 8, *range(1, 18)]  # of two questions' passages
+    inputs = [[1, 5, 2, *rng.integers(3, 12, length).tolist()] for length in lengths]
+    groups, spans = [list(range(35)), list(range(35, 53))], [[(5, 6)], [(7, 7)]]
+    padded = torch.tensor([groups[0], groups[1] + [-1] * 17])
+    ids, real = rerank.pad(inputs)
+    parts = rerank.loss_parts(real, padded)
+    assert parts[0].tolist() == [0, 35] and sorted(torch.cat(parts).tolist()) == list(range(53))
+    loss = reranker_loss(encoder, ids, real, padded, torch.tensor([[[5, 6]], [[7, 7]]]))
+    loss.backward()
+    gradient = encoder.bert.word_embeddings.weight.grad.clone()
+    encoder.zero_grad()
+    expected = naive_loss(encoder, inputs, groups, spans)
+    expected.backward()
+    close(loss, expected, 1e-4)
+    close(gradient, encoder.bert.word_embeddings.weight.grad, 1e-4)
+    batch = RerankerBatch(ids, real, padded, torch.tensor([[[5, 6]], [[7, 7]]]), None, [0, 1])
+    assert real.sum() < batch.positions < 0.85 * ids.numel()
 
 
 def test_a_classifier_learns_by_its_ranks_alone():
