@@ -229,8 +229,7 @@ def map_tensor(path: Path, name: str) -> Tensor:
 def read_tensors(path: str | Path, fingerprint: str | None = None) -> dict[str, Tensor]:
     """Return all tensors of one safetensors file, as views of the memory-mapped file.
 
-    FileNotFoundError or ValueError if the file is missing, pickled or corrupt, or if it has not the
-    `fingerprint` that is given; it names the file.
+    FileNotFoundError or ValueError names a file that is missing, pickled, corrupt or another LM's.
     """
     path = Path(path)
     if not path.is_file():
