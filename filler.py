@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
+import parallel
 from checkpoints import check_tensors, hash_checkpoint, read_tensors, write_tensors
 from data import encode_prompts
 from recurse import Around
@@ -64,8 +65,8 @@ class Filler(nn.Module):
         first = tokenizer.token_to_id(names[0])
         if first <= last:
             raise ValueError(f"--pause-trained: the tokenizer has the token {first} already")
-        x = lm.embed(torch.tensor([ids], device=lm.embed_tokens.weight.device))[0]
-        return cls("".join(names), tokenizer, x, first)
+        table = parallel.whole(lm.embed_tokens.weight)
+        return cls("".join(names), tokenizer, table[ids], first)
 
     def copy(self) -> "Filler":
         """The same filler, with vectors of its own."""

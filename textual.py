@@ -92,7 +92,7 @@ class TextualRecursion(Around):
         for place in [folder / f"p{i + 1}" for i in range(args["rounds"])]:
             with torch.no_grad():
                 prefix = lm.read(load_adapter(place, lm)())
-            stages.append((filler.load(place, lm).around(lm), prefix))
+            stages.append((filler.load(place, lm).around(lm).requires_grad_(False), prefix))
         return cls(filler.around(lm), filler, stages, args)
 
     def read_back(self, examples: list) -> list:
