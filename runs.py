@@ -390,9 +390,9 @@ def finished(folder: str | Path) -> dict | None:
 def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None = None):
     """Load what a run trained. Returns (model, prefix, tokenizer, record).
 
-    model      the LM, or a Stack, WithFiller, TextualRecursion or Reader with its interface, in float32
-               whatever the run used. questions.prepare makes what it reads of a question, with
-               `model.filler` behind it
+    model      the LM, or a Stack, WithFiller, TextualRecursion or Reader with its interface; in
+               float32, whatever the run used. questions.prepare makes what it reads of a question,
+               with `model.filler` behind it
     prefix     the trained prompt as a Prefix, or None
     tokenizer  the one that the run used
     record     run.json
