@@ -134,6 +134,9 @@ def test_every_stage_has_vectors_of_its_own_and_starts_from_the_one_before(place
     run(command(place, "textual_recursion", tmp_path / "still", f"{flags} --lr 0"))
     a, b, c = (vectors(tmp_path / "still" / name) for name in ("p1", "p2", ""))
     assert torch.equal(a, b) and torch.equal(b, c)
+    flags = f"{FLAGS} --steps 1 --lr 0.05"  # those of the halves leave no trace in p1
+    run(command(place, "textual_recursion", tmp_path / "halves", flags))
+    assert torch.equal(vectors(tmp_path / "halves" / "p1"), p1)
 
 
 def test_a_run_with_trained_filler_starts_another(place, tmp_path):
