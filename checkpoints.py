@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import BertProcessing, TemplateProcessing
 from torch import Tensor
@@ -226,10 +226,10 @@ def map_tensor(path: Path, name: str) -> Tensor:
         return file.get_tensor(name)
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
+def read_tensors(path: str | Path, fingerprint: str | None = None) -> dict[str, Tensor]:
     """Return all tensors of one safetensors file, as views of the memory-mapped file.
 
-    FileNotFoundError or ValueError if the file is missing, pickled or corrupt; it names the file.
+    FileNotFoundError or ValueError names a file that is missing, pickled, corrupt or another LM's.
     """
     path = Path(path)
     if not path.is_file():
@@ -240,9 +240,14 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             )
         raise FileNotFoundError(f"{path.parent}: no {path.name} there")
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata, names = file.metadata() or {}, file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or corrupt ({error})") from None
+    if fingerprint not in (None, metadata.get("fingerprint")):
+        raise ValueError(f"{path}: belongs to another LM, or to none")
+    return tensors
 
 
 def check_tensors(found: dict[str, Tensor], expected: Shapes, source: str | Path) -> None:
@@ -321,14 +326,9 @@ def write_prefix(folder: str | Path, layers, lengths: Tensor | None, fingerprint
 
 def read_prefix(folder: str | Path, fingerprint: str, like: Tensor) -> tuple:
     """Return (layers, lengths) that `write_prefix` wrote, in the dtype of `like` and beside it."""
-    path = Path(folder) / "prefix.safetensors"
-    found = read_tensors(path)
-    with safe_open(path, framework="pt") as file:
-        stored = (file.metadata() or {}).get("fingerprint")
-    if stored != fingerprint:
-        raise ValueError(f"{path}: belongs to another LM, or to none")
-    keys, values = (found[name].to(like) for name in ("keys", "values"))
-    return list(zip(keys, values)), found["lengths"].to(like.device) if "lengths" in found else None
+    found = read_tensors(Path(folder) / "prefix.safetensors", fingerprint)
+    layers, lengths = zip(found["keys"].to(like), found["values"].to(like)), found.get("lengths")
+    return list(layers), None if lengths is None else lengths.to(like.device)
 
 
 def write_encoder(folder: str | Path, config: dict, tensors: dict[str, Tensor], dtype) -> None:

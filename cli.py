@@ -46,6 +46,8 @@ PASSES = ("--passes", number_type(int, 2), 2, "passes of a neural recursion (pap
 CONNECTORS = ("--connectors", ["shared", "each"], "shared", "one for all gaps, or one in each gap")
 PAUSE = ("--pause", number_type(int, 0), 0, "k, how often --pause-text follows every question")
 PAUSE_TEXT = ("--pause-text", str, r"\nA:", "what --pause repeats (\\n: a newline)")
+VECTORS = "train a vector in place of each token of that text; it starts as the token's embedding"
+PAUSE_TRAINED = ("--pause-trained", bool, False, VECTORS)
 ANSWERS = (
     ("--max-new-tokens", COUNT, 16, "longest answer"),
     ("--stop", str, None, "ends an answer; a newline for questions if not given, '' for none"),
@@ -108,6 +110,7 @@ def add_data_flags(parser) -> None:
         WORLD,
         PAUSE,
         PAUSE_TEXT,
+        PAUSE_TRAINED,
         *ANSWERS,
         ("--per-task", bool, False, each),
     )
@@ -124,8 +127,11 @@ def add_recursion_flags(parser) -> None:
         ("--stages-from", str, None, "a run with the same p1, to be copied and not trained again"),
         ("--no-cross-fit", bool, False, whole),
     )
-    keep = "GB of memory for the first pass's states, which are the same in every epoch; 0 for none"
-    add_flags(parser, "recursion", ("--cache-first-pass", number_type(float, 0), 1.0, keep))
+    keep = (
+        "GB of memory for the first pass's states, which are the same in every epoch; 0 for none. "
+    )
+    keep += "If not given: 1, and with --pause-trained 0, since they change"
+    add_flags(parser, "recursion", ("--cache-first-pass", number_type(float, 0), None, keep))
 
 
 def add_training_flags(parser) -> None:
@@ -208,6 +214,8 @@ def add_late_defaults(args, program: str, argv: list[str]) -> argparse.Namespace
     if args.dtype == "auto":
         args.dtype = started_dtype(args) or fastest_dtype(args.device)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    if "cache_first_pass" in args and args.cache_first_pass is None:
+        args.cache_first_pass = 0.0 if args.pause_trained else 1.0
     if "attention" in args:
         args.attention = args.attention or default_attention(args.device)
     return args

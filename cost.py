@@ -50,16 +50,18 @@ def conduct(study: Study, write_files: Callable[[], None], report: Callable[[Stu
 
 def passes(run) -> tuple[float, float]:
     """How often as much as the LM's layers is read in a step, and in an answer. `run` has the flags
-    of a program. A first pass that is kept costs nothing in a step."""
+    of a program. A first pass that is kept costs nothing in a step. With trained filler it is not
+    kept, and the backward pass goes through it."""
     variant = getattr(run, "variant", None)  # of continued pretraining
     if variant in ("fomaml", "reptile"):
         return (run.inner_steps * 2.4 + 3) / (run.inner_steps + 1), 1
     if variant in ("mtl", "t0") or getattr(run, "tune", None) == "lm":
         return 3, 1
     c, more = getattr(run, "connector_layers", 0) / 6, getattr(run, "passes", 2) - 1
+    first = 2 if getattr(run, "pause_trained", False) else 0
     return {
-        "neural_recursion": (more * (2 + 3 * c), 1 + more + more * c),
-        "lm_connector": (3 * c, 1 + c),
+        "neural_recursion": (first + more * (2 + 3 * c), 1 + more + more * c),
+        "lm_connector": (first + 3 * c, 1 + c),
         "connector_lm": (2 + 3 * c, 1 + c),
         "fine_tuning": (3, 1),
         "training_free": (0, 2),

@@ -76,11 +76,6 @@ def bare_question(text: str) -> str:
     return question_text(bare).removeprefix("Q: ").removesuffix("\nA:")
 
 
-def filler(count: int, text: str) -> str:
-    """What --pause and --pause-text put behind every question. \\n in `text` is a newline."""
-    return text.replace("\\n", "\n") * count
-
-
 def read(path: str | Path) -> list[Example]:
     """Read a JSONL file of examples.
 

@@ -463,8 +463,10 @@ def main(argv: list[str] | None = None) -> dict:
         if args.threshold is not None and new.logprob >= args.threshold:
             break
     nats = math.nan
-    if len(ids) > 1:  # the text after its first token
-        nats = -option_scores(model, [ids[:1]], [[ids[1:]]], prefix, mean=True)[0].item()
+    end = getattr(model, "first_filler", math.inf)  # filler that is trained has no logits
+    text = [token for token in ids if token < end]
+    if len(text) > 1:  # the text after its first token
+        nats = -option_scores(model, [text[:1]], [[text[1:]]], prefix, mean=True)[0].item()
     whole = tokenizer.decode(ids + drop_eos(new.ids, eos))
     show(args.text + whole[len(tokenizer.decode(ids)) :], result=True)
     cost = -new.logprob / len(new.ids)

@@ -35,6 +35,7 @@ from adapters import Connector, DeepPrompt, PromptGenerator, SoftPrompt
 from checkpoints import HUB_FILES, load_tokenizer, read_config, resolve, skip_init
 from contest import FORMULAS, memory
 from families import t5_from_hf
+from filler import Filler
 from fit import Recipe, linear_weights, make_optimizer
 from generate import stack_prefixes, token_logprobs
 from int8 import quantize
@@ -55,6 +56,7 @@ class Lengths:
     options: int
     kept: int  # positions of the first pass that are computed once and kept
     tasks: list[str]  # that have a prompt each, with --per-task
+    vectors: int  # of trained filler
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -77,7 +79,8 @@ def read_lengths(args: argparse.Namespace, lm: LM, folder: str | Path) -> Length
         T, new = args.seq_len, args.max_new_tokens
         part = {"train": start.load_split(args, "train")} if args.per_task else {"train": []}
         targets, question = T if args.text else min(T, new), max(1, T - new)
-        return Lengths(T, targets, T, question, new, 0, 0, prompts.tasks_of(part))
+        vectors = args.pause if args.pause_trained else 0  # one for each repetition, at least
+        return Lengths(T, targets, T, question, new, 0, 0, prompts.tasks_of(part), vectors)
     files = [name for name in HUB_FILES if "safetensors" not in name]
     tokenizer = load_tokenizer(args.tokenizer or resolve(folder, files), lm.config.vocab_size)
     task = start.load_task(args, lm, tokenizer)
@@ -93,6 +96,7 @@ def read_lengths(args: argparse.Namespace, lm: LM, folder: str | Path) -> Length
         options=min((len(e.options) for e in asked), default=0),
         kept=0 if first_pass is None else first_pass.positions,
         tasks=prompts.tasks_of(task.examples) if args.per_task else [],
+        vectors=sum(p.shape[0] for p in task.filler.parameters()),
     )
 
 
@@ -151,8 +155,9 @@ def estimate(args: argparse.Namespace) -> tuple[dict[str, int], dict[str, int], 
         step, operations = run.step() if args.method != "training_free" else ({}, {})
         evaluation = run.evaluation()
         operations |= run.answer_operations()
-    trained, frozen = count(run.trained), 0 if run.trained is lm else size
-    held = 0 if run.trained is lm else sum(p.nbytes for p in lm.parameters())
+    whole = args.method == "fine_tuning"
+    trained, frozen = count(run.trained), 0 if whole else size
+    held = 0 if whole else sum(p.nbytes for p in lm.parameters())
     table = {"frozen weights": held}
     if encoder:
         table["frozen encoder"] = 4 * count(encoder)
@@ -271,20 +276,24 @@ class DryRun:
         if encoder is not None:
             encoder.requires_grad_(False).to(self.dtype)
         self.adapter = new_adapter(args, lm, encoder, lengths.tasks).to(self.dtype)
-        self.trained = lm.requires_grad_(True) if args.method == "fine_tuning" else self.adapter
+        whole = args.method == "fine_tuning"
         lm.to(self.dtype)
+        filler = Filler("", None, torch.empty(lengths.vectors, lm.config.dim), lm.config.vocab_size)
+        self.filler = filler.to(self.dtype) if lengths.vectors else Filler("", None)
+        self.trained = self.filler.beside(lm.requires_grad_(True) if whole else self.adapter)
         if args.base_dtype == "int8":
             quantize(lm)
 
     def compose(self, questions: int, asked: int) -> tuple:
         """(model, prefix) for a batch of questions of `asked` tokens, as train.compose."""
+        lm = self.filler.around(self.lm)
         if self.args.per_task:
             tasks = [self.lengths.tasks[b % len(self.lengths.tasks)] for b in range(questions)]
             model, prefix = self.lm, self.adapter.prefixes(self.lm, tasks)
         elif self.args.method == "training_free":
             model, prefix = recurse.Stack(self.lm, parts=[self.lm, self.lm]), None
         else:
-            model, prefix = recurse.COMPOSITIONS[self.args.method](self.lm, self.adapter)
+            model, prefix = recurse.COMPOSITIONS[self.args.method](lm, self.adapter)
         return model, stack_prefixes(prefix, [[0] * asked] * questions)
 
     def step(self) -> tuple[dict[str, int], dict[str, int]]:

@@ -297,12 +297,13 @@ def score_record(args, model, tokenizer, results: dict) -> dict:
     """What `score --out` stores beside the predictions, in score.json.
 
     Keys: command, arguments (--stop, --max-new-tokens and --rank-by as used), fingerprint (of the
-    LM), tokenizer_hash, eos (the tokens that ended answers), adapter_hash, file_hash, shots_hash,
-    versions, hardware, results.
+    LM), tokenizer_hash, eos (the tokens that ended answers), adapter_hash, filler_hash (of trained
+    filler), file_hash, shots_hash, versions, hardware, results.
     """
     ignored = ("function", "command", "argv", "out", "eval_tokens")  # they change no answer
-    adapter = Path(args.run) / "adapter_model.safetensors" if args.run else None
-    files = {"adapter_hash": adapter, "file_hash": args.file, "shots_hash": args.shots_from}
+    names = {"adapter_hash": "adapter_model.safetensors", "filler_hash": "pause.safetensors"}
+    files = {key: Path(args.run) / name if args.run else None for key, name in names.items()}
+    files |= {"file_hash": args.file, "shots_hash": args.shots_from}
     hashes = {"tokenizer_hash": hash_tokenizer(tokenizer), "eos": list(model.config.eos)}
     for key, path in files.items():
         known = path is not None and Path(path).is_file()  # of an LM trained itself: no adapter

@@ -65,16 +65,17 @@ class Around(nn.Module):
 
     def __init__(self, lm):
         super().__init__()
-        self.config, self.lm = lm.config, lm
-        self.embed, self.logits = lm.embed, lm.logits
+        self.lm = lm
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)  # a module, parameter or buffer of its own
+        except AttributeError:
+            return getattr(super().__getattr__("lm"), name)
 
     def forward(self, x: Tensor, prefix=None, keep: bool = False):
         """x (B, T, C) -> (B, T, C), or with keep (output, the prefix extended by x)."""
         return self.lm(x, prefix, keep)
-
-    def read(self, x: Tensor, prefix=None, lengths: Tensor | None = None):
-        """The prefix after x (T, C) or (B, T, C); lengths (B,) as in LM.read."""
-        return self.lm.read(x, prefix, lengths)
 
 
 class Stack(Around):

@@ -89,6 +89,23 @@ RATES = {  # row: learning rates; the first is used where --grid has chosen none
     "fine-tuning": ("3e-4", "1e-4", "1e-3"),
 }
 FILLER, MUON = "--pause 3", "--optimizer muon --lr 2e-3"
+FILLED = {  # the rows that get filler: (the row of their learning rates, command)
+    "before-2-muon": ("", f"{residual(BEFORE_2)} {MUON}"),
+    "after-2-muon": ("", f"{residual(AFTER_2)} {MUON}"),
+    "textual-16": ("prompt", f"{TEXTUAL} --candidates 16"),
+    "prompt": ("prompt", PROMPT),
+    "fine-tuning": ("fine-tuning", TUNED),
+    "neural-2-residual": ("neural-2-residual-pause-3", residual(NEURAL_2)),
+}
+
+
+def filled(name: str, k: int, more: str = "") -> Row:
+    """The row of a method with k times filler, which is trained if `more` is -trained."""
+    rates, command = FILLED[name]
+    flags = f"--pause {k} --pause{more}" if more else f"--pause {k}"
+    return Row(f"{name}-pause-{k}{more}", 1, rates, f"{command} {flags}")
+
+
 # neural: LM-Connector-LM; before: Connector-LM; after: LM-Connector; then the Connector's layers.
 # Connectors and prompts of the rows with "random" are not pretrained, nor are those of "prompt".
 GROUPS = {
@@ -121,22 +138,11 @@ GROUPS = {
         Row("neural-2-passes-3", 1, "neural-2", f"{NEURAL_2} --passes 3"),
     ],
     "residual Connectors and filler after the question, which are not in the paper": [
-        Row("before-2-muon-pause-3", 1, "", f"{residual(BEFORE_2)} {FILLER} {MUON}"),
-        Row("after-2-muon-pause-3", 1, "", f"{residual(AFTER_2)} {FILLER} {MUON}"),
         Row("neural-2-pause-3", 1, "neural-2", f"{NEURAL_2} {FILLER}"),
-        Row("textual-16-pause-3", 1, "prompt", f"{TEXTUAL} --candidates 16 {FILLER}"),
         Row(f"{BEST}-long", 1, "", f"{residual(NEURAL_2)} {FILLER} {MUON} --steps {{long}}"),
-        Row("prompt-pause-3", 1, "prompt", f"{PROMPT} {FILLER}"),
-        Row("fine-tuning-pause-3", 1, "fine-tuning", f"{TUNED} {FILLER}"),
-        *(
-            Row(
-                f"neural-2-residual-pause-{k}",
-                1,
-                "neural-2-residual-pause-3",
-                f"{residual(NEURAL_2)} --pause {k}",
-            )
-            for k in (3, 1, 7)
-        ),
+        *(filled(name, k) for k in (3, 1, 7) for name in FILLED),
+        *(filled(name, 3, "-trained") for name in ("neural-2-residual", "prompt", "before-2-muon")),
+        filled("neural-2-residual", 7, "-trained"),
     ],
     "what a recursion does": [
         Row("hard", 1, "", "audit.py hard {out}/prompt-long-0 --samples 64"),
@@ -179,6 +185,10 @@ ORDERINGS = [  # the claim is that the first row has the higher EM
     ("residual: filler 1 > 0", "neural-2-residual-pause-1", "neural-2-residual"),
     ("residual: filler 3 > 0", "neural-2-residual-pause-3", "neural-2-residual"),
     ("residual: filler 7 > 3", "neural-2-residual-pause-7", "neural-2-residual-pause-3"),
+    *(
+        (f"{what}: trained filler 3 > text", f"{row}-pause-3-trained", f"{row}-pause-3")
+        for what, row in (("residual", "neural-2-residual"), ("prompt tuning", "prompt"))
+    ),
     ("residual, filler 3: Muon > AdamW", BEST, "neural-2-residual-pause-3"),
     ("all three: 3 times the steps", f"{BEST}-long", BEST),
     ("textual: filler 3 > 0", "textual-16-pause-3", "textual-16"),

@@ -1,6 +1,7 @@
 """Run folders: what a training run leaves on disk, and how it is resumed and loaded again.
 
     adapter_config.json, adapter_model.safetensors   the trained adapter, best on dev
+    pause.safetensors                                the trained filler, if there is one
     model/                                           the model, if it was trained itself
     predictions.jsonl                                each test question (dev, if there is no test),
                                                      its prediction and scores
@@ -41,7 +42,7 @@ from torch import Tensor
 
 import parallel
 from checkpoints import atomic_write, hash_tensors, load_tokenizer, write_json, write_lines
-from data import filler
+from filler import Filler
 from int8 import quantize
 from model import LM
 from questions import environment, hash_tokenizer
@@ -389,9 +390,9 @@ def finished(folder: str | Path) -> dict | None:
 def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None = None):
     """Load what a run trained. Returns (model, prefix, tokenizer, record).
 
-    model      the LM, or a Stack, TextualRecursion or Reader with the LM's interface; float32,
-               whatever the run used. questions.prepare makes what it reads of a question, with
-               `model.filler` behind it
+    model      the LM, or a Stack, WithFiller, TextualRecursion or Reader with its interface; in
+               float32, whatever the run used. questions.prepare makes what it reads of a question,
+               with `model.filler` behind it
     prefix     the trained prompt as a Prefix, or None
     tokenizer  the one that the run used
     record     run.json
@@ -407,8 +408,6 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     encoder = method in ("retriever", "reranker")  # a model, but no LM
     if encoder or not (own_lm or method in COMPOSITIONS):
         raise ValueError(f"{folder}/run.json: {args['method']} trains nothing that answers")
-    if (folder / "pause.safetensors").is_file():
-        raise ValueError(f"{folder}: its questions end with trained vectors; only text is read now")
     if args.get("per_task"):
         raise ValueError(f"{folder}: has a prompt for each task; `eval.py mixed` answers with them")
     lm, tokenizer = load_base(folder, record, device, model)
@@ -418,15 +417,16 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
     elif method != "training_free":
         t5 = find_encoder(folder, record) if method == "id_pt" else None
         adapter, tokenizer = load_trained(folder, lm, tokenizer, t5)
-    model, prefix = COMPOSITIONS[method](lm, adapter)
+    filler = Filler.of(args, lm, tokenizer).load(folder, lm)
+    model, prefix = COMPOSITIONS[method](filler.around(lm), adapter)
     if method == "textual_recursion":
-        model = TextualRecursion.load(folder, model, tokenizer, args)
+        model = TextualRecursion.load(folder, lm, filler, args)
     if args["method"] == "reader":
         from reader import Reader
 
         model = Reader.load(folder, model, tokenizer, record, device)
-    model.filler = filler(args.get("pause", 0), args.get("pause_text", ""))
-    return model.requires_grad_(False), prefix, tokenizer, record
+    model.filler = filler.text
+    return model.requires_grad_(False), prefix, filler.tokenizer, record
 
 
 def load_base(folder: str | Path, record: dict, device: str = "cpu", model=None):

@@ -30,6 +30,7 @@ import recurse
 import suite
 import world
 from checkpoints import hash_tensors, load_tokenizer, read_tensors, resolve
+from filler import FILE, Filler
 from int8 import quantize
 from model import LM
 from prompts import TaskPrompts
@@ -49,6 +50,7 @@ class Task:
     tokenizer: Tokenizer
     examples: dict[str, list[data.Example]]
     tokens: dict[str, list[data.TokenizedExample]]
+    filler: Filler
     extra_hash: str = ""  # of passages and encoders
 
 
@@ -74,14 +76,17 @@ def load_task(args, lm: LM, tokenizer: Tokenizer, examples: dict | None = None) 
         stops = metrics.stops(examples[split], args.stop)
         check_answers(tokenizer, examples[split], lm.config.eos, stops, args.max_new_tokens)
     tokens, eos = {}, lm.config.eos[0] if lm.config.eos else None
-    filler = data.filler(args.pause, args.pause_text)
+    filler = Filler.of(vars(args), lm, tokenizer)
+    if (folder := init_folder(args)) and (folder / FILE).is_file():
+        filler = filler.load(folder, lm)
+    vocab_size = filler.around(lm).config.vocab_size
     for split, part in examples.items():
-        part = [replace(e, input=e.input + filler) for e in part]
-        tokens[split] = data.tokenize(part, tokenizer, eos, left, lm.config.vocab_size)
+        part = [replace(e, input=e.input + filler.text) for e in part]
+        tokens[split] = data.tokenize(part, filler.tokenizer, eos, left, vocab_size)
     for split in ("dev", "test"):  # refuse before training what `predict` would refuse after it
         for example, question in zip(examples[split], tokens[split]):
             check_length(example, question.input, args.max_new_tokens, left)
-    return Task(args, lm, tokenizer, examples, tokens)
+    return Task(args, lm, tokenizer, examples, tokens, filler)
 
 
 def load_lm(args) -> tuple[LM, Tokenizer]:
@@ -267,18 +272,23 @@ def start_vectors(task: Task) -> Tensor:
     return adapters.from_vocab(P, table, int(population), generator=rng)
 
 
-def next_prompt(task: Task, before: adapters.SoftPrompt | None) -> adapters.SoftPrompt:
-    """What a stage starts from: the prompt of the one before it, if there is one and no --init."""
+def next_stage(task: Task, before: tuple | None) -> tuple[Task, adapters.SoftPrompt]:
+    """What a stage starts from: the task with filler of its own, and a prompt. They are those of
+    the stage `before`, (prompt, filler), if there is one and no --init."""
     if before is None or task.args.init:
-        return start_prompt(task)
-    return adapters.SoftPrompt(before.vectors).to(task.args.device)
+        return replace(task, filler=task.filler.copy()), start_prompt(task)
+    prompt, filler = before
+    task = replace(task, filler=filler.copy())
+    return task, adapters.SoftPrompt(prompt.vectors).to(task.args.device)
 
 
 def hashes(task: Task, trained: nn.Module | None) -> dict[str, str | None]:
     """What identifies the data, their tokens, the frozen models, and what training starts from."""
     folder, adapter, encoder = init_folder(task.args), None, None
     if folder:
-        adapter = hash_tensors(read_tensors(folder / "adapter_model.safetensors"))
+        files = folder / "adapter_model.safetensors", folder / FILE
+        parts = map(read_tensors, files if files[1].is_file() else files[:1])
+        adapter = hash_tensors({name: t for part in parts for name, t in part.items()})
     if isinstance(trained, TaskPrompts):
         trained = trained.prompts[0]
     if isinstance(trained, adapters.PromptGenerator):

@@ -18,9 +18,10 @@ from the prompt that was trained on the other one (rerank.cross_fit); run.json s
 each question lies. The paper does not mention this; --no-cross-fit leaves it out.
 
 The prompts of the first round do not depend on the number of candidates, so a run can copy those of
-another run (--stages-from). With --pause the filler stands behind the question in every stage.
+another run (--stages-from). With --pause the filler stands behind the question in every stage, and
+with --pause-trained each stage has vectors of its own.
 
-Needs recurse.py, rerank.py, adapters.py, data.py, eval.py and checkpoints.py. train.py
+Needs filler.py, recurse.py, rerank.py, adapters.py, data.py, eval.py and checkpoints.py. train.py
 passes its Task and trains.
 
     python train.py --method textual_recursion
@@ -37,9 +38,10 @@ import torch
 import data
 import eval as metrics
 import parallel
-from adapters import SoftPrompt, load_adapter
+from adapters import load_adapter
 from checkpoints import write_lines
 from data import encode_prompts
+from filler import Filler
 from recurse import Around, Candidate, candidates, text_with
 from rerank import cross_fit, progress
 
@@ -76,37 +78,40 @@ class TextualRecursion(Around):
     object, reads the texts that come out.
     """
 
-    def __init__(self, lm, tokenizer, stages: list, args: dict):
+    def __init__(self, lm, filler: Filler, stages: list, args: dict):
         super().__init__(lm)
-        self.tokenizer = tokenizer
-        self.stages = stages  # the prefixes of p1, p2, ..., one for each round
-        self.args = args  # candidates, max_new_tokens, stop, seed, eval_tokens, pause, pause_text
-        self.filler = data.filler(args.get("pause", 0), args.get("pause_text", ""))
+        self.tokenizer, self.filler = filler.tokenizer, filler.text
+        self.stages = stages  # (LM, prefix) of p1, p2, ..., one for each round
+        self.args = args  # candidates, max_new_tokens, stop, seed, eval_tokens
 
     @classmethod
-    def load(cls, folder: Path, lm, tokenizer, args: dict) -> "TextualRecursion":
-        """What a run of train.py left in `folder`. `args` are the arguments of its record."""
-        prompts = [load_adapter(folder / f"p{i + 1}", lm) for i in range(args["rounds"])]
-        with torch.no_grad():
-            return cls(lm, tokenizer, [lm.read(prompt()) for prompt in prompts], args)
+    def load(cls, folder: Path, lm, filler: Filler, args: dict) -> "TextualRecursion":
+        """What a run of train.py left in `folder`. `args` are the arguments of its record, and
+        `filler` is that of its last prompt."""
+        stages = []
+        for place in [folder / f"p{i + 1}" for i in range(args["rounds"])]:
+            with torch.no_grad():
+                prefix = lm.read(load_adapter(place, lm)())
+            stages.append((filler.load(place, lm).around(lm).requires_grad_(False), prefix))
+        return cls(filler.around(lm), filler, stages, args)
 
     def read_back(self, examples: list) -> list:
         """Puts the last stage's candidates into examples of data.py. Each stage reads the examples
         with the candidates of the one before."""
         asked, after, new = examples, self.filler, self.args["max_new_tokens"]
-        for prefix in self.stages:
+        for stage in self.stages:
             ids = encode_prompts(self.tokenizer, [e.input + after for e in asked])
-            ranked = self.sample(examples, ids, prefix)
-            left = self.config.max_len - prefix.size
+            ranked = self.sample(examples, ids, stage)
+            left = self.config.max_len - stage[1].size
             asked, _ = with_candidates(self.tokenizer, examples, ranked, left, new, after)
         return asked
 
-    def sample(self, examples: list, ids: list[list[int]], prefix) -> list[list[Candidate]]:
-        """The candidates of examples. `ids` are what the LM reads of them behind `prefix`."""
-        args = self.args
+    def sample(self, examples: list, ids: list[list[int]], stage) -> list[list[Candidate]]:
+        """The candidates of examples. `ids` are what the LM of a stage reads behind its prefix."""
+        args, (lm, prefix) = self.args, stage
         stops = metrics.stops(examples, args["stop"])
         rest = (args["max_new_tokens"], stops, args["seed"], args.get("eval_tokens", 8192))
-        return candidates(self.lm, ids, args["candidates"], prefix, self.tokenizer, *rest)
+        return candidates(lm, ids, args["candidates"], prefix, self.tokenizer, *rest)
 
 
 def score_candidates(examples, ranked: list[list[Candidate]], n: int) -> dict:
@@ -140,10 +145,10 @@ def score_candidates(examples, ranked: list[list[Candidate]], n: int) -> dict:
 def sample_rounds(task, train_prompt: Callable) -> tuple:
     """Train and sample in as many rounds as --rounds says.
 
-    train_prompt(task, name, before) -> SoftPrompt trains one in the folder `name` of the run, or
-    loads it if it is trained already; it starts as the prompt `before`, if there is one. Returns
-    (the task with candidates in its questions, the last prompt, the scores of each round, the half
-    "A" or "B" of each training question or None).
+    train_prompt(task, name, before) -> (SoftPrompt, its Filler) trains them in the folder `name` of
+    the run, or loads them if they are trained already; they start as those of `before`, if there
+    are any. Returns (the task with candidates in its questions, the last such pair, the scores of
+    each round, the half "A" or "B" of each training question or None).
     """
     asked, prompts, rounds = task, {}, []
     for number in range(1, task.args.rounds + 1):
@@ -221,18 +226,19 @@ def half_of(task, rows: list[int]):
 
 
 @torch.no_grad()
-def sample_split(task, asked, name: str, prompt: SoftPrompt, split: str, rows) -> list[list]:
+def sample_split(task, asked, name: str, trained: tuple, split: str, rows) -> list[list]:
     """Sample candidates for the questions `rows` of a split, or read them from files that exist."""
     args, examples = task.args, task.examples[split]
     folder, ranked = Path(args.out) / "candidates" / f"{name}-{split}", []
     folder.mkdir(parents=True, exist_ok=True)
     with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        prefix = task.lm.read(prompt())
-        recursion = TextualRecursion(task.lm, task.tokenizer, [], vars(args))
+        prompt, filler = trained
+        stage = filler.around(task.lm), task.lm.read(prompt())
+        recursion = TextualRecursion(task.lm, filler, [], vars(args))
 
         def sample(part: list[int]) -> list[list[Candidate]]:
             ids = [asked.tokens[split][row].input for row in part]
-            return recursion.sample([examples[row] for row in part], ids, prefix)
+            return recursion.sample([examples[row] for row in part], ids, stage)
 
         for start in progress(range(0, len(rows), QUESTIONS_IN_FILE), f"files of {split}"):
             path, part = folder / f"{start:06d}.jsonl", rows[start : start + QUESTIONS_IN_FILE]
@@ -257,15 +263,15 @@ def write_candidates(path: Path, examples: list[data.Example], ranked: list[list
 
 def read_candidates(task, ranked: dict[str, list]) -> tuple:
     """(the task with the candidates in its questions, how good these are in each split)."""
-    args, config = task.args, task.lm.config
-    after, eos = data.filler(args.pause, args.pause_text), config.eos[0] if config.eos else None
+    args, filler, config = task.args, task.filler, task.filler.around(task.lm).config
+    eos = config.eos[0] if config.eos else None
     left, tokens, scores = config.max_len - args.prompt_length, {}, {}
     for split, examples in task.examples.items():
         longer, left_out = with_candidates(
-            task.tokenizer, examples, ranked[split], left, args.max_new_tokens, after
+            filler.tokenizer, examples, ranked[split], left, args.max_new_tokens, filler.text
         )
-        longer = [replace(e, input=e.input + after) for e in longer]
-        tokens[split] = data.tokenize(longer, task.tokenizer, eos, left, config.vocab_size)
+        longer = [replace(e, input=e.input + filler.text) for e in longer]
+        tokens[split] = data.tokenize(longer, filler.tokenizer, eos, left, config.vocab_size)
         if examples:
             scores[split] = score_candidates(examples, ranked[split], args.candidates)
             scores[split]["left_out"] = left_out

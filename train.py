@@ -108,11 +108,13 @@ def textual_recursion(task: start.Task) -> dict:
         raise ValueError(f"--stages-from {task.args.stages_from}: holds no finished p1")
     with run:
         prompt = start.start_prompt(task)
-        record = start_record(run, prompt, task.lm, start.hashes(task, prompt))
+        trained = task.filler.beside(prompt)
+        record = start_record(run, trained, task.lm, start.hashes(task, prompt))
         asked, before, rounds, halves = textual.sample_rounds(task, train_stage)
         split = {"halves": "".join(halves)} if halves else {}
         run.write_record(record | {"candidates": rounds} | split)
-    return train_adapter(asked, trained=start.next_prompt(task, before), hashed=task)
+    asked, prompt = start.next_stage(asked, before)
+    return train_adapter(asked, trained=prompt, hashed=task)
 
 
 def connector(task: start.Task) -> dict:
@@ -214,6 +216,7 @@ def train_adapter(task, trained: nn.Module, hashed=None, batch_at=None, after_st
         recipe = replace(recipe, lr=default_prompt_lr(lm, trained))
     adapter = None if trained is lm else trained
     frozen = None if trained is lm else lm
+    trained = task.filler.beside(trained)
 
     def loss_of(batch: data.Batch) -> Tensor:
         if cache is None:
@@ -240,7 +243,9 @@ def train_adapter(task, trained: nn.Module, hashed=None, batch_at=None, after_st
             info = {"method": args.method, "base_model_name_or_path": base}
             if args.pause:
                 info |= {"pause": args.pause, "pause_text": args.pause_text}
+                info |= {"pause_trained": args.pause_trained}
             prompts.save(run.folder, adapter, lm, **info)
+        task.filler.save(run.folder, lm)
 
     with run:
         record = start_record(run, trained, frozen, start.hashes(hashed or task, adapter))
@@ -266,11 +271,12 @@ def compose(task: start.Task, adapter, split: str, rows: list[int]):
     """(model, prefix) for rows of a split. With --per-task, prefix is a list of one per row."""
     if isinstance(adapter, prompts.TaskPrompts):
         return task.lm, adapter.prefixes(task.lm, [task.examples[split][row].task for row in rows])
-    return recurse.COMPOSITIONS[task.args.method](task.lm, adapter)
+    return recurse.COMPOSITIONS[task.args.method](task.filler.around(task.lm), adapter)
 
 
-def train_stage(task: start.Task, name: str, before: adapters.SoftPrompt | None) -> nn.Module:
+def train_stage(task: start.Task, name: str, before: tuple | None) -> tuple:
     """Train a soft prompt in the folder `name` below --out, or load it if it is trained already.
+    Returns (prompt, filler), as is `before`.
 
     ValueError if it was trained on other questions, for example on other halves of them.
     """
@@ -282,8 +288,9 @@ def train_stage(task: start.Task, name: str, before: adapters.SoftPrompt | None)
         raise ValueError(f"{folder} was trained on other questions; choose another --out")
     if not record:
         show(f"{folder}: {len(task.tokens['train'])} training questions")
-        train_adapter(replace(task, args=args), trained=start.next_prompt(task, before))
-    return adapters.load_adapter(folder, task.lm)
+        stage, prompt = start.next_stage(replace(task, args=args), before)
+        train_adapter(stage, trained=prompt)
+    return adapters.load_adapter(folder, task.lm), task.filler.load(folder, task.lm)
 
 
 def stage_of(task: start.Task, name: str) -> tuple[argparse.Namespace, dict]:
@@ -330,7 +337,8 @@ def first_pass(task: start.Task) -> recurse.FirstPass | None:
     args = task.args
     texts = [(e.input + e.target)[:-1] for e in task.tokens["train"]]
     read = args.steps * args.grad_accum * args.batch_size  # texts in the whole training
-    if args.method not in ("neural_recursion", "lm_connector") or read <= len(texts):
+    reads_again = args.method in ("neural_recursion", "lm_connector") and read > len(texts)
+    if args.pause_trained or not reads_again:
         return None
     cache = recurse.FirstPass(task.lm, texts)
     size = cache.positions * task.lm.config.dim * (2 if args.dtype == "bfloat16" else 4) / 1e9
@@ -386,8 +394,8 @@ def show_passes(task: start.Task, row: dict) -> None:
     Last pass: the prediction, token by token. First pass: the LM's own likeliest token at each of
     these positions, after the same tokens.
     """
-    lm, tokenizer = task.lm, task.tokenizer
-    asked = row["input"] + data.filler(task.args.pause, task.args.pause_text)
+    lm, tokenizer = task.filler.around(task.lm), task.filler.tokenizer
+    asked = row["input"] + task.filler.text
     texts = [row["input"], asked, f"{asked} {row['prediction']}"]
     bare, question, whole = data.encode_prompts(tokenizer, texts)
     last = whole[len(question) :]
@@ -438,6 +446,12 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--init: {args.method} does not start from an adapter")
     if args.pause and not args.pause_text:
         raise ValueError(f"--pause {args.pause}: --pause-text is empty")
+    if args.pause_trained and not args.pause:
+        raise ValueError("--pause-trained: needs --pause")
+    if args.pause_trained and args.method == "training_free":
+        raise ValueError("--pause-trained: training_free trains nothing")
+    if args.pause_trained and args.cache_first_pass:
+        raise ValueError("--cache-first-pass: not with --pause-trained, the first pass changes")
     if args.stages_from and args.method != "textual_recursion":
         raise ValueError(f"--stages-from {args.stages_from}: {args.method} has no stages")
     if args.pause and args.method in OPEN_BOOK:

@@ -430,7 +430,7 @@ def add_shared_flags(command, splits: tuple[str, ...]) -> None:
     cli.add_training_flags(command)
     cli.add_run_flags(command)
     command.set_defaults(connector_layers=0, variant=None, placement="before_bos", dev=[])
-    command.set_defaults(pause=0, pause_text="", cache_first_pass=0.0)
+    command.set_defaults(pause=0, pause_text="", pause_trained=False, cache_first_pass=0.0)
     command.set_defaults(mixture_cap=None, per_task=False, reparam_dim=None)  # flags of train.py
 
 

@@ -377,7 +377,7 @@ def test_embedded_connectors_belong_to_the_embedded_lm_and_are_where_training_st
     for folder in folders:
         method, layers = folder.name.rsplit("_", 1)
         args = train.parse(["--method", method, "--connector-layers", layers])
-        started = start.start_connector(start.Task(args, lm, None, {}, {}))
+        started = start.start_connector(start.Task(args, lm, None, {}, {}, None))
         connector = adapters.load_adapter(folder, lm)
         assert adapters.read_adapter_config(folder)["method"] == method
         assert len(connector.layers) == int(layers)

@@ -243,5 +243,5 @@ def test_a_text_as_filler_equals_questions_that_end_with_it(place, tmp_path):
     config = adapters.read_adapter_config(tmp_path / "filled")
     assert (config["pause"], config["pause_text"]) == (2, r"\nso:")
     (tmp_path / "filled" / "pause.safetensors").touch()  # of an earlier program
-    with pytest.raises(ValueError, match="filled: its questions end with trained vectors"):
+    with pytest.raises(ValueError, match="filled: its questions end with trained filler"):
         load_run(tmp_path / "filled")

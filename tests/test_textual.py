@@ -264,7 +264,7 @@ def test_candidates_for_training_come_from_a_prompt_of_the_other_half(whole):
         prompt = adapters.load_adapter(whole / f"p1-{name}", model.lm)
         examples = [data.Example(x["input"], "", tuple(x["answers"])) for x in lines]
         ids = data.encode_prompts(tokenizer, [e.input for e in examples])
-        found = model.sample(examples, ids, model.lm.read(prompt()))
+        found = model.sample(examples, ids, (model.lm, model.lm.read(prompt())))
         assert [[c.text for c in row] for row in found] == [
             [c["text"] for c in line["candidates"]] for line in lines
         ]
