@@ -45,8 +45,9 @@ from openbook import (
     Book,
     Search,
     base_encoder,
-    check_bert,
+    check_reranker,
     encoder_folder,
+    find_dual,
     recalls,
     retrieve,
     write_book,
@@ -206,18 +207,22 @@ def check(args, book: Book) -> list[str | Path]:
     if args.method == "reader" and args.top == 0:
         return encoders
     if args.method == "reader" and not book.passages:
-        raise ValueError(f"--train {args.train}: has no passages, and --passages names none")
+        flag = "--passages" if args.passages else "--train"
+        file = args.passages or args.train
+        raise ValueError(f"{flag} {file}: holds no passages; --passages names a file that does")
     if args.search != "bm25" and not args.retriever:
         raise ValueError(f"--search {args.search} needs --retriever, the folder of a dual encoder")
     if args.search == "hybrid" and searches and not book.questions["dev"]:
         raise ValueError("--search hybrid: there are no dev questions to tune its weight on")
-    encoders += [args.retriever] if args.search != "bm25" else []
+    if args.search != "bm25":
+        find_dual(args)
+        encoders.append(args.retriever)
     if args.method != "reader":
         return [*encoders, base_encoder(args)]
     if args.no_rerank:
         return encoders
     if args.reranker:
-        check_bert(encoder_folder(args.reranker))
+        check_reranker(encoder_folder(args.reranker))
     keys = set(map(half_key, book.questions["train"]))
     if len(keys) < 2 and not (args.reranker or args.no_cross_fit):
         raise ValueError("one question cannot be cut into halves; --no-cross-fit does without")

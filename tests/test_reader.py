@@ -1,6 +1,7 @@
 """The open book: training of its two encoders, and the frozen reader with its stages."""
 
 import json
+import shutil
 from importlib.util import find_spec
 
 import pytest
@@ -320,7 +321,7 @@ def test_a_reader_searches_with_a_trained_dual_encoder(shelf, dual, tmp_path, mo
     flags = f"--search {search} --retriever {dual} --no-rerank --steps 1 --top 3"
     run(line(shelf, "reader", tmp_path / "run", flags))
     args = train.parse(line(shelf, "reader", tmp_path, f"--search dense --retriever {dual}")[1:])
-    encoder = openbook.load_dual(args, dual)
+    encoder = openbook.load_dual(args)
     assert encoder.pooling == "mean" and encoder.passage is encoder.question
     questions = read_questions(tmp_path / "run" / "retrieved" / "train.jsonl", BOOK)
     index = DenseIndex(encoder.encode_passages(BOOK))
@@ -389,6 +390,14 @@ def test_a_run_with_checkpointed_blocks_trains_the_same_prompt(shelf, whole, tmp
 READS = "train.py --method reader"
 TABLE = r"""
 READS --search dense                      | --search dense needs --retriever
+READS --search dense --retriever {}/lm/model | model_type is neither bert nor dpr
+READS --reranker {}/bert                  | bert/model: an encoder alone
+READS --reranker {}/lm/model              | model_type is neither bert nor dpr
+OWN --passages {}/result.json             | result.json: 1 questions are too few to cut
+OWN --passages {}/bare.json               | bare.json: holds no passages
+OWN --train {}/squad.json                 | squad.json:1: 'Emma', paragraph 0: the context is empty
+OWN --passages {}/nan.json                | nan.json:2: ctxs: a score is not a finite number
+OWN --passages {}/book.jsonl              | book.jsonl is a book: --train names the questions
 READS --passages {}/none.tsv              | none.tsv: no such file
 READS --passages {}/twice.jsonl           | twice.jsonl:2: the id 'a' is taken by twice.jsonl:1
 READS --passages {}/blank.jsonl           | blank.jsonl:1: the passage 'a' is empty
@@ -421,6 +430,10 @@ FILES = {
     "one.jsonl": '{"question": "where was Anna born", "answer": ["Velmor"]}\n',
     "lost.jsonl": '{"question": "where was Anna born", "answer": ["nowhere"]}\n',
     "result.json": '[{"question": "a", "answers": ["b"], "ctxs": [{"text": "c", "score": "1"}]}]',
+    "bare.json": json.dumps([{"question": f"q{i}", "answers": ["b"]} for i in range(5)]),
+    "squad.json": '{"data": [{"title": "Emma", "paragraphs": [{"context": " ", "qas": []}]}]}',
+    "nan.json": '[{"question": "a", "answers": ["b"]},\n'
+    '{"question": "c", "answers": ["b"], "ctxs": [{"text": "c", "score": "NaN"}]}]',
 }
 
 
@@ -430,10 +443,13 @@ def test_bad_input_is_one_line(shelf, whole, tmp_path, row):
         (shelf / name).write_text(text)
     flags, *words = (part.strip() for part in row.split(" | "))
     name, _, flags = flags.replace("{}", str(shelf)).partition(" ")
-    method, out = {"READS": "reader", "RANKS": "reranker"}[name], tmp_path / "new"
+    method, out = "reranker" if name == "RANKS" else "reader", tmp_path / "new"
+    command_line = line(shelf, method, out, flags)
+    if name == "OWN":  # of the files those that its flags name alone
+        del command_line[3:9]
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     with pytest.raises((ValueError, OSError, SystemExit)) as error:
-        run(line(shelf, method, out, flags))
+        run(command_line)
     message = str(error.value)
     if error.type is not SystemExit:  # argparse prints its own line
         assert len(message.splitlines()) == 1 and all(word in message for word in words), message
@@ -452,6 +468,18 @@ def test_encoders_learn_from_questions_without_answers_and_a_reader_leaves_them_
         assert record["skipped"] == {} and record["results"]["dev"]["n"] == 4
     words = line(shelf, "reader", tmp_path / "reader", f"{files} --no-rerank --steps 1")
     assert run(words)["passages"]["train"]["n"] == 1
+
+
+def test_two_encoders_in_a_folder_are_a_dual_encoder_and_read_encoder_len_tokens(shelf, tmp_path):
+    for name in ("question", "passage"):
+        shutil.copytree(shelf / "bert" / "model", tmp_path / "dpr" / name)
+    flags = f"--search dense --retriever {tmp_path}/dpr --pooling mean --encoder-len 9"
+    dual = openbook.load_dual(train.parse(line(shelf, "reader", tmp_path, flags)[1:]))
+    assert dual.question is not dual.passage and (dual.pooling, dual.max_len) == ("mean", 9)
+    (tmp_path / "dpr" / "passage" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="passage: no config.json"):
+        run(line(shelf, "reader", tmp_path / "run", flags))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_of_an_encoder_answers_nothing(dual):
