@@ -510,6 +510,18 @@ def test_the_world_has_a_book_of_its_own():
 # The experiments and the benchmark
 
 
+FULL = [(row, 9.0 - row / 20) for row in range(100)]
+LISTS = [  # ours, a peer's, whether they agree
+    ([(3, 2.0), (1, 1.0)], [(3, 2.0), (1, 1.0), (0, 0.0)], True),
+    ([(3, 2.0), (1, 2.0)], [(1, 2.0), (3, 2.0)], True),
+    ([(3, 2.0), (1, 1.0)], [(3, 2.0), (2, 1.0)], False),
+    ([(3, 2.0), (1, 1.0)], [(3, 2.0), (1, 1.1)], False),
+    ([(3, 2.0)], [(3, 2.0), (1, 1.0)], False),
+    (FULL, [*FULL[:-1], (100, FULL[-1][1])], True),
+    (FULL, [*FULL[:-2], (100, FULL[-2][1]), FULL[-1]], False),
+]
+
+
 def test_the_rows_of_the_benchmark_agree_with_the_peers(monkeypatch, shelf, capsys):
     monkeypatch.setattr(openbook.genres, "library", lambda world: small_world())
     assert bench_retrieval.peak("ours", [p.text for p in BOOK], ["Anna"]) > 0
@@ -517,5 +529,8 @@ def test_the_rows_of_the_benchmark_agree_with_the_peers(monkeypatch, shelf, caps
     rows = bench_retrieval.main("--tiny --runs 1".split())
     assert all(row["equal lists"] == 1 for row in rows if "equal lists" in row)
     assert all(row["score difference"] < 1e-4 for row in rows if "score difference" in row)
+    assert all(row["peer peak"] == row["peak"] == 1 for row in rows)
+    for ours, theirs, same in LISTS:
+        assert bench_retrieval.same_list(ours, *zip(*theirs)) == same, (ours, theirs)
     peers = [name for name, (package, *_) in bench_retrieval.PEERS.items() if find_spec(package)]
     assert len(peers) > 1 and all(rows[i]["workload"].endswith(p) for i, p in enumerate(peers))
