@@ -38,7 +38,7 @@ from retrieve import (
 from world import SPLITS
 
 RECALL_AT = (1, 5, 20, 100)
-TUNED_AT = 5  # the weight of a hybrid search: an answer among so many passages of dev
+TUNED_AT = 5  # the weight of a hybrid search has the best recall@5 on dev
 
 # The passages and the questions
 
@@ -106,7 +106,7 @@ def load_book(args) -> Book:
 
 def holds_questions(path: str) -> bool:
     """Whether the first record of a file is a question."""
-    if Path(path).suffix not in (".json", ".jsonl"):
+    if Path(path).suffix.lower() not in (".json", ".jsonl"):
         return False
     _, record = next(books.json_records(path), ("", {}))
     return "question" in record
@@ -121,7 +121,10 @@ def cut(questions: list[Question], seed: int) -> dict[str, list[Question]]:
 
 
 def check_questions(questions: Iterable[Question], answered: bool) -> list[Question]:
-    """The questions (or those with an answer), spelt alike. ValueError if an id occurs twice."""
+    """Return the questions with one spelling: data.bare_question. ValueError if an id occurs twice.
+
+    answered: leave out questions without an answer, which a reader cannot be scored on.
+    """
     kept, sources = [], {}
     for q in questions:
         if (q.task, q.id) in sources:

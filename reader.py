@@ -100,6 +100,7 @@ def rank(args, book: Book, folder: Path, train: Callable) -> tuple[Book, dict]:
         for split, part in ranked.items():
             write_found(folder / "ranked" / f"{split}.jsonl", part)
     info["format"] = str(models["all"].format)
+    show(f"re-ranker: {info['format']}")
     return replace(book, questions=ranked), info
 
 
@@ -171,7 +172,8 @@ def write_inputs(args, tokenizer, left: int, questions: Sequence[Question], targ
     answers = data.encode_prompts(tokenizer, [f" {target}" for target in targets])
     texts, packed, dropped = [], [], 0
     for row, q in enumerate(questions):
-        # + 1 for another split after the text, + 1 for EOS, - 1: the last token is not read.
+        # A target takes its tokens, one more if it is split in another way behind the text, and
+        # EOS. The last of them is predicted but never read.
         answer = len(answers[row]) + 1 if targets else 0
         limit = left - max(args.max_new_tokens - 1, answer)
         budget = max(0, limit - len(asked[row]))

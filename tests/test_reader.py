@@ -273,8 +273,8 @@ def test_a_reader_starts_from_any_dpr_result(shelf, tmp_path):
     bm25, rows = BM25(BOOK), []
     for q in questions:
         rows.append(books.with_found(q, BOOK, bm25.search(q.question, 4)))
-    write_dpr(tmp_path / "nq.json", rows, {"found": "ctxs"})
-    result = f"--passages {tmp_path}/nq.json --no-rerank --steps 1"
+    write_dpr(tmp_path / "NQ.JSON", rows, {"found": "ctxs"})
+    result = f"--passages {tmp_path}/NQ.JSON --no-rerank --steps 1"
     files = f"--train {shelf}/plain.jsonl --dev {shelf}/plain.jsonl"
     record = run(line(shelf, "reader", tmp_path / "run", f"{result} {files}"))
     assert record["passages"]["train"]["n"] == 8 and not (tmp_path / "run" / "retrieved").exists()
