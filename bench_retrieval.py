@@ -2,8 +2,8 @@
 
 bm25    indexing, and the 100 best passages of each question, against bm25s (numpy, and numba if it
         is installed) and rank_bm25. All get the same words. bm25s has the same formula, so its
-        lists must have the same scores. rank_bm25 has another one (Okapi), and scores every passage
-        in Python.
+        lists must be the same. rank_bm25 has another one (Okapi), and scores every passage in
+        Python.
 rerank  passages a second against CrossEncoder of sentence-transformers, with the same weights, of
         a random BERT in MiniLM's shape, on passages of many lengths
 
@@ -55,35 +55,37 @@ def timed(step: Callable) -> tuple[float, object]:
 
 
 def index_ours(texts: list[str]) -> Callable:
-    """Index texts. Returns a function: questions -> scores of the best of each."""
+    """Index texts. Returns a function: questions -> [(row, score)], the best of each."""
     bm25 = BM25(texts)
-    return lambda questions: [[score for _, score in bm25.search(q, TOP)] for q in questions]
+    return lambda questions: [bm25.search(q, TOP) for q in questions]
 
 
 def index_bm25s(texts: list[str], backend: str = "numpy") -> Callable:
-    """The same with bm25s."""
+    """The same with bm25s; the function returns rows and scores apart."""
     import bm25s
 
     peer = bm25s.BM25(method="lucene", k1=0.9, b=0.4, backend=backend)
     peer.index([split_words(text) for text in texts], show_progress=False)
     k = min(TOP, len(texts))
 
-    def search(questions: list[str]) -> list:
+    def search(questions: list[str]) -> tuple[list, list]:
         words = [split_words(question) for question in questions]
-        return peer.retrieve(words, k=k, show_progress=False).scores.tolist()
+        rows, scores = peer.retrieve(words, k=k, show_progress=False)
+        return rows.tolist(), scores.tolist()
 
     return search
 
 
 def index_rank_bm25(texts: list[str]) -> Callable:
-    """The same with rank_bm25, which returns scores of another formula."""
+    """The same with rank_bm25, which has another formula."""
     import rank_bm25
 
     peer = rank_bm25.BM25Okapi([split_words(text) for text in texts], k1=0.9, b=0.4)
 
-    def search(questions: list[str]) -> list:
+    def search(questions: list[str]) -> tuple[list, list]:
         scores = [peer.get_scores(split_words(question)) for question in questions]
-        return [np.sort(row)[::-1][:TOP].tolist() for row in scores]
+        best = [np.argsort(-row)[:TOP] for row in scores]
+        return [b.tolist() for b in best], [row[b].tolist() for b, row in zip(best, scores)]
 
     return search
 
@@ -108,10 +110,10 @@ def bm25_rows(texts: list[str], questions: list[str], runs: int):
             for who, make in (("", index_ours), ("peer ", index)):
                 spent, search = timed(lambda make=make: make(texts))
                 seconds[f"{who}index"].append(spent)
-                spent, scores = timed(lambda search=search: search(questions))
+                spent, found = timed(lambda search=search: search(questions))
                 seconds[f"{who}search"].append(spent)
                 if not who:
-                    expected = scores
+                    expected = found
         row = {"workload": f"bm25, {len(texts):,} passages, against {name}"}
         row |= {key: statistics.median(values) for key, values in seconds.items()}
         row["index ratio"] = row["peer index"] / row["index"]
@@ -119,30 +121,43 @@ def bm25_rows(texts: list[str], questions: list[str], runs: int):
         row["queries per second"] = len(questions) / row["search"]
         row["peak"], row["peer peak"] = ours_peak, peak(name, texts, questions)
         if same_formula:
-            row["equal lists"] = sum(map(same_scores, expected, scores)) / len(questions)
+            row["equal lists"] = sum(map(same_list, expected, *found)) / len(questions)
         yield row
 
 
-def same_scores(ours: list[float], theirs: list[float]) -> bool:
-    """Whether two lists of scores agree. A peer fills its list with passages of score 0."""
-    theirs = [score for score in theirs if score > 0]
-    return len(ours) == len(theirs) and np.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+def same_list(ours: list, rows: list[int], scores: list[float]) -> bool:
+    """Whether a peer has the same passages with the same scores, to rounding.
+
+    It fills its list with passages of score 0, and may choose others that tie for the last place.
+    """
+    theirs = {row: score for row, score in zip(rows, scores) if score > 0}
+    last = ours[-1][1] + 1e-4 if len(ours) == TOP else 0.0
+    sure = [(row, score) for row, score in ours if score > last]
+    near = all(abs(theirs.get(row, np.inf) - score) < 1e-4 for row, score in sure)
+    return len(ours) == len(theirs) and near
 
 
-def peak(name: str, texts: list[str], questions: list[str]) -> int:
-    """Bytes at the peak of indexing and searching, in a fresh process."""
+def peak(name: str, texts: list[str] | str, asked: list) -> int:
+    """Bytes at the peak of indexing and searching, or of one of SCORERS, in a fresh process."""
     code = "import bench_retrieval; bench_retrieval.measure_peak()"
-    return int(in_new_process(code, json.dumps([name, texts, questions])))
+    return int(in_new_process(code, json.dumps([name, texts, asked])))
 
 
 def measure_peak() -> None:
     """What `peak` starts: reads its task from stdin, prints the bytes."""
-    name, texts, questions = json.loads(sys.stdin.read())
-    index = index_ours if name == "ours" else PEERS[name][1]
-    index(texts[:10])(questions[:1])  # imports and compiled code do not count
-    before = memory("VmRSS")
-    reset_peak()
-    index(texts)(questions)
+    name, texts, asked = json.loads(sys.stdin.read())
+    if name in SCORERS:
+        score = SCORERS[name](texts)  # the folder of the weights, which do not count
+        score(asked[:1])
+        before = memory("VmRSS")
+        reset_peak()
+        score(asked)
+    else:
+        index = index_ours if name == "ours" else PEERS[name][1]
+        index(texts[:10])(asked[:1])  # imports and compiled code do not count
+        before = memory("VmRSS")
+        reset_peak()
+        index(texts)(asked)
     print(memory("VmHWM") - before)
 
 
@@ -169,37 +184,49 @@ def write_encoder(folder: Path, texts: list[str], shape: dict) -> CrossEncoder:
     return encoder
 
 
+def scores_ours(folder: str) -> Callable:
+    """Load a cross-encoder. Returns a function: [(question, passages)] -> all scores."""
+    encoder = CrossEncoder.from_pretrained(folder)
+    return lambda asked: torch.cat(encoder.score_all(*zip(*asked))).numpy()
+
+
+def scores_of_peer(folder: str) -> Callable:
+    """The same with sentence-transformers."""
+    from sentence_transformers import CrossEncoder as Peer
+
+    peer = Peer(folder, device="cpu")
+
+    def score(asked: list) -> np.ndarray:
+        pairs = [(question, text) for question, passages in asked for text in passages]
+        return peer.predict(pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False)
+
+    return score
+
+
+SCORERS = {"re-rank": scores_ours, "re-rank, peer": scores_of_peer}
+
+
 def rerank_rows(texts: list[str], questions: list[str], runs: int, tiny: bool):
     """Yield the row of the cross-encoder."""
     if find_spec("sentence_transformers") is None:
         show("rerank: sentence-transformers is not installed")
         return
-    from sentence_transformers import CrossEncoder as Peer
-
-    rng, asked = np.random.default_rng(0), questions[: 2 if tiny else 8]
-    lists = []  # passages of 1 to 8 texts joined: ragged, as real ones are
-    for _ in asked:
-        lengths = rng.integers(1, 9, 10 if tiny else 50)
-        lists.append([" ".join(rng.choice(texts, length)) for length in lengths])
+    rng, asked = np.random.default_rng(0), []
+    for question in questions[: 2 if tiny else 8]:
+        lengths = rng.integers(1, 9, 10 if tiny else 50)  # texts joined: ragged, as passages are
+        asked.append((question, [" ".join(rng.choice(texts, length)) for length in lengths]))
     with tempfile.TemporaryDirectory() as folder:
-        encoder = write_encoder(Path(folder) / "encoder", texts, TINY if tiny else MINILM)
-        peer = Peer(str(Path(folder) / "encoder"), device="cpu")
-    pairs = [(q, text) for q, some in zip(asked, lists) for text in some]
-
-    def ours() -> torch.Tensor:
-        return torch.cat(encoder.score_all(asked, lists))
-
-    def theirs() -> np.ndarray:
-        return peer.predict(pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False)
-
-    scores = ours().numpy()  # this is also the warm-up
-    difference = (np.abs(scores - theirs()).max() / scores.std()).item()
-    seconds = [(timed(ours)[0], timed(theirs)[0]) for _ in range(runs)]
-    row = {"workload": f"rerank {len(pairs)} passages"}
-    row["score difference"] = difference  # in standard deviations of the scores
+        write_encoder(Path(folder), texts, TINY if tiny else MINILM)
+        sides = [score_with(folder) for score_with in SCORERS.values()]
+        peaks = [peak(name, folder, asked) for name in SCORERS]
+    scores, theirs = (side(asked) for side in sides)  # this is also the warm-up
+    seconds = [[timed(lambda side=side: side(asked))[0] for side in sides] for _ in range(runs)]
+    row = {"workload": f"rerank {len(scores)} passages"}
+    row["score difference"] = (np.abs(scores - theirs).max() / scores.std()).item()  # in deviations
     row["score"], row["peer score"] = (statistics.median(side) for side in zip(*seconds))
     row["ratio"] = statistics.median(b / a for a, b in seconds)
-    row["passages per second"] = len(pairs) / row["score"]
+    row["passages per second"] = len(scores) / row["score"]
+    row["peak"], row["peer peak"] = peaks
     yield row
 
 

@@ -176,7 +176,7 @@ class RerankerTraining:
 
     def __init__(self, args):
         self.args, folder = args, base_encoder(args)
-        self.encoder = CrossEncoder.from_pretrained(folder, args.device, args.encoder_len)
+        self.encoder = CrossEncoder.from_pretrained(folder, args.device, args.encoder_len, True)
         self.trained = self.encoder
 
     def use(self, questions: dict[str, list[Question]]) -> dict:

@@ -20,9 +20,10 @@ import genres
 import parallel
 import passages as books
 import world
-from checkpoints import read_json, resolve, write_json, write_lines
+from checkpoints import read_json, read_tensors, resolve, write_json, write_lines
 from families import bert_from_hf
 from passages import Passage, Question, with_found
+from rerank import find_format
 from retrieve import (
     BM25,
     DenseIndex,
@@ -37,7 +38,7 @@ from retrieve import (
 from world import SPLITS
 
 RECALL_AT = (1, 5, 20, 100)
-TUNED_AT = 5  # the weight of a hybrid search: an answer among so many passages of dev
+TUNED_AT = 5  # the weight of a hybrid search has the best recall@5 on dev
 
 # The passages and the questions
 
@@ -87,6 +88,9 @@ def load_book(args) -> Book:
             named = listed or [passage for q in found or () for passage in q.found]
             questions[split] = books.read_questions(path, named)
     if found and not args.train:
+        if len(found) < 3:
+            problem = f"{len(found)} questions are too few to cut into train, dev and test"
+            raise ValueError(f"--passages {args.passages}: {problem}; --train names others")
         questions |= cut(found, args.seed)
     if not questions["train"]:
         raise ValueError(f"--passages {args.passages} is a book: --train names the questions")
@@ -102,7 +106,7 @@ def load_book(args) -> Book:
 
 def holds_questions(path: str) -> bool:
     """Whether the first record of a file is a question."""
-    if Path(path).suffix not in (".json", ".jsonl"):
+    if Path(path).suffix.lower() not in (".json", ".jsonl"):
         return False
     _, record = next(books.json_records(path), ("", {}))
     return "question" in record
@@ -117,7 +121,10 @@ def cut(questions: list[Question], seed: int) -> dict[str, list[Question]]:
 
 
 def check_questions(questions: Iterable[Question], answered: bool) -> list[Question]:
-    """The questions (or those with an answer), spelt alike. ValueError if an id occurs twice."""
+    """Return the questions with one spelling: data.bare_question. ValueError if an id occurs twice.
+
+    answered: leave out questions without an answer, which a reader cannot be scored on.
+    """
     kept, sources = [], {}
     for q in questions:
         if (q.task, q.id) in sources:
@@ -185,14 +192,28 @@ def encoder_folder(path: str | Path) -> Path:
     return folder / "model" if (folder / "model").is_dir() else folder
 
 
-def load_dual(args, path: str | Path) -> DualEncoder:
-    """Load a dual encoder: a run of --method retriever, or a published BERT for both sides."""
-    folder = encoder_folder(path)
-    if (folder / "question").is_dir():
-        pooling = read_json(folder.parent / "run.json")["arguments"]["pooling"]
-        passage = folder / "passage" if (folder / "passage").is_dir() else None
-        return DualEncoder.from_pretrained(folder / "question", passage, pooling, args.device)
-    return DualEncoder.from_pretrained(folder, None, args.pooling, args.device)
+def find_dual(args) -> tuple[Path, Path | None, str]:
+    """The parts of --retriever: the BERT of questions, that of passages if it is another, pooling.
+
+    --retriever is a run of --method retriever, a folder with question/ and maybe passage/, such as
+    DPR's two encoders, or a published BERT for both sides. The run knows its pooling; --pooling is
+    that of the others. FileNotFoundError or ValueError if it is none of them.
+    """
+    folder = encoder_folder(args.retriever)
+    record, pooling = folder.parent / "run.json", args.pooling
+    if not (folder / "question").is_dir():
+        return check_bert(folder), None, pooling
+    if folder.name == "model" and record.is_file():
+        pooling = read_json(record)["arguments"]["pooling"]
+    second = check_bert(folder / "passage") if (folder / "passage").is_dir() else None
+    return check_bert(folder / "question"), second, pooling
+
+
+def load_dual(args) -> DualEncoder:
+    """Load the dual encoder of --retriever, which reads --encoder-len tokens at most."""
+    dual = DualEncoder.from_pretrained(*find_dual(args), args.device)
+    dual.max_len = min(dual.max_len, args.encoder_len)
+    return dual
 
 
 class Search:
@@ -210,7 +231,7 @@ class Search:
                 BM25(passages).save(folder / "bm25")
             self.bm25 = BM25.load(folder / "bm25", passages)
         if args.search != "bm25":
-            self.dual = load_dual(args, args.retriever)
+            self.dual = load_dual(args)
             if not (folder / "vectors").is_dir():
                 vectors = self.dual.encode_passages(passages)
                 DenseIndex(vectors).save(folder / "vectors", passages)
@@ -321,6 +342,14 @@ def check_bert(folder: Path) -> Path:
     """Return the folder. FileNotFoundError or ValueError if its config.json is not of a BERT."""
     bert_from_hf(folder / "config.json")
     return folder
+
+
+def check_reranker(folder: Path) -> None:
+    """FileNotFoundError or ValueError if a folder holds no BERT, or one without a rank head."""
+    if find_format(read_tensors(check_bert(folder) / "model.safetensors")) is None:
+        raise ValueError(
+            f"--reranker {folder}: an encoder alone; --encoder trains a re-ranker of it"
+        )
 
 
 def hash_encoders(paths: Iterable[str | Path]) -> str:

@@ -19,6 +19,7 @@ Needs rerank.py, data.py, torch, numpy and tokenizers.
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -137,7 +138,9 @@ def json_records(path: str | Path) -> Iterator[tuple[str, dict]]:
         line, last = line + text.count("\n", last, position), position
         try:
             record, end = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
+            if "\\ud" in text[position:end].lower():  # half a surrogate pair, as in data.json_lines
+                json.dumps(record, ensure_ascii=False).encode("utf-8")
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path.name}:{line}: not a record of JSON ({error})") from None
         if not isinstance(record, dict):
             raise ValueError(f"{path.name}:{line}: a JSON object is expected")
@@ -200,18 +203,23 @@ def parse_question(record: dict, by_id: dict, source: str) -> Question:
     known = answers or record.get("positives") or record.get("positive_ctxs")
     if not isinstance(answers, list) or not known or not all(map(_is_text, answers)):
         raise ValueError(f"{source}: needs a list of texts under the key answers or answer")
+    if "positives" in record:
+        if not isinstance(record["positives"], list):
+            raise ValueError(f"{source}: positives must be a list of ids")
+        record = record | {"positive_ctxs": [{"id": id} for id in record["positives"]]}
     lists = []
     for key in ("positive_ctxs", "hard_negative_ctxs", "negative_ctxs", "ctxs"):
         listed = record.get(key) or []
-        if key == "positive_ctxs" and "positives" in record:
-            listed = [{"id": id} for id in record["positives"]]
         if not isinstance(listed, list):
             raise ValueError(f"{source}: {key} must be a list of passages")
         lists.append([_parse_passage(passage, by_id, f"{source}: {key}") for passage in listed])
-    try:
+    try:  # DPR writes scores as texts
         scores = [float(passage.get("score", 0.0)) for passage in record.get("ctxs") or []]
-    except (TypeError, ValueError):  # DPR writes scores as texts
-        raise ValueError(f"{source}: ctxs: a score is no number") from None
+        finite = all(map(math.isfinite, scores))
+    except (TypeError, ValueError, OverflowError):
+        finite = False
+    if not finite:
+        raise ValueError(f"{source}: ctxs: a score is not a finite number")
     task, id = str(record.get("task", "")), str(record.get("id", source))
     return Question(text, answers, *lists, scores, source, task, id)
 
@@ -235,14 +243,20 @@ def _squad(articles: list, source: str) -> list[Question]:
     try:
         for article in articles:
             for number, paragraph in enumerate(article["paragraphs"]):
-                title, text = article.get("title", ""), paragraph["context"]
+                title, text = str(article.get("title", "")), paragraph["context"]
+                where = f"{source}: {title!r}, paragraph {number}"
+                if not _is_text(text):
+                    raise ValueError(f"{where}: the context is empty or no text")
                 passage = Passage(title, text, f"{title}:{number}")
                 for qa in paragraph["qas"]:
                     answers = list(dict.fromkeys(a["text"] for a in qa["answers"]))
+                    if not all(map(_is_text, [qa["question"], *answers])):
+                        raise ValueError(f"{where}: a question or an answer is empty or no text")
                     positives = [passage] if answers else []
                     id = str(qa.get("id", f"{source}:{len(questions)}"))
-                    asked = Question(qa["question"], answers, positives, source=source, id=id)
-                    questions.append(asked)
+                    questions.append(
+                        Question(qa["question"], answers, positives, source=where, id=id)
+                    )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{source}: not a SQuAD file ({error!r})") from None
     return questions
@@ -304,15 +318,16 @@ def choose_passages(question: Question) -> tuple[list[Passage], list[Passage]]:
     """Return (positives, negatives) as DPR chooses them for its reader.
 
     Positives: the found passages with an answer that have the title of a known positive; if there
-    are none, the first 20 with an answer among the first 200 found. Negatives: found passages
-    without an answer, at most min(max(10 * positives, 50), 150) of them. If nothing was searched,
-    the question's own lists are used. Without answers: the known positives and what else was found.
+    are none, the first 20 with an answer among the first 200 found. (Two passages without a title
+    do not have the same title.) Negatives: found passages without an answer, at most min(max(10 *
+    positives, 50), 150) of them. If nothing was searched, the question's own lists are used.
+    Without answers: the known positives and what else was found.
     """
     if not question.found:
         return question.positives, [*question.hard_negatives, *question.negatives]
     if not question.answers:
         return question.positives, [p for p in question.found if p not in question.positives][:50]
-    hits, titles = answer_hits(question), {p.title.lower() for p in question.positives}
+    hits, titles = answer_hits(question), {p.title.lower() for p in question.positives if p.title}
     right = [p for p, hit in zip(question.found, hits) if hit]
     positives = [p for p in right if p.title.lower() in titles]
     if not positives:

@@ -45,8 +45,9 @@ from openbook import (
     Book,
     Search,
     base_encoder,
-    check_bert,
+    check_reranker,
     encoder_folder,
+    find_dual,
     recalls,
     retrieve,
     write_book,
@@ -99,6 +100,7 @@ def rank(args, book: Book, folder: Path, train: Callable) -> tuple[Book, dict]:
         for split, part in ranked.items():
             write_found(folder / "ranked" / f"{split}.jsonl", part)
     info["format"] = str(models["all"].format)
+    show(f"re-ranker: {info['format']}")
     return replace(book, questions=ranked), info
 
 
@@ -170,7 +172,8 @@ def write_inputs(args, tokenizer, left: int, questions: Sequence[Question], targ
     answers = data.encode_prompts(tokenizer, [f" {target}" for target in targets])
     texts, packed, dropped = [], [], 0
     for row, q in enumerate(questions):
-        # + 1 for another split after the text, + 1 for EOS, - 1: the last token is not read.
+        # A target takes its tokens, one more if it is split in another way behind the text, and
+        # EOS. The last of them is predicted but never read.
         answer = len(answers[row]) + 1 if targets else 0
         limit = left - max(args.max_new_tokens - 1, answer)
         budget = max(0, limit - len(asked[row]))
@@ -206,18 +209,22 @@ def check(args, book: Book) -> list[str | Path]:
     if args.method == "reader" and args.top == 0:
         return encoders
     if args.method == "reader" and not book.passages:
-        raise ValueError(f"--train {args.train}: has no passages, and --passages names none")
+        flag = "--passages" if args.passages else "--train"
+        file = args.passages or args.train
+        raise ValueError(f"{flag} {file}: holds no passages; --passages names a file that does")
     if args.search != "bm25" and not args.retriever:
         raise ValueError(f"--search {args.search} needs --retriever, the folder of a dual encoder")
     if args.search == "hybrid" and searches and not book.questions["dev"]:
         raise ValueError("--search hybrid: there are no dev questions to tune its weight on")
-    encoders += [args.retriever] if args.search != "bm25" else []
+    if args.search != "bm25":
+        find_dual(args)
+        encoders.append(args.retriever)
     if args.method != "reader":
         return [*encoders, base_encoder(args)]
     if args.no_rerank:
         return encoders
     if args.reranker:
-        check_bert(encoder_folder(args.reranker))
+        check_reranker(encoder_folder(args.reranker))
     keys = set(map(half_key, book.questions["train"]))
     if len(keys) < 2 and not (args.reranker or args.no_cross_fit):
         raise ValueError("one question cannot be cut into halves; --no-cross-fit does without")

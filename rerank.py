@@ -7,9 +7,8 @@ passage together, with the heads and the loss of DPR's reader (Karpukhin et al. 
     scores = encoder.score(question, [(title, text), ...])          (N,), higher is better
     packed, dropped = pack(passages, scores, budget=1024, count=tokens_of)
 
-Needs torch, numpy and tqdm. Loading and saving a published folder needs checkpoints.py and
-families.py beside this file. Dimensions as in model.py: B batch, N passages, L tokens of a text, C
-model width, H heads, D head width; M is the number of passages of a training question.
+Needs torch, numpy and tqdm; checkpoints.py and families.py to load and save. Dimensions: B batch,
+N passages, L tokens, C model width, H heads, D head width, M passages of a training question.
 
     python rerank.py runs/bert/model        prints what a checkpoint holds and which input it reads
 """
@@ -19,6 +18,7 @@ if __name__ == "__main__":
 
 import re
 import sys
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,13 +120,12 @@ class Bert(nn.Module):
         lengths (B,): the real tokens of each right-padded row. token_type_ids (B, L), by default 0.
         ValueError if the texts are longer than the position embeddings.
         """
-        if ids.shape[1] > self.config.max_len:
-            raise ValueError(
-                f"texts of {ids.shape[1]} tokens exceed this BERT's {self.config.max_len} positions"
-            )
+        L, most = ids.shape[1], self.config.max_len
+        if L > most:
+            raise ValueError(f"texts of {L} tokens exceed this BERT's {most} positions")
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(ids)
-        position = torch.arange(ids.shape[1], device=ids.device)
+        position = torch.arange(L, device=ids.device)
         x = self.word_embeddings(ids) + self.position_embeddings(position)
         x = x + self.token_type_embeddings(token_type_ids)
         x = F.dropout(self.norm(x), self.config.dropout, self.training)
@@ -215,7 +214,7 @@ def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def length_batches(rows: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
-    """The row numbers, longest first, in batches of at most `batch_tokens` tokens with padding."""
+    """Row numbers, longest first, in batches of at most `batch_tokens` tokens with padding."""
     batches, width = [], 0
     for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
         if not batches or (len(batches[-1]) + 1) * width > batch_tokens:
@@ -337,8 +336,7 @@ class CrossEncoder(nn.Module):
     def score_all(self, questions: Sequence[str], passages: Sequence, batch_tokens: int = 4096):
         """Score the passages of each question. Returns a list of tensors (N,).
 
-        Inputs of all questions share batches of similar lengths. On a GPU a batch has 16 times as
-        many tokens. Dropout is off meanwhile.
+        Inputs of all questions share batches of similar lengths. Dropout is off meanwhile.
         """
         pairs = [as_pair(passage) for some in passages for passage in some]
         titles, texts = (self.tokens([pair[i] for pair in pairs]) for i in (0, 1))
@@ -354,11 +352,12 @@ class CrossEncoder(nn.Module):
         return list(scores.split([len(some) for some in passages]))
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id, device: str = "cpu", max_len=None) -> "CrossEncoder":
+    def from_pretrained(cls, path_or_hub_id, device="cpu", max_len=None, new_heads=False):
         """Load a published cross-encoder, DPR reader or what `save` wrote; trainable, in eval mode.
 
-        The names of the tensors decide on the format. A BERT without these heads gets new ones of
-        the format "reader". FileNotFoundError or ValueError as in Bert.from_pretrained.
+        The names of the tensors decide on the format. A BERT without heads gets random ones of the
+        format "reader": with a warning, unless `new_heads` says that the caller trains them.
+        FileNotFoundError or ValueError as in Bert.from_pretrained.
         """
         from checkpoints import check_tensors, load_tokenizer, read_tensors, resolve
 
@@ -368,6 +367,8 @@ class CrossEncoder(nn.Module):
         stored = read_tensors(folder / "model.safetensors")
         format = find_format(stored)
         if format is None:
+            if not new_heads:
+                warnings.warn(f"{folder}: an encoder alone; its new heads are random", stacklevel=2)
             return cls(bert, tokenizer, "reader", max_len).to(device).eval()
         labels = len(stored[FORMATS[format].heads["rank"] + ".weight"])
         if labels > 2:
@@ -509,8 +510,7 @@ def main(argv: list[str] | None = None) -> BertConfig:
     from checkpoints import read_tensors
 
     format = find_format(read_tensors(folder / "model.safetensors"))
-    alone = "an encoder alone: a re-ranker of it gets new heads"
-    show(str(FORMATS[format]) if format else alone, result=True)
+    show(str(FORMATS[format]) if format else "an encoder alone, without heads", result=True)
     return bert.config
 
 

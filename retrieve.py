@@ -293,7 +293,10 @@ class DenseIndex:
         self.vectors = vectors
 
     def search(self, question: np.ndarray, k: int = 100, rows_at_once: int = 1 << 20) -> Found:
-        """question (C,) -> the k passages of the largest inner product. ValueError if k < 1."""
+        """question (C,) -> the k passages of the largest inner product, equal ones by row.
+
+        ValueError if k is below 1.
+        """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         best, scores = np.empty(0, int), np.empty(0, np.float32)
@@ -302,9 +305,9 @@ class DenseIndex:
             best = np.concatenate([best, np.arange(start, start + len(part))])
             scores = np.concatenate([scores, part])
             if k < len(scores):
-                kept = np.sort(np.argpartition(-scores, k - 1)[:k])
+                kept = scores >= np.partition(scores, -k)[-k]
                 best, scores = best[kept], scores[kept]
-        order = np.argsort(-scores, kind="stable")
+        order = np.argsort(-scores, kind="stable")[:k]
         return list(zip(best[order].tolist(), scores[order].tolist()))
 
     def save(self, folder: str | Path, passages: Sequence) -> None:

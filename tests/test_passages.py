@@ -151,6 +151,12 @@ def test_squad_is_read_and_its_unanswerable_questions_have_no_positive(tmp_path)
     assert not samples and skipped == {"no negative passage": 1, "no positive passage": 1}
 
 
+def squad(context, question, answer) -> str:
+    qas = [{"id": "1", "question": question, "answers": [{"text": answer}]}]
+    article = {"title": "Emma", "paragraphs": [{"context": context, "qas": qas}]}
+    return json.dumps({"data": [article]})
+
+
 ASKED = '{"question": "q", "answers": ["a"]'
 
 
@@ -177,7 +183,19 @@ ASKED = '{"question": "q", "answers": ["a"]'
         ),
         (
             ASKED + ', "ctxs": [{"text": "a", "score": "b"}]}',
-            "a.json:1: ctxs: a score is no number",
+            "a.json:1: ctxs: a score is not a finite number",
+        ),
+        (
+            ASKED + ', "ctxs": [{"text": "a", "score": "nan"}]}',
+            "a.json:1: ctxs: a score is not a finite number",
+        ),
+        (ASKED + ', "positives": 5}', "a.json:1: positives must be a list of ids"),
+        ('[{"question": "q\\ud800", "answers": ["a"]}]', "a.json:1: not a record of JSON"),
+        (squad("", "who", "Jane"), r"a.json:1: 'Emma', paragraph 0: the context is empty"),
+        (squad("It is.", " ", "Jane"), "a.json:1: 'Emma', paragraph 0: a question or an answer"),
+        (
+            squad("It is.", "who", ""),
+            "a.json:1: 'Emma', paragraph 0: a question or an answer is empty",
         ),
         ('{"data": [{"title": "a"}]}', "a.json:1: not a SQuAD file"),
     ],
@@ -231,6 +249,11 @@ def test_positives_and_negatives_are_chosen_as_dpr_does():
     assert len(positives) == 25 and {p.title for p in positives} == {"Gold"}  # of the gold page
     positives, _ = choose_passages(with_found(gold, book[:260], rank(260)))
     assert len(positives) == 5  # none is of the gold page
+    untitled = Question("q", ["x"], [Passage("", "x")])
+    positives, _ = choose_passages(with_found(untitled, found(60, range(30), ""), rank(60)))
+    assert len(positives) == 20  # no title is no page
+    titled = with_found(asked, [Passage("x", "w"), Passage("w", "x")], rank(2))
+    assert answer_hits(titled) == [False, True]  # a title is not searched for answers
 
 
 def rank(count):

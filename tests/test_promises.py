@@ -20,7 +20,7 @@ TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["model", "adapters", "questions", "rerank", "t5", "genres"], 2),
     **dict.fromkeys(["recurse", "suite", "retrieve"], 3),
     **dict.fromkeys(["filler", "passages"], 4),
-    **dict.fromkeys(["openbook", "prompts", "textual"], 5),
+    **dict.fromkeys(["openbook", "prompts", "textual", "convert"], 5),
     **dict.fromkeys(["runs", "reader", "handover"], 6),
     **dict.fromkeys(["fit", "cli", "start", "study", "corpus", "verify"], 7),
     **dict.fromkeys(["encoders", "contest", "cost"], 8),

@@ -1,6 +1,7 @@
 """The open book: training of its two encoders, and the frozen reader with its stages."""
 
 import json
+import shutil
 from importlib.util import find_spec
 
 import pytest
@@ -272,8 +273,8 @@ def test_a_reader_starts_from_any_dpr_result(shelf, tmp_path):
     bm25, rows = BM25(BOOK), []
     for q in questions:
         rows.append(books.with_found(q, BOOK, bm25.search(q.question, 4)))
-    write_dpr(tmp_path / "nq.json", rows, {"found": "ctxs"})
-    result = f"--passages {tmp_path}/nq.json --no-rerank --steps 1"
+    write_dpr(tmp_path / "NQ.JSON", rows, {"found": "ctxs"})
+    result = f"--passages {tmp_path}/NQ.JSON --no-rerank --steps 1"
     files = f"--train {shelf}/plain.jsonl --dev {shelf}/plain.jsonl"
     record = run(line(shelf, "reader", tmp_path / "run", f"{result} {files}"))
     assert record["passages"]["train"]["n"] == 8 and not (tmp_path / "run" / "retrieved").exists()
@@ -320,7 +321,7 @@ def test_a_reader_searches_with_a_trained_dual_encoder(shelf, dual, tmp_path, mo
     flags = f"--search {search} --retriever {dual} --no-rerank --steps 1 --top 3"
     run(line(shelf, "reader", tmp_path / "run", flags))
     args = train.parse(line(shelf, "reader", tmp_path, f"--search dense --retriever {dual}")[1:])
-    encoder = openbook.load_dual(args, dual)
+    encoder = openbook.load_dual(args)
     assert encoder.pooling == "mean" and encoder.passage is encoder.question
     questions = read_questions(tmp_path / "run" / "retrieved" / "train.jsonl", BOOK)
     index = DenseIndex(encoder.encode_passages(BOOK))
@@ -389,6 +390,14 @@ def test_a_run_with_checkpointed_blocks_trains_the_same_prompt(shelf, whole, tmp
 READS = "train.py --method reader"
 TABLE = r"""
 READS --search dense                      | --search dense needs --retriever
+READS --search dense --retriever {}/lm/model | model_type is neither bert nor dpr
+READS --reranker {}/bert                  | bert/model: an encoder alone
+READS --reranker {}/lm/model              | model_type is neither bert nor dpr
+OWN --passages {}/result.json             | result.json: 1 questions are too few to cut
+OWN --passages {}/bare.json               | bare.json: holds no passages
+OWN --train {}/squad.json                 | squad.json:1: 'Emma', paragraph 0: the context is empty
+OWN --passages {}/nan.json                | nan.json:2: ctxs: a score is not a finite number
+OWN --passages {}/book.jsonl              | book.jsonl is a book: --train names the questions
 READS --passages {}/none.tsv              | none.tsv: no such file
 READS --passages {}/twice.jsonl           | twice.jsonl:2: the id 'a' is taken by twice.jsonl:1
 READS --passages {}/blank.jsonl           | blank.jsonl:1: the passage 'a' is empty
@@ -421,6 +430,10 @@ FILES = {
     "one.jsonl": '{"question": "where was Anna born", "answer": ["Velmor"]}\n',
     "lost.jsonl": '{"question": "where was Anna born", "answer": ["nowhere"]}\n',
     "result.json": '[{"question": "a", "answers": ["b"], "ctxs": [{"text": "c", "score": "1"}]}]',
+    "bare.json": json.dumps([{"question": f"q{i}", "answers": ["b"]} for i in range(5)]),
+    "squad.json": '{"data": [{"title": "Emma", "paragraphs": [{"context": " ", "qas": []}]}]}',
+    "nan.json": '[{"question": "a", "answers": ["b"]},\n'
+    '{"question": "c", "answers": ["b"], "ctxs": [{"text": "c", "score": "NaN"}]}]',
 }
 
 
@@ -430,10 +443,13 @@ def test_bad_input_is_one_line(shelf, whole, tmp_path, row):
         (shelf / name).write_text(text)
     flags, *words = (part.strip() for part in row.split(" | "))
     name, _, flags = flags.replace("{}", str(shelf)).partition(" ")
-    method, out = {"READS": "reader", "RANKS": "reranker"}[name], tmp_path / "new"
+    method, out = "reranker" if name == "RANKS" else "reader", tmp_path / "new"
+    command_line = line(shelf, method, out, flags)
+    if name == "OWN":  # of the files those that its flags name alone
+        del command_line[3:9]
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     with pytest.raises((ValueError, OSError, SystemExit)) as error:
-        run(line(shelf, method, out, flags))
+        run(command_line)
     message = str(error.value)
     if error.type is not SystemExit:  # argparse prints its own line
         assert len(message.splitlines()) == 1 and all(word in message for word in words), message
@@ -452,6 +468,18 @@ def test_encoders_learn_from_questions_without_answers_and_a_reader_leaves_them_
         assert record["skipped"] == {} and record["results"]["dev"]["n"] == 4
     words = line(shelf, "reader", tmp_path / "reader", f"{files} --no-rerank --steps 1")
     assert run(words)["passages"]["train"]["n"] == 1
+
+
+def test_two_encoders_in_a_folder_are_a_dual_encoder_and_read_encoder_len_tokens(shelf, tmp_path):
+    for name in ("question", "passage"):
+        shutil.copytree(shelf / "bert" / "model", tmp_path / "dpr" / name)
+    flags = f"--search dense --retriever {tmp_path}/dpr --pooling mean --encoder-len 9"
+    dual = openbook.load_dual(train.parse(line(shelf, "reader", tmp_path, flags)[1:]))
+    assert dual.question is not dual.passage and (dual.pooling, dual.max_len) == ("mean", 9)
+    (tmp_path / "dpr" / "passage" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="passage: no config.json"):
+        run(line(shelf, "reader", tmp_path / "run", flags))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_of_an_encoder_answers_nothing(dual):
@@ -482,6 +510,18 @@ def test_the_world_has_a_book_of_its_own():
 # The experiments and the benchmark
 
 
+FULL = [(row, 9.0 - row / 20) for row in range(100)]
+LISTS = [  # ours, a peer's, whether they agree
+    ([(3, 2.0), (1, 1.0)], [(3, 2.0), (1, 1.0), (0, 0.0)], True),
+    ([(3, 2.0), (1, 2.0)], [(1, 2.0), (3, 2.0)], True),
+    ([(3, 2.0), (1, 1.0)], [(3, 2.0), (2, 1.0)], False),
+    ([(3, 2.0), (1, 1.0)], [(3, 2.0), (1, 1.1)], False),
+    ([(3, 2.0)], [(3, 2.0), (1, 1.0)], False),
+    (FULL, [*FULL[:-1], (100, FULL[-1][1])], True),
+    (FULL, [*FULL[:-2], (100, FULL[-2][1]), FULL[-1]], False),
+]
+
+
 def test_the_rows_of_the_benchmark_agree_with_the_peers(monkeypatch, shelf, capsys):
     monkeypatch.setattr(openbook.genres, "library", lambda world: small_world())
     assert bench_retrieval.peak("ours", [p.text for p in BOOK], ["Anna"]) > 0
@@ -489,5 +529,8 @@ def test_the_rows_of_the_benchmark_agree_with_the_peers(monkeypatch, shelf, caps
     rows = bench_retrieval.main("--tiny --runs 1".split())
     assert all(row["equal lists"] == 1 for row in rows if "equal lists" in row)
     assert all(row["score difference"] < 1e-4 for row in rows if "score difference" in row)
+    assert all(row["peer peak"] == row["peak"] == 1 for row in rows)
+    for ours, theirs, same in LISTS:
+        assert bench_retrieval.same_list(ours, *zip(*theirs)) == same, (ours, theirs)
     peers = [name for name, (package, *_) in bench_retrieval.PEERS.items() if find_spec(package)]
     assert len(peers) > 1 and all(rows[i]["workload"].endswith(p) for i, p in enumerate(peers))

@@ -254,6 +254,10 @@ generate.py lm/model text --seed 9223372036854775808    | --seed | is not betwee
 adapters.py                                             | folder
 adapters.py thesis                                      | thesis: no adapter_config.json
 adapters.py cut                                         | adapter_model.safetensors
+convert.py                                              | --to
+convert.py nowhere new --to nq-open                     | nowhere: no such file
+convert.py dev.jsonl dev.jsonl --to nq-open             | dev.jsonl exists
+convert.py dev.jsonl new/dev.jsonl --to nq-open         | new
 rerank.py                                               | folder
 rerank.py nowhere                                       | nowhere
 rerank.py lm/model                                      | config.json: model_type
@@ -310,6 +314,8 @@ ROWS += [  # a value of 5,000 letters is not shown in full
         ("adapters.py thesis --LETTERS", "adapters.py: unrecognized", " ... "),
         ("adapters.py LETTERS", "adapters.py: ", "File name too long"),
         ("rerank.py lm/model --LETTERS", "rerank.py: unrecognized", " ... "),
+        ("convert.py LETTERS new --to nq-open", "File name too long"),
+        ("convert.py dev.jsonl new --to LETTERS", "--to: invalid choice: 'aaa", " ... "),
         ("rerank.py LETTERS", "rerank.py: ", "File name too long"),
         ("t5.py lm/model --LETTERS", "t5.py: unrecognized", " ... "),
         ("t5.py LETTERS", "t5.py: ", "File name too long"),

@@ -1,6 +1,7 @@
 """The re-ranker: its input, scores, loss, files; cross-fitting and packing. Parity: test_parity."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -147,10 +148,14 @@ def test_a_bare_bert_gets_new_heads_and_three_labels_are_refused(tmp_path, capsy
     encoder = make_encoder()
     encoder.bert.save(tmp_path)
     encoder.tokenizer.save(str(tmp_path / "tokenizer.json"))
-    again = CrossEncoder.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="an encoder alone; its new heads are random"):
+        again = CrossEncoder.from_pretrained(tmp_path)
     assert again.format is rerank.FORMATS["reader"] and again.heads["rank"].weight.std() < 0.05
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CrossEncoder.from_pretrained(tmp_path, new_heads=True)
     rerank.main([str(tmp_path)])
-    assert "gets new heads" in capsys.readouterr().out
+    assert "an encoder alone, without heads" in capsys.readouterr().out
     make_encoder("classifier", labels=3).save(tmp_path / "three")
     with pytest.raises(ValueError, match="one label or two, not 3"):
         CrossEncoder.from_pretrained(tmp_path / "three")

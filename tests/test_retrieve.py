@@ -170,6 +170,8 @@ def test_dense_search_is_exact_and_saved_with_its_passages(tmp_path):
         found = index.search(question, k, at_once)
         assert [row for row, _ in found] == expected[:k].tolist()
         np.testing.assert_allclose([s for _, s in found], scores[expected[:k]], rtol=1e-5)
+    tied = DenseIndex(np.ones((30, 2), np.float32)).search(np.ones(2, np.float32), 4, 7)
+    assert tied == [(row, 2.0) for row in range(4)]  # by row, wherever the parts end
     index.save(tmp_path / "index", book)
     again = DenseIndex.load(tmp_path / "index", book)
     assert isinstance(again.vectors, np.memmap) and again.search(question) == index.search(question)

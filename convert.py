@@ -1,0 +1,140 @@
+"""Files of passages and questions, written in the published formats.
+
+    python convert.py passages.jsonl psgs.tsv --to passages
+    python convert.py dev.jsonl dpr-results.json --to results --passages passages.jsonl
+
+The first file is in any form that passages.py reads, --passages is the book that its ids stand for.
+
+    passages   psgs_w100.tsv, quoted as DPR's own; JSON lines if the name ends in .jsonl
+    results    DPR's retrieval results: what was found for each question
+    training   DPR's training file: positives, hard negatives and negatives
+    nq-open    the questions and answers alone, in JSON lines
+    squad      SQuAD 1.1. Each question stands with the first positive that spells one of its
+               answers, letter by letter; questions without one are counted and left out
+
+Needs passages.py, checkpoints.py and show.py, and what these need.
+"""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from show import Parser, run_program, show
+
+from checkpoints import atomic_write, write_lines
+from passages import Passage, Question, answer_hits, read_passages, read_questions
+
+
+def write_passages(path: str | Path, passages: Sequence[Passage]) -> None:
+    """Write psgs_w100.tsv, or JSON lines if the name ends so; read_passages reads both.
+
+    A line break or a tab inside a text becomes a space in psgs_w100.tsv, where each ends something.
+    """
+    if Path(path).suffix.lower() == ".jsonl":
+        write_lines(path, [p._asdict() for p in passages])
+        return
+    blanks = str.maketrans("\t\r\n", "   ")
+    with atomic_write(path) as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as f:
+        writer = csv.writer(f, delimiter="\t", lineterminator="\n")
+        writer.writerow(["id", "text", "title"])
+        for p in passages:
+            writer.writerow(
+                [p.id.translate(blanks), p.text.translate(blanks), p.title.translate(blanks)]
+            )
+
+
+def results(questions: Sequence[Question]) -> list[dict]:
+    """What DPR's dense_retriever.py writes: {"question", "answers", "ctxs": [...]} of each."""
+    records = []
+    for q in questions:
+        found = zip(q.found, q.scores, answer_hits(q))
+        ctxs = [
+            {"id": p.id, "title": p.title, "text": p.text, "score": str(score), "has_answer": hit}
+            for p, score, hit in found
+        ]
+        records.append({"question": q.question, "answers": q.answers, "ctxs": ctxs})
+    return records
+
+
+def training(questions: Sequence[Question]) -> list[dict]:
+    """What DPR's encoders train on: the three lists of passages of each question."""
+
+    def ctxs(passages: Sequence[Passage]) -> list[dict]:
+        return [{"title": p.title, "text": p.text, "passage_id": p.id} for p in passages]
+
+    records = []
+    for q in questions:
+        lists = {"positive_ctxs": ctxs(q.positives), "negative_ctxs": ctxs(q.negatives)}
+        lists["hard_negative_ctxs"] = ctxs(q.hard_negatives)
+        records.append({"question": q.question, "answers": q.answers} | lists)
+    return records
+
+
+def squad(questions: Sequence[Question]) -> tuple[dict, int]:
+    """Return SQuAD 1.1's object and the number of questions that are left out."""
+    articles, left_out = {}, 0
+    for number, q in enumerate(questions):
+        starts = {}
+        for passage in q.positives:
+            places = {answer: passage.text.find(answer) for answer in q.answers}
+            starts = {answer: start for answer, start in places.items() if start >= 0}
+            if starts:
+                break
+        if not starts:
+            left_out += 1
+            continue
+        answers = [{"text": answer, "answer_start": start} for answer, start in starts.items()]
+        id = q.id if q.id != q.source else str(number)
+        paragraphs = articles.setdefault(passage.title, {})
+        asked = {"id": id, "question": q.question, "answers": answers}
+        paragraphs.setdefault(passage.text, []).append(asked)
+    data = [
+        {
+            "title": title,
+            "paragraphs": [{"context": text, "qas": qas} for text, qas in paragraphs.items()],
+        }
+        for title, paragraphs in articles.items()
+    ]
+    return {"version": "1.1", "data": data}, left_out
+
+
+def write_questions(path: str | Path, questions: Sequence[Question], form: str) -> int:
+    """Write questions as `form`, one of FORMS. Returns how many of them are left out."""
+    if form == "nq-open":
+        write_lines(path, [{"question": q.question, "answer": q.answers} for q in questions])
+        return 0
+    record, left_out = squad(questions) if form == "squad" else (FORMS[form](questions), 0)
+    indent = None if form == "squad" else 1  # SQuAD's files have one line
+    with atomic_write(path) as unfinished:
+        unfinished.write_text(json.dumps(record, indent=indent) + "\n", encoding="utf-8")
+    return left_out
+
+
+FORMS = {"results": results, "training": training, "nq-open": None, "squad": squad}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Convert a file. Returns how many questions are left out. FileExistsError if OUT exists."""
+    parser = Parser(prog="convert.py", description=__doc__.split("\n")[0])
+    parser.add_argument("file", help="passages or questions, in a form that passages.py reads")
+    parser.add_argument("out", help="the file to write")
+    parser.add_argument("--to", required=True, choices=["passages", *FORMS], help="its format")
+    parser.add_argument("--passages", help="the passages that ids in the questions stand for")
+    args = parser.parse_args(argv)
+    if Path(args.out).exists():
+        raise FileExistsError(f"{args.out} exists; choose another file")
+    if args.to == "passages":
+        passages = read_passages(args.file)
+        write_passages(args.out, passages)
+        show(f"{args.out}: {len(passages)} passages", result=True)
+        return 0
+    book = read_passages(args.passages) if args.passages else ()
+    questions = read_questions(args.file, book)
+    left_out = write_questions(args.out, questions, args.to)
+    show(f"{args.out}: {len(questions) - left_out} questions, {left_out} left out", result=True)
+    return left_out
+
+
+if __name__ == "__main__":
+    run_program("convert.py", main)
