@@ -48,6 +48,7 @@ EACH = f"{ALONE.format('{single}')} --per-task --batch-size 36 --eval-every {{sh
 ID_PT = "train.py --method id_pt --encoder {pretrained}/t5"
 PROMPT = "train.py --method prompt_tuning --beta2 0.999"
 DEEP, TUNED = "train.py --method deep_prompt", "train.py --method fine_tuning"
+ALONE_PROMPT = "shallow-vocab-high"  # the row with a prompt for each of SINGLE
 LARGER, LARGER_PROMPT = "--model {pretrained}/lm2", "larger-shallow"
 TRAINED = "{out}/prompt-20-0 {out}/deep-20-0 {out}/id-pt-20-0 {out}/fine-tuning-0"
 ADDED, MANY = ALONE.format("{files}/world"), "{out}/fine-tuning-0/model"
@@ -65,7 +66,7 @@ def shift(trained: str, method: str) -> str:
     test = f"{{files}}/{other}-test.jsonl"
     if method == "tuned":
         return f"eval.py score {test} --run {{out}}/tuned-{trained}-0"
-    return f"eval.py mixed --input {test} --prompts {other}={{out}}/shallow-vocab-0/{trained}"
+    return f"eval.py mixed --input {test} --prompts {other}={{out}}/{ALONE_PROMPT}-0/{trained}"
 
 
 START = {"vocab": "vocab", "labels": "labels", "random": "random", "text": "{instruction}"}
@@ -74,8 +75,10 @@ RATES = {  # row: learning rates; the first is used where --grid has chosen none
     "id-pt-20": ("3e-3", "1e-3", "1e-2"),
     "prompt-20": ("0.024", "0.008", "0.072"),  # a quarter of the embeddings' standard deviation
     "fine-tuning": ("1e-3", "3e-4", "3e-3"),
-    **{f"shallow-{init}": ("0.024", "0.072", "0.216") for init in INITS},
-    **{f"deep-{init}": ("0.03", "0.01", "0.1") for init in INITS},
+}
+SIZES = {  # learning rates that each initial value is tried with, in whole runs
+    "shallow": {"low": "0.024", "middle": "0.072", "high": "0.216"},
+    "deep": {"low": "0.03", "middle": "0.1", "high": "0.3"},
 }
 GROUPS = {
     "the suite, as in table 1": [
@@ -96,9 +99,10 @@ GROUPS = {
         Row("forgetting", 1, "", f"forgetting {{files}}/held-out.jsonl {TRAINED}"),
     ],
     "initial values": [
-        Row(f"{kind}-{init}", 1, f"{kind}-{init}", f"{method} {EACH} --init {START[init]}")
+        Row(f"{kind}-{init}-{size}", 1, "", f"{method} {EACH} --init {START[init]} --lr {rate}")
         for kind, method in (("shallow", PROMPT), ("deep", DEEP))
         for init in INITS
+        for size, rate in SIZES[kind].items()
     ],
     "prompt design and model tuning": [
         *[Row(f"design-{k}", 1, "", f"few-shot {{single}} {k}") for k in SHOTS],
@@ -106,7 +110,7 @@ GROUPS = {
     ],
     "the same with the larger LM": [
         *[Row(f"larger-design-{k}", 1, "", f"few-shot {{single}} {k} {LARGER}") for k in SHOTS],
-        Row("larger-shallow", 1, "shallow-vocab", f"{PROMPT} {EACH} {LARGER}"),
+        Row(LARGER_PROMPT, 1, "", f"{PROMPT} {EACH} --lr {SIZES['shallow']['high']} {LARGER}"),
         *[
             Row(f"larger-tuned-{task}", 1, "fine-tuning", f"{tuned(task)} {LARGER}")
             for task in SINGLE
@@ -133,19 +137,17 @@ ORDERINGS = [
     ("ID-PT, length 40 > 5", "id-pt-40", "id-pt-5"),
     ("prompt tuning, length 40 > 5", "prompt-40", "prompt-5"),
     ("deep > shallow, on the suite", "deep-20", "prompt-20"),
-    ("shallow: text > random", "shallow-text", "shallow-random"),
-    ("shallow: vocabulary > random", "shallow-vocab", "shallow-random"),
-    ("shallow: labels > vocabulary", "shallow-labels", "shallow-vocab"),
-    ("deep: text > random", "deep-text", "deep-random"),
-    ("deep from text > shallow from text", "deep-text", "shallow-text"),
-    ("4 shots > 1", "design-4", "design-1"),
-    ("prompt tuning > 4 shots", "shallow-vocab", "design-4"),
-    ("larger LM: prompt tuning > 4 shots", LARGER_PROMPT, "larger-design-4"),
-    ("prompt tuning: larger LM > smaller", LARGER_PROMPT, "shallow-vocab"),
     *[
-        (f"{task}: model tuning > prompt tuning", f"tuned-{task}", "shallow-vocab")
-        for task in SINGLE
+        (f"{kind}, {size} rate: {a} > {b}", f"{kind}-{a}-{size}", f"{kind}-{b}-{size}")
+        for kind, size in (("shallow", "low"), ("shallow", "high"), ("deep", "middle"))
+        for a, b in (("text", "random"), ("vocab", "random"), ("labels", "vocab"))
     ],
+    ("deep from text > shallow from text", "deep-text-middle", "shallow-text-high"),
+    ("4 shots > 1", "design-4", "design-1"),
+    ("prompt tuning > 4 shots", ALONE_PROMPT, "design-4"),
+    ("larger LM: prompt tuning > 4 shots", LARGER_PROMPT, "larger-design-4"),
+    ("prompt tuning: larger LM > smaller", LARGER_PROMPT, ALONE_PROMPT),
+    *[(f"{task}: model tuning > prompt tuning", f"tuned-{task}", ALONE_PROMPT) for task in SINGLE],
     *[
         (f"{task}, larger LM: model tuning > prompt tuning", f"larger-tuned-{task}", LARGER_PROMPT)
         for task in SINGLE

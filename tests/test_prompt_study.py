@@ -21,9 +21,9 @@ from runs import ASSETS, read_predictions
 from study import Study
 
 TASKS = ("passage_qa", "record_qa", "people_choice", "gist")
-ROWS = """id-pt-20 prompt-20 fine-tuning zero-shot deep-20 distances speed forgetting shallow-text
-    shallow-vocab tuned-passage_qa design-1 larger-shallow shift-prompt-passage_qa
-    shift-tuned-passage_qa added-prompt added-tuned old-tasks-after-it""".split()
+ROWS = """id-pt-20 prompt-20 fine-tuning zero-shot deep-20 distances speed forgetting
+    shallow-text-low shallow-vocab-high tuned-passage_qa design-1 larger-shallow
+    shift-prompt-passage_qa shift-tuned-passage_qa added-prompt added-tuned old-tasks-after-it""".split()
 SHORT = "--device cpu --batch-size 4"
 
 
@@ -119,9 +119,9 @@ def test_a_task_is_answered_with_the_prompt_of_the_other(made):
     rows = read_predictions(runs / "shift-prompt-passage_qa-0/out")
     assert {(row["task"], row["prompt"]) for row in rows} == {("record_qa",) * 2}
     command = read_json(runs / "shift-prompt-passage_qa-0/result.json")["command"]
-    assert "record_qa=runs/prompts/shallow-vocab-0/passage_qa" in command
+    assert "record_qa=runs/prompts/shallow-vocab-high-0/passage_qa" in command
     assert results["single"]["shift-tuned-passage_qa"].keys() == {"record_qa"}
-    started = read_json(runs / "shallow-text-0/run.json")["arguments"]["init"]
+    started = read_json(runs / "shallow-text-low-0/run.json")["arguments"]["init"]
     assert started == prompt_study.INSTRUCTION
     first = read_json(runs / "added-tuned-0/run.json")["fingerprint"]
     assert first == LM.from_pretrained(runs / "fine-tuning-0/model").fingerprint()
@@ -185,11 +185,13 @@ def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
             runs[job.row.name] = run = train.parse(line)
             assert run.seed == job.seed and (run.test is None) == job.short
     assert runs["id-pt-40"].prompt_length == 40 and runs["grid-id-pt-20-3e-3"].lr == 3e-3
-    steps = {name: runs[name].steps for name in ("prompt-5", "shallow-text", "grid-deep-text-0.01")}
+    steps = {
+        name: runs[name].steps for name in ("prompt-5", "deep-text-low", "grid-prompt-20-0.008")
+    }
     assert list(steps.values()) == [800, 160, 80]
     assert runs["larger-shallow"].model == "assets/lm2"
     for name in prompt_study.SINGLE:  # as many examples of a task as its own prompt sees
-        one, each = runs[f"tuned-{name}"], runs["shallow-vocab"]
+        one, each = runs[f"tuned-{name}"], runs["shallow-vocab-high"]
         assert one.steps == each.steps and 3 * one.batch_size == each.batch_size
 
 
