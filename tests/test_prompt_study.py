@@ -23,7 +23,8 @@ from study import Study
 TASKS = ("passage_qa", "record_qa", "people_choice", "gist")
 ROWS = """id-pt-20 prompt-20 fine-tuning zero-shot deep-20 distances speed forgetting
     shallow-text-low shallow-vocab-high tuned-passage_qa design-1 larger-shallow
-    shift-prompt-passage_qa shift-tuned-passage_qa added-prompt added-tuned old-tasks-after-it""".split()
+    shift-prompt-passage_qa shift-tuned-passage_qa added-prompt added-tuned
+    old-tasks-after-it""".split()
 SHORT = "--device cpu --batch-size 4"
 
 
