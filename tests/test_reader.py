@@ -528,7 +528,8 @@ def test_the_rows_of_the_benchmark_agree_with_the_peers(monkeypatch, shelf, caps
     monkeypatch.setattr(bench_retrieval, "peak", lambda *_: 1)  # a process each
     rows = bench_retrieval.main("--tiny --runs 1".split())
     assert all(row["equal lists"] == 1 for row in rows if "equal lists" in row)
-    assert all(row["score difference"] < 1e-4 for row in rows if "score difference" in row)
+    # In deviations of the scores: rounding. Another input would make it about 1.
+    assert all(row["score difference"] < 5e-3 for row in rows if "score difference" in row)
     assert all(row["peer peak"] == row["peak"] == 1 for row in rows)
     for ours, theirs, same in LISTS:
         assert bench_retrieval.same_list(ours, *zip(*theirs)) == same, (ours, theirs)
