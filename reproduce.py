@@ -8,7 +8,8 @@
     python reproduce.py transfer      soft prompt transfer, and continued pretraining
     python reproduce.py docs          every command of README.md and TUTORIAL.md (half an hour)
 
-All but the first and the last train, in runs/NAME. If one is stopped, the same command goes on.
+All but the first and the last train, in runs/NAME. If one is stopped, the same command goes on. The
+last writes nothing.
 With --model the file is results/NAME-MODEL.json. Flags that make less than all of it (--only,
 --count, --steps, --seeds and the like) write results/NAME-part.json.
 """
@@ -200,7 +201,7 @@ STUDY = [
 ]
 GRID = ("--grid", bool, False, "choose learning rates by short runs of seed 0, first")
 FLAGS = {
-    "docs": [],
+    "docs": [("--full", bool, False, "trainings that take hours, too")],
     "lm": [
         ("--count", cli.COUNT, 300, "reading questions of each kind; 10 documents for each"),
         cli.BASE_DTYPE,
