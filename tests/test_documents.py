@@ -111,7 +111,7 @@ def test_commands_run_as_they_stand_and_their_quoted_output_must_hold(pages, mon
 
 
 def test_full_leaves_the_flags_out(pages, capsys):
-    with pytest.raises(ValueError, match="3 of 8"):
+    with pytest.raises(ValueError, match="4 of 8"):
         documents.documents(Namespace(full=True))
     assert "too long" in capsys.readouterr().out
 

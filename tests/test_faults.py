@@ -32,8 +32,8 @@ from runs import finished
 from verify import verify
 
 WRITES = 6  # of a short run: three checkpoints, and what is trained as often
-TRANSFER = ["source", *VARIANTS, "few-shot"]
-INNER = {"source": "car", "few-shot": "car.is"}  # the first of the runs of one command
+TRANSFER = ["transfer_source", *(f"transfer_{name}" for name in VARIANTS), "transfer_few-shot"]
+INNER = {"transfer_source": "car", "transfer_few-shot": "car.is"}  # their first run of several
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,8 @@ def shelf(place):
 
 def line_of(place, method, out, flags=""):
     make = open_book_command if method in train.OPEN_BOOK else command
-    make = transfer_command if method in TRANSFER else make
+    if method in TRANSFER:
+        make, method = transfer_command, method.removeprefix("transfer_")
     return make(place, method, out, f"--seed 1 {flags}")
 
 
@@ -92,7 +93,7 @@ def test_a_killed_run_resumes_to_the_same_bits(request, shelf, tmp_path, process
     if (first / "metrics.jsonl").is_file() and not finished(first):  # one is, if killed late
         with open(first / "metrics.jsonl", "a") as file:
             file.write('{"step": 5, "lo')  # a line that a kill cut short
-    if method != "few-shot" or first.is_dir():  # which makes no run before its shots.json
+    if method != "transfer_few-shot" or first.is_dir():  # which makes no run before its shots.json
         first.mkdir(parents=True, exist_ok=True)
         (first / ".tmpaB3xY9").write_text("what a kill inside safetensors leaves")
         with open(first / "lock", "w") as lock:
