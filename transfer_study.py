@@ -25,9 +25,8 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from show import only_shows
+from show import only_shows, picture
 
-import audit
 import eval as metrics
 import genres
 import promptability_study
@@ -260,6 +259,6 @@ def report(study: TransferStudy) -> dict:
     results |= promptability_study.promptability(study, study.folder / "held-out" / "all.jsonl")
     if "pairs" in results:
         study.args.picture.parent.mkdir(exist_ok=True)
-        with only_shows("picture"), audit.picture(study.args.picture, 15, 15) as figure:
+        with only_shows("picture"), picture(study.args.picture, 15, 15) as figure:
             transfer_tables.draw(figure, results)
     return results
