@@ -20,7 +20,6 @@ pairs of different seeds, but `average` and `top-mixture` choose by seed 0, to w
 """
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +34,7 @@ import train
 import transfer
 import transfer_tables
 import world
-from checkpoints import atomic_write, read_json, write_json
+from checkpoints import read_json, write_json, write_lines
 from cost import conduct
 from study import Job, Row, Study
 
@@ -200,9 +199,7 @@ class TransferStudy(Study):
             sets[f"held-out/{name}"] = rows
         for name, rows in sets.items():
             (self.folder / name).parent.mkdir(exist_ok=True)
-            with atomic_write(self.folder / name) as unfinished:
-                text = "".join(json.dumps(row) + "\n" for row in rows)
-                unfinished.write_text(text, encoding="utf-8")
+            write_lines(self.folder / name, rows)
         write_json(stamp, said)
 
 
