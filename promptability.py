@@ -326,9 +326,10 @@ def few_shot(args: Namespace) -> dict:
     OUT/few_shot.json holds too. OUT/shots.json holds the ids of the examples, OUT/predictions.jsonl
     the predictions of all templates.
     """
-    out, plans, shots, datasets, rows = Path(args.out), [], {}, {}, []
+    out = Path(args.out)
     check_few_shot_folder(out, args.resume)
     lm, tokenizer = start.load_lm(args)
+    plans, shots = [], {}
     for name, template, examples, tests in few_shot_splits(args):
         folder = out / folder_name(f"{name}.{template}")
         if folder.name in shots:
@@ -343,6 +344,7 @@ def few_shot(args: Namespace) -> dict:
         raise ValueError(f"{out} was started with other files, --shots or --shots-seed")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "shots.json", shots)
+    datasets, rows = {}, []
     for name, template, task, prompt in plans:
         torch.manual_seed(args.seed)
         record = train.train_adapter(task, prompt)
