@@ -6,7 +6,7 @@
     python reproduce.py reader        the frozen reader: retrieval, re-ranking, cross-fitting
     python reproduce.py prompts       prompts of all kinds, ID-PT and fine-tuning
     python reproduce.py transfer      soft prompt transfer, and continued pretraining
-    python reproduce.py docs          every command of README.md and TUTORIAL.md (half an hour)
+    python reproduce.py docs          every command of README.md and TUTORIAL.md (about an hour)
 
 All but the first and the last train, in runs/NAME. If one is stopped, the same command goes on. The
 last writes nothing.
