@@ -8,10 +8,9 @@
     python reproduce.py transfer      soft prompt transfer, and continued pretraining
     python reproduce.py docs          every command of README.md and TUTORIAL.md (about an hour)
 
-All but the first and the last train, in runs/NAME. If one is stopped, the same command goes on. The
-last writes nothing.
+All but the first and the last train, in runs/NAME. If one is stopped, the same command goes on.
 With --model the file is results/NAME-MODEL.json. Flags that make less than all of it (--only,
---count, --steps, --seeds and the like) write results/NAME-part.json.
+--count, --steps, --seeds and the like) write results/NAME-part.json. The last one leaves no file.
 """
 
 import json
