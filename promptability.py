@@ -341,7 +341,7 @@ def few_shot(args: Namespace) -> dict:
         plans.append((name, template, task, new_prompt(task)))
         shots[folder.name] = [example.id for example in examples]
     if (out / "shots.json").is_file() and read_json(out / "shots.json") != shots:
-        raise ValueError(f"{out} was started with other files, --shots or --shots-seed")
+        raise ValueError(f"{out} was started with other files: its shots.json holds other ids")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "shots.json", shots)
     datasets, rows = {}, []

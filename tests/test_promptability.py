@@ -403,8 +403,13 @@ def test_few_shot_resumes(runs, tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="--resume"):
         run(few_shot(runs, tmp_path / "b"))
     before = contents(tmp_path / "b")
-    with pytest.raises(ValueError, match="b was started with other files, --shots"):
-        run([*few_shot(runs, tmp_path / "b"), "--resume", "--shots-seed", "5"])
+    others = f"--train {runs}/suite/hat-train.jsonl --test {runs}/suite/hat-test.jsonl"
+    for flags, error in {
+        "--shots-seed 5": "car.is was started with --shots-seed 100, not 5",
+        others: "b was started with other files",
+    }.items():
+        with pytest.raises(ValueError, match=error):
+            run(few_shot(runs, tmp_path / "b", f"--resume {flags}"))
     assert contents(tmp_path / "b") == before
     run([*few_shot(runs, tmp_path / "b"), "--resume"])
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
