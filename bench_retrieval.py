@@ -243,7 +243,8 @@ def main(argv: list[str]) -> list[dict]:
         ("--tiny", bool, False, "a small part, which measures nothing"),
     )
     args = parser.parse_args(argv)
-    args.train, args.dev, args.test, args.seed = args.questions, None, None, 0
+    args.train, args.seed = args.questions, 0
+    args.dev = args.test = None
     args.method = "retriever"  # which questions load_book keeps
     torch.manual_seed(0)
     book = load_book(args)

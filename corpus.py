@@ -59,8 +59,7 @@ def hash_text(path: str | Path, tokenizer: Tokenizer, vocab_size: int | None) ->
 
 
 def write_tokens(path, tokenizer, vocab_size, tokens: Path, starts: Path, dtype) -> None:
-    """Tokenise a file of text into the two files. Both appear when they are
-    complete."""
+    """Tokenise a file of text into the two files. Both appear when they are complete."""
     from tqdm import tqdm
 
     size, end = Path(path).stat().st_size, 0

@@ -172,8 +172,9 @@ def read_texts(path: str | Path) -> Iterator[str]:
     If the first line of a JSONL file is an example, all must be, and a document is the input, a
     space and the target. FileNotFoundError if there is no such file, ValueError if it has no text.
     """
+    parse = _paragraphs if Path(path).suffix.lower() == ".txt" else _json_texts
     document = None
-    for document in (_paragraphs if Path(path).suffix.lower() == ".txt" else _json_texts)(path):
+    for document in parse(path):
         yield document
     if document is None:
         raise ValueError(f"{path}: holds no text")

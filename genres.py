@@ -333,7 +333,8 @@ def strangers(world: World, purpose: str, rng: random.Random, times: int = 6) ->
 
 def some_passages(cast: Cast, count: int) -> tuple[list[dict], list[tuple[str, str]]]:
     """`count` passages, and the (subject, relation) of each fact that they state."""
-    world, rng, passages, facts = cast.world, cast.rng, [], []
+    world, rng = cast.world, cast.rng
+    passages, facts = [], []
     for subject in rng.sample(world.people + world.cities[:3] + world.companies[:3], count):
         relations = rng.sample(list(world.facts[subject]), 3 if count == 1 else 2)
         passages.append(passage(cast, subject, relations, asides=int(rng.random() < 0.3)))

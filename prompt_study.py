@@ -19,9 +19,8 @@ from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 
-from show import only_shows, show, show_table
+from show import only_shows, picture, show, show_table
 
-import audit
 import data
 import eval as metrics
 import genres
@@ -229,7 +228,7 @@ def report(study: Study) -> dict:
     drawn = ("id-pt-20", "prompt-20", "fine-tuning")
     results["curves"] = {name: curve(study, name) for name in drawn}
     study.args.picture.parent.mkdir(exist_ok=True)
-    with only_shows("picture"), audit.picture(study.args.picture, 8, 3.5) as figure:
+    with only_shows("picture"), picture(study.args.picture, 8, 3.5) as figure:
         draw(figure, results)
     return results
 

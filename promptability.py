@@ -46,7 +46,7 @@ import data
 import eval as metrics
 import start
 import train
-from checkpoints import write_json, write_lines
+from checkpoints import read_json, write_json, write_lines
 from data import IGNORE_INDEX, Batch
 from fit import Adafactor, Recipe, autocast, fit, target_loss
 from model import LM
@@ -326,10 +326,10 @@ def few_shot(args: Namespace) -> dict:
     OUT/few_shot.json holds too. OUT/shots.json holds the ids of the examples, OUT/predictions.jsonl
     the predictions of all templates.
     """
-    out, plans, shots, datasets, rows = Path(args.out), [], {}, {}, []
-    if out.exists() and not (args.resume and (out / "shots.json").is_file()):
-        raise FileExistsError(f"{out} exists; continue it with --resume, or choose another --out")
+    out = Path(args.out)
+    check_few_shot_folder(out, args.resume)
     lm, tokenizer = start.load_lm(args)
+    plans, shots = [], {}
     for name, template, examples, tests in few_shot_splits(args):
         folder = out / folder_name(f"{name}.{template}")
         if folder.name in shots:
@@ -340,8 +340,11 @@ def few_shot(args: Namespace) -> dict:
         task = load_task(run, lm, tokenizer, splits)
         plans.append((name, template, task, new_prompt(task)))
         shots[folder.name] = [example.id for example in examples]
+    if (out / "shots.json").is_file() and read_json(out / "shots.json") != shots:
+        raise ValueError(f"{out} was started with other files: its shots.json holds other ids")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "shots.json", shots)
+    datasets, rows = {}, []
     for name, template, task, prompt in plans:
         torch.manual_seed(args.seed)
         record = train.train_adapter(task, prompt)
@@ -354,6 +357,15 @@ def few_shot(args: Namespace) -> dict:
     write_json(out / "few_shot.json", {"datasets": datasets, "average_relative_gain": gain})
     show(f"{out}: {len(plans)} templates, average relative gain {100 * gain:.1f} %")
     return {"datasets": datasets, "average_relative_gain": gain}
+
+
+def check_few_shot_folder(out: Path, resume: bool) -> None:
+    """FileExistsError if few-shot must not write to a folder: it is not its own, or not resumed."""
+    if out.exists() and not resume:
+        raise FileExistsError(f"{out} exists; continue it with --resume, or choose another --out")
+    if out.exists() and not (out / "shots.json").is_file():
+        if {path.name for path in out.iterdir()} - {"shots.json.unfinished"}:  # what a kill leaves
+            raise FileExistsError(f"{out} is not a folder of few-shot (it has no shots.json)")
 
 
 def few_shot_splits(args: Namespace) -> Iterator[tuple]:

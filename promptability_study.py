@@ -43,11 +43,13 @@ TEMPLATES, TEST = 2, 50  # of each held-out task; test examples of each template
 
 def groups(variants: dict[str, str] = VARIANTS) -> dict[str, list[Row]]:
     """The rows by group. A run is NAME, its scores are NAME-zero and NAME-few."""
-    first, more, deep = [], [], []
+    first, more = [], []
     for name in ("none", *variants):
-        seeds = 3 if name in HEADLINE else 1
-        (first if name in HEADLINE else more).extend(rows(name, variants.get(name), seeds))
-    deep += [scores("none-deep", 1, SHOTS, DEEP_LR)]
+        if name in HEADLINE:
+            first += rows(name, variants.get(name), 3)
+        else:
+            more += rows(name, variants[name], 1)
+    deep = [scores("none-deep", 1, SHOTS, DEEP_LR)]
     if "t0" in variants:
         lm = "--model {out}/t0-{seed}/model"
         deep += [scores("t0-deep", 1, f"{SHOTS} {lm}", DEEP_LR)]

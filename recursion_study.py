@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-from show import only_shows, show, show_table
+from show import only_shows, picture, show, show_table
 
 import torch
 
@@ -244,7 +244,7 @@ def report(study: Study) -> dict:
     study.args.picture.parent.mkdir(exist_ok=True)
     results |= show_analyses(study)
     results["saturation"] = curve(study, "prompt-long")
-    with only_shows("picture"), audit.picture(study.args.picture, 10, 7) as figure:
+    with only_shows("picture"), picture(study.args.picture, 10, 7) as figure:
         draw(figure, results)
     return results
 
@@ -435,9 +435,9 @@ def show_analyses(study: Study) -> dict:
         audit.show_curve(result, None)
     for job in found["bridge"] + found["bridge-pause"]:
         results[job.row.name] = job.record()["results"]["rates"]
-        picture = study.args.picture.with_stem(f"{study.args.picture.stem}-{job.row.name}")
+        copy = study.args.picture.with_stem(f"{study.args.picture.stem}-{job.row.name}")
         with suppress(FileNotFoundError):  # nothing could draw it
-            shutil.copyfile(job.answers / "bridge.png", picture)
+            shutil.copyfile(job.answers / "bridge.png", copy)
         show(f"\ntwo-hop questions: what the first pass of {audited(job)} hands over\n")
         audit.show_rates(results[job.row.name])
     return results

@@ -6,11 +6,11 @@
     python reproduce.py reader        the frozen reader: retrieval, re-ranking, cross-fitting
     python reproduce.py prompts       prompts of all kinds, ID-PT and fine-tuning
     python reproduce.py transfer      soft prompt transfer, and continued pretraining
-    python reproduce.py docs          every command of README.md and TUTORIAL.md (half an hour)
+    python reproduce.py docs          every command of README.md and TUTORIAL.md (about an hour)
 
 All but the first and the last train, in runs/NAME. If one is stopped, the same command goes on.
 With --model the file is results/NAME-MODEL.json. Flags that make less than all of it (--only,
---count, --steps, --seeds and the like) write results/NAME-part.json.
+--count, --steps, --seeds and the like) write results/NAME-part.json. The last one leaves no file.
 """
 
 import json
@@ -200,7 +200,7 @@ STUDY = [
 ]
 GRID = ("--grid", bool, False, "choose learning rates by short runs of seed 0, first")
 FLAGS = {
-    "docs": [],
+    "docs": [("--full", bool, False, "trainings that take hours, too")],
     "lm": [
         ("--count", cli.COUNT, 300, "reading questions of each kind; 10 documents for each"),
         cli.BASE_DTYPE,

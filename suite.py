@@ -421,7 +421,8 @@ def examples(world: World, name: str, split: str, count: int = 0) -> list[dict]:
     _, choices, template = TEMPLATES[name][0]
     count = count or (task.size if split == "train" else SIZES[split])
     casts = strangers(world, f"suite {name} {split}", rng, times=30)
-    own, found, labels, in_vain = Cast(world, rng), {}, Counter(), 0
+    own, found = Cast(world, rng), {}
+    labels, in_vain = Counter(), 0
     while len(found) < count and in_vain < MAX_DRAWS:
         in_vain += 1
         fields = task.make(own if task.own else next(casts))

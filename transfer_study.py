@@ -20,14 +20,12 @@ pairs of different seeds, but rows of `average` and `top-mixture` choose by seed
 """
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from show import only_shows
+from show import only_shows, picture
 
-import audit
 import eval as metrics
 import genres
 import promptability_study
@@ -36,7 +34,7 @@ import train
 import transfer
 import transfer_tables
 import world
-from checkpoints import atomic_write, read_json, write_json
+from checkpoints import read_json, write_json, write_lines
 from cost import conduct
 from study import Job, Row, Study
 
@@ -206,9 +204,7 @@ class TransferStudy(Study):
             sets[f"held-out/{name}"] = rows
         for name, rows in sets.items():
             (self.folder / name).parent.mkdir(exist_ok=True)
-            with atomic_write(self.folder / name) as unfinished:
-                text = "".join(json.dumps(row) + "\n" for row in rows)
-                unfinished.write_text(text, encoding="utf-8")
+            write_lines(self.folder / name, rows)
         write_json(stamp, said)
 
 
@@ -267,6 +263,6 @@ def report(study: TransferStudy) -> dict:
     results |= promptability_study.promptability(study, study.folder / "held-out" / "all.jsonl")
     if "pairs" in results:
         study.args.picture.parent.mkdir(exist_ok=True)
-        with only_shows("picture"), audit.picture(study.args.picture, 15, 15) as figure:
+        with only_shows("picture"), picture(study.args.picture, 15, 15) as figure:
             transfer_tables.draw(figure, results)
     return results

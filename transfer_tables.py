@@ -153,7 +153,8 @@ def show_search(study: Study, scores: dict, near: dict, tasks: list[str]) -> dic
     base = {t: float(base[t].mean()) for t in targets}
     rows = [[s, *(f"{100 * (scores[t][s] - base[t]):+.1f}" for t in targets)] for s in sources]
     show_table("score minus that from scratch, in points", ["source", *targets], rows)
-    search, correlation, table, lines = {}, {}, [], []
+    search, correlation = {}, {}
+    table, lines = [], []
     for kind, matrix in near.items():
         values = {t: [matrix[tasks.index(t), tasks.index(s)] for s in sources] for t in targets}
         rows = [[s, *(f"{values[t][i]:+.2f}" for t in targets)] for i, s in enumerate(sources)]

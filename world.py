@@ -259,7 +259,8 @@ class Names:
     """Invents names. No name is given twice, and many names share their parts."""
 
     def __init__(self, rng: random.Random, people: int):
-        self.rng, self.count, self.used, self.pronoun = rng, people, set(), {}
+        self.rng, self.count = rng, people
+        self.used, self.pronoun = set(), {}
         self.roots = self.new(min(600, max(40, people // 8)), "onsets", "vowels", "codas")
         self.surnames = self.new(min(3000, max(16, people // 5)), self.roots, "surname_ends")
         self.firsts = {

@@ -402,8 +402,29 @@ def test_few_shot_resumes(runs, tmp_path, monkeypatch):
     assert not (tmp_path / "b" / "predictions.jsonl").exists()
     with pytest.raises(FileExistsError, match="--resume"):
         run(few_shot(runs, tmp_path / "b"))
+    before = contents(tmp_path / "b")
+    others = f"--train {runs}/suite/hat-train.jsonl --test {runs}/suite/hat-test.jsonl"
+    for flags, error in {
+        "--shots-seed 5": "car.is was started with --shots-seed 100, not 5",
+        others: "b was started with other files",
+    }.items():
+        with pytest.raises(ValueError, match=error):
+            run(few_shot(runs, tmp_path / "b", f"--resume {flags}"))
+    assert contents(tmp_path / "b") == before
     run([*few_shot(runs, tmp_path / "b"), "--resume"])
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_few_shot_goes_on_in_a_folder_that_it_had_only_made(runs, tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "shots.json.unfinished").write_text("{")
+    run([*few_shot(runs, tmp_path / "new"), "--resume"])
+    run(few_shot(runs, tmp_path / "whole"))
+    assert contents(tmp_path / "new") == contents(tmp_path / "whole")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="other is not a folder of few-shot"):
+        run([*few_shot(runs, tmp_path / "other"), "--resume"])
 
 
 def test_average_relative_gain_is_a_mean_over_datasets_of_means_over_templates():

@@ -4,7 +4,6 @@ Those of torchrun are in tests/test_parallel.py.
 """
 
 import importlib
-import json
 import re
 import shlex
 import shutil
@@ -12,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tiny_runs import BOOK, HOMES, small_world, write_lines
+from tiny_runs import small_world
 
 import documents
 import genres
@@ -36,12 +35,11 @@ FLAGS = {  # of a program, and of its command; the last ones count
 README = "--train small.jsonl --dev dev.jsonl --test test.jsonl --out runs/readme"
 
 
-def commands(script: str) -> list[str]:
-    """The commands of a script, one each, with fewer lines of the files that they cut."""
-    script = re.sub(r"\\\n\s*", " ", script)
-    script = re.sub(r"(head|tail) -\d+", r"\1 -6", script)
-    script = re.sub(r"echo \d+", "echo 24", script)
-    return re.findall(r"^for [\s\S]*?done$|^.+$", script, re.M)
+def commands(block) -> list[str]:
+    """The commands of a block, with fewer lines of the files that they cut."""
+    scripts = [re.sub(r"\\\n\s*", " ", command) for command in block.commands.values()]
+    scripts = [re.sub(r"(head|tail) -\d+", r"\1 -6", script) for script in scripts]
+    return [re.sub(r"echo \d+", "echo 24", script) for script in scripts]
 
 
 def run_short(command: str, more: str) -> None:
@@ -59,28 +57,24 @@ def test_the_commands_of_the_documents_run(tmp_path, monkeypatch, capsys):
     ran = 0
     for name in ("TUTORIAL.md", "README.md"):
         for block in documents.read_blocks(documents.ROOT / name):
+            if block.language != "sh":
+                continue
             capsys.readouterr()
-            for command in commands(block.script):
+            for command in commands(block):
                 if command.startswith("python "):
                     run_short(command, README if name == "README.md" else "")
                     ran += 1
                 else:
                     subprocess.run(["bash", "-euo", "pipefail", "-c", command], check=True)
-            if "generate.py" in block.script:  # nothing is left out here
+            if "generate.py" in command:  # nothing is left out here
                 assert block.quoted and not documents.missing(block.quoted, capsys.readouterr().out)
     assert ran > 15
 
 
-STAND_INS = {  # of what this page names and does not make
-    "HuggingFaceTB/SmolLM2-135M": "assets/lm",
-    "EleutherAI/pythia-1b": "assets/lm",
-    "FOLDER": "assets/t5",
-}
-README_TEXT = (documents.ROOT / "README.md").read_text()
 README_COMMANDS = [
     command
-    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", README_TEXT, re.S | re.M)
-    if not language
+    for block in documents.read_blocks(documents.ROOT / "README.md")
+    if not block.language
     for command in commands(block)
     if command.startswith("python ")
 ]
@@ -89,45 +83,25 @@ README_COMMANDS = [
 def make_files(monkeypatch) -> None:
     """The files and runs in the current folder that README's commands start from."""
     monkeypatch.setattr(genres, "library", lambda place: small_world())
-    names, rows = ("food_reviews", "gist", "record_nli"), suite.rows
+    names, rows = ("food_reviews", "gist", "record_nli", "staff_reviews"), suite.rows
     monkeypatch.setattr(suite, "TASKS", {name: suite.TASKS[name] for name in names})
     monkeypatch.setattr(suite, "rows", lambda place, name, split: rows(place, name, split, 8))
-    for name, verb in {"train": "born", "new-train": "born", "dev": "bred", "test": "met"}.items():
-        asked = [{"question": f"where was {who} {verb}", "answer": [town]} for who, town in HOMES]
-        write_lines(Path(f"{name}.jsonl"), asked)
-    questions = [{"question": "who", **more} for more in ({"prompt": "mine"}, {"task": "gist"}, {})]
-    write_lines(Path("questions.jsonl"), questions)
-    Path("text.txt").write_text("\n\n".join([" ".join(p.text for p in BOOK)] * 2))
-    lines = ["id\ttext\ttitle", *(f"{p.id}\t{p.text}\t{p.title}" for p in BOOK)]
-    Path("psgs_w100.tsv").write_text("\n".join(lines))
-    passages = [{"title": p.title, "text": p.text, "passage_id": p.id} for p in BOOK]
-    keys = {"nq-train": "positive_ctxs", "nq-dev": "positive_ctxs", "dpr-results": "ctxs"}
-    for name, key in keys.items():
-        records = [
-            {"question": f"where was {who} born", "answers": [town], key: passages[i : i + 3]}
-            for i, (who, town) in enumerate(HOMES)
-        ]
-        Path(f"{name}.json").write_text(json.dumps(records))
-    files = "--train train.jsonl --dev dev.jsonl --out runs"
+    run_short("python world.py --out world", "")
+    files = "--train world/questions-train.jsonl --dev world/questions-dev.jsonl --out runs"
     run_short("python train.py --method neural_recursion", f"{files}/neural_recursion")
-    run_short("python train.py --method prompt_tuning", f"{files}/mine")
-    for name in "abc":
-        shutil.copytree("runs/mine", f"runs/{name}")
+    run_short("python train.py --method prompt_tuning", f"{files}/prompt")
+    documents.make_stand_ins(Path("."), count=8)
 
 
 @pytest.mark.filterwarnings("ignore:.* cannot be scored as right")
 def test_the_other_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
-    """In the order of the page. What it names and does not make has a small stand-in."""
+    """In the order of the page. What it takes for granted has a small stand-in."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "assets").symlink_to(documents.ROOT / "assets")
     make_files(monkeypatch)
     for command in README_COMMANDS:
-        for name, other in STAND_INS.items():
-            command = command.replace(name, other)
-        out = re.search(r"--out (\S+)", command) or re.search(r"--method (\w+)", command)
-        folder = Path(out[1] if "--out" in out[0] else f"runs/{out[1]}") if out else None
-        if folder and folder.is_dir():  # of the same command with other flags
-            shutil.rmtree(folder)
+        if folder := documents.out_folder(command):  # of the same command with other flags
+            shutil.rmtree(folder, ignore_errors=True)
         run_short(command, "")
         assert capsys.readouterr().out.strip(), command
     assert len(README_COMMANDS) > 20

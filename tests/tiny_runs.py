@@ -120,13 +120,17 @@ def suite_rows(task, count, split, cluster):
 def make_suite(place):
     """A place with a tiny LM, and three tasks of which one is of a held-out cluster."""
     make_place(place)
+    write_suite(place)
+    return place
+
+
+def write_suite(place):
     (place / "suite").mkdir()
     for name, cluster in (("car", "a"), ("hat", "b"), ("end", "sentence completion")):
         for split, count in (("train", 24), ("dev", 6), ("test", 6)):
             rows = suite_rows(name, count, split, cluster)
             write_lines(place / "suite" / f"{name}-{split}.jsonl", rows)
     (place / "text.txt").write_text("\n\n".join(f"The {c} door is {c}. " * 6 for c in COLOURS))
-    return place
 
 
 def command(place: Path, method: str, out: Path, flags: str = "") -> list[str]:
@@ -152,6 +156,22 @@ def open_book_command(shelf: Path, method: str, out: Path, flags: str = "") -> l
     return f"{start} {SHORT} {own} {flags}".split()
 
 
+def transfer_command(place: Path, command: str, out: Path, flags: str = "") -> list[str]:
+    """The same for a command of transfer.py: source, few-shot, or a variant of continue. `place` is
+    a suite's."""
+    suite = place / "suite"
+    own = {
+        "source": f"source --each --train {suite}/car-train.jsonl {place}/text.txt --keep-at 2",
+        "few-shot": f"few-shot --train {suite}/car-train.jsonl --test {suite}/car-test.jsonl",
+    }
+    own["source"] += " --seq-len 16"
+    own["few-shot"] += " --shots 5"
+    more = f"continue --variant {command} --train {suite} --dev {suite}/car-dev.jsonl"
+    more += " --grad-accum 2 --inner-steps 2"
+    start = f"transfer.py {own.get(command, more)} --model {place}/lm/model --out {out} {SHORT}"
+    return f"{start} --prompt-length 4 --max-new-tokens 3 {flags}".split()
+
+
 def run(arguments: list[str]) -> dict:
     """Run a command in this process. Returns what its main returns."""
     program = {"train.py": train, "pretrain.py": pretrain, "transfer.py": transfer}[arguments[0]]
@@ -171,13 +191,20 @@ def stored(folder: Path) -> dict:
 
 
 def same_runs(a, b):
-    """Assert that two runs left the same bits. Returns their checkpoint."""
+    """Assert that two runs, or two folders of runs, left the same bits. Returns a checkpoint."""
     files, others = contents(a), contents(b)
     differ = [name for name in files.keys() | others.keys() if files.get(name) != others.get(name)]
     assert not differ, differ
-    a, b = (load_file(folder / "state.safetensors") for folder in (a, b))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    return a
+    states = [
+        {path.relative_to(folder): load_file(path) for path in folder.rglob("state.safetensors")}
+        for folder in (a, b)
+    ]
+    assert states[0].keys() == states[1].keys() != set()
+    for path, state in states[0].items():
+        other = states[1][path]
+        assert state.keys() == other.keys(), path
+        assert all(torch.equal(state[name], other[name]) for name in state), path
+    return states[0][min(states[0], key=lambda path: len(path.parts))]
 
 
 class Dead(Exception):
