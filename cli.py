@@ -139,7 +139,8 @@ def add_training_flags(parser) -> None:
     optimizers = ["adamw", "adafactor", "muon"]
     about = "muon: on linear layers, adamw on the rest; papers: adafactor for prompts"
     rate = "peak (papers: 1e-5 to 4e-4; prompts: 0.03 to 0.5); of a soft prompt, if not given, a "
-    rate += "quarter of the standard deviation of the LM's token embeddings"
+    rate += "quarter of the standard deviation of the LM's token embeddings; of a deep prompt, 1 "
+    rate += "over the square of its number of layers"
     add_flags(
         parser,
         "training",
