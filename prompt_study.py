@@ -71,7 +71,7 @@ def shift(trained: str, method: str) -> str:
 START = {"vocab": "vocab", "labels": "labels", "random": "random", "text": "{instruction}"}
 INSTRUCTION = "text:Read the text and answer the question about it:"
 RATES = {  # row: learning rates; the first is used where --grid has chosen none
-    "id-pt-20": ("3e-3", "1e-3", "1e-2"),
+    "id-pt-20": ("1e-3", "3e-3", "1e-2"),
     "prompt-20": ("0.024", "0.008", "0.072"),  # a quarter of the embeddings' standard deviation
     "fine-tuning": ("1e-3", "3e-4", "3e-3"),
 }

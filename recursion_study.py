@@ -92,6 +92,7 @@ FILLER, MUON = "--pause 3", "--optimizer muon --lr 2e-3"
 FILLED = {  # the rows that get filler: (the row of their learning rates, command)
     "before-2-muon": ("", f"{residual(BEFORE_2)} {MUON}"),
     "after-2-muon": ("", f"{residual(AFTER_2)} {MUON}"),
+    "after-2-random": ("after-2-random", f"{AFTER} {RANDOM}"),
     "textual-16": ("prompt", f"{TEXTUAL} --candidates 16"),
     "prompt": ("prompt", PROMPT),
     "fine-tuning": ("fine-tuning", TUNED),
@@ -199,6 +200,15 @@ ORDERINGS = [  # the claim is that the first row has the higher EM
     ("all three > LM-Connector", BEST, "after-2"),
     ("all three > LM-Connector, not pretrained", BEST, "after-2-random"),
     ("residual > LM-Connector, not pretrained", "neural-2-residual", "after-2-random"),
+    *[
+        (
+            f"LM-Connector, not pretrained: filler {k} > 0",
+            f"after-2-random-pause-{k}",
+            "after-2-random",
+        )
+        for k in (3, 7)
+    ],
+    ("all three > the same with filler 3", BEST, "after-2-random-pause-3"),
     ("residual, filler 7 > the same", "neural-2-residual-pause-7", "after-2-random"),
     ("not residual: filler 3 > 0", "neural-2-pause-3", "neural-2"),
     ("LM-Connector of 8 layers > of 2", "after-8-random", "after-2-random"),
