@@ -127,10 +127,8 @@ def add_recursion_flags(parser) -> None:
         ("--stages-from", str, None, "a run with the same p1, to be copied and not trained again"),
         ("--no-cross-fit", bool, False, whole),
     )
-    keep = (
-        "GB of memory for the first pass's states, which are the same in every epoch; 0 for none. "
-    )
-    keep += "If not given: 1, and with --pause-trained 0, since they change"
+    keep = "GB of memory for the first pass's states, which are the same in every epoch; 0 for "
+    keep += "none. If not given: 1, and with --pause-trained 0, since they change"
     add_flags(parser, "recursion", ("--cache-first-pass", number_type(float, 0), None, keep))
 
 

@@ -476,7 +476,7 @@ class LM(nn.Module):
         return (self.norm(out[0]), out[1]) if keep else self.norm(out)
 
     def add_positions(self, x: Tensor, prefix: Prefix | None) -> Tensor:
-        """x (B, T, C) as the LM's dtype, with learned positions, if any: for every pass anew."""
+        """x (B, T, C) in the LM's dtype, with learned positions, if any, added in every pass."""
         x = x.to(self.norm.weight.dtype)  # a trained prompt is float32
         if self.embed_positions is None:
             return x
