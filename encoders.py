@@ -10,6 +10,7 @@ Needs openbook.py, reader.py, fit.py and what these need. train.py has the comma
     python train.py --method reranker
 """
 
+import shutil
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ import data
 import parallel
 import passages as books
 from fit import Recipe, fit
-from openbook import Book, base_encoder, hash_encoders, load_book, recalls, retrieve
+from openbook import Book, base_encoder, hash_encoders, load_book, needs_search, recalls, retrieve
 from passages import Passage, Question, with_found
 from questions import hash_tokenizer
 from reader import check
@@ -55,7 +56,8 @@ def train_encoder(args, book: Book | None = None, scored=True) -> dict:
     """Train one of ENCODERS. Returns the record, which run.json holds too.
 
     book: None is that of the flags. With `scored` the encoder is tested on the dev and test
-    questions at the end.
+    questions at the end. ValueError if no training question can be learnt from. No folder is left
+    then: --resume with the same questions would only end here again.
     """
     book = load_book(args) if book is None else book
     torch.manual_seed(args.seed)  # new heads are random, whatever ran before
@@ -67,11 +69,23 @@ def train_encoder(args, book: Book | None = None, scored=True) -> dict:
     names = dict.fromkeys(("fingerprint", "init_hash", "eos")) | {"data_hash": book.hash()}
     names |= {"encoder_hash": hash_encoders(encoders), "tokens_hash": names["data_hash"]}
     names["tokenizer_hash"] = hash_tokenizer(training.encoder.tokenizer)
+    asked, new = book.questions["train"], not run.folder.exists()
+    searches = args.top > 0 and any(needs_search(args, book, q) for q in asked)
+    skipped = None if searches else training.use(asked)
     with run:
         record = start_record(run, training.trained, None, names) | {"lr": recipe.lr}
         found = retrieve(args, book, run.folder)
-        record["skipped"] = training.use(found.questions)
-        for reason, count in record["skipped"].items():
+        if searches:  # only now is it known what can be learnt
+            try:
+                skipped = training.use(found.questions["train"])
+            except ValueError:
+                if new and parallel.first():
+                    shutil.rmtree(run.folder, ignore_errors=True)
+                parallel.wait()  # torchrun ends all processes when the first one ends
+                raise
+        training.dev = dev_groups(args, found.questions["dev"])
+        record["skipped"] = skipped
+        for reason, count in skipped.items():
             show(f"{count} training questions are skipped: {reason}")
         record |= fit(
             run,
@@ -111,11 +125,11 @@ class RetrieverTraining:
         self.scale = COSINE_SCALE if args.pooling == "mean" else 1.0
         # A shared encoder is named once, so that its state is stored once.
         self.trained = self.encoder.question if args.shared_encoder else self.encoder
+        self.dev = []  # what `dev_groups` returns
 
-    def use(self, questions: dict[str, list[Question]]) -> dict:
-        """Take the questions, whose passages were retrieved. Returns how many have no positive."""
-        self.questions, skipped = books.retriever_questions(questions["train"])
-        self.dev = dev_groups(self.args, questions["dev"])
+    def use(self, questions: Sequence[Question]) -> dict:
+        """Take the training questions with their passages. Returns how many have no positive."""
+        self.questions, skipped = books.retriever_questions(questions)
         self.encoder.train()
         last = len(self.questions) % self.args.batch_size  # all processes embed its passages
         if 0 < last < parallel.count():
@@ -180,11 +194,11 @@ class RerankerTraining:
         self.args, folder = args, base_encoder(args)
         self.encoder = CrossEncoder.from_pretrained(folder, args.device, args.encoder_len, True)
         self.trained = self.encoder
+        self.dev = []  # what `dev_groups` returns
 
-    def use(self, questions: dict[str, list[Question]]) -> dict:
-        """Take the questions, whose passages were retrieved. Returns how many are skipped, why."""
-        self.samples, skipped = books.reranker_samples(questions["train"], self.encoder)
-        self.dev = dev_groups(self.args, questions["dev"])
+    def use(self, questions: Sequence[Question]) -> dict:
+        """Take the training questions with their passages. Returns how many are skipped, why."""
+        self.samples, skipped = books.reranker_samples(questions, self.encoder)
         self.encoder.train()
         return check_samples(self.samples, skipped)
 

@@ -461,7 +461,30 @@ def test_bad_input_is_one_line(shelf, whole, tmp_path, row):
     if error.type is not SystemExit:  # argparse prints its own line
         assert len(message.splitlines()) == 1 and all(word in message for word in words), message
     assert before == {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
-    assert "lost" in row or not out.exists()
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("method", ["reranker", "retriever"])
+def test_nothing_is_begun_if_the_file_itself_says_that_there_is_nothing_to_learn(
+    shelf, tmp_path, monkeypatch, method
+):
+    """Here the passages are given. Where only a search can tell, its folder is removed again."""
+    (tmp_path / "wrong.json").write_text(
+        '[{"question": "a", "answers": ["b"], "ctxs": [{"text": "c", "score": 1}]}]'
+    )
+    monkeypatch.setattr(encoders, "start_record", lambda *_: pytest.fail("a run was started"))
+    with pytest.raises(ValueError, match="no training question can be learnt from: 1 with no pos"):
+        run(line(shelf, method, tmp_path / "new", f"--train {tmp_path}/wrong.json"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_was_there_before_is_not_removed(shelf, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").touch()
+    (shelf / "lost.jsonl").write_text(FILES["lost.jsonl"])
+    with pytest.raises(ValueError, match="no training question can be learnt from"):
+        run(line(shelf, "reranker", tmp_path / "run", f"--train {shelf}/lost.jsonl --resume"))
+    assert (tmp_path / "run" / "retrieved").is_dir()
 
 
 def test_encoders_learn_from_questions_without_answers_and_a_reader_leaves_them_out(
