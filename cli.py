@@ -161,7 +161,7 @@ def add_training_flags(parser) -> None:
 def add_open_book_flags(parser) -> None:
     """What a reader reads, how its passages are found and sorted, and how encoders learn."""
     whole, pools = number_type(int, 0), ["cls", "mean"]
-    rate = "reader: of re-rankers (paper: 1e-5); if not given 2e-3, with --encoder 5e-5"
+    rate = "reader: of re-rankers (paper: 1e-5); if not given 2e-3, with --encoder 1e-4"
     twice = "compute each block twice in training, to save memory"
     add_flags(
         parser,

@@ -8,6 +8,7 @@ stages lie below the folder of the run, and --resume goes on in the one that was
     reranker-a, reranker-b    runs of --method reranker on either half of the training questions
     reranker                  the same on all of them, for dev, test and new questions
     scores/a-train            how the re-ranker of half A scores the passages of half B
+    scores/a-own              and how it scores those of half A, for comparison
     ranked/SPLIT.jsonl        the passages sorted by these scores
 
 The run itself is a prompt (or with --tune lm an LM), trained on the questions behind the passages
@@ -92,7 +93,7 @@ def rank(args, book: Book, folder: Path, train: Callable) -> tuple[Book, dict]:
     else:
         scores, halves, name = cross_fit(training, train_fn, score_fn, args.seed, key=half_key)
         info["halves"] = "".join(halves)
-        info["cross-fitting"] = compare_halves(args, training, scores, halves, models)
+        info["cross-fitting"] = compare_halves(args, training, scores, halves, score_fn)
     ranked = {"train": sort_found(training, scores)}
     for split in ("dev", "test"):
         ranked[split] = sort_found(questions[split], score_fn(name, questions[split], split))
@@ -138,20 +139,20 @@ def sort_found(questions: Sequence[Question], scores: Sequence[list[float]]) -> 
     return ranked
 
 
-def compare_halves(args, training, scores, halves: list[str], models: dict) -> dict:
+def compare_halves(args, training, scores, halves: list[str], score_fn: Callable) -> dict:
     """How well a re-ranker sorts the passages of its own training half, and the other one does.
 
     Recall on the same questions, at most --eval-limit of them, sorted by the re-ranker that was
-    trained on them and by the one that never saw them.
+    trained on them and by the one that never saw them. `scores` are those of the latter;
+    score_fn(name of a re-ranker, questions, name of the scores) -> scores.
     """
     rows = data.sample(len(training), args.eval_limit, args.seed)
-    held_out = sort_found([training[row] for row in rows], [scores[row] for row in rows])
-    own = []
-    for row in rows:
-        model = models[halves[row].lower()]
-        values = model.score(training[row].question, training[row].found).tolist()
-        own += sort_found([training[row]], [values])
-    return {"n": len(rows), "own half": recalls(own), "held-out half": recalls(held_out)}
+    questions, own = [training[row] for row in rows], {}
+    for half in "AB":
+        part = [row for row in rows if halves[row] == half]
+        own |= zip(part, score_fn(half.lower(), [training[row] for row in part], "own"))
+    tables = {"n": len(rows), "own half": recalls(sort_found(questions, [own[r] for r in rows]))}
+    return tables | {"held-out half": recalls(sort_found(questions, [scores[r] for r in rows]))}
 
 
 # Packing and reading

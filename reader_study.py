@@ -3,7 +3,9 @@
 Counterparts of tables 2 and 3 of Levine et al. 2022, "Standing on the Shoulders of Giant Frozen
 Language Models", on the embedded world, and the controls that the paper leaves out. GROUPS lists
 the runs, the most important first. study.py makes them, in runs/reader. Runs that differ in their
-prompt or LM alone share their passages: they start from the ranked passages of another run.
+prompt or LM alone share their passages: they start from the ranked passages of another run. So do
+the seeds of a row of SEARCHED: all read what seed 0 has ranked, so they vary the prompt alone, and
+neither halves nor re-rankers.
 
     python reproduce.py reader --plan       the cost sheet
     python reproduce.py reader              all runs, or what is missing of them, and the tables

@@ -176,7 +176,8 @@ def search_table(scores: dict, baselines: dict, rankings: dict, ks: list[int]) -
 
     A row holds the mean over targets of the best-of-top-k score and of its relative error
     reduction, and the fractions of the search eliminated and of the oracle's gain kept. The best is
-    chosen by the scores that are averaged, as in the paper, so chance is a part of its gain.
+    chosen by the scores that are averaged, as in the paper, so chance is a part of its gain. If the
+    oracle gains nothing, the fraction kept is None.
     """
 
     def best(target: str, k: int) -> float:
@@ -189,7 +190,7 @@ def search_table(scores: dict, baselines: dict, rankings: dict, ks: list[int]) -
         score = np.mean([best(t, k) for t in scores])
         errors = [relative_error_reduction(best(t, k), baselines[t]) for t in scores]
         row = {"k": k, "score": float(score), "error_reduction": float(np.mean(errors))}
-        kept = float((score - base) / (oracle - base)) if oracle > base else float("nan")
+        kept = float((score - base) / (oracle - base)) if oracle > base else None
         rows.append(row | {"eliminated": 1 - k / n, "gain_kept": kept})
     return rows
 

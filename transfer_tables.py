@@ -169,8 +169,9 @@ def show_search(study: Study, scores: dict, near: dict, tasks: list[str]) -> dic
     for kind, part in search.items():
         for k in sorted({k for k in (1, 3, 6, 9, 12, n) if k <= n}):
             row = part[k - 1]
-            percents = (row[key] for key in ("score", "error_reduction", "eliminated", "gain_kept"))
-            table.append([kind, "oracle" if k == n else k, *(f"{100 * v:.1f}" for v in percents)])
+            values = (row[key] for key in ("score", "error_reduction", "eliminated", "gain_kept"))
+            cells = ("-" if v is None else f"{100 * v:.1f}" for v in values)
+            table.append([kind, "oracle" if k == n else k, *cells])
     for method in TARGETED:
         if found := method_scores(study, method):
             mean = [found[t].mean() for t in targets]
@@ -180,6 +181,8 @@ def show_search(study: Study, scores: dict, near: dict, tasks: list[str]) -> dic
     columns = ["similarity", "k", "best of k", "error reduction", "eliminated", "gain kept"]
     show_table("search for a source, in percent", columns, table)
     for kind, part in search.items():
+        if part[-1]["gain_kept"] is None:  # no source helps
+            continue
         for share in (0.8, 0.9):
             k = next((row["k"] for row in part if row["gain_kept"] >= share), n)
             show(f"{kind}: {100 * share:.0f} % of the gain needs {k} of {n} sources")
@@ -193,9 +196,11 @@ def random_search(scores: dict, base: dict, sources: list[str], orders: int = 20
     for _ in range(orders):
         ranked = {t: [(s, 0.0) for s in rng.permutation(sources)] for t in scores}
         tables.append(transfer.search_table(scores, base, ranked, range(1, len(sources) + 1)))
-    return [
-        {key: float(np.mean([r[key] for r in rows])) for key in rows[0]} for rows in zip(*tables)
-    ]
+
+    def mean(values: list) -> float | None:
+        return None if None in values else float(np.mean(values))
+
+    return [{key: mean([r[key] for r in rows]) for key in rows[0]} for rows in zip(*tables)]
 
 
 def show_families(near: dict, tasks: list[str]) -> dict:

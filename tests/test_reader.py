@@ -130,7 +130,7 @@ def test_each_half_is_scored_by_the_re_ranker_that_never_saw_it(shelf, whole):
         for name, folder in (("A", "reranker-b"), ("B", "reranker-a"), ("all", "reranker"))
     }
     dev = read_questions(whole / "ranked" / "dev.jsonl", BOOK)
-    own = 0
+    own, sorted_by_own = 0, []
     for q, name in [*zip(training, halves), *((q, "all") for q in dev)]:
         scores = models[name].score(q.question, q.found)
         close(scores, torch.tensor(q.scores), 1e-4)
@@ -138,17 +138,22 @@ def test_each_half_is_scored_by_the_re_ranker_that_never_saw_it(shelf, whole):
         if name != "all" and len(q.found) > 1:
             other = models["AB"[name == "A"]].score(q.question, q.found)
             own += not torch.allclose(other, scores, atol=1e-4)
+        if name != "all":
+            values = models["AB"[name == "A"]].score(q.question, q.found).tolist()
+            sorted_by_own += reader.sort_found([q], [values])
     assert own > 4  # the two halves have different models
     compared = info["cross-fitting"]
     assert compared["n"] == 9 and {"own half", "held-out half"} < compared.keys()
     assert compared["held-out half"] == info["train"]["re-ranked"]
+    assert compared["own half"] == openbook.recalls(sorted_by_own)
 
 
 def test_the_record_compares_a_re_ranker_on_its_own_half_and_on_the_other(shelf, tmp_path):
-    """Here a re-ranker knows its training questions by heart, and is wrong on others."""
-    args = train.parse(line(shelf, "reader", tmp_path)[1:])
+    """Here a re-ranker knows its training questions by heart, and is wrong on others. Both columns
+    come from the same arithmetic, that of --dtype, and from whole batches."""
+    args = train.parse(line(shelf, "reader", tmp_path, "--dtype bfloat16")[1:])
     questions = read_questions(shelf / "ask.jsonl", BOOK)[:8]
-    bm25 = BM25(BOOK)
+    bm25, calls = BM25(BOOK), []
     found = [books.with_found(q, BOOK, bm25.search(q.question)) for q in questions]
 
     class ByHeart:
@@ -157,18 +162,20 @@ def test_the_record_compares_a_re_ranker_on_its_own_half_and_on_the_other(shelf,
         def __init__(self, known):
             self.known = {q.question: q.positives[0] for q in known["train"]}
 
-        def score(self, question, passages):
+        def answer(self, question, passages):
             right = self.known.get(question)
             return torch.tensor(
                 [1.0 if p == right else float(p.id[0] == "s") - 0.5 for p in passages]
             )
 
         def score_all(self, asked, lists):
-            return list(map(self.score, asked, lists))
+            calls.append((len(asked), torch.is_autocast_enabled("cpu")))
+            return list(map(self.answer, asked, lists))
 
     book = openbook.Book(BOOK, {"train": found, "dev": found[:2], "test": []})
     ranked, info = reader.rank(args, book, tmp_path, lambda name, known: ByHeart(known))
     compared = info["cross-fitting"]
+    assert calls[:4] == [(4, True)] * 4  # either half by its re-ranker, and by the other
     assert compared["own half"]["gold"]["1"] == 1.0 and compared["held-out half"]["gold"]["1"] == 0
     assert openbook.recalls(ranked.questions["train"])["gold"]["1"] == 0  # what the prompt reads
     assert openbook.recalls(ranked.questions["dev"])["gold"]["1"] == 1.0  # the re-ranker of all
@@ -454,7 +461,30 @@ def test_bad_input_is_one_line(shelf, whole, tmp_path, row):
     if error.type is not SystemExit:  # argparse prints its own line
         assert len(message.splitlines()) == 1 and all(word in message for word in words), message
     assert before == {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
-    assert "lost" in row or not out.exists()
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("method", ["reranker", "retriever"])
+def test_nothing_is_begun_if_the_file_itself_says_that_there_is_nothing_to_learn(
+    shelf, tmp_path, monkeypatch, method
+):
+    """Here the passages are given. Where only a search can tell, its folder is removed again."""
+    (tmp_path / "wrong.json").write_text(
+        '[{"question": "a", "answers": ["b"], "ctxs": [{"text": "c", "score": 1}]}]'
+    )
+    monkeypatch.setattr(encoders, "start_record", lambda *_: pytest.fail("a run was started"))
+    with pytest.raises(ValueError, match="no training question can be learnt from: 1 with no pos"):
+        run(line(shelf, method, tmp_path / "new", f"--train {tmp_path}/wrong.json"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_was_there_before_is_not_removed(shelf, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").touch()
+    (shelf / "lost.jsonl").write_text(FILES["lost.jsonl"])
+    with pytest.raises(ValueError, match="no training question can be learnt from"):
+        run(line(shelf, "reranker", tmp_path / "run", f"--train {shelf}/lost.jsonl --resume"))
+    assert (tmp_path / "run" / "retrieved").is_dir()
 
 
 def test_encoders_learn_from_questions_without_answers_and_a_reader_leaves_them_out(

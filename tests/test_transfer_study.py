@@ -101,6 +101,7 @@ def test_targets_have_few_examples_and_continued_pretraining_no_held_out_cluster
 
 def test_scores_are_those_of_the_predictions(done):
     results = done[1]
+    json.dumps(results, allow_nan=False)
     for target in TARGETS:
         rows = predictions(done, f"news_topic-to-{target}-0")
         assert results["pairs"][target]["news_topic"] == np.mean([row["f1"] for row in rows])
@@ -199,6 +200,24 @@ def test_a_random_search_keeps_what_chance_keeps():
     scores, base = {"x": {"a": 0.6, "b": 0.8}}, {"x": 0.5}
     one, two = transfer_tables.random_search(scores, base, ["a", "b"], 400)
     assert one["score"] == pytest.approx(0.7, abs=0.02) and two["gain_kept"] == 1
+
+
+def test_a_library_without_any_gain_is_valid_json(tmp_path, capsys):
+    """No share of a gain that does not exist: null in the file, a dash in the table."""
+    rows = [{"task": "x", "id": f"test-{i}-is", "template": "is", "f1": 1.0} for i in range(4)]
+    write_lines(tmp_path / "predictions.jsonl", rows)
+    jobs = [SimpleNamespace(answers=tmp_path)]
+    study = SimpleNamespace(
+        groups={"targets": [SimpleNamespace(name="scratch-to-x")]},
+        finished=lambda name: jobs if name.startswith("scratch-") else [],
+    )
+    near = {"per_token": np.array([[1, 0, 0.9], [0, 1, 0.2], [0.9, 0.2, 1]])}
+    scores = {"x": {"a": 0.5, "b": 1.0}}
+    results = transfer_tables.show_search(study, scores, near, ["x", "a", "b"])
+    kept = [row["gain_kept"] for part in results["search"].values() for row in part]
+    assert kept == [None] * 4 and json.loads(json.dumps(results, allow_nan=False)) is not None
+    printed = capsys.readouterr().out
+    assert printed.count(" | - |") == 4 and "nan" not in printed and "of the gain" not in printed
 
 
 # The real study
