@@ -67,8 +67,8 @@ def load_book(args) -> Book:
 
     --passages is a book (psgs_w100.tsv or JSON lines of passages) or a retrieval result, which is
     a book of what was found. Without --train, its questions are cut into train, dev and test.
-    FileNotFoundError or ValueError if a file is missing or malformed, or if two questions of a
-    file have one id.
+    Questions without an answer train re-rankers, and no reader. FileNotFoundError or ValueError if
+    a file is missing or malformed, or if two questions of a file have one id.
     """
     found, listed, questions = None, [], dict.fromkeys(SPLITS, ())
     if args.passages and holds_questions(args.passages):
@@ -95,13 +95,19 @@ def load_book(args) -> Book:
     if not questions["train"]:
         raise ValueError(f"--passages {args.passages} is a book: --train names the questions")
     for split in SPLITS:
-        questions[split] = check_questions(questions[split], args.method == "reader")
+        reads = args.method == "reader" and not (split == "train" and trains_rerankers(args))
+        questions[split] = check_questions(questions[split], reads)
     if found and args.train:
         results = {data.bare_question(q.question): q for q in found}
         for split in SPLITS:
             questions[split] = [take_results(q, results, args.passages) for q in questions[split]]
     book = Book(listed, questions, args.passages if listed and args.passages else None)
     return book if book.path else collect(book)
+
+
+def trains_rerankers(args) -> bool:
+    """Whether a reader trains its own re-rankers."""
+    return args.top > 0 and not args.no_rerank and not args.reranker
 
 
 def holds_questions(path: str) -> bool:

@@ -13,7 +13,8 @@ stages lie below the folder of the run, and --resume goes on in the one that was
 
 The run itself is a prompt (or with --tune lm an LM), trained on the questions behind the passages
 that fit the LM's context. A re-ranker sorts the passages of its own training questions better than
-those of new ones. Cross-fitting gives the prompt training data that looks like the test's.
+those of new ones. Cross-fitting gives the prompt training data that looks like the test's. Training
+questions that name a passage and no answer train the re-rankers alone.
 
 Needs openbook.py, model.py and what these need. train.py trains.
 
@@ -191,12 +192,17 @@ def write_inputs(args, tokenizer, left: int, questions: Sequence[Question], targ
     return texts, packed, dropped
 
 
+def answered(questions: Sequence[Question]) -> list[Question]:
+    """The questions with an answer. The others train re-rankers alone."""
+    return [q for q in questions if q.answers]
+
+
 def examples(book: Book) -> dict[str, list[data.Example]]:
-    """The questions of each split as the LM's examples, without passages."""
+    """The answered questions of each split as the LM's examples, without passages."""
     made = {}
     for split, part in book.questions.items():
         made[split] = []
-        for q in part:
+        for q in answered(part):
             text, answers = data.question_text(q.question), tuple(map(str.strip, q.answers))
             example = data.Example(text, answers[0], answers, q.task, q.id, q.source)
             made[split].append(example)
@@ -207,6 +213,8 @@ def check(args, book: Book) -> list[str | Path]:
     """Refuse what cannot be done, before anything is written. Returns the encoders in use."""
     searches = any(not q.found for part in book.questions.values() for q in part)
     encoders = []
+    if args.method == "reader" and not answered(book.questions["train"]):
+        raise ValueError(f"{args.train or args.passages}: no training question has an answer")
     if args.method == "reader" and args.top == 0:
         return encoders
     if args.method == "reader" and not book.passages:
@@ -246,13 +254,14 @@ def prepare(task, book: Book, folder: Path, train: Callable) -> tuple:
         ranked, info = rank(args, found, folder, train)
     tokens, left = {}, context(args, task.lm)
     for split, part in ranked.questions.items():
+        part = answered(part)
         if not part:
             tokens[split] = []
             continue
         training = split == "train"
         targets = [e.target for e in task.examples[split]] if training else ()
         texts, packed, dropped = write_inputs(args, task.tokenizer, left, part, targets)
-        table = {"n": len(part), "retrieved": recalls(found.questions[split])}
+        table = {"n": len(part), "retrieved": recalls(answered(found.questions[split]))}
         table |= {"re-ranked": recalls(part)} if reranks else {}
         table["input"] = recall_at_input(part, packed, dropped)
         info[split] = table

@@ -413,6 +413,7 @@ READS --passages {}/broken.json           | broken.json:1: not a record of JSON
 READS --train {}/same.jsonl               | same.jsonl:2: the id 7 is taken by same.jsonl:1
 READS --train {}/stranger.jsonl --dev {}/plain.jsonl --passages {}/result.json | has no results
 READS --train {}/one.jsonl                | one question cannot be cut into halves
+READS --train {}/mute.jsonl               | mute.jsonl: no training question has an answer
 READS --encoder nowhere                   | nowhere
 READS --encoder {}/lm/model               | model_type
 READS --retriever nowhere --search hybrid | nowhere
@@ -435,6 +436,7 @@ FILES = {
     "same.jsonl": '{"id": 7, "question": "a", "answer": ["b"]}\n' * 2,
     "stranger.jsonl": '{"question": "zed", "answer": ["b"]}\n',
     "one.jsonl": '{"question": "where was Anna born", "answer": ["Velmor"]}\n',
+    "mute.jsonl": '{"question": "q", "answer": [], "positive_ctxs": [{"text": "x"}]}\n',
     "lost.jsonl": '{"question": "where was Anna born", "answer": ["nowhere"]}\n',
     "result.json": '[{"question": "a", "answers": ["b"], "ctxs": [{"text": "c", "score": "1"}]}]',
     "bare.json": json.dumps([{"question": f"q{i}", "answers": ["b"]} for i in range(5)]),
@@ -498,6 +500,11 @@ def test_encoders_learn_from_questions_without_answers_and_a_reader_leaves_them_
         assert record["skipped"] == {} and record["results"]["dev"]["n"] == 4
     words = line(shelf, "reader", tmp_path / "reader", f"{files} --no-rerank --steps 1")
     assert run(words)["passages"]["train"]["n"] == 1
+    words = line(shelf, "reader", tmp_path / "both", f"{files} --steps 1 --encoder-steps 2")
+    found = run(words)["passages"]
+    assert found["train"]["n"] == 1 and len(found["halves"]) == len(ASKED)
+    ranked = read_lines(tmp_path / "both" / "ranked" / "train.jsonl")
+    assert len(ranked) == len(ASKED) and all(q["ctxs"] for q in ranked)
 
 
 def test_two_encoders_in_a_folder_are_a_dual_encoder_and_read_encoder_len_tokens(shelf, tmp_path):
