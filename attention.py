@@ -33,12 +33,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LN2 = tl.constexpr(math.log(2))
-# The score of a key that a query must not see: a power of two, so that HIDDEN * scale is exact.
+# The score of a key that a query must not see. A power of two: HIDDEN * scale is then exact, and
+# s * scale - larger is 0 even as one multiply-add.
 HIDDEN = tl.constexpr(-(2.0**100))
 PROGRAMS = 512  # to keep a large GPU busy; an H100 has 132 processors
-# By kernel: BLOCK_M, BLOCK_N and stages, the tiles in flight from memory. Tensor cores take 64 rows
-# of 4 warps (of 32 threads), BLOCK_M of them in the first two kernels and BLOCK_N in the last. More
-# rows in 8 warps read less, but do not fit into registers, and short texts leave them empty.
+# By kernel: BLOCK_M, BLOCK_N and stages, the tiles in flight from memory. Four warps (128 threads)
+# feed the tensor cores 64 rows at a time: BLOCK_M in the first two kernels, BLOCK_N in the last.
+# Eight warps with more rows read less, but spill registers, and short texts leave them idle.
 TILES = {"forward": (64, 32, 3), "backward_q": (64, 64, 2), "backward_kv": (64, 64, 2)}
 FLOAT32 = 32, 32, 2
 ON_CPU = bool(triton.knobs.runtime.interpret)  # Triton's interpreter takes tensors on the CPU
@@ -113,8 +114,9 @@ def visible(source, n, t, start, S):
 
 @triton.jit
 def key_range(source, queries, S):
-    """The keys of a source that a tile of queries visits, (low, full, high). All its queries see
-    the keys from low to full, so these need no mask. Those from full to high need one."""
+    """The keys of a source that a tile of queries visits, (low, full, high). Those from low to full
+    are seen by all its queries and need no mask. Those from full to high need one. With a window,
+    or with padding in the first tile of keys, all need one, and full is low."""
     oldest, t = queries.start, tl.min(queries.t)
     if S.window is not None:
         oldest = tl.maximum(oldest, S.P + t + 1 - S.window)
@@ -143,8 +145,8 @@ def absorb(state, q, queries, source, low, high, S, MASKED: tl.constexpr):
         if MASKED:
             seen = visible(source, n[None, :], queries.t[:, None], queries.start, S)
             s = tl.where(seen, s, HIDDEN)
-        # Before a query's first visible key its terms are 2^0, and that key rescales them to 0,
-        # because HIDDEN is finite. With minus infinity they would be 2^(inf - inf).
+        # Until a query meets its first visible key, every hidden key adds 2^0. That key's rescale
+        # is 0 and removes them. HIDDEN is finite because inf - inf is not a number.
         larger = tl.maximum(largest, tl.max(s, 1) * S.scale)
         rescale = tl.exp2(largest - larger)
         p = tl.exp2(s * S.scale - larger[:, None])  # one multiply-add and one power
@@ -208,16 +210,16 @@ def backward_q_kernel(q, prefix, text, o, do, lse, delta, dq, S):
     q_tile = load(q, queries.b, queries.q_head, queries.t, S.T, S)
     o_tile = load(o, queries.b, queries.q_head, queries.t, S.T, S)
     do_tile = load(do, queries.b, queries.q_head, queries.t, S.T, S)
-    d = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
-    tl.store(delta + queries.index, d, mask=queries.t < S.T)
-    e = tl.load(lse + queries.index, mask=queries.t < S.T, other=0.0)
+    delta_tile = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+    tl.store(delta + queries.index, delta_tile, mask=queries.t < S.T)
+    lse_tile = tl.load(lse + queries.index, mask=queries.t < S.T, other=0.0)
     acc = tl.zeros((S.BLOCK_M, S.BLOCK_D), tl.float32)
     low, full, high = key_range(prefix, queries, S)
-    acc = add_dq(acc, q_tile, do_tile, e, d, queries, prefix, low, full, S, False)
-    acc = add_dq(acc, q_tile, do_tile, e, d, queries, prefix, full, high, S, True)
+    acc = add_dq(acc, q_tile, do_tile, lse_tile, delta_tile, queries, prefix, low, full, S, False)
+    acc = add_dq(acc, q_tile, do_tile, lse_tile, delta_tile, queries, prefix, full, high, S, True)
     low, full, high = key_range(text, queries, S)
-    acc = add_dq(acc, q_tile, do_tile, e, d, queries, text, low, full, S, False)
-    acc = add_dq(acc, q_tile, do_tile, e, d, queries, text, full, high, S, True)
+    acc = add_dq(acc, q_tile, do_tile, lse_tile, delta_tile, queries, text, low, full, S, False)
+    acc = add_dq(acc, q_tile, do_tile, lse_tile, delta_tile, queries, text, full, high, S, True)
     # A score counts in units of log2(e), hence scale * ln(2), which is 1 / sqrt(D).
     store(dq, queries.b, queries.q_head, queries.t, S.T, acc * (S.scale * LN2), S)
 
@@ -230,19 +232,19 @@ def add_dkv(
     dk, dv = state
     q, do, lse, delta = tensors
     blocks = tl.cdiv(tl.maximum(high - low, 0), S.BLOCK_M)
-    for i in range(0, rows * blocks):
+    for i in range(0, rows * blocks):  # all blocks of all rows: row i // blocks, block i % blocks
         m = low + i % blocks * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
         queries = pick(row + i // blocks, head, m, S)
         q_tile = load(q, queries.b, queries.q_head, queries.t, S.T, S)
         do_tile = load(do, queries.b, queries.q_head, queries.t, S.T, S)
-        e = tl.load(lse + queries.index, mask=queries.t < S.T, other=0.0)
-        d = tl.load(delta + queries.index, mask=queries.t < S.T, other=0.0)
-        p = weights(keys, q_tile, e[None, :], S)  # (BLOCK_N, BLOCK_M), transposed
+        lse_tile = tl.load(lse + queries.index, mask=queries.t < S.T, other=0.0)
+        delta_tile = tl.load(delta + queries.index, mask=queries.t < S.T, other=0.0)
+        p = weights(keys, q_tile, lse_tile[None, :], S)  # (BLOCK_N, BLOCK_M), transposed
         if MASKED:
             seen = visible(source, n[:, None], queries.t[None, :], queries.start, S)
             p = tl.where(seen, p, 0.0)
         dv += dot(p.to(do_tile.dtype), do_tile)
-        ds = p * (dot(values, tl.trans(do_tile)) - d[None, :])
+        ds = p * (dot(values, tl.trans(do_tile)) - delta_tile[None, :])
         dk += dot(ds.to(q_tile.dtype), q_tile)
     return dk, dv
 
@@ -257,24 +259,25 @@ def backward_kv_kernel(q, source, do, lse, delta, dk, dv, S, rows):
     row = part * rows
     keys = load(source.k, row, head, n, source.N, S)
     values = load(source.v, row, head, n, source.N, S)
-    # Queries from low to unmasked need a mask: some do not see all keys of the tile. Queries
+    # Queries from low to masked_end need a mask: some do not see all keys of the tile. Queries
     # past the text are zeros and add nothing, and the gradients of keys past N are not stored.
     low, high = tl.maximum(key - S.P, 0) * S.G, S.T * S.G
     last = tl.minimum(key + S.BLOCK_N, source.first + source.N) - 1
-    unmasked = low + tl.cdiv(tl.maximum(last - S.P, 0) * S.G - low, S.BLOCK_M) * S.BLOCK_M
-    unmasked = tl.minimum(unmasked, high)
+    masked_end = low + tl.cdiv(tl.maximum(last - S.P, 0) * S.G - low, S.BLOCK_M) * S.BLOCK_M
+    masked_end = tl.minimum(masked_end, high)
     if S.window is not None:
         high = tl.minimum(high, (key + S.BLOCK_N - 1 - S.P + S.window) * S.G)
-        unmasked = high
+        masked_end = high
     if S.lengths is not None:  # no query sees the padding of its row
         hidden = (rows == 1) & (key + S.BLOCK_N <= S.P - tl.load(S.lengths + row))
         high = tl.where(hidden, low, high)
-        unmasked = high
+        masked_end = high
     zeros = tl.zeros((S.BLOCK_N, S.BLOCK_D), tl.float32)
-    state, tensors, rows = (zeros, zeros), (q, do, lse, delta), tl.minimum(rows, S.B - row)
-    tile = source, keys, values, n, head, row, rows
-    state = add_dkv(state, tensors, *tile, low, unmasked, S, True)
-    dk_acc, dv_acc = add_dkv(state, tensors, *tile, unmasked, high, S, False)
+    tensors = q, do, lse, delta
+    rows = tl.minimum(rows, S.B - row)
+    key_tile = source, keys, values, n, head, row, rows
+    state = add_dkv((zeros, zeros), tensors, *key_tile, low, masked_end, S, True)
+    dk_acc, dv_acc = add_dkv(state, tensors, *key_tile, masked_end, high, S, False)
     store(dk, part, head, n, source.N, dk_acc * (S.scale * LN2), S)
     store(dv, part, head, n, source.N, dv_acc, S)
 
@@ -301,7 +304,7 @@ def kernel_inputs(q, k, v, prefix_k, prefix_v, lengths, window):
 
 
 def tiled(kernel: str, dtype: torch.dtype, S: Sizes, keys: int):
-    """Sizes with the tiles of a kernel that visits so many keys, the number of programs for
+    """Sizes with the tiles of a kernel that visits `keys` keys, the number of programs for
     queries, and options of Triton."""
     M, N, stages = FLOAT32 if dtype == torch.float32 else TILES[kernel]
     if S.D.value > 128:
@@ -349,14 +352,15 @@ class FusedAttention(torch.autograd.Function):
                 return None, None
             S, _, options = tiled("backward_kv", q.dtype, sizes, source.N)
             tiles, parts, dtype = triton.cdiv(source.N, S.BLOCK_N.value) * S.K, S.B, k.dtype
-            if len(k) < S.B:  # shared: divide the batch only as far as the GPU needs programs
+            shared = len(k) < S.B
+            if shared:  # divide the batch only as far as the GPU needs programs
                 parts, dtype = min(S.B, triton.cdiv(PROGRAMS, max(1, tiles))), torch.float32
             rows = triton.cdiv(S.B, parts)
             shape = triton.cdiv(S.B, rows), source.N, S.K, k.shape[3]
             dk, dv = (k.new_empty(shape, dtype=dtype).transpose(1, 2) for _ in "kv")
             tensors = strided(q), source, strided(do), lse, delta, strided(dk), strided(dv)
             backward_kv_kernel[(tiles * len(dk),)](*tensors, S, rows, **options)
-            if len(k) < S.B:
+            if shared:
                 dk, dv = dk.sum(0, True).to(k.dtype), dv.sum(0, True).to(k.dtype)
             return dk, dv
 
@@ -377,9 +381,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, past=None, lengths=None, window=None
     if torch.is_autocast_enabled(q.device.type):
         given = [x.to(torch.get_autocast_dtype(q.device.type)) for x in given]
     widest = 128 if torch.is_grad_enabled() and any(x.requires_grad for x in given) else 256
-    known = given[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
-    known = known and all(x.dtype == given[0].dtype for x in given)
-    if not known or q.shape[3] > widest or q.numel() == 0 or not (q.is_cuda or ON_CPU):
+    types = {x.dtype for x in given}
+    supported = len(types) == 1 and types < {torch.float32, torch.bfloat16, torch.float16}
+    if not supported or q.shape[3] > widest or q.numel() == 0 or not (q.is_cuda or ON_CPU):
         from model import attend as plain
 
         return plain(q, k, v, past, lengths, window)

@@ -46,8 +46,10 @@ COLUMNS = ["shape", "pass", "contestant", "ms", "launch ms", "MB", "of ceiling",
 def measure(device: str, batch: list[int], prefix: list[int], text: list[int], minutes: float):
     """Print and return the rows for all B, P and T. After so many minutes the other shapes are
     named as missing. ValueError without a GPU."""
-    if device != "cuda" or not torch.cuda.is_available():
-        raise ValueError("attention: these kernels need a GPU (--device cuda), and there is none")
+    if device != "cuda":
+        raise ValueError("attention: these kernels need --device cuda")
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here")
     deadline, rows, missing = time.perf_counter() + 60 * minutes, [], []
     torch._dynamo.config.recompile_limit = 64  # FlexAttention, if it compiles anew for a shape
     ceilings = measure_ceilings()
@@ -321,6 +323,6 @@ def main(argv: list[str]) -> list[dict]:
     ):
         parser.add_argument(flag, type=cli.COUNT, nargs="+", default=sizes, help=text)
     text = "measure no further shape after so many minutes"
-    parser.add_argument("--minutes", type=float, default=60.0, help=text)
+    parser.add_argument("--minutes", type=cli.number_type(float, 0), default=60.0, help=text)
     args = parser.parse_args(argv)
     return measure(args.device, args.batch, args.prefix, args.text, args.minutes)

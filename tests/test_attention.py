@@ -75,9 +75,11 @@ SHAPES = {  # (B, H, K, T, P, D, rows of the prefix), lengths, window
     "shared, several rows in a program": ((5, 2, 2, 9, 33, 16, 1), None, None),
     "one for each row": ((3, 2, 1, 18, 5, 20, 3), None, None),
     "ragged": ((3, 4, 2, 10, 40, 16, 3), [40, 0, 7], None),
+    "ragged, padding within a tile": ((3, 2, 2, 10, 48, 16, 3), [48, 0, 20], None),
     "shared and ragged": ((3, 2, 2, 10, 20, 16, 1), [20, 0, 1], None),
     "shared with padding": ((2, 2, 2, 10, 20, 16, 1), [3], None),
     "window": ((2, 2, 1, 40, 20, 16, 1), None, 7),
+    "window from the last key of a tile": ((2, 2, 2, 18, 20, 16, 1), None, 6),
     "window of one": ((2, 2, 2, 18, 3, 16, 1), None, 1),
     "window, ragged": ((2, 2, 2, 18, 40, 16, 2), [40, 5], 20),
 }
@@ -85,6 +87,13 @@ SHAPES = {  # (B, H, K, T, P, D, rows of the prefix), lengths, window
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_output_and_gradients_equal_plain_attention(small_tiles, name):
+    check(*SHAPES[name])
+
+
+@pytest.mark.parametrize("tile", [(32, 16, 2), (16, 32, 2)], ids=str)
+@pytest.mark.parametrize("name", ["shared", "ragged", "window"])
+def test_tiles_may_have_more_queries_or_more_keys(small_tiles, monkeypatch, name, tile):
+    monkeypatch.setattr(attention, "FLOAT32", tile)
     check(*SHAPES[name])
 
 
@@ -103,8 +112,18 @@ def test_random_shapes(small_tiles, seed):
     check((B, K * rng.choice([1, 3]), K, T, P, D, rows), lengths, rng.choice([None, None, 5, 25]))
 
 
-def test_tiles_as_on_a_gpu():
+def test_a_wide_head_in_the_tiles_of_float32():
     check((2, 2, 1, 40, 70, 128, 1))
+
+
+def test_the_gradient_of_a_sum_has_no_strides(small_tiles):
+    tensors = inputs(2, 2, 2, 5, 3, 16, 1)
+    ours, plain = (
+        torch.autograd.grad(attend(*tensors[:3], tensors[3:]).sum(), tensors)
+        for attend in (attention.attend, model.attend)
+    )
+    for a, b in zip(ours, plain):
+        close(a, b, 1e-5)
 
 
 def test_prefix_and_text_joined_equal_both_apart(small_tiles):
@@ -213,8 +232,8 @@ def test_the_block_mask_of_flex_attention(B, P, T):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_benchmark_needs_a_gpu():
-    for device in ("cpu", "cuda"):
-        with pytest.raises(ValueError, match="need a GPU"):
+    for device, problem in (("cpu", "need --device cuda"), ("cuda", "no CUDA device")):
+        with pytest.raises(ValueError, match=problem):
             bench.main(["attention", "--device", device])
 
 
