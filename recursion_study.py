@@ -65,6 +65,7 @@ NEURAL_2 = f"{NEURAL} {STORED}/neural_recursion_2"
 AFTER_2, BEFORE_2 = f"{AFTER} {STORED}/lm_connector_2", f"{BEFORE} {STORED}/connector_lm_2"
 LARGE = "{pretrained}/lm2"
 BEST = "neural-2-muon-pause-3"
+SEVEN = "neural-2-residual-pause-7-trained"
 CLOCKED = ("prompt", "neural-2", BEST, "prompt-large")
 QUESTION = 18  # its tokens
 MORE = f"{TEXTUAL} --stages-from {{out}}/textual-16-0"  # the prompts before the last are the same
@@ -100,11 +101,11 @@ FILLED = {  # the rows that get filler: (the row of their learning rates, comman
 }
 
 
-def filled(name: str, k: int, more: str = "") -> Row:
+def filled(name: str, k: int, more: str = "", seeds: int = 1) -> Row:
     """The row of a method with k times filler, which is trained if `more` is -trained."""
     rates, command = FILLED[name]
     flags = f"--pause {k} --pause{more}" if more else f"--pause {k}"
-    return Row(f"{name}-pause-{k}{more}", 1, rates, f"{command} {flags}")
+    return Row(f"{name}-pause-{k}{more}", seeds, rates, f"{command} {flags}")
 
 
 # neural: LM-Connector-LM; before: Connector-LM; after: LM-Connector; then the Connector's layers.
@@ -143,7 +144,7 @@ GROUPS = {
         Row(f"{BEST}-long", 1, "", f"{residual(NEURAL_2)} {FILLER} {MUON} --steps {{long}}"),
         *(filled(name, k) for k in (3, 1, 7) for name in FILLED),
         *(filled(name, 3, "-trained") for name in ("neural-2-residual", "prompt", "before-2-muon")),
-        filled("neural-2-residual", 7, "-trained"),
+        filled("neural-2-residual", 7, "-trained", 3),
     ],
     "what a recursion does": [
         Row("hard", 1, "", "audit.py hard {out}/prompt-long-0 --samples 64"),
@@ -189,6 +190,20 @@ ORDERINGS = [  # the claim is that the first row has the higher EM
     *(
         (f"{what}: trained filler 3 > text", f"{row}-pause-3-trained", f"{row}-pause-3")
         for what, row in (("residual", "neural-2-residual"), ("prompt tuning", "prompt"))
+    ),
+    ("residual: trained filler 7 > 3", SEVEN, "neural-2-residual-pause-3-trained"),
+    ("residual: trained filler 7 > text", SEVEN, "neural-2-residual-pause-7"),
+    *(
+        (f"residual, trained filler 7 > {what}", SEVEN, row)
+        for what, row in (
+            ("all three", BEST),
+            ("prompt tuning", "prompt"),
+            ("fine-tuning with filler 7", "fine-tuning-pause-7"),
+            ("Connector-LM with all three", "before-2-muon-pause-3"),
+            ("LM-Connector, not pretrained", "after-2-random"),
+            ("the same with filler 7", "after-2-random-pause-7"),
+            ("LM-Connector of 8 layers", "after-8-random"),
+        )
     ),
     ("residual, filler 3: Muon > AdamW", BEST, "neural-2-residual-pause-3"),
     ("all three: 3 times the steps", f"{BEST}-long", BEST),
