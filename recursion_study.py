@@ -4,9 +4,9 @@ Counterparts of figure 6 and of tables 4, 5 and 6 of Levine et al. 2022, "Standi
 of Giant Frozen Language Models", on the embedded world, and the controls that the paper leaves out.
 GROUPS lists the runs, the most important first. study.py makes them, in runs/recursion.
 
-Three seeds have neural-2, neural-2-residual, prompt, neural-2-muon-pause-3, before-2, textual-16
-and after-2-random. All other rows, the analyses and the short runs that choose learning rates have
-one seed.
+Three seeds have neural-2, neural-2-residual, neural-2-residual-pause-7-trained, prompt,
+neural-2-muon-pause-3, before-2, textual-16 and after-2-random. All other rows, the analyses and the
+short runs that choose learning rates have one seed.
 
     python reproduce.py recursion --plan       the cost sheet
     python reproduce.py recursion --grid       all runs, or what is missing of them, and the tables
