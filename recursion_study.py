@@ -65,6 +65,7 @@ NEURAL_2 = f"{NEURAL} {STORED}/neural_recursion_2"
 AFTER_2, BEFORE_2 = f"{AFTER} {STORED}/lm_connector_2", f"{BEFORE} {STORED}/connector_lm_2"
 LARGE = "{pretrained}/lm2"
 BEST = "neural-2-muon-pause-3"
+BRIDGES = "bridge", "bridge-pause", "bridge-trained"
 SEVEN = "neural-2-residual-pause-7-trained"
 CLOCKED = ("prompt", "neural-2", BEST, "prompt-large")
 QUESTION = 18  # its tokens
@@ -138,6 +139,7 @@ GROUPS = {
         Row("fine-tuning", 1, "fine-tuning", TUNED),
         Row("prompt-long", 1, "prompt", f"{PROMPT} --steps {{long}}"),
         Row("neural-2-passes-3", 1, "neural-2", f"{NEURAL_2} --passes 3"),
+        Row("neural-2-passes-3-each", 1, "neural-2", f"{NEURAL_2} --passes 3 --connectors each"),
     ],
     "residual Connectors and filler after the question, which are not in the paper": [
         Row("neural-2-pause-3", 1, "neural-2", f"{NEURAL_2} {FILLER}"),
@@ -154,6 +156,7 @@ GROUPS = {
         Row("neural-2-routed", 1, "", f"route {{out}}/{BEST}-0 {{dev}} {{test}}"),
         Row("bridge", 1, "", "audit.py bridge {out}/neural-2-0 --limit 300"),
         Row("bridge-pause", 1, "", f"audit.py bridge {{out}}/{BEST}-0 --limit 300"),
+        Row("bridge-trained", 1, "", f"audit.py bridge {{out}}/{SEVEN}-0 --limit 300"),
     ],
     "a larger LM": [
         Row("prompt-large", 1, "prompt-large", f"{PROMPT} --model {LARGE}"),
@@ -239,6 +242,7 @@ ORDERINGS = [  # the claim is that the first row has the higher EM
     ("textual > prompt of three times the steps", "textual-16", "prompt-long"),
     ("cross-fitting > the paper's way", "textual-16", "textual-16-whole"),
     ("three passes > two", "neural-2-passes-3", "neural-2"),
+    ("the same, two Connectors", "neural-2-passes-3-each", "neural-2"),
     ("passes by difficulty > two for all", "neural-2-routed", BEST),
     ("the same, not residual", "neural-2-paper-routed", "neural-2"),
 ]
@@ -439,7 +443,7 @@ def show_candidates(study: Study) -> list[dict]:
 
 def show_analyses(study: Study) -> dict:
     """Print EM on the hard questions and the rates of the audit. Returns both, and the curve."""
-    names = ("hard", "passes", "passes-paper", "bridge", "bridge-pause")
+    names = ("hard", "passes", "passes-paper", *BRIDGES)
     found = {name: study.finished(name)[:1] for name in names}
     results = {}
     for job in found["hard"]:
@@ -458,7 +462,7 @@ def show_analyses(study: Study) -> dict:
         result["curve"] = [result["curve"][row] for row in rows]
         show(f"\none pass or two: {audited(job)}\n")
         audit.show_curve(result, None)
-    for job in found["bridge"] + found["bridge-pause"]:
+    for job in (job for name in BRIDGES for job in found[name]):
         results[job.row.name] = job.record()["results"]["rates"]
         copy = study.args.picture.with_stem(f"{study.args.picture.stem}-{job.row.name}")
         with suppress(FileNotFoundError):  # nothing could draw it

@@ -198,7 +198,7 @@ STUDY = [
     ("--only", str, "", "only rows with this text in their name or their table's title"),
     ("--plan", bool, False, "print the cost sheet and end"),
 ]
-GRID = ("--grid", bool, False, "choose learning rates by short runs of seed 0, first")
+GRID = ("--grid", bool, False, "choose learning rates by runs of seed 0, first")
 FLAGS = {
     "docs": [("--full", bool, False, "trainings that take hours, too")],
     "lm": [

@@ -344,7 +344,7 @@ def show_grid(study: Study) -> dict[str, dict]:
         texts = [f"{rate}: {value:.1f}" for rate, value in tried.items()]
         table.append([name, ", ".join(texts), study.best_rate(name)])
     if table:
-        show_table("learning rates: dev score of short runs", ["", "tried", "chosen"], table)
+        show_table("learning rates: dev scores", ["", "tried", "chosen"], table)
     return results
 
 

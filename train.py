@@ -173,7 +173,7 @@ PROMPT = {"steps": 400, "schedule": "constant", "weight_decay": 0.0}  # lr: defa
 METHODS = {  # method: (function, defaults of its flags)
     "prompt_tuning": (prompt_tuning, PROMPT),
     "deep_prompt": (deep_prompt, PROMPT),
-    "id_pt": (id_pt, {"steps": 1200, "lr": 1e-3, "schedule": "constant"}),
+    "id_pt": (id_pt, {"steps": 1200, "lr": 3e-3, "schedule": "constant"}),
     "textual_recursion": (textual_recursion, PROMPT),
     "neural_recursion": (connector, {"steps": 1200, "lr": 1e-3}),
     "lm_connector": (connector, {"steps": 1200, "lr": 1e-3}),

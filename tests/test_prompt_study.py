@@ -187,9 +187,9 @@ def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
             assert run.seed == job.seed and (run.test is None) == job.short
     assert runs["id-pt-40"].prompt_length == 40 and runs["grid-id-pt-20-3e-3"].lr == 3e-3
     steps = {
-        name: runs[name].steps for name in ("prompt-5", "deep-text-low", "grid-prompt-20-0.008")
+        name: runs[name].steps for name in ("prompt-5", "deep-text-low", "grid-prompt-20-0.072")
     }
-    assert list(steps.values()) == [800, 160, 80]
+    assert list(steps.values()) == [800, 160, 800]
     assert runs["larger-shallow"].model == "assets/lm2"
     for name in prompt_study.SINGLE:  # as many examples of a task as its own prompt sees
         one, each = runs[f"tuned-{name}"], runs["shallow-vocab-high"]
