@@ -139,9 +139,10 @@ class Study:
         return [job for row in rows for job in self.jobs(row) if job.record()]
 
     def grid(self, name: str) -> list[Job]:
-        """A row with each of its learning rates, for a part of the steps, without test."""
-        jobs = []
-        for rate in self.rates.get(name, ()):
+        """A row with each of its learning rates, for a part of the steps, without test. If there is
+        only one, none."""
+        jobs, rates = [], self.rates.get(name, ())
+        for rate in rates if len(rates) > 1 else ():
             command = f"{self.rows[name].command} --lr {rate}"
             jobs += self.jobs(Row(f"grid-{name}-{rate}", 1, "", command))
         return jobs
