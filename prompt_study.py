@@ -11,7 +11,7 @@ important first. study.py makes them, in runs/prompts.
     python reproduce.py prompts --grid       all runs, or what is missing of them, and the tables
 
 --grid compares learning rates in whole runs. After a tenth of the steps, where Levine et al. do so,
-the best rate of ID-PT is not the one that is best at the end.
+the rates of ID-PT can hardly be told apart here.
 
 Several processes can share the work: start the second command as often, each with
 OMP_NUM_THREADS=1.
@@ -74,7 +74,7 @@ def shift(trained: str, method: str) -> str:
 START = {"vocab": "vocab", "labels": "labels", "random": "random", "text": "{instruction}"}
 INSTRUCTION = "text:Read the text and answer the question about it:"
 RATES = {  # row: learning rates; the first is used where --grid has chosen none
-    "id-pt-20": ("1e-2", "1e-3", "3e-3", "3e-2"),
+    "id-pt-20": ("3e-3", "1e-3", "1e-2", "3e-2"),
     "prompt-20": ("0.216", "0.024", "0.072", "0.648"),
     "fine-tuning": ("1e-3",),  # of 3e-4, 1e-3 and 3e-3 the best after 80 steps
 }
