@@ -385,8 +385,9 @@ def test_the_name_of_a_row_says_what_it_trains():
             assert command.count("--residual") == 1, name
             assert ("--residual on" in command) == ours, name
         assert ("--pause" in command) == ("-pause-" in name), name
-        assert ("--pause-trained" in command) == name.endswith("-trained"), name
+        assert ("--pause-trained" in command) == ("-pause-" in name and "trained" in name), name
     assert rows["bridge-pause"].split("/")[1].startswith(f"{recursion_study.BEST}-0")
+    assert rows["bridge-trained"].split("/")[1].startswith(f"{recursion_study.SEVEN}-0")
     assert rows["bridge"].split("/")[1].startswith("neural-2-0")
 
 
