@@ -382,7 +382,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, past=None, lengths=None, window=None
         given = [x.to(torch.get_autocast_dtype(q.device.type)) for x in given]
     widest = 128 if torch.is_grad_enabled() and any(x.requires_grad for x in given) else 256
     types = {x.dtype for x in given}
-    supported = len(types) == 1 and types < {torch.float32, torch.bfloat16, torch.float16}
+    supported = len(types) == 1 and types <= {torch.float32, torch.bfloat16, torch.float16}
     if not supported or q.shape[3] > widest or q.numel() == 0 or not (q.is_cuda or ON_CPU):
         from model import attend as plain
 
