@@ -38,7 +38,7 @@ SEARCHED = {  # runs that search: command
     "dense": f"{DENSE} --no-rerank",
     "not-cross-fitted": f"{READER} --reranker {{out}}/bm25-reranked-0/reranker",
 }
-LARGER, TUNED = "--model {pretrained}/lm2", "--tune lm"
+LARGER, TUNED, SHORT = "--model {pretrained}/lm2", "--tune lm", "--context {short}"
 
 
 def searched(name: str, seeds: int = 1) -> Row:
@@ -66,6 +66,11 @@ GROUPS = {
         searched("dense"),
     ],
     "without cross-fitting": [searched("not-cross-fitted", 3)],
+    "half the context": [
+        reads("short-bm25-reranked", "bm25-reranked", SHORT, 3),
+        reads("short-bm25", "bm25", SHORT, 3),
+        reads("short-not-cross-fitted", "not-cross-fitted", SHORT, 3),
+    ],
     "both LMs, frozen and fine-tuned, as in table 3": [
         Row("closed-book", 3, "", CLOSED),
         reads("larger-bm25-reranked", "bm25-reranked", LARGER, 3),
@@ -85,6 +90,9 @@ ORDERINGS = [  # the claim is that the first row has the higher EM
     ("hybrid > BM25", "hybrid", "bm25"),
     ("hybrid > BM25, both re-ranked", "hybrid-reranked", "bm25-reranked"),
     ("cross-fitted > not", "bm25-reranked", "not-cross-fitted"),
+    ("half the context: re-ranked > as found", "short-bm25-reranked", "short-bm25"),
+    ("half the context: cross-fitted > not", "short-bm25-reranked", "short-not-cross-fitted"),
+    ("half the context, re-ranked > all of it", "short-bm25-reranked", "bm25-reranked"),
     ("open > closed book", "bm25", "closed-book"),
     ("larger LM: re-ranked > as found", "larger-bm25-reranked", "larger-bm25"),
     ("larger > smaller LM, both re-ranked", "larger-bm25-reranked", "bm25-reranked"),
@@ -108,7 +116,7 @@ class ReaderStudy(Study):
         """The arguments of a job's program."""
         args = self.args
         names = {"out": self.folder, "pretrained": args.pretrained}
-        names["encoder_steps"] = args.encoder_steps
+        names |= {"encoder_steps": args.encoder_steps, "short": args.context // 2}
         line = ["--steps", args.steps, "--encoder-steps", args.encoder_steps, "--top", args.top]
         line += ["--context", args.context, "--world-seed", args.world_seed, *args.flags.split()]
         line += ["--model", args.model] if args.model else []

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import pytest
 from tiny_runs import make_shelf, small_world
@@ -103,8 +104,9 @@ def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
         first = job.seed == 0 and job.row.name in SEARCHED
         assert bool(run.passages) != (first or run.top == 0 or run.method == "retriever")
         assert (run.model == "assets/lm2") == ("larger" in job.row.name)
+        assert run.context == (128 if "short" in job.row.name else 256)
         if run.passages:
-            source = job.row.name.removeprefix("larger-").removeprefix("tuned-")
+            source = re.sub("^(larger-|short-)?(tuned-)?", "", job.row.name)
             assert run.passages == f"{tmp_path}/{source}-0/passages.jsonl"
             assert run.test.split("/")[-2] == ("retrieved", "ranked")["d" in source], run.test
 
