@@ -14,6 +14,7 @@ Two processes can share the work: start the second command twice, each with OMP_
 GPU, add --flags="--device cuda --dtype float32".
 """
 
+import json
 from pathlib import Path
 
 from show import show, show_table
@@ -21,6 +22,7 @@ from show import show, show_table
 import train
 from cost import conduct
 from openbook import SPLITS
+from runs import read_predictions
 from study import Job, Row, Study, cell, show_orderings
 
 # The runs
@@ -38,6 +40,7 @@ SEARCHED = {  # runs that search: command
     "dense": f"{DENSE} --no-rerank",
     "not-cross-fitted": f"{READER} --reranker {{out}}/bm25-reranked-0/reranker",
 }
+PLACES = 5  # of the first passage with an answer, that are counted apart
 LARGER, TUNED, SHORT = "--model {pretrained}/lm2", "--tune lm", "--context {short}"
 
 
@@ -46,11 +49,15 @@ def searched(name: str, seeds: int = 1) -> Row:
     return Row(name, seeds, "", SEARCHED[name])
 
 
+def ranking(run: str) -> str:
+    """The folder in a run of SEARCHED with what its LM reads, in order."""
+    return "retrieved" if "--no-rerank" in SEARCHED[run] else "ranked"
+
+
 def reads(name: str, run: str, flags: str = "", seeds: int = 1) -> Row:
     """A row that reads what a run of SEARCHED has retrieved and ranked."""
-    found = "retrieved" if "--no-rerank" in SEARCHED[run] else "ranked"
     place = f"{{out}}/{run}-0"
-    files = " ".join(f"--{split} {place}/{found}/{split}.jsonl" for split in SPLITS)
+    files = " ".join(f"--{split} {place}/{ranking(run)}/{split}.jsonl" for split in SPLITS)
     command = f"{READER} --no-rerank --passages {place}/passages.jsonl {files} {flags}"
     return Row(name, seeds, "", command)
 
@@ -146,7 +153,7 @@ def report(study: Study) -> dict:
     """Print all tables. Returns what results/reader.json holds."""
     results = {"search": show_search(study), "runs": show_readers(study)}
     results["orderings"] = show_orderings(study, ORDERINGS)
-    return results | show_reranker(study)
+    return results | show_reranker(study) | show_places(study)
 
 
 def show_search(study: Study) -> dict:
@@ -201,3 +208,29 @@ def show_reranker(study: Study) -> dict:
         share = 100 * spent["share of re-ranking"]
         show(f"\na question takes {', '.join(parts[:-1])}; re-ranking is {share:.0f} % of it")
     return results
+
+
+def show_places(study: Study) -> dict:
+    """Print test EM by the place of the first passage with an answer.
+
+    EM falls with the place if the passages before it mislead the LM.
+    """
+    results, table = {}, []
+    for name in ("bm25", "bm25-reranked"):
+        for job in study.finished(name)[:1]:
+            places = {}
+            for line in (job.folder / ranking(name) / "test.jsonl").read_text("utf-8").splitlines():
+                record = json.loads(line)
+                hits = [passage["has_answer"] for passage in record["ctxs"][:PLACES]]
+                places[record["id"]] = hits.index(True) if any(hits) else PLACES
+            scores = [[] for _ in range(PLACES + 1)]
+            for row in read_predictions(job.folder):
+                if row["id"] in places:  # not a dev question
+                    scores[places[row["id"]]].append(row["em"])
+            results[name] = [[round(100 * sum(s) / len(s), 1) if s else 0, len(s)] for s in scores]
+            table.append([name, *(f"{em} ({n})" for em, n in results[name])])
+    if table:
+        title = "EM by the place of the first passage with an answer (test questions)"
+        columns = ["", *map(str, range(1, PLACES + 1)), "later, or none"]
+        show_table(title, columns, table)
+    return {"places": results}

@@ -12,6 +12,7 @@ import openbook
 import reader_study
 import reproduce
 import train
+from checkpoints import write_lines
 from reader_study import GROUPS, ORDERINGS, SEARCHED, ReaderStudy, reads, searched
 from study import Row
 
@@ -84,6 +85,18 @@ def test_a_row_waits_for_the_passages_it_reads(reproduces, tmp_path):
     names = ["bm25-reranked-0", "bm25-reranked-1"]
     results, made = reproduces("--only bm25-reranked --minutes 0")
     assert made == [] and results["missing"][names[0]] == "no time"
+
+
+def test_em_counts_by_the_place_of_the_first_answer(tmp_path):
+    hits = {"a": [0, 1, 1], "b": [1, 0], "c": [0, 0, 0, 0, 0, 1], "d": [], "e": [0, 1]}
+    rows = [{"id": q, "ctxs": [{"has_answer": bool(hit)} for hit in hits[q]]} for q in hits]
+    answers = [{"id": q, "task": "", "em": float(q in "ac")} for q in [*hits, "of dev"]]
+    (tmp_path / "retrieved").mkdir()
+    write_lines(tmp_path / "retrieved/test.jsonl", rows)
+    write_lines(tmp_path / "predictions.jsonl", answers)
+    jobs = {"bm25": [argparse.Namespace(folder=tmp_path)], "bm25-reranked": []}
+    found = reader_study.show_places(argparse.Namespace(finished=jobs.get))["places"]
+    assert found == {"bm25": [[0, 1], [50, 2], [0, 0], [0, 0], [0, 0], [50, 2]]}
 
 
 def whole_study(tmp_path, **changes) -> ReaderStudy:
