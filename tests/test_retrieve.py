@@ -186,12 +186,10 @@ def test_a_saved_dual_encoder_comes_back(tmp_path, shared):
     folders = [tmp_path / name for name in ("question", "passage") if (tmp_path / name).is_dir()]
     assert len(folders) == 2 - shared
     again = DualEncoder.from_pretrained(*folders)
-    loaded, saved = again.state_dict(), dual.state_dict()
-    assert loaded.keys() == saved.keys() and all(saved[k].equal(loaded[k]) for k in saved)
-    # On some processors sums depend on where in memory a matrix lies, so vectors are close only.
-    for encode in ("encode_passages", "encode_questions"):
-        vectors, expected = (getattr(encoder, encode)(["a b"]) for encoder in (again, dual))
-        np.testing.assert_allclose(vectors, expected, rtol=1e-4, atol=1e-5)
+    for parameter in again.parameters():  # on some processors sums depend on the memory's alignment
+        parameter.data = parameter.data.clone()
+    assert np.array_equal(again.encode_passages(["a b"]), dual.encode_passages(["a b"]))
+    assert np.array_equal(again.encode_questions(["a b"]), dual.encode_questions(["a b"]))
 
 
 def test_the_retriever_learns_from_the_positives_and_negatives_of_the_batch():
