@@ -197,6 +197,7 @@ STUDY = [
     ("--seeds", cli.COUNT, 3, "at most so many seeds of a row"),
     ("--only", str, "", "only rows with this text in their name or their table's title"),
     ("--plan", bool, False, "print the cost sheet and end"),
+    ("--flags", str, "", "more flags for every training run, as one argument"),
 ]
 GRID = ("--grid", bool, False, "choose learning rates by runs of seed 0, first")
 FLAGS = {
@@ -227,7 +228,6 @@ FLAGS = {
         ("--encoder-steps", cli.COUNT, 600, "steps of each re-ranker and of the retriever"),
         ("--top", cli.COUNT, 20, "passages found for a question"),
         ("--context", cli.COUNT, 256, "positions that the LM reads"),
-        ("--flags", str, "", "more flags of train.py for every run, as one argument"),
         *STUDY,
     ],
     "transfer": [

@@ -199,7 +199,7 @@ class Study:
         if not job.trains:
             knows = "{out}/" in job.command  # a run, which says what its LM is
             return [*line, *([] if knows else model), "--out", str(job.answers)]
-        line += [*model, "--world-seed", args.world_seed, "--seed", job.seed]
+        line += [*model, "--world-seed", args.world_seed, "--seed", job.seed, *args.flags.split()]
         if job.program == "train.py":
             if job.short:
                 line += ["--steps", max(1, steps // self.share)]

@@ -9,7 +9,8 @@ study.py makes all of them, in runs/transfer, the most important first.
     python reproduce.py transfer               all runs, or what is missing of them, and the tables
 
 Several processes can share the work: start the second command once for each core, each time with
-OMP_NUM_THREADS=1. Rows of the larger LM need it in assets/lm2.
+OMP_NUM_THREADS=1. On a GPU, add --flags="--dtype float32". Rows of the larger LM need it in
+assets/lm2.
 
 Prompts are deep: they have keys and values of their own in every layer. Before the first layer
 alone, as in the paper, prompts of this small LM learn little in so few steps, as the rows named
@@ -179,6 +180,8 @@ class TransferStudy(Study):
         line = [word.format(**self.values(job)) for word in job.command.split()[1:]]
         if self.args.model and job.program.endswith(".py") and not {"--model", "--run"} & set(line):
             line += ["--model", self.args.model]
+        if job.program in ("train.py", "transfer.py"):
+            line += self.args.flags.split()
         if not job.trains:
             return [*line, "--out", str(job.answers)]
         return [*line, "--seed", str(job.seed), "--out", str(job.folder), "--resume"]
@@ -232,6 +235,7 @@ def targeted(kind: str, argv: list[str]) -> dict:
     line = [*DEEP.split()[2:], "--steps", first["steps"], "--keep-at", 0, "--train", *files]
     line += ["--limit", LIMIT, "--out", args.out]
     line += ["--model", first["model"]] if first["model"] else []
+    line += ["--device", first["device"], "--dtype", first["dtype"]]
     transfer.main(["source", *map(str, line)])
     return {"best": best}
 

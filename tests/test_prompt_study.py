@@ -166,6 +166,7 @@ def whole_study(folder) -> Study:
         "model": None,
         "world_seed": 1,
         "grid": True,
+        "flags": "",
         "only": "",
         "seeds": 3,
     }

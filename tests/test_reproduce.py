@@ -65,6 +65,12 @@ def test_rows_are_made_once_and_their_numbers_are_stored(reproduces, tmp_path):
         reproduces(TWO, "--count 5")
 
 
+def test_more_flags_reach_every_training(reproduces, tmp_path):
+    reproduces(TWO[:1], "--flags=--log-every=3")
+    record = read_json(tmp_path / "runs/recursion/prompt-1/run.json")
+    assert record["arguments"]["log_every"] == 3
+
+
 def test_the_grid_chooses_the_rate_that_is_best_on_dev(reproduces, tmp_path):
     names = ["grid-prompt-0.01-0", "grid-prompt-0.03-0"]
     assert reproduces(TWO[:1], "--grid")[1] == [*names, "prompt-0", "prompt-1"]
@@ -364,6 +370,7 @@ def whole_study(tmp_path, **changes) -> Study:
         "model": None,
         "world_seed": 1,
         "grid": True,
+        "flags": "",
         "only": "",
         "seeds": 3,
         "picture": tmp_path / "study.png",

@@ -227,6 +227,7 @@ def whole_study(tmp_path) -> TransferStudy:
     flags = {"source_steps": 300, "target_steps": 80, "examples": 64, "count": 300, "steps": 100}
     flags |= {
         "model": None,
+        "flags": "--dtype bfloat16",
         "only": "",
         "seeds": 3,
         "grid": False,
@@ -242,9 +243,10 @@ def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
     whole = whole_study(tmp_path)
     assert len(whole.rows) == sum(map(len, whole.groups.values()))
     for job in whole.plan():
-        if job.trains:
+        if job.trains or job.program == "transfer.py":
             run = whole.programs[job.program].parse(whole.line(job))
-            assert (run.seed, run.out) == (job.seed, str(job.folder))
+            assert (run.seed, run.dtype) == (job.seed, "bfloat16")
+            assert run.out == str(job.answers)
         for name in re.findall(r"\{out\}/([\w-]+)-\d+", job.command):
             assert name in whole.rows, f"{job.row.name} starts from {name}"
     named = {name for _, *pair in promptability_study.CLAIMS for name in pair}
