@@ -136,9 +136,9 @@ class PromptGenerator(nn.Module):
 
     A frozen encoder of width W reads [start; text]. P learned queries read its output by
     cross-attention and go through two layers of self-attention. One linear layer projects each of
-    them to the LM's width. (Paper: T5-base, p about 430, P 100 to 400. Its queries read as many
-    vectors as the text has, ours those of `start` too. Starting as prompt tuning, GAIN and ADDED
-    are ours.)
+    them to the LM's width. (Paper: T5-base, p about 430, P 100 to 400. There the queries read the
+    encoder's output at the text's positions only, here at those of `start` too. Starting as prompt
+    tuning, GAIN and ADDED are ours.)
 
     encoder  t5.T5Encoder, or anything with embed(ids) and encoder(x, lengths). It is not part of
              this module, so it is neither trained nor stored, nor moved by `to`. If it has a
@@ -147,7 +147,7 @@ class PromptGenerator(nn.Module):
     prompt   (P, C), the prompt of every text before training (exactly if P <= W)
     """
 
-    GAIN = 100.0  # queries are stored smaller than used, so that Adam moves them more than matrices
+    GAIN = 100.0  # queries are stored divided by it: Adam moves all entries alike, these count more
 
     def __init__(self, encoder, start: Tensor, prompt: Tensor):
         super().__init__()
@@ -170,7 +170,7 @@ class PromptGenerator(nn.Module):
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """ids (B, L) of the encoder, right-padded after `lengths` (B,). Returns (B, P, C)."""
-        (encoder,), B = self.encoder, len(ids)
+        encoder, B = self.encoder[0], len(ids)
         x = torch.cat([self.start.expand(B, -1, -1), encoder.embed(ids)], dim=1)
         lengths = lengths + len(self.start)
         padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
@@ -463,7 +463,7 @@ def load_deep_prompt(folder: str | Path, config: dict, lm, tensors: dict) -> Dee
 
     P, n = config.get("num_virtual_tokens", 0), lm.config.n_layers
     check_tensors(tensors, {"prompt_embeddings": (P, 2 * n * kv_width(lm))}, folder)
-    with torch.no_grad():  # only the shape of this prefix is used
+    with torch.no_grad():  # of this prefix only shape, type, dtype and device are used
         tokens = torch.zeros(1, P, dtype=torch.long, device=lm.embed_tokens.weight.device)
         deep = DeepPrompt(lm.read(lm.embed(tokens)))
         deep.keys_values.copy_(tensors["prompt_embeddings"])

@@ -13,10 +13,11 @@
                                         attention.py beside PyTorch's attention, shape by shape
     python bench.py retrieval           BM25 and re-ranking beside bm25s and sentence-transformers
 
-bench_train.py and bench_generate.py describe the workloads, contest.py the columns: times are
-medians; a ratio is the peer's time over ours, with its spread over the rounds; "by operations" is
-that ratio if both computed at the same speed; "of rate" is the share of the matrix rate that our
-step reaches, so its floor is this share of its time; memory is beside the weights.
+bench_train.py and bench_generate.py describe the workloads, contest.py the columns. Times are
+medians. "ratio" is the peer's time over ours, with the smallest and the largest of the rounds. "by
+operations" is the peer's operations over ours. "floor" is the time of our operations at the matrix
+rate, and "of rate" is the floor over our time. Memory is the peak of a step beyond what was held
+before it.
 """
 
 import argparse
@@ -39,8 +40,8 @@ from contest import Contest, Setting, measure
 
 WORKLOADS = bench_train.WORKLOADS | bench_generate.WORKLOADS
 COMMANDS = {"plan": plan, "attention": bench_attention, "retrieval": bench_retrieval}
-COLUMNS = ["workload", "ours", "peer", "ratio", "by operations", "of rate", "tokens/s", "peer's"]
-COLUMNS += ["memory", "peer's memory", "notes"]
+COLUMNS = ["workload", "ours", "peer", "ratio", "by operations", "floor", "of rate", "tokens/s"]
+COLUMNS += ["peer's", "memory", "peer's memory", "notes"]
 
 
 def main(argv: list[str] | None = None):
@@ -130,6 +131,7 @@ def cells(row: dict) -> list[str]:
         peer,
         ratio,
         cell("operations_ratio", ".2f"),
+        "" if row.get("floor") is None else cell("floor", ",.1f", 1e3) + " ms",
         cell("share", ".0%"),
         cell("tokens_per_second", ",.0f"),
         cell("peer_tokens_per_second", ",.0f"),

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 
 import cli
+from contest import replay
 from model import LM, Config, append_kv
 from model import attend as plain
 
@@ -176,19 +177,6 @@ def cost(run) -> dict:
     torch.cuda.synchronize()
     seconds = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
     return {"seconds": statistics.median(seconds), "launch": launch, "peak": peak}
-
-
-def replay(run):
-    """A function that launches the kernels of run() again, all of them at once."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def draw(B: int, P: int, T: int, device: str, H: int = HEADS, D: int = WIDTH) -> list:

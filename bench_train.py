@@ -43,7 +43,7 @@ def prompt(setting: Setting) -> Iterator[Contest]:
     """Prompt tuning, by length of prompt and text and by vocabulary."""
     for source in setting.sources(SMALL, WIDE):
         lm, peer = setting.pair(source)
-        lengths = [(4, 12)] if setting.tiny else product((100, 20), (64, 32, 256))
+        lengths = [(4, 12)] if setting.tiny else product((20, 100), (32, 64, 256))
         for P, T in lengths:
             yield tuning(setting, "prompt_tuning", lm, peer, soft_prompt(setting, lm, P), P, T)
 
@@ -103,9 +103,9 @@ def fine_tuning(setting: Setting) -> Iterator[Contest]:
 def recursion(setting: Setting) -> Iterator[Contest]:
     """Neural recursion with two Connector layers: the kept first pass, and a second pass's cost.
 
-    The titles say what the layers alone would give: with c Connector layers on L of the LM, a step
-    reads 2L + 3c layers forward and backward, and L more if the first pass is not kept. A new token
-    is read by 2L + c layers instead of L.
+    A title gives the ratio that counting layers predicts. With c Connector layers on L of the LM, a
+    step reads 2L + 3c layers forward and backward, and L more if the first pass is not kept. A new
+    token is read by 2L + c layers instead of L.
     """
     for source in setting.sources(ASSETS / "lm"):
         lm, _ = setting.pair(source)
@@ -214,16 +214,18 @@ def answer_loss(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def peer_steps(setting: Setting, model: nn.Module, ids: Tensor) -> tuple[Callable, Callable]:
-    """A peer's step with all its logits, as its own loss takes them, and with the answers' only."""
+    """A peer's step with all its logits, as its own loss takes them, and with the answers' only.
+    As in transformers' Trainer, it fills no KV cache."""
     labels = ids.clone()
     labels[:, :-ANSWER] = -100
 
     def whole() -> Tensor:
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+        mask = torch.ones_like(ids)
+        return model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
 
     def trimmed() -> Tensor:
         kept = {"attention_mask": torch.ones_like(ids[:, :-1]), "logits_to_keep": ANSWER}
-        return answer_loss(model(input_ids=ids[:, :-1], **kept).logits, ids)
+        return answer_loss(model(input_ids=ids[:, :-1], use_cache=False, **kept).logits, ids)
 
     def step_of(loss_of: Callable) -> Callable:
         def step() -> float:

@@ -4,15 +4,16 @@
     lm, peer = setting.pair(config)                    our LM and transformers', of the same weights
     for row in measure(Contest(setting, "a title", lm, ours, {"PEFT": theirs}, 2048, 2048)): ...
 
-There is a row for each peer. Times are medians of `runs` rounds, in each of which every contestant
-takes one step. A ratio is the median over the rounds, with the smallest and the largest.
+There is a row for each peer. Times are medians of `runs` rounds. In each of them every contestant
+takes one step, and another one comes first. A ratio is the median over the rounds, with the
+smallest and the largest.
 
 - The operations of a step are those of its products of matrices, counted while it runs. Attention
   counts as if it had no causal mask.
 - The matrix rate is how many of them a second the machine does at the LM's own shapes. It is
   measured in the same rounds.
-- The floor is the time that our operations take at that rate, and the share our floor over our
-  time. The ratio of the operations is what the peer's time would be if both ran at the same share.
+- floor = our operations / matrix rate; share = floor / our time. operations_ratio = the peer's
+  operations / ours, which is the ratio of the times if both ran at the same share.
 - The peak is what a step holds beyond what was held before it: weights and prompt do not count.
 """
 
@@ -117,10 +118,12 @@ def measure(contest: Contest) -> list[dict]:
         results[name] = step()  # this is also the warm-up
         operations[name] = count_operations(step, contest.lm)
         peaks[name] = peak_memory(step, device)
-    multiply, products = layer_products(contest.lm, contest.rows)
-    rounds = []
-    for _ in range(contest.setting.runs):
-        seconds = {name: timed(step, device) for name, step in steps.items()}
+    multiply, products = layer_products(contest.lm, contest.rows, contest.setting.dtype)
+    rounds, names = [], list(steps)
+    for i in range(contest.setting.runs):
+        first = i % len(names)
+        order = names[first:] + names[:first]
+        seconds = {name: timed(steps[name], device) for name in order}
         rounds.append(seconds | {"products": timed(multiply, device)})
     rate = products / statistics.median(seconds["products"] for seconds in rounds)
     row = {"workload": contest.workload}
@@ -200,9 +203,10 @@ def timed(step: Callable, device: str = "cpu") -> float:
 
 FORMULAS = flop_registry  # of operations. It lacks attention on a CPU, which counts the same
 for end in ("", "_backward"):
-    name = "_scaled_dot_product_flash_attention{}" + end
-    cuda, cpu = (getattr(torch.ops.aten, name.format(on)) for on in ("", "_for_cpu"))
-    FORMULAS.setdefault(cpu, FORMULAS[cuda])
+    FORMULAS.setdefault(
+        getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{end}"),
+        FORMULAS[getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{end}")],
+    )
 
 
 def count_operations(step: Callable, lm: LM) -> int:
@@ -218,19 +222,34 @@ def count_operations(step: Callable, lm: LM) -> int:
     return counter.get_total_flops()
 
 
-def layer_products(lm: LM, rows: int) -> tuple[Callable, int]:
-    """A function that multiplies `rows` vectors by every matrix of the LM's layers, and how many
-    operations that takes."""
-    weights = [p.detach() for p in lm.layers.parameters() if p.dim() == 2 and p.is_floating_point()]
-    like = lm.embed_tokens.weight.detach()
-    inputs = {w.shape[1]: like.new_empty(rows, w.shape[1]).normal_() for w in weights}
+def layer_products(lm: LM, rows: int, dtype: torch.dtype) -> tuple[Callable, int]:
+    """A function that multiplies `rows` vectors by every matrix of the LM's layers, in a dtype, and
+    how many operations that takes. On a GPU Python does not launch the products one by one."""
+    matrices = [p for p in lm.layers.parameters() if p.dim() == 2 and p.is_floating_point()]
+    weights = [p.detach().to(dtype) for p in matrices]
+    inputs = {w.shape[1]: w.new_empty(rows, w.shape[1]).normal_() for w in weights}
+    times = 20 if weights[0].is_cuda else 1
 
     def multiply() -> None:
-        for weight in weights:
+        for weight in times * weights:
             F.linear(inputs[weight.shape[1]], weight)
 
     multiply()
-    return multiply, 2 * rows * sum(weight.numel() for weight in weights)
+    products = 2 * rows * times * sum(weight.numel() for weight in weights)
+    return replay(multiply) if times > 1 else multiply, products
+
+
+def replay(run: Callable) -> Callable:
+    """A function that launches the kernels of run() on a GPU again, all of them at once."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def peak_memory(step: Callable, device: str = "cpu") -> int | None:

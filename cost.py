@@ -105,7 +105,7 @@ def encoder_seconds(study: Study, job: Job, run) -> float:
 
 def seconds(study: Study, job: Job) -> float:
     """Expected seconds of a core for a job."""
-    factor = TOKEN * (LARGER if any("lm2" in word for word in study.line(job)) else 1)
+    factor = TOKEN * (LARGER if any(map(is_larger, study.line(job))) else 1)
     if job.program == "eval.py":
         return LOAD + factor * study.asked(job) * (study.tokens + ANSWER)
     if not job.trains and job.program != "transfer.py":
@@ -126,6 +126,11 @@ def seconds(study: Study, job: Job) -> float:
     return LOAD + encoders + factor * read
 
 
+def is_larger(path: str) -> bool:
+    """Whether the larger LM, or one that was trained from it, lies there."""
+    return "lm2" in path or "larger-0/model" in path
+
+
 def flags(study: Study, job: Job):
     """The flags of a job that trains."""
     return study.programs[job.program].parse(study.line(job))
@@ -137,7 +142,7 @@ def recorded_seconds(study: Study, job: Job) -> float | None:
     if not job.trains or flags(study, job).method in ("textual_recursion", "retriever"):
         return None
     run = flags(study, job)
-    larger = LARGER if "lm2" in str(run.model) else 1
+    larger = LARGER if is_larger(str(run.model)) else 1
     return larger * TOKEN * training_tokens(study, run)
 
 

@@ -57,7 +57,7 @@ class Recipe:
 
 
 class Adafactor(torch.optim.Optimizer):
-    """Adafactor (Shazeer & Stern 2018) as the prompt-tuning papers use it.
+    """Adafactor (Shazeer & Stern 2018) as Lester et al. use it for prompts.
 
     The learning rate is absolute, and the second moment is stored in full, not factored. (torch's
     own Adafactor can do neither.) At step t, beta2 is 1 - t ** decay. An update whose root mean
@@ -232,7 +232,7 @@ def fit(
     batch_at  number -> Batch, counted from 0 over the whole run; a step takes `grad_accum` of them.
               It must be a pure function, so that a resumed run gets the same batches.
     loss_of   Batch -> loss summed over its targets. A step minimises the mean over all its targets.
-              Each of several processes passes it its share of the rows (Batch.part).
+              Each of several processes calls it with its own share of the rows (Batch.part).
     evaluate  () -> dev score, higher is better. It runs without gradients every `eval_every` steps
               and after the last one. If it returns None, the latest parameters are the best.
     save      () -> None writes what is trained. It runs after each best score, and at the end.

@@ -1,7 +1,7 @@
 """Generation and scoring: prefill, sampling, n samples of one prompt, answer choices.
 
 `lm` is a model.LM or anything with its interface, such as recurse.Stack over several passes. Its
-prefix has the methods of model.Prefix: rows, row_lengths, select, preallocate and stack.
+prefix has these of model.Prefix: rows, buffer, row_lengths, select, preallocate and stack.
 
     prefill            reads every question, except its last token, into the KV cache
     sample_next_token  logits -> one token per row
@@ -75,7 +75,8 @@ def check_ids(ids: list[list[int]], vocab_size: int) -> None:
 
 
 def prefix_lengths(prefix, B: int) -> list[int]:
-    """The number of prefix positions before each of B questions. ValueError if rows are missing."""
+    """The number of prefix positions before each of B questions. ValueError if its rows are neither
+    1 nor B."""
     if isinstance(prefix, list):
         if len(prefix) != B:
             raise ValueError(f"{len(prefix)} prefixes for {B} questions")
@@ -90,9 +91,9 @@ def prefix_lengths(prefix, B: int) -> list[int]:
 def stack_prefixes(prefix, ids: list[list[int]]):
     """The prefix of a batch of questions: None, or one for all, or one row each.
 
-    A prefix that depends on the question (recurse.GeneratedPrefix) is computed here. A list with
-    one prefix or None per question, of any kinds and lengths, is joined into one. There, what is
-    computed is computed for all of its own questions at once.
+    A recurse.GeneratedPrefix depends on the questions and is computed here. A list holds a prefix
+    or None per question, of any kinds and lengths, and is joined into one. A GeneratedPrefix that
+    stands in it several times is computed once, for all of its questions.
     """
     if callable(prefix):
         return prefix(ids)
@@ -207,8 +208,9 @@ def sample_answers(
 ) -> list[list[Sample]]:
     """Samples n answers to each of B questions at temperature 1, as `generate` returns them.
 
-    seeds  B seeds. Sample i of a question is drawn with random numbers that depend on the seed and
-           on i alone, so neither the questions beside it nor n change it (beyond float32 rounding)
+    seeds  B seeds. The random numbers of sample i of a question depend on its seed, on i and on
+           max_new_tokens alone, so neither the questions beside it nor n change it (beyond float32
+           rounding)
 
     The other arguments are those of `generate`.
     """
@@ -233,10 +235,10 @@ def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> li
     token, cache = prefill(lm, ids, prefix, [max_new_tokens] * len(ids))
     device, samples = token.device, [Sample([], 0.0)] * (len(ids) * n)
     eos_ids = torch.tensor(as_list(eos), dtype=torch.long, device=device)
-    active = torch.arange(len(ids) * n, device=device)  # the samples that go on,
-    row = active // n  # and the row of each
-    texts = [(b, []) for b in range(len(ids))]  # of each row: its question and its new tokens,
-    logprob = torch.zeros(len(ids), device=device)  # and the log-probability of these
+    active = torch.arange(len(ids) * n, device=device)  # numbers of the samples that go on
+    row = active // n  # of each of these samples: its row of the cache
+    texts = [(b, []) for b in range(len(ids))]  # of each row: its question and its new tokens
+    logprob = torch.zeros(len(ids), device=device)  # of each row: the sum over its new tokens
     for step in range(max_new_tokens):
         h, cache = lm(lm.embed(token), cache, keep=True)
         logits = lm.logits(h[:, -1])  # (R, V)
@@ -319,7 +321,7 @@ def option_scores(lm, ids: list[list[int]], options, prefix=None, mean=False, ma
 
 
 def token_logprobs(lm, h: Tensor, targets: Tensor) -> Tensor:
-    """h (N, C) and the tokens that follow (N,) -> their log-probabilities (N,).
+    """h (R, C) and the tokens that follow (R,) -> their log-probabilities (R,).
 
     Of large vocabularies the logits are the largest tensor, so only 128 MiB exist at a time.
     """
@@ -356,6 +358,8 @@ def predict(
     A batch has at most batch_size rows and max_tokens positions: rows times (prefix + longest
     question + its new tokens). Every option is a row.
     """
+    if getattr(prefix, "rows", 1) != 1:  # batches take the questions in another order
+        raise ValueError("a prefix of several rows: predict takes a list, one for each question")
     options = options or [[] for _ in ids]
     stops = stops or [""] * len(ids)
     # Every question is checked before the first is answered. No options: max_new_tokens follow.
@@ -366,7 +370,7 @@ def predict(
     lengths = prefix_lengths(prefix, len(ids))
     widths = [P + len(row) + new for P, row, new in zip(lengths, ids, max_new)]
     rows = [max(1, len(choices)) for choices in options]
-    groups = {}  # (has options, else the stop): its questions, the shortest first
+    groups = {}  # (whether it has options, its stop): the questions, the shortest first
     for b in sorted(range(len(ids)), key=lambda b: widths[b]):
         groups.setdefault((bool(options[b]), "" if options[b] else stops[b]), []).append(b)
     answers: list = [("", 0.0)] * len(ids)

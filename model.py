@@ -237,7 +237,7 @@ class Block(nn.Module):
             self.post_feedforward_layernorm = make_norm(c, c.dim)
 
     def keys_values(self, x: Tensor, cos_sin) -> KV:
-        """Those of x (B, T, C). A method of the block: a sharded one gathers its weights for it."""
+        """Keys and values of x (B, T, C). A sharded block gathers its weights for this call."""
         return self.self_attn.qkv(self.input_layernorm(x), cos_sin)[1:]
 
     def forward(self, x: Tensor, cos_sin, prefix: "Prefix | None", keep: bool, attend):
@@ -289,7 +289,7 @@ class Prefix:
         """Rows `index` (R,) in that order. A shared prefix serves any rows and stays as it is."""
         if self.rows == 1:
             return self
-        lengths = None if self.lengths is None else self.lengths[index]
+        lengths = None if self.lengths is None else self.lengths[index % len(self.lengths)]
         whole = [(k[index], v[index]) for k, v in self.buffer or self.layers]
         return Prefix(crop(self.size, whole), lengths, None if self.buffer is None else whole)
 
@@ -497,7 +497,7 @@ class LM(nn.Module):
 
     def new_layers(self, n: int) -> Layers:
         """n blocks of the LM's own kind for a Connector: freshly initialised, trainable, float32.
-        Block i has the window of the LM's layer i. No block adds learned positions."""
+        Block i has the window of LM layer i (modulo their number). None adds learned positions."""
         layers = Layers(self.config, n, self.layers.attend).to(self.embed_tokens.weight.device)
         init_weights(layers, n)
         return layers

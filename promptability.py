@@ -6,7 +6,7 @@ Wu et al. 2022, "Continued Pretraining for Better Zero- and Few-Shot Promptabili
 
     mtl        the gradient on a task
     fomaml     k steps of the prompt on the task, then the gradient  (Finn et al. 2017, first order)
-    reptile    k steps of the prompt, then one step of everything; the way is the gradient
+    reptile    k steps of the prompt, then one of all parameters; the displacement is the gradient
                                                                      (Nichol et al. 2018)
 
     python transfer.py continue --variant reptile --train world/suite --out runs/reptile
@@ -21,7 +21,13 @@ Where paper and code differ, a flag decides. Its default, and why:
   code. The few steps of one task are too few to estimate them. The paper does not mention it.
 - --rank-by sum: an answer choice is ranked by its log-probability, as by T0 and by all other
   programs here. The code of Wu et al. takes the mean over the choice's tokens.
+- --limit caps the examples of each template, as in the code. The paper and T0 cap those of a
+  data set, divided among its templates; this needs no count of them.
 - --input-eos is off, as in T0: a decoder reads EOS as the end of a text. The code, for T5, adds it.
+
+Two things differ from both. Each batch is of one task, for all variants, so that they read the same
+batches; Wu et al. mix tasks in the batches of all but the meta-learners. And a deep prompt is keys
+and values (Li & Liang 2021), not hidden vectors that go through a layer's projections.
 
 A run's folder holds the trained LM in model/, and its prompt. Few-shot tuning at the paper's
 learning rate of 0.001 moves a number of the prompt by at most 0.1 in 100 steps. The default is 0.1.
@@ -72,8 +78,8 @@ def fomaml(learner: "Learner", batch: Batch) -> Tensor:
 
 
 def reptile(learner: "Learner", batch: Batch) -> Tensor:
-    """Reptile as Wu et al. adapt it: everything takes the last step, and the way is the gradient.
-    It is not divided by the inner learning rate."""
+    """Reptile as Wu et al. adapt it: the last step moves all parameters. The displacement is the
+    gradient, not divided by the inner learning rate."""
     *support, query = learner.split(batch)
     theta = learner.vector()
     for part in support:
@@ -119,12 +125,11 @@ class Learner(nn.Module):
         self.inner_steps, self.support, self.inner_state = inner_steps, support, inner_state
         self.everything = list(self.parameters())
         self.prompt_only = [] if prompt is None else list(prompt.parameters())
+        self.mean_loss: Callable[[Batch], Tensor] | None = None  # `add_gradient` sets it
         self.moments = nn.ParameterList()
-        if inner_optimizer == "sgd":
-            self.inner = torch.optim.SGD(self.everything, inner_lr)
-            return
-        self.inner = Adafactor(self.everything, inner_lr)
-        for p in self.everything if variant is not mtl else ():
+        adafactor = inner_optimizer == "adafactor"
+        self.inner = (Adafactor if adafactor else torch.optim.SGD)(self.everything, inner_lr)
+        for p in self.everything if adafactor and variant is not mtl else ():
             step, square = p.new_zeros(()).float(), torch.zeros_like(p).float()
             self.moments.extend(nn.Parameter(m, requires_grad=False) for m in (step, square))
             self.inner.state[p] = {"step": self.moments[-2], "square": self.moments[-1]}

@@ -11,7 +11,7 @@ a second pass in place of the embeddings.
     training-free      lm(rescale(lm(lm.embed(ids))))    no Connector; the second pass reads the
                                                          first one's output at the embeddings' scale
 
-A residual Connector, which is not in the paper, is added to what it replaces in the others:
+A residual Connector, which is not in the paper, adds its output to what the output replaces above:
 
     neural recursion   lm(x + connector(lm(x)))         x = lm.embed(ids)
 
@@ -21,12 +21,14 @@ layers of all of them.
 Textual recursion (section 4 of the same paper) composes two passes as text. With a prompt p1 the LM
 samples n answers, and with a prompt p2 it reads the question and these candidates.
 
-Needs adapters.py, generate.py, t5.py and checkpoints.py; the caller passes the LM.
+Needs adapters.py, generate.py, t5.py, parallel.py, checkpoints.py and families.py. The caller
+passes the LM.
 
     python train.py --method neural_recursion      trains one on the embedded world
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -61,7 +63,7 @@ from t5 import T5Encoder
 
 
 class Around(nn.Module):
-    """The interface of an LM, around an LM. What a subclass does not define is the LM's own."""
+    """Wraps an LM and has its interface. What a subclass does not define is the wrapped LM's."""
 
     def __init__(self, lm):
         super().__init__()
@@ -98,7 +100,7 @@ class Stack(Around):
 
     def after_first(self, embeddings: Tensor) -> "Stack":
         """The Stack that reads the first part's output. embeddings (B, T, C): that part's input."""
-        return Stack(self.lm, parts=list(self.parts)[1:], embeddings=embeddings)
+        return Stack(self.lm, parts=self.parts[1:], embeddings=embeddings)
 
     def prefix_of(self, i: int, prefix):
         """The Prefix of part i: the layers of the Stack's prefix that are its own, or None."""
@@ -139,7 +141,7 @@ class Stack(Around):
 
 
 class Reread(nn.Module):
-    """A pass over hidden states at the embeddings' root mean square: the loop without training."""
+    """One more pass, over hidden states scaled to the embeddings' root mean square. Untrained."""
 
     def __init__(self, lm):
         super().__init__()
@@ -196,12 +198,13 @@ class FirstPass:
 class GeneratedPrefix:
     """The prefix of ID-PT: prefix(questions) computes it, one row for each list of token ids.
 
-    Before that it only knows its length, and has the methods of Prefix that ask for it.
+    Only its length is known before the call. `rows`, `size` and `row_lengths` are those of a
+    shared Prefix of P positions.
     """
 
     lm: nn.Module
     generator: PromptGenerator
-    rows: int = 1  # like a shared prefix, it stands before any number of questions
+    rows = 1
 
     @property
     def size(self) -> int:
@@ -306,7 +309,8 @@ def prompt_prefix(adapter, lm, source=""):
 def prompt_embeddings(adapter, lm, ids: list[int]) -> Tensor:
     """[prompt; embeddings] of a question (P + T, C), for engines that take prompt embeddings.
 
-    ids are the question's tokens. If the prompt stands after BOS, pass ids without BOS.
+    ids are the question's tokens. If the prompt stands after BOS, pass ids without BOS: the prompt
+    begins with it, one row more.
     ValueError for a deep prompt, which is no embeddings. With vLLM:
 
         llm = vllm.LLM(model, enable_prompt_embeds=True)
@@ -337,7 +341,8 @@ def route(
     max_tokens: int = 8192,
     mean: bool = False,
 ) -> tuple[list[str | int], list[bool]]:
-    """Answers each question with the first pass alone, or with all passes. Arguments of predict.
+    """Answers each question with the first pass alone, or with all passes. Arguments of predict,
+    except that with a threshold `prefix` is None or one for all.
 
     The first pass, the frozen LM, answers. If the log-probability of its answer is below
     `threshold`, the whole stack answers instead. Returns (answers, for each whether the stack gave
@@ -347,14 +352,16 @@ def route(
     if threshold is None:
         return predict(stack, tokenizer, ids, prefix, *rest, mean=mean), [True] * len(ids)
     check_stack(stack)
-    if threshold != threshold:
+    if math.isnan(threshold):
         raise ValueError("--threshold: nan is no number")
     first = first_pass(stack, tokenizer, ids, prefix, *rest, mean=mean)
     answers, unsure = [answer for answer, _ in first], [value < threshold for _, value in first]
     rows = [b for b, more in enumerate(unsure) if more]
-    ids, options, stops = (part and [part[b] for b in rows] for part in (ids, options, stops))
+    asked = [ids[b] for b in rows]
+    options = [options[b] for b in rows] if options else None
+    stops = [stops[b] for b in rows] if stops else None
     rest = (max_new_tokens, options, stops, max_tokens)
-    for b, answer in zip(rows, predict(stack, tokenizer, ids, prefix, *rest, mean=mean)):
+    for b, answer in zip(rows, predict(stack, tokenizer, asked, prefix, *rest, mean=mean)):
         answers[b] = answer
     return answers, unsure
 
@@ -403,9 +410,9 @@ def candidates(
     none). Without a tokenizer a text is the list of its token ids, and there are no stops.
 
     A batch has at most max_tokens positions: for each question n times (prefix + longest question +
-    max_new_tokens), as if no two samples agreed. The random numbers of a question depend on `seed`
-    and its tokens alone, so its candidates do not depend on the questions beside it (but other
-    batches round log-probabilities differently). The same arguments give the same bits.
+    max_new_tokens), as if no two samples agreed. The random numbers of a question depend on `seed`,
+    its tokens and max_new_tokens alone, so its candidates do not depend on the questions beside it
+    (but other batches round log-probabilities differently). The same arguments give the same bits.
     """
     stops, ranked = stops or [""] * len(ids), [[]] * len(ids)
     before = prefix_lengths(prefix, 1)[0]
@@ -450,7 +457,7 @@ def rank(samples: list[Sample], eos, tokenizer=None, stop: str = "") -> list[Can
 
 
 def text_with(question: str, candidates: Sequence[str | Candidate]) -> str:
-    """Puts candidates, if there are any, before a question or any other text, in a line of its own.
+    """Puts candidates, if there are any, on a line of their own before a question or another text.
 
         Candidates: Velmor; Kranstad
         Q: Where was Anna Teller born?

@@ -412,8 +412,8 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
         raise ValueError(f"{folder}: has a prompt for each task; `eval.py mixed` answers with them")
     lm, tokenizer = load_base(folder, record, device, model)
     adapter = None
-    if own_lm and method != "prompt_tuning":  # `continue` stores a prompt beside its LM
-        method = "fine_tuning"
+    if own_lm and not (folder / "adapter_config.json").is_file():
+        method = "fine_tuning"  # `continue` stores a prompt beside its LM
     elif method != "training_free":
         t5 = find_encoder(folder, record) if method == "id_pt" else None
         adapter, tokenizer = load_trained(folder, lm, tokenizer, t5)

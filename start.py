@@ -62,7 +62,7 @@ def load_task(args, lm: LM, tokenizer: Tokenizer, examples: dict | None = None) 
     P = args.prompt_length if args.method in recurse.PROMPT_METHODS else 0
     if args.placement == "after_bos":
         if args.method != "prompt_tuning":
-            raise ValueError(f"--placement after_bos: {args.method} trains no prompt that can be")
+            raise ValueError(f"--placement after_bos: {args.method} cannot; only prompt_tuning can")
         P += 1  # BOS is read with the prompt
         tokenizer = recurse.without_bos(tokenizer)
     context = min(lm.config.max_len, getattr(args, "context", None) or lm.config.max_len)
@@ -273,8 +273,10 @@ def start_vectors(task: Task) -> Tensor:
 
 
 def next_stage(task: Task, before: tuple | None) -> tuple[Task, adapters.SoftPrompt]:
-    """What a stage starts from: the task with filler of its own, and a prompt. They are those of
-    the stage `before`, (prompt, filler), if there is one and no --init."""
+    """The task with filler of its own, and the prompt: what a stage starts from.
+
+    They are copies of (prompt, filler) of the stage `before`, if there is one and no --init.
+    """
     if before is None or task.args.init:
         return replace(task, filler=task.filler.copy()), start_prompt(task)
     prompt, filler = before

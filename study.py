@@ -4,7 +4,7 @@ A Row is a command for a number of seeds. Its runs lie in a folder of their own,
 study. A finished run is not made again, and a stopped one goes on where it was. Several processes
 may make the runs of one study: a run that is locked by another process is left to it.
 
-    study = Study(args, groups, rates, {"train.py": train})
+    study = Study(args, folder, groups, rates, {"train.py": train})
     study.make()
     tables = show_runs(study)
 
@@ -135,8 +135,8 @@ class Study:
 
     def finished(self, name: str) -> list[Job]:
         """The finished jobs of a row; none if there is no such row."""
-        rows = [row for row in self.rows.values() if row.name == name]
-        return [job for row in rows for job in self.jobs(row) if job.record()]
+        row = self.rows.get(name)
+        return [job for job in self.jobs(row) if job.record()] if row else []
 
     def grid(self, name: str) -> list[Job]:
         """A row with each of its learning rates, for a part of the steps, without test. If there is
@@ -273,7 +273,8 @@ class Study:
             start = time.perf_counter()
             if job.answers.is_file():  # of an analysis that was stopped
                 job.answers.unlink()
-            shutil.rmtree(job.answers, ignore_errors=True)
+            if "--resume" not in line:
+                shutil.rmtree(job.answers, ignore_errors=True)
             result = self.programs[job.program].main(line)
             record = {"command": shlex.join(["python", job.program, *line])}
             record["seconds"] = round(time.perf_counter() - start, 1)
@@ -396,11 +397,15 @@ def show_orderings(study: Study, orderings: list[tuple], slices=SLICES) -> list[
 
 
 def show_differences(title: str, results: list[dict]) -> None:
-    """Print claims with their difference, low, high, p, verdict and, if they have one, slice."""
-    table, columns = [], [key for key in ("claim", "slice") if results and key in results[0]]
+    """Print claims with their seeds, difference, low, high, p, verdict and, if there is one, slice.
+
+    The seeds are those of either row. With one, the interval knows nothing of other trainings.
+    """
+    columns = [key for key in ("claim", "slice", "seeds") if results and key in results[0]]
+    table = []
     for r in results:
         difference, low, high = (f"{100 * r[key]:+.1f}" for key in ("difference", "low", "high"))
-        named = [r[key] for key in columns]
+        named = [", ".join(map(str, r[k])) if k == "seeds" else r[k] for k in columns]
         table.append([*named, difference, f"[{low}, {high}]", f"{r['p']:.4f}", r["verdict"]])
     if table:
         show_table(title, [*columns, "difference", "95 % interval", "p", "the claim"], table)

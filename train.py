@@ -4,8 +4,8 @@
 
 trains a Connector between two passes through the embedded LM, on questions about the embedded
 world. In 2 to 4 minutes on two CPU cores it reaches an exact match of 99 % on one-hop and 18 % on
-two-hop test questions, about people who occur in no training question. One pass answers 100 % and
-0 % of them. runs.py describes the folder that a run leaves.
+two-hop test questions, about people who occur in no training question. The frozen LM alone answers
+100 % and 0 % of them. runs.py describes the folder that a run leaves.
 
     method             what answers a question                        what is trained
     prompt_tuning      lm(lm.embed(ids), prefix=lm.read(prompt()))    the prompt, P vectors
@@ -33,7 +33,8 @@ by the protocol of prompts.py, with --per-task a prompt for each of them.
 
 divides the work among processes, and with --shard the frozen LM too (parallel.py). The training
 loop is in fit.py, and what it starts from in start.py. To add a method, add a line to
-recurse.COMPOSITIONS and one to METHODS here, with a function.
+recurse.COMPOSITIONS, its name to recurse.PROMPT_METHODS or CONNECTOR_METHODS if it is one of these,
+and a function with a line in METHODS here.
 """
 
 import argparse
@@ -242,8 +243,7 @@ def train_adapter(task, trained: nn.Module, hashed=None, batch_at=None, after_st
             base = run.arguments["model"]
             info = {"method": args.method, "base_model_name_or_path": base}
             if args.pause:
-                info |= {"pause": args.pause, "pause_text": args.pause_text}
-                info |= {"pause_trained": args.pause_trained}
+                info |= {key: vars(args)[key] for key in ("pause", "pause_text", "pause_trained")}
             prompts.save(run.folder, adapter, lm, **info)
         task.filler.save(run.folder, lm)
 
@@ -360,9 +360,8 @@ def predict_split(task: start.Task, adapter, split: str, limit: int | None = Non
         tokens = [task.tokens[split][row] for row in rows]
         ids, options = [t.input for t in tokens], [t.options for t in tokens]
         stops = metrics.stops([task.examples[split][row] for row in rows], args.stop)
-        shape = {"max_tokens": args.eval_tokens, "mean": args.rank_by == "mean"}
-        new = args.max_new_tokens
-        return predict(model, task.tokenizer, ids, prefix, new, options, stops, **shape)
+        new, most, mean = args.max_new_tokens, args.eval_tokens, args.rank_by == "mean"
+        return predict(model, task.tokenizer, ids, prefix, new, options, stops, most, mean=mean)
 
     rows = data.sample(len(task.tokens[split]), limit, args.seed)
     answers = answer(rows) if getattr(args, "shard", False) else parallel.divide(answer, rows)

@@ -9,11 +9,11 @@ embedding, which is a prompt after a few steps, finds the ones to try.
     python train.py --method prompt_tuning --init runs/library/subject_type --train news-train.jsonl
 
 The first command trains a prompt for each task of a folder. Without --each it trains one prompt on
-a mixture of its files. A file of running text, among others or alone, is learned as prefix LM: a
-window is cut at random, and the second part is the target of the first. `search` first trains the
-prompt of --task in the same way, in runs/news, unless --task is a run already. --average writes the
-average of the best prompts, weighted by similarity. Their top-k mixture is `source` on their files
-and the target's.
+a mixture of its files. A file of running text, among others or alone, is learned as a prefix LM:
+each window is cut at a random token, and the LM predicts the second part from the first. If --task
+is a file, `search` first trains a prompt on it with the flags of the library, here in runs/news.
+--average writes the average of the best prompts, weighted by similarity. For a top-k mixture, run
+`source` on the files of the k best sources and of the target.
 
 `continue` and `few-shot` are in promptability.py. A run leaves the folder that runs.py describes.
 """
@@ -73,10 +73,10 @@ def similarity(a, b, kind: str = "per_token", lm=None) -> float:
 def activated_neurons(lm, prompt) -> Tensor:
     """1 for each MLP neuron that the token after a prompt activates, else 0: (layers * hidden,).
 
-    A neuron is active if what enters its activation function is positive: of a gated MLP, the gate.
-    The token is BOS, or EOS if the LM has none. Su et al. look at [MASK] behind the prompt, or at
-    the first position of T5's decoder. No text of a task is read there either. The cosine of two
-    such vectors is their overlap rate, here over all layers.
+    A neuron is active if the input of its activation function is positive; in a gated MLP that is
+    the gate. The token is BOS, or EOS if the LM has none. Su et al. look at [MASK] behind the
+    prompt, or at the first position of T5's decoder, and like here they read no text of the task.
+    The cosine of two such vectors is their overlap rate, here over all layers.
     """
     found, config = [], lm.config
     gates = [block.mlp.gate_proj or block.mlp.up_proj for block in lm.layers]
@@ -155,8 +155,8 @@ def weighted_average(prompts: list[Tensor], similarities: list[float]) -> Tensor
     """The average of prompts (P, C), each weighted by its similarity to the target.
 
     Vu et al. 2022, section 3.3: weight r is sim_r / sum(sim). `similarities` are those of the task
-    embeddings; `prompts` are the best source prompts. A negative similarity, of which the paper
-    does not speak, weighs nothing. ValueError if shapes differ or no similarity is positive.
+    embeddings; `prompts` are the best source prompts. The paper does not discuss negative
+    similarities; here they get weight 0. ValueError if shapes differ or no similarity is positive.
     """
     if len({prompt.shape for prompt in prompts}) != 1 or len(prompts) != len(similarities):
         shapes = ", ".join(str(tuple(prompt.shape)) for prompt in prompts)
@@ -171,17 +171,21 @@ def weighted_average(prompts: list[Tensor], similarities: list[float]) -> Tensor
 def search_table(scores: dict, baselines: dict, rankings: dict, ks: list[int]) -> list[dict]:
     """What trying only the k sources of highest similarity costs and keeps (Vu et al., table 3).
 
-    scores     {target: {source: score of the target if its prompt starts from the source's}}
+    scores     {target: {source: score of the target if its prompt starts from the source's}}; or in
+               place of a score, several, each of another part of the test examples
     baselines  {target: score without transfer};  rankings {target: what `search` returned}
 
     A row holds the mean over targets of the best-of-top-k score and of its relative error
-    reduction, and the fractions of the search eliminated and of the oracle's gain kept. The best is
-    chosen by the scores that are averaged, as in the paper, so chance is a part of its gain. If the
+    reduction, and the fractions of the search eliminated and of the oracle's gain kept. With one
+    score, the best is chosen by what is averaged, as in the paper, so chance is a part of its gain.
+    With several, each part has the score of the source that is best on the other parts. If the
     oracle gains nothing, the fraction kept is None.
     """
 
     def best(target: str, k: int) -> float:
-        return max(scores[target][name] for name, _ in rankings[target][:k])
+        tried = np.array([np.ravel(scores[target][name]) for name, _ in rankings[target][:k]])
+        others = tried.sum(1, keepdims=True) - tried if tried.shape[1] > 1 else tried
+        return tried[others.argmax(0), np.arange(tried.shape[1])].mean()
 
     n = min(len(ranking) for ranking in rankings.values())
     base = np.mean([baselines[t] for t in scores])
@@ -462,8 +466,7 @@ def expand(paths: list[str], split: str) -> list[str]:
     """The files of a flag: a folder stands for its files TASK-SPLIT.jsonl."""
     files = []
     for path in paths:
-        found = sorted(map(str, Path(path).glob(f"*-{split}.jsonl"))) or [path]
-        files += found if Path(path).is_dir() else [path]
+        files += sorted(map(str, Path(path).glob(f"*-{split}.jsonl"))) or [path]
     return files
 
 

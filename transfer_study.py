@@ -12,12 +12,20 @@ Several processes can share the work: start the second command once for each cor
 OMP_NUM_THREADS=1. On a GPU, add --flags="--dtype float32". Rows of the larger LM need it in
 assets/lm2.
 
-Prompts are deep: they have keys and values of their own in every layer. Before the first layer
-alone, as in the paper, prompts of this small LM learn little in so few steps, as the rows named
-`shallow` show. A target has 64 training examples and no dev examples. Its prompt is scored once,
-after its last step, on 75 examples in four templates each. Scores are F1, which is accuracy where
-an example has options. A task embedding is the prompt after KEEP steps. Similarities are means over
-pairs of different seeds, but rows of `average` and `top-mixture` choose by seed 0, theirs.
+Prompts are deep: they have keys and values in every layer. Prompts before the first layer only, as
+in the paper, learn little on this small LM in so few steps (rows `shallow`). The similarity of deep
+prompts compares the keys and values of all layers of a position, unscaled and after rope; the paper
+compares input vectors. The optimiser is AdamW (paper: Adafactor), a source's prompt is its last,
+and a pair has one transfer run (paper: three). No rate is swept here: 0.03 is the default of deep
+prompts, 0.1 lies between the default of shallow ones and their best in whole runs, and 1e-3 is the
+best of three for tuning the LM (prompt_study.py). A source is a run of its own, so that processes
+can share them; `transfer.py source --each` trains all in one process.
+
+A target has 64 training examples, the same for all seeds, and no dev examples. Its prompt is scored
+once, after its last step, on 75 examples in four templates each. Scores are F1, which is accuracy
+where an example has options. A task embedding is the prompt after KEEP steps. Two embeddings that
+are compared come from different seeds, because those of one seed start from the same vectors: seed
+0 of a source, whose prompt the transfer starts from, meets seeds 1 and 2 of a target.
 """
 
 import argparse
@@ -57,7 +65,7 @@ PROMPT = "transfer.py source --prompt-length 10 --batch-size 16 --eval-every 100
 DEEP, SHALLOW = f"{PROMPT} --deep --lr 0.03", f"{PROMPT} --lr 0.1"
 STEPS = "--keep-at {keep} --steps"
 SOURCE, TARGET = f"{DEEP} {STEPS} {{source_steps}}", f"{DEEP} {STEPS} {{target_steps}}"
-TUNE = "train.py --method fine_tuning --batch-size 16 --eval-every 100000 --steps"
+TUNE = "train.py --method fine_tuning --lr 1e-3 --batch-size 16 --eval-every 100000 --steps"
 LARGER = "--model {pretrained}/lm2"
 
 
@@ -95,10 +103,10 @@ def groups(sources: list[str] = SOURCES, targets: list[str] = TARGETS) -> dict[s
                 f"{name}-{k}-for-{t}",
                 1,
                 "",
-                f"{name} {k} {{out}}/scratch-to-{t}-0 {more} {library}",
+                f"{name} {k} {{out}}/scratch-to-{t}-1 {library} {more}",
             )
             for t in targets
-            for name, more in (("average", ""), ("top-mixture", f"{{few}}/{t}-train.jsonl"))
+            for name, more in (("average", ""), ("top-mixture", f"--file {{few}}/{t}-train.jsonl"))
             for k in transfer_tables.NEAREST
         ],
         "baselines": baselines(targets, "", "", both),
@@ -181,10 +189,10 @@ class TransferStudy(Study):
         if self.args.model and job.program.endswith(".py") and not {"--model", "--run"} & set(line):
             line += ["--model", self.args.model]
         if job.program in ("train.py", "transfer.py"):
-            line += self.args.flags.split()
+            line += [*self.args.flags.split(), "--resume"]
         if not job.trains:
             return [*line, "--out", str(job.answers)]
-        return [*line, "--seed", str(job.seed), "--out", str(job.folder), "--resume"]
+        return [*line, "--seed", str(job.seed), "--out", str(job.folder)]
 
     def write_files(self) -> None:
         """Write the tasks' files. ValueError if the folder holds those of other flags."""
@@ -214,16 +222,17 @@ class TransferStudy(Study):
 def targeted(kind: str, argv: list[str]) -> dict:
     """What `average` and `top-mixture` of a target make, in --out, of the k most similar sources.
 
-    `argv` is [k, the target's run, the target's training file if it is a mixture, the sources'
-    runs].
+    `argv` is [k, the target's run, the sources' runs, for a mixture --file, the target's training
+    examples].
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("k", type=int)
+    parser.add_argument("task")
     parser.add_argument("runs", nargs="+")
+    parser.add_argument("--file")
     parser.add_argument("--out")
     args = parser.parse_args(argv)
-    task, *runs = args.runs
-    file = runs.pop(0) if kind == "top-mixture" else None
+    task, runs = args.task, args.runs
     library = {run: transfer.read_embedding(run)[0] for run in runs}
     best = transfer.search(transfer.read_embedding(task)[0], library)[: args.k]
     if kind == "average":
@@ -231,7 +240,7 @@ def targeted(kind: str, argv: list[str]) -> dict:
         return {"best": best}
     record = {run: read_json(Path(run) / "run.json")["arguments"] for run, _ in best}
     first = record[best[0][0]]
-    files = [path for flags in record.values() for path in flags["train"]] + [file]
+    files = [path for flags in record.values() for path in flags["train"]] + [args.file]
     line = [*DEEP.split()[2:], "--steps", first["steps"], "--keep-at", 0, "--train", *files]
     line += ["--limit", LIMIT, "--out", args.out]
     line += ["--model", first["model"]] if first["model"] else []

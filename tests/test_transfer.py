@@ -157,6 +157,20 @@ def test_search_table_on_figures_worked_out_by_hand():
     assert last["gain_kept"] == 1 and last["eliminated"] == 0
     (row,) = transfer.search_table(scores, {"x": 1.0, "y": 1.0}, rankings, [1])
     assert row["error_reduction"] == 0 and row["gain_kept"] is None, "there is no gain"
+    parts = {"x": {"a": [0.9, 0.2, 0.4], "b": [0.3, 0.6, 0.5]}}
+    (row,) = transfer.search_table(parts, {"x": 0.5}, {"x": rankings["x"][:2]}, [2])
+    expected = (0.3 + 0.2 + 0.4) / 3  # by the other parts, b is best for the first, then a twice
+    assert row["score"] == pytest.approx(expected)
+
+
+def test_the_best_of_many_without_an_effect_gains_nothing_if_it_is_scored_on_other_examples():
+    rng, names = np.random.default_rng(0), [str(i) for i in range(14)]
+    scores = {str(t): {n: rng.random(5) for n in names} for t in range(300)}
+    rankings, base = {t: [(n, 0.0) for n in names] for t in scores}, dict.fromkeys(scores, 0.5)
+    (row,) = transfer.search_table(scores, base, rankings, [14])
+    assert abs(row["score"] - 0.5) < 0.02
+    whole = {t: {n: part[n].mean() for n in names} for t, part in scores.items()}
+    assert transfer.search_table(whole, base, rankings, [14])[0]["score"] > 0.65
 
 
 def naive_silhouette(distance, labels):

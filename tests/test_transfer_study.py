@@ -24,7 +24,7 @@ from promptability import HELD_OUT
 from transfer_study import TransferStudy
 
 SOURCES, TARGETS = ["food_reviews", "news_topic"], ["staff_reviews", "record_nli"]
-HELD = ["record_nli", "same_sense"]
+HELD = ["same_sense", "record_nli"]  # as in suite.TASKS, not in the order of the alphabet
 VARIANTS = {name: promptability_study.VARIANTS[name] for name in ("ppt", "reptile")}
 FLAGS = "--source-steps 3 --target-steps 2 --examples 8 --count 6 --steps 1"
 
@@ -158,6 +158,17 @@ def test_the_gain_of_a_row_is_its_mean_over_datasets_of_means_over_templates(don
     assert parts.mean() == pytest.approx(np.mean(gains))
 
 
+def test_an_accuracy_stands_below_the_name_of_its_data_set(done):
+    printed = (done[0] / "printed.txt").read_text().split("accuracy by dataset, in percent")[1]
+    rows = [[cell.strip() for cell in line.split("|")] for line in printed.splitlines()]
+    (names,) = [row for row in rows if row[2:3] == ["shots"]]
+    (reptile,) = [row for row in rows if row[1:3] == ["reptile", "16"]]
+    (zero,) = [row for row in rows if row[1:3] == ["none", "0"]]
+    for row, name in ((reptile, "reptile-few"), (zero, "none-zero")):
+        for task, accuracy in done[1]["gains"][name]["datasets"].items():
+            assert row[names.index(f"{task} *")] == f"{100 * accuracy:.0f}", (name, task)
+
+
 def test_parts_of_unequal_templates_still_average_to_the_gain():
     """Three examples of a template weigh as much as one of another, and a dataset as a dataset."""
     run, chance = {}, {}
@@ -198,8 +209,21 @@ def test_nearest_tasks_are_neighbours_in_the_order_of_the_heatmap():
 
 def test_a_random_search_keeps_what_chance_keeps():
     scores, base = {"x": {"a": 0.6, "b": 0.8}}, {"x": 0.5}
-    one, two = transfer_tables.random_search(scores, base, ["a", "b"], 400)
+    tables = transfer_tables.random_searches(scores, base, ["a", "b"], 400)
+    one, two = (transfer_tables.mean_row(rows) for rows in zip(*tables))
     assert one["score"] == pytest.approx(0.7, abs=0.02) and two["gain_kept"] == 1
+
+
+def test_the_mean_correlation_permutes_the_sources_of_all_targets_together():
+    rng = np.random.default_rng(0)
+    x, noise = rng.random(8), rng.random((3, 8))
+    r, p = transfer_tables.mean_correlation([x, 2 * x, np.ones(8)], [x, x + 1, x])
+    assert r == pytest.approx(2 / 3) and p < 0.01, "a constant counts 0"
+    same = [x, x, x]
+    r, p = transfer_tables.mean_correlation(same, [noise[0]] * 3)
+    assert r == pytest.approx(np.corrcoef(x, noise[0])[0, 1])
+    _, alone = transfer_tables.mean_correlation(same[:1], noise[:1])
+    assert p == alone, "copies of a target are no further evidence"
 
 
 def test_a_library_without_any_gain_is_valid_json(tmp_path, capsys):
@@ -212,12 +236,12 @@ def test_a_library_without_any_gain_is_valid_json(tmp_path, capsys):
         finished=lambda name: jobs if name.startswith("scratch-") else [],
     )
     near = {"per_token": np.array([[1, 0, 0.9], [0, 1, 0.2], [0.9, 0.2, 1]])}
-    scores = {"x": {"a": 0.5, "b": 1.0}}
+    scores = {"x": {"a": np.full(6, 0.5), "b": np.ones(6)}}
     results = transfer_tables.show_search(study, scores, near, ["x", "a", "b"])
     kept = [row["gain_kept"] for part in results["search"].values() for row in part]
-    assert kept == [None] * 4 and json.loads(json.dumps(results, allow_nan=False)) is not None
+    assert kept == [None] * 6 and json.loads(json.dumps(results, allow_nan=False)) is not None
     printed = capsys.readouterr().out
-    assert printed.count(" | - |") == 4 and "nan" not in printed and "of the gain" not in printed
+    assert printed.count(" | - |") == 6 and "nan" not in printed and "of the gain" not in printed
 
 
 # The real study
