@@ -80,7 +80,7 @@ def reader(setting: Setting) -> Iterator[Contest]:
     for source in setting.sources(ASSETS / "lm"):
         lm, peer = setting.pair(source)
         P = 4 if setting.tiny else 20
-        T = min(lm.config.max_len, 4096) - P
+        T = min(lm.config.max_len, 1024) - P
         yield tuning(setting, "reader", lm, peer, soft_prompt(setting, lm, P), P, T, B=16)
 
 

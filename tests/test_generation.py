@@ -227,6 +227,9 @@ def test_predict_keeps_the_order_of_the_questions_and_takes_the_likeliest_option
         expected[b] = naive.index(max(naive))
     assert predict(lm, tokenizer, ids, prefix, 5, options, batch_size=4) == expected != free
     assert predict(lm, tokenizer, [], None, 5) == []
+    several = lm.read(lm.embed(torch.tensor([[3], [4]])))
+    with pytest.raises(ValueError, match="prefix of several rows"):  # it would be in another order
+        predict(lm, tokenizer, [[3, 4, 5], [3]], several, 5)
     with pytest.raises(ValueError, match="question 1: "):  # as given, not as sorted by length
         predict(lm, tokenizer, [[3], [3] * lm.config.max_len, [3, 4]], None, 4, batch_size=1)
 
