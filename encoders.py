@@ -2,7 +2,7 @@
 
 The retriever is DPR's dual encoder (Karpukhin et al. 2020), the re-ranker the cross-encoder of
 Levine et al. (2022, section 3.1). Both start from the BERT of --encoder, and both learn from the
-passages that were retrieved for the training questions. What they train lies in model/ of the run.
+passages that were retrieved for the training questions. The trained weights are in OUT/model.
 
 Needs openbook.py, reader.py, fit.py and what these need. train.py has the command line.
 
@@ -26,7 +26,16 @@ import data
 import parallel
 import passages as books
 from fit import Recipe, fit
-from openbook import Book, base_encoder, hash_encoders, load_book, needs_search, recalls, retrieve
+from openbook import (
+    Book,
+    base_encoder,
+    first,
+    hash_encoders,
+    load_book,
+    needs_search,
+    recalls,
+    retrieve,
+)
 from passages import Passage, Question, with_found
 from questions import hash_tokenizer
 from reader import check
@@ -69,7 +78,7 @@ def train_encoder(args, book: Book | None = None, scored=True) -> dict:
     names = dict.fromkeys(("fingerprint", "init_hash", "eos")) | {"data_hash": book.hash()}
     names |= {"encoder_hash": hash_encoders(encoders), "tokens_hash": names["data_hash"]}
     names["tokenizer_hash"] = hash_tokenizer(training.encoder.tokenizer)
-    asked, new = book.questions["train"], not run.folder.exists()
+    asked, new = first(args.top, book.questions["train"]), not run.folder.exists()
     searches = args.top > 0 and any(needs_search(args, book, q) for q in asked)
     skipped = None if searches else training.use(asked)
     with run:
@@ -146,8 +155,8 @@ class RetrieverTraining:
         return books.retriever_batch(self.questions, self.encoder, *rest)
 
     def loss_of(self, batch) -> Tensor:
-        """The loss, summed over questions. Of several processes each embeds a share of the passages
-        of the whole batch, for the questions of all."""
+        """The loss, summed over questions. Each of several processes embeds its share of the
+        batch's passages, and all of them get all vectors."""
         dual, rows = self.encoder, len(batch.passage_ids)
         asked = dual(dual.question, batch.ids, batch.lengths)
         own = list(parallel.share(range(rows)))
@@ -187,7 +196,7 @@ class RetrieverTraining:
 class RerankerTraining:
     """What `fit` needs to train a cross-encoder (Levine et al. 2022, section 3.1). Dev score: MRR.
 
-    The reciprocal rank is that of a positive among the first M - 1 negatives of its question.
+    The reciprocal rank is that of a positive among M - 1 negatives of its question, drawn once.
     """
 
     def __init__(self, args):
@@ -244,12 +253,15 @@ def divide(encode: Callable, texts: Sequence) -> np.ndarray:
 
 
 def dev_groups(args, questions: Sequence[Question]) -> list[tuple[Question, list[Passage]]]:
-    """Dev questions, at most --eval-limit, each with a positive and its first M - 1 negatives."""
-    groups = []
+    """Dev questions, at most --eval-limit, each with a positive and M - 1 of its negatives. They
+    are drawn at random, as in training: the first ones of a good search differ in other ways."""
+    groups, rng = [], np.random.default_rng(args.seed)
     for row in data.sample(len(questions), args.eval_limit, args.seed):
         positives, negatives = books.choose_passages(questions[row])
         if positives and negatives:
-            groups.append((questions[row], [positives[0], *negatives[: args.group_size - 1]]))
+            count = min(args.group_size - 1, len(negatives))
+            wrong = [negatives[i] for i in rng.choice(len(negatives), count, False)]
+            groups.append((questions[row], [positives[0], *wrong]))
     return groups
 
 

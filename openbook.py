@@ -1,4 +1,4 @@
-"""The open book: its passages and questions as the flags of train.py say, and their search.
+"""Load the passages and questions that train.py's flags name, and search the passages.
 
     book = load_book(args)                       --passages, --train, --dev, --test, or the world's
     book = retrieve(args, book, folder)          every question with the passages that were found
@@ -202,8 +202,9 @@ def find_dual(args) -> tuple[Path, Path | None, str]:
     """The parts of --retriever: the BERT of questions, that of passages if it is another, pooling.
 
     --retriever is a run of --method retriever, a folder with question/ and maybe passage/, such as
-    DPR's two encoders, or a published BERT for both sides. The run knows its pooling; --pooling is
-    that of the others. FileNotFoundError or ValueError if it is none of them.
+    DPR's two encoders, or a published BERT for both sides. A run's own record says which pooling
+    it was trained with; for anything else --pooling says it. FileNotFoundError or ValueError if it
+    is none of them.
     """
     folder = encoder_folder(args.retriever)
     record, pooling = folder.parent / "run.json", args.pooling
@@ -267,7 +268,8 @@ class Search:
         return self.dense(questions, depth), [self.bm25.search(q, depth) for q in questions]
 
     def choose_weight(self, dev: Sequence[Question]) -> dict:
-        """The weight of BM25's scores on dev, in multiples of the spread of the dense scores."""
+        """Choose the factor of BM25's scores by recall@5 on dev, among powers of two times
+        std(dense scores) / std(BM25 scores). (Spider: 1 to 9, by recall@100.)"""
         if not dev:
             raise ValueError("--search hybrid: there are no dev questions to tune its weight on")
         dense, sparse = self.both([q.question for q in dev], TUNED_AT)
@@ -302,14 +304,21 @@ def retrieve(args, book: Book, folder: Path) -> Book:
         questions[split] = list(part)
         for row, q in zip(missing, books.read_questions(path, book.passages), strict=True):
             questions[split][row] = replace(part[row], found=q.found, scores=q.scores)
-    return replace(book, questions=questions)
+    return replace(book, questions={s: first(args.top, part) for s, part in questions.items()})
+
+
+def first(top: int, questions: Sequence[Question]) -> list[Question]:
+    """The questions with the first `top` passages that were found for each."""
+    return [replace(q, found=q.found[:top], scores=q.scores[:top]) for q in questions]
 
 
 def needs_search(args, book: Book, question: Question) -> bool:
     """Whether a question needs a search. Retriever and re-ranker use the lists of a DPR file if no
     --passages is given."""
-    listed = not book.path and args.train and (question.hard_negatives or question.negatives)
-    return not question.found and not (listed and args.method != "reader")
+    if question.found:
+        return False
+    uses_own = args.train and not book.path and args.method != "reader"
+    return not (uses_own and (question.hard_negatives or question.negatives))
 
 
 def recalls(questions: Sequence[Question]) -> dict[str, dict[str, float]]:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from data import BOM, json_lines, question_text
-from rerank import CrossEncoder, loss_parts, pad
+from rerank import CrossEncoder, loss_parts, pad, tokenise
 from retrieve import has_answer
 
 # Files
@@ -351,7 +351,8 @@ def reranker_samples(
             skipped["no positive passage" if not positives else "no negative passage"] += 1
             continue
         (asked,) = encoder.tokens([question.question])
-        answers = encoder.tokens([f"{space}{a}" for a in question.answers for space in ("", " ")])
+        answers = encoder.tokens(question.answers)
+        answers += tokenise(encoder.tokenizer, question.answers, "")  # behind quotation marks
         spans = [find_spans(encoder, asked, passage, answers) for passage in positives]
         if question.answers and not any(spans):
             skipped["no answer tokens in a positive passage"] += 1
@@ -483,8 +484,14 @@ def reranker_batch(
 
 
 def retriever_questions(questions: Sequence[Question]) -> tuple[list[Question], int]:
-    """Return the questions that the dual encoder can learn from, and how many have no positive."""
-    kept = [question for question in questions if choose_passages(question)[0]]
+    """Return the questions with a positive, with what the dual encoder learns from, and how many
+    others there are. What a question names goes before what was found."""
+    kept = []
+    for q in questions:
+        right, wrong = choose_passages(q)
+        if right := q.positives or right:
+            wrong = q.hard_negatives or wrong
+            kept.append(replace(q, positives=right, hard_negatives=wrong))
     return kept, len(questions) - len(kept)
 
 
@@ -493,14 +500,13 @@ def retriever_batch(
 ) -> RetrieverBatch:
     """Return the batch of a step, a pure function of the arguments. `dual` is a DualEncoder.
 
-    Each question comes with one of its positives and with `hard_negatives` of its hard negatives
-    (negatives, if it has none), drawn anew each time. DPR: batches of 128 with one hard negative.
+    Each question of `retriever_questions` comes with one of its positives and with `hard_negatives`
+    of its hard negatives, drawn anew each time. DPR: batches of 128 with one hard negative.
     """
     rows, rng = _epoch_rows(len(questions), size, seed, step), np.random.default_rng([seed, step])
     positives, wrong = [], []
     for question in (questions[row] for row in rows):
-        right = question.positives or choose_passages(question)[0]
-        hard = question.hard_negatives or choose_passages(question)[1]
+        right, hard = question.positives, question.hard_negatives
         positives.append(right[rng.integers(len(right))])
         drawn = rng.choice(len(hard), min(hard_negatives, len(hard)), False) if hard else []
         wrong += [hard[i] for i in drawn]

@@ -141,11 +141,11 @@ def sort_found(questions: Sequence[Question], scores: Sequence[list[float]]) -> 
 
 
 def compare_halves(args, training, scores, halves: list[str], score_fn: Callable) -> dict:
-    """How well a re-ranker sorts the passages of its own training half, and the other one does.
+    """Recall on training questions, at most --eval-limit, sorted by the re-ranker that was trained
+    on them and by the one of the other half.
 
-    Recall on the same questions, at most --eval-limit of them, sorted by the re-ranker that was
-    trained on them and by the one that never saw them. `scores` are those of the latter;
-    score_fn(name of a re-ranker, questions, name of the scores) -> scores.
+    `scores` are those of the latter; score_fn(name of a re-ranker, questions, name of the scores)
+    -> scores.
     """
     rows = data.sample(len(training), args.eval_limit, args.seed)
     questions, own = [training[row] for row in rows], {}

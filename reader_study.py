@@ -2,10 +2,10 @@
 
 Counterparts of tables 2 and 3 of Levine et al. 2022, "Standing on the Shoulders of Giant Frozen
 Language Models", on the embedded world, and the controls that the paper leaves out. GROUPS lists
-the runs, the most important first. study.py makes them, in runs/reader. Runs that differ in their
-prompt or LM alone share their passages: they start from the ranked passages of another run. So do
-the seeds of a row of SEARCHED: all read what seed 0 has ranked, so they vary the prompt alone, and
-neither halves nor re-rankers.
+the runs, the most important first. study.py makes them, in runs/reader. Rows that differ only in
+the prompt or the LM read the same ranked passages, those of one run's seed 0. So a deviation over
+seeds, and an interval, is that of the prompt alone: it knows no other halves and no other
+re-rankers. New questions to such a run are searched and not re-ranked.
 
     python reproduce.py reader --plan       the cost sheet
     python reproduce.py reader              all runs, or what is missing of them, and the tables
@@ -28,9 +28,8 @@ from study import Job, Row, Study, cell, show_orderings
 # The runs
 
 READER, CLOSED = "train.py --method reader", "train.py --method reader --top 0"
-DENSE, HYBRID = (
-    f"{READER} --search {kind} --retriever {{out}}/retriever-0" for kind in ("dense", "hybrid")
-)
+SEARCH = f"{READER} --retriever {{out}}/retriever-0 --search"
+DENSE, HYBRID = f"{SEARCH} dense", f"{SEARCH} hybrid"
 SEARCHED = {  # runs that search: command
     "bm25-reranked": READER,
     "bm25": f"{READER} --no-rerank",
@@ -40,7 +39,7 @@ SEARCHED = {  # runs that search: command
     "dense": f"{DENSE} --no-rerank",
     "not-cross-fitted": f"{READER} --reranker {{out}}/bm25-reranked-0/reranker",
 }
-PLACES = 5  # of the first passage with an answer, that are counted apart
+PLACES = 5  # show_places has a column for each of the first 5 places
 LARGER, TUNED, SHORT = "--model {pretrained}/lm2", "--tune lm", "--context {short}"
 
 
@@ -157,16 +156,19 @@ def report(study: Study) -> dict:
 
 
 def show_search(study: Study) -> dict:
-    """Print how often dev's first 1, 5, 20 ... passages hold an answer, as found and re-ranked."""
+    """Print how often the first 1, 5, 20 ... passages hold an answer, as found or re-ranked."""
     results, table = {}, []
     for name in SEARCHED:
         for job in study.finished(name)[:1]:
-            results[name] = job.record()["passages"]["dev"]
-            order = results[name].get("re-ranked", results[name]["retrieved"])
-            shares = (f"@{k} {100 * share:.1f}" for k, share in order["answer"].items())
-            table.append([name, ", ".join(shares)])
+            found = job.record()["passages"]
+            results[name] = {split: found[split] for split in ("dev", "test")}
+            cells = []
+            for part in results[name].values():
+                order = part.get("re-ranked", part["retrieved"])["answer"]
+                cells.append(", ".join(f"@{k} {100 * share:.1f}" for k, share in order.items()))
+            table.append([name, *cells])
     if table:
-        show_table("an answer in the first passages: dev, in percent", ["", "recall"], table)
+        show_table("an answer in the first passages, in percent", ["", "dev", "test"], table)
     return results
 
 
@@ -181,12 +183,12 @@ def show_readers(study: Study) -> dict[str, list[dict]]:
                 continue
             results[row.name] = [{k: r[k] for k in keys if k in r} for r in records]
             if "passages" in records[0]:
-                read = records[0]["passages"]["dev"]["input"]
+                read = records[0]["passages"]["test"]["input"]
                 cells = [f"{100 * read['answer']:.1f}", f"{read['passages']:.1f}"]
                 table.append([row.name, len(records), *cells, cell(records, "all")])
         if table:
             columns = ["", "seeds", "an answer there", "passages", "EM dev / test"]
-            show_table(f"{title}: what the LM reads of dev, and EM, in percent", columns, table)
+            show_table(f"{title}: what the LM reads of test, and EM, in percent", columns, table)
     return results
 
 
@@ -211,9 +213,10 @@ def show_reranker(study: Study) -> dict:
 
 
 def show_places(study: Study) -> dict:
-    """Print test EM by the place of the first passage with an answer.
+    """Print test EM of seed 0 by the place of the first passage with an answer, in the ranking.
 
-    EM falls with the place if the passages before it mislead the LM.
+    If the passages before it mislead the LM, EM falls with the place. (A hard question may do both,
+    and the LM reads what fits of the ranking.)
     """
     results, table = {}, []
     for name in ("bm25", "bm25-reranked"):
@@ -227,8 +230,10 @@ def show_places(study: Study) -> dict:
             for row in read_predictions(job.folder):
                 if row["id"] in places:  # not a dev question
                     scores[places[row["id"]]].append(row["em"])
-            results[name] = [[round(100 * sum(s) / len(s), 1) if s else 0, len(s)] for s in scores]
-            table.append([name, *(f"{em} ({n})" for em, n in results[name])])
+            results[name] = [
+                [round(100 * sum(s) / len(s), 1) if s else None, len(s)] for s in scores
+            ]
+            table.append([name, *("-" if n == 0 else f"{em} ({n})" for em, n in results[name])])
     if table:
         title = "EM by the place of the first passage with an answer (test questions)"
         columns = ["", *map(str, range(1, PLACES + 1)), "later, or none"]

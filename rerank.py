@@ -130,7 +130,7 @@ class Bert(nn.Module):
         x = x + self.token_type_embeddings(token_type_ids)
         x = F.dropout(self.norm(x), self.config.dropout, self.training)
         attention_mask = None
-        if lengths is not None:
+        if lengths is not None and bool((lengths < L).any()):
             attention_mask = (position < lengths[:, None])[:, None, None]  # (B, 1, 1, L)
         for layer in self.layers:
             last = layer is self.layers[-1]
@@ -192,6 +192,15 @@ def current_name(name: str) -> str:
         if name.endswith(f"LayerNorm.{earlier}"):
             name = name.removesuffix(earlier) + current
     return name
+
+
+def tokenise(tokenizer, texts: Sequence[str], space: str = " ") -> list[list[int]]:
+    """Tokenise texts without special tokens. Each begins with a space: for a byte-level tokenizer a
+    name then has the same tokens everywhere. (WordPiece ignores the space.)"""
+    spaced = {text: space + text if text else "" for text in texts}  # each different one once
+    encoded = tokenizer.encode_batch_fast(list(spaced.values()), add_special_tokens=False)
+    ids = {text: encoding.ids for text, encoding in zip(spaced, encoded)}
+    return [ids[text] for text in texts]
 
 
 def token_type_ids(ids: Tensor, separator: int) -> Tensor:
@@ -302,8 +311,7 @@ class CrossEncoder(nn.Module):
         score of a classifier with two labels is the difference of their logits.
         """
         types = token_type_ids(ids, self.sep) if self.format.token_types else None
-        full = bool((lengths == ids.shape[1]).all())
-        h = self.bert(ids, None if full else lengths, types, only_first=not spans)
+        h = self.bert(ids, lengths, types, only_first=not spans)
         x = h[:, 0]
         if "pooler" in self.heads:
             pooled = self.heads["pooler"](x).tanh()
@@ -314,11 +322,8 @@ class CrossEncoder(nn.Module):
         return rank, self.heads["span"](h) if spans else None
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokenise texts without special tokens, each different one once."""
-        known = list(dict.fromkeys(texts))
-        encoded = self.tokenizer.encode_batch_fast(known, add_special_tokens=False)
-        ids = {text: encoding.ids for text, encoding in zip(known, encoded)}
-        return [ids[text] for text in texts]
+        """Tokenise texts without special tokens; see `tokenise`."""
+        return tokenise(self.tokenizer, texts)
 
     def layout(self, question: list[int], title: list[int], text: list[int]) -> list[int]:
         """Return the tokens of an input, at most max_len."""
@@ -411,11 +416,9 @@ def reranker_loss(
     """
     rank, logits, has_span = torch.zeros(len(ids)).to(ids.device), None, spans[..., 0].ge(0).any(1)
     for rows in loss_parts(lengths, groups):
-        part = (ids[rows, : lengths[rows].max()], lengths[rows])  # most rows need no span logits
-        if logits is None and "span" in encoder.heads:
-            rank[rows], logits = encoder(*part, spans=True)  # of the positives
-        else:
-            rank[rows] = encoder(*part)[0]
+        first = logits is None and "span" in encoder.heads  # the positives: others need no spans
+        rank[rows], found = encoder(ids[rows, : lengths[rows].max()], lengths[rows], spans=first)
+        logits = found if first else logits
     rank = rank[groups.clamp(min=0)].masked_fill(groups < 0, -torch.inf)  # (B, M)
     loss = -rank.log_softmax(1)[:, 0].sum()
     if logits is None or not has_span.any():
@@ -446,9 +449,8 @@ def cross_fit(
     A, half B and all, in this order. score_fn(model, items) returns one score per item: B's model
     scores half A, and A's model half B. Items with the same `key` lie in the same half.
 
-    Returns (scores, halves, model) of: the score of each item, the half "A" or "B" it lies in, and
-    the model of all items, which is for dev and test. ValueError if there are fewer than two keys,
-    or if a score is missing.
+    Returns (the score of each item, its half "A" or "B", the model of all items, for dev and test).
+    ValueError if there are fewer than two keys, or if a score is missing.
     """
     keys = list(dict.fromkeys(map(key, items)))
     if len(keys) < 2:
@@ -492,11 +494,11 @@ def pack(
 
 def __getattr__(name: str):
     """`from rerank import BM25` works where retrieve.py is: it stands there, to keep this short."""
-    if name == "BM25":
-        from retrieve import BM25
+    if name != "BM25":
+        raise AttributeError(f"module 'rerank' has no attribute {name!r}")
+    from retrieve import BM25
 
-        return BM25
-    raise AttributeError(f"module 'rerank' has no attribute {name!r}")
+    return BM25
 
 
 def main(argv: list[str] | None = None) -> BertConfig:

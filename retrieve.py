@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from rerank import Bert, as_pair, length_batches, pad, progress
+from rerank import Bert, as_pair, length_batches, pad, progress, tokenise
 
 Found = list[tuple[int, float]]  # (row of the passage, score), best first
 
@@ -218,9 +218,8 @@ class DualEncoder(nn.Module):
         return list(map(self.layout, self.tokens(titles), self.tokens(texts)))
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokenise texts without special tokens."""
-        encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [text.ids for text in encoded]
+        """Tokenise texts without special tokens; see rerank.tokenise."""
+        return tokenise(self.tokenizer, texts)
 
     def layout(self, title: list[int], text: list[int]) -> list[int]:
         """Return the tokens of an input, at most max_len."""

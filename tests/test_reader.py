@@ -285,6 +285,10 @@ def test_a_reader_starts_from_any_dpr_result(shelf, tmp_path):
     files = f"--train {shelf}/plain.jsonl --dev {shelf}/plain.jsonl"
     record = run(line(shelf, "reader", tmp_path / "run", f"{result} {files}"))
     assert record["passages"]["train"]["n"] == 8 and not (tmp_path / "run" / "retrieved").exists()
+    for top in (1, 0):  # those of a file are cut, too
+        out = tmp_path / f"top-{top}"
+        record = run(line(shelf, "reader", out, f"{result} {files} --top {top}"))
+        assert record["passages"]["dev"]["input"]["passages"] == top
     words = line(shelf, "reader", tmp_path / "cut", result)
     words = [w for i, w in enumerate(words) if not {words[i - 1], w} & {"--train", "--dev"}]
     record = run(words)

@@ -10,6 +10,7 @@ from conftest import close, randomise, seeded
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import rerank
+from checkpoints import load_tokenizer
 from passages import (
     Passage,
     Question,
@@ -19,6 +20,7 @@ from passages import (
     reranker_samples,
 )
 from rerank import CrossEncoder, cross_fit, pack, reranker_loss
+from runs import ASSETS
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz"]
 
@@ -41,6 +43,16 @@ def make_encoder(format="reader", max_len=20, labels=1, dropout=0.0):
             elif name.endswith("bias"):
                 parameter -= 1
     return encoder
+
+
+def test_a_name_has_the_same_tokens_at_the_start_of_a_title_and_within_a_question():
+    tokenizer = load_tokenizer(ASSETS / "bert")
+    for name in ("Nevissa", "Temia Girnberg", "Tralvo"):
+        title, text, question, empty = rerank.tokenise(
+            tokenizer, [name, f"{name} lives here.", f"Where does {name} live?", ""]
+        )
+        assert empty == [] and text[: len(title)] == title
+        assert title in [question[i : i + len(title)] for i in range(len(question))]
 
 
 def spelt(encoder, question, passage):
