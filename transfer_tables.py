@@ -193,7 +193,7 @@ def show_search(study: Study, scores: dict, near: dict, tasks: list[str]) -> dic
     search = {kind: transfer.search_table(parts, base, r, ks) for kind, r in rankings.items()}
     random = random_searches(parts, base, sources)
     for rows in search.values():
-        for i, row in enumerate(rows):
+        for i, row in enumerate(rows[:-1]):  # the last one has all sources, in any order
             as_good = sum(table[i]["score"] >= row["score"] for table in random)
             row["p"] = (1 + as_good) / (1 + len(random))
     search["random"] = [mean_row(rows) for rows in zip(*random)]
@@ -220,7 +220,7 @@ def show_search(study: Study, scores: dict, near: dict, tasks: list[str]) -> dic
             continue
         for share in (0.8, 0.9):
             k = next((row["k"] for row in rows if row["gain_kept"] >= share), n)
-            show(f"{kind}: {100 * share:.0f} % of the gain needs {k} of {n} sources")
+            show(f"{kind}: {100 * share:.0f} % of the gain needs {k:.0f} of {n} sources")
     return {"baseline": base, "search": search, "seeds": row, "correlation": correlation}
 
 
@@ -335,7 +335,9 @@ def draw(figure, results: dict) -> None:
         above.colorbar(image, ax=axes)
     below.supxlabel("similarity, per token")
     below.supylabel("score")
-    grid = below.subplots(2, -(-len(targets) // 2), squeeze=False).flat
+    grid = [*below.subplots(2, -(-len(targets) // 2), squeeze=False).flat]
+    for axes in grid[len(targets) :]:
+        axes.set_visible(False)
     for axes, t in zip(grid, targets):
         x = [near[tasks.index(t), tasks.index(s)] for s in sources]
         y = [100 * scores[t][s] for s in sources]
