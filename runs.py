@@ -412,7 +412,7 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
         raise ValueError(f"{folder}: has a prompt for each task; `eval.py mixed` answers with them")
     lm, tokenizer = load_base(folder, record, device, model)
     adapter = None
-    if own_lm and not (folder / "adapter_config.json").is_file():
+    if own_lm and method not in ("prompt_tuning", "deep_prompt"):
         method = "fine_tuning"  # `continue` stores a prompt beside its LM
     elif method != "training_free":
         t5 = find_encoder(folder, record) if method == "id_pt" else None

@@ -192,7 +192,7 @@ def test_orderings_hold_do_not_hold_or_stay_undecided(tmp_path, capsys):
     two = found["two-hop"]
     assert abs(two["difference"] - 0.39) < 1e-9 and two["low"] < 0.39 < two["high"]
     assert two["seeds"] == [2, 1] and two["n"] == 100 and found["all"]["n"] == 300
-    assert "| a > b | two-hop | +39.0 |" in capsys.readouterr().out
+    assert "| a > b | two-hop | 2, 1 | +39.0 |" in capsys.readouterr().out
 
 
 def test_a_claim_with_a_margin_is_about_the_whole_interval(tmp_path):
