@@ -5,7 +5,7 @@
     for row in measure(Contest(setting, "a title", lm, ours, {"PEFT": theirs}, 2048, 2048)): ...
 
 There is a row for each peer. Times are medians of `runs` rounds. In each of them every contestant
-takes one step, and another one comes first. A ratio is the median over the rounds, with the
+takes one step; they take turns in being the first. A ratio is the median over the rounds, with the
 smallest and the largest.
 
 - The operations of a step are those of its products of matrices, counted while it runs. Attention

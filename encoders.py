@@ -29,11 +29,12 @@ from fit import Recipe, fit
 from openbook import (
     Book,
     base_encoder,
-    first,
+    cut_found,
     hash_encoders,
     load_book,
     needs_search,
     recalls,
+    rerank_found,
     retrieve,
 )
 from passages import Passage, Question, with_found
@@ -78,7 +79,7 @@ def train_encoder(args, book: Book | None = None, scored=True) -> dict:
     names = dict.fromkeys(("fingerprint", "init_hash", "eos")) | {"data_hash": book.hash()}
     names |= {"encoder_hash": hash_encoders(encoders), "tokens_hash": names["data_hash"]}
     names["tokenizer_hash"] = hash_tokenizer(training.encoder.tokenizer)
-    asked, new = first(args.top, book.questions["train"]), not run.folder.exists()
+    asked, new = cut_found(book.questions["train"], args.top), not run.folder.exists()
     searches = args.top > 0 and any(needs_search(args, book, q) for q in asked)
     skipped = None if searches else training.use(asked)
     with run:
@@ -239,7 +240,7 @@ class RerankerTraining:
         for split in ("dev", "test"):
             part = book.questions[split]
             if any(q.found for q in part):
-                sorted_part = books.rerank(part, self.encoder, self.args.top)
+                sorted_part = rerank_found(part, self.encoder)
                 splits[split] = {"retrieved": part, "re-ranked": sorted_part}
         return recall_tables(splits)
 

@@ -23,7 +23,7 @@ import world
 from checkpoints import read_json, read_tensors, resolve, write_json, write_lines
 from families import bert_from_hf
 from passages import Passage, Question, with_found
-from rerank import find_format
+from rerank import CrossEncoder, find_format
 from retrieve import (
     BM25,
     DenseIndex,
@@ -304,12 +304,27 @@ def retrieve(args, book: Book, folder: Path) -> Book:
         questions[split] = list(part)
         for row, q in zip(missing, books.read_questions(path, book.passages), strict=True):
             questions[split][row] = replace(part[row], found=q.found, scores=q.scores)
-    return replace(book, questions={s: first(args.top, part) for s, part in questions.items()})
+    return replace(book, questions={s: cut_found(q, args.top) for s, q in questions.items()})
 
 
-def first(top: int, questions: Sequence[Question]) -> list[Question]:
+def cut_found(questions: Sequence[Question], top: int) -> list[Question]:
     """The questions with the first `top` passages that were found for each."""
     return [replace(q, found=q.found[:top], scores=q.scores[:top]) for q in questions]
+
+
+def sort_found(questions: Sequence[Question], scores: Sequence[list[float]]) -> list[Question]:
+    """The questions with their found passages in descending score."""
+    ranked = []
+    for q, values in zip(questions, scores, strict=True):
+        order = np.argsort(-np.array(values), kind="stable").tolist()
+        ranked.append(with_found(q, q.found, [(row, values[row]) for row in order]))
+    return ranked
+
+
+def rerank_found(questions: Sequence[Question], encoder: CrossEncoder) -> list[Question]:
+    """The questions with their found passages sorted by the re-ranker."""
+    scores = encoder.score_all([q.question for q in questions], [q.found for q in questions])
+    return sort_found(questions, [values.tolist() for values in scores])
 
 
 def needs_search(args, book: Book, question: Question) -> bool:

@@ -280,17 +280,6 @@ def with_found(question: Question, passages: Sequence[Passage], found: list) -> 
     return replace(question, found=[passages[row] for row in rows], scores=scores)
 
 
-def rerank(questions: Sequence[Question], encoder: CrossEncoder, top: int = 100) -> list[Question]:
-    """Return the questions with their first `top` found passages sorted by the re-ranker."""
-    cut, reranked = [question.found[:top] for question in questions], []
-    scores = encoder.score_all([question.question for question in questions], cut)
-    for question, found, values in zip(questions, cut, scores):
-        order = values.argsort(descending=True, stable=True).tolist()
-        sorted_rows = [(row, values[row].item()) for row in order]
-        reranked.append(with_found(question, found, sorted_rows))
-    return reranked
-
-
 def reader_line(passage: Passage) -> str:
     """A passage as the frozen reader reads it."""
     return f"{passage[0]}: {passage[1]}" if passage[0] else passage[1]

@@ -29,7 +29,6 @@ from pathlib import Path
 
 from show import show
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -51,7 +50,9 @@ from openbook import (
     encoder_folder,
     find_dual,
     recalls,
+    rerank_found,
     retrieve,
+    sort_found,
     write_book,
     write_found,
 )
@@ -129,15 +130,6 @@ def score_split(args, encoder: CrossEncoder, questions, folder: Path) -> list[li
         parallel.wait()
         scores += read_json(path)["scores"]
     return scores
-
-
-def sort_found(questions: Sequence[Question], scores: Sequence[list[float]]) -> list[Question]:
-    """The questions with their found passages in descending score."""
-    ranked = []
-    for q, values in zip(questions, scores, strict=True):
-        order = np.argsort(-np.array(values), kind="stable").tolist()
-        ranked.append(with_found(q, q.found, [(row, values[row]) for row in order]))
-    return ranked
 
 
 def compare_halves(args, training, scores, halves: list[str], score_fn: Callable) -> dict:
@@ -347,7 +339,7 @@ class Reader(recurse.Around):
         """The questions with their passages in the re-ranker's order."""
         if self.encoder is None:
             return questions
-        return books.rerank(questions, self.encoder, self.args.top)
+        return rerank_found(questions, self.encoder)
 
     def packed(self, questions: list[Question]) -> list[str]:
         """What the LM reads of the questions."""

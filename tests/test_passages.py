@@ -8,6 +8,7 @@ from test_rerank import make_encoder
 
 import genres
 import world
+from openbook import cut_found, rerank_found
 from passages import (
     Passage,
     Question,
@@ -17,7 +18,6 @@ from passages import (
     read_passages,
     read_questions,
     reader_text,
-    rerank,
     reranker_samples,
     with_found,
 )
@@ -266,7 +266,7 @@ def test_the_re_ranker_sorts_what_was_found():
         with_found(asked, found(9, [4]), rank(9)),
         with_found(asked, found(3, [0]), rank(3)),
     ]
-    best, other = rerank(questions, encoder, top=6)
+    best, other = rerank_found(cut_found(questions, 6), encoder)
     scores = encoder.score("q", questions[0].found[:6])
     assert best.scores == sorted(scores.tolist(), reverse=True) and len(other.found) == 3
     assert best.found == [
