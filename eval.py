@@ -1,9 +1,9 @@
-"""Metrics and significance for short answers: exact match, token F1, paired bootstrap.
+"""Metrics of short answers and of passages, and their significance: the paired bootstrap.
 
-The metrics are those of SQuAD v1.1 (Rajpurkar et al. 2016). Questions in the project's format are
-compared after NFD, as the scorer of Natural Questions open does. A choice among options is right or
-wrong as a whole. The significance test is the paired bootstrap (Koehn 2004). Functions and files
-hold scores from 0 to 1; printed scores are in percent.
+Exact match and F1 are those of SQuAD v1.1 (Rajpurkar et al. 2016). Questions in the project's
+format are compared after NFD, as the scorer of Natural Questions open does. A choice among options
+is right or wrong as a whole. The significance test is the paired bootstrap (Koehn 2004). Functions
+and files hold scores from 0 to 1; printed scores are in percent.
 
 The metrics need nothing from the other files. Their examples are any objects with the attributes
 id, task, input, answers and, where there is a choice, options. A run is a folder whose
@@ -29,6 +29,7 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,64 @@ def _check_answers(answers: Sequence[str]) -> None:
     # A bare string would pass for a list of one-letter answers, and nearly every score would be 0.
     if isinstance(answers, str) or not answers:
         raise ValueError(f"answers must be a list with at least one answer, got {answers!r}")
+
+
+def rouge(prediction: str, answers: Sequence[str]) -> float:
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, maximum over answers."""
+    best, a = 0.0, re.findall("[a-z0-9]+", prediction.lower())
+    for answer in answers:
+        b = re.findall("[a-z0-9]+", answer.lower())
+        row = [0] * (len(b) + 1)  # row[j]: the longest of the words so far and of b[:j]
+        for x in a:
+            diagonal = 0
+            for j, y in enumerate(b, 1):
+                diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
+        best = max(best, 2 * row[-1] / max(1, len(a) + len(b)))
+    return best
+
+
+def has_answer(answers: Sequence[str], text: str) -> bool:
+    """Whether an answer's words stand in the text one after the other, as in DPR.
+
+    Both are NFD-normalised, cut into runs of letters, digits and marks and into other single
+    characters, and lower-cased. `text` is the passage without its title.
+    """
+    passage, found = _joined_tokens(text), map(_joined_tokens, answers)
+    return any(len(answer) > 1 and answer in passage for answer in found)
+
+
+@lru_cache(maxsize=50_000)
+def _joined_tokens(text: str) -> str:
+    tokens = _answer_tokens().findall(unicodedata.normalize("NFD", text))
+    return "\n".join(["", *tokens, ""]).lower()
+
+
+@lru_cache(maxsize=1)
+def _answer_tokens() -> re.Pattern:
+    """DPR's [\\p{L}\\p{N}\\p{M}]+|[^\\p{Z}\\p{C}] for Python's re, which has no Unicode classes."""
+    classes = "".join(unicodedata.category(chr(code))[0] for code in range(sys.maxunicode + 1))
+    ranges = {}
+    for name, category in (("word", "[LNM]+"), ("blank", "[ZC]+")):
+        spans = ((m.start(), m.end() - 1) for m in re.finditer(category, classes))
+        ranges[name] = "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in spans)
+    return re.compile(f"[{ranges['word']}]+|[^{ranges['blank']}]")
+
+
+def recall_at(hits: Sequence[Sequence[bool]], k: int) -> float:
+    """The share of questions with a hit among the first k passages. hits: a row per question."""
+    return sum(any(row[:k]) for row in hits) / len(hits)
+
+
+def average_relative_gain(datasets: dict[str, dict[str, dict]]) -> float:
+    """Mean over datasets of the mean over templates of (accuracy - chance) / chance.
+
+    The two-level mean of the code of Wu et al. 2022. {dataset: {template: {"accuracy", "chance"}}}
+    """
+    means = []
+    for templates in datasets.values():
+        gains = [(t["accuracy"] - t["chance"]) / t["chance"] for t in templates.values()]
+        means.append(np.mean(gains))
+    return float(np.mean(means))
 
 
 # Significance

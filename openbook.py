@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import data
+import eval as metrics
 import genres
 import parallel
 import passages as books
@@ -29,10 +30,8 @@ from retrieve import (
     DenseIndex,
     DualEncoder,
     Found,
-    has_answer,
     hash_passages,
     hybrid,
-    recall_at,
     tune_weight,
 )
 from world import SPLITS
@@ -280,7 +279,7 @@ class Search:
 
         def hits(row: int, found: Found) -> bool:
             texts = [self.passages[i].text for i, _ in found[:TUNED_AT]]
-            return any(has_answer(dev[row].answers, text) for text in texts)
+            return any(metrics.has_answer(dev[row].answers, text) for text in texts)
 
         weights = [unit * 2.0**power for power in (0, -1, 1, -2, 2, -3, 3)]
         weight, share = tune_weight(dense, sparse, hits, weights)
@@ -348,7 +347,7 @@ def recalls(questions: Sequence[Question]) -> dict[str, dict[str, float]]:
     known = [q for q in questions if q.positives]
     if known:
         hits["gold"] = [[passage in q.positives for passage in q.found] for q in known]
-    return {name: {str(k): recall_at(rows, k) for k in sizes} for name, rows in hits.items()}
+    return {name: {str(k): metrics.recall_at(h, k) for k in sizes} for name, h in hits.items()}
 
 
 # Encoders

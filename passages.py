@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from data import BOM, json_lines, question_text
+from eval import has_answer
 from rerank import CrossEncoder, loss_parts, pad, tokenise
-from retrieve import has_answer
 
 # Files
 

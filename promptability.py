@@ -358,7 +358,7 @@ def few_shot(args: Namespace) -> dict:
         result = {"accuracy": record["results"]["test"]["em"], "chance": chance}
         datasets.setdefault(name, {})[template] = result
     write_lines(out / "predictions.jsonl", rows)
-    gain = average_relative_gain(datasets)
+    gain = metrics.average_relative_gain(datasets)
     write_json(out / "few_shot.json", {"datasets": datasets, "average_relative_gain": gain})
     show(f"{out}: {len(plans)} templates, average relative gain {100 * gain:.1f} %")
     return {"datasets": datasets, "average_relative_gain": gain}
@@ -392,18 +392,6 @@ def few_shot_splits(args: Namespace) -> Iterator[tuple]:
             kept = data.sample(len(examples), args.shots, args.shots_seed)
             name = Path(path).stem.removesuffix("-train")
             yield name, template, [examples[row] for row in kept], tests[template]
-
-
-def average_relative_gain(datasets: dict[str, dict[str, dict]]) -> float:
-    """Mean over datasets of the mean over templates of (accuracy - chance) / chance.
-
-    The two-level mean of the code of Wu et al. 2022. {dataset: {template: {"accuracy", "chance"}}}
-    """
-    means = []
-    for templates in datasets.values():
-        gains = [(t["accuracy"] - t["chance"]) / t["chance"] for t in templates.values()]
-        means.append(np.mean(gains))
-    return float(np.mean(means))
 
 
 # What tasks share

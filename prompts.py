@@ -407,20 +407,6 @@ def explained_questions(args: argparse.Namespace, folder: Path) -> list[str]:
 MEDIANS = (*metrics.METRICS, "rouge")
 
 
-def rouge_l(prediction: str, answers: Sequence[str]) -> float:
-    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, maximum over answers."""
-    best, a = 0.0, re.findall("[a-z0-9]+", prediction.lower())
-    for answer in answers:
-        b = re.findall("[a-z0-9]+", answer.lower())
-        row = [0] * (len(b) + 1)  # row[j]: the longest of the words so far and of b[:j]
-        for x in a:
-            diagonal = 0
-            for j, y in enumerate(b, 1):
-                diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
-        best = max(best, 2 * row[-1] / max(1, len(a) + len(b)))
-    return best
-
-
 def mean_over_tasks(records: Sequence[dict]) -> float:
     """The mean over tasks of their F1: the dev score that chooses the checkpoint."""
     return mean(task["f1"] for task in metrics.summary(records)["tasks"].values())
@@ -436,7 +422,7 @@ def template_medians(records: Sequence[dict]) -> dict:
     groups = {}
     for record in records:
         templates = groups.setdefault(record["task"], {})
-        rouge = rouge_l(record["prediction"], record["answers"])
+        rouge = metrics.rouge(record["prediction"], record["answers"])
         templates.setdefault(record.get("template", ""), []).append(record | {"rouge": rouge})
     datasets = {}
     for task, templates in groups.items():

@@ -16,12 +16,9 @@ import json
 import os
 import re
 import shutil
-import sys
-import unicodedata
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -353,38 +350,3 @@ def tune_weight(
         if best is None or share > best[1]:
             best = weight, share
     return best
-
-
-# Answers in passages
-
-
-@lru_cache(maxsize=1)
-def _answer_tokens() -> re.Pattern:
-    """DPR's [\\p{L}\\p{N}\\p{M}]+|[^\\p{Z}\\p{C}] for Python's re, which has no Unicode classes."""
-    classes = "".join(unicodedata.category(chr(code))[0] for code in range(sys.maxunicode + 1))
-    ranges = {}
-    for name, category in (("word", "[LNM]+"), ("blank", "[ZC]+")):
-        spans = ((m.start(), m.end() - 1) for m in re.finditer(category, classes))
-        ranges[name] = "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in spans)
-    return re.compile(f"[{ranges['word']}]+|[^{ranges['blank']}]")
-
-
-@lru_cache(maxsize=50_000)
-def _normalised(text: str) -> str:
-    tokens = _answer_tokens().findall(unicodedata.normalize("NFD", text))
-    return "\n".join(["", *tokens, ""]).lower()
-
-
-def has_answer(answers: Sequence[str], text: str) -> bool:
-    """Whether an answer's words stand in the text one after the other, as in DPR.
-
-    Both are NFD-normalised, cut into runs of letters, digits and marks and into other single
-    characters, and lower-cased. `text` is the passage without its title.
-    """
-    normalised = _normalised(text)
-    return any(len(_normalised(a)) > 1 and _normalised(a) in normalised for a in answers)
-
-
-def recall_at(hits: Sequence[Sequence[bool]], k: int) -> float:
-    """The share of questions with a hit among the first k passages. hits: a row per question."""
-    return sum(any(row[:k]) for row in hits) / len(hits)

@@ -12,7 +12,20 @@ import pytest
 import data
 import eval as evaluation  # not the built-in function
 import runs
-from eval import compare, exact_match, normalise, paired_bootstrap, score, stops, summary, token_f1
+from eval import (
+    average_relative_gain,
+    compare,
+    exact_match,
+    has_answer,
+    normalise,
+    paired_bootstrap,
+    recall_at,
+    rouge,
+    score,
+    stops,
+    summary,
+    token_f1,
+)
 from runs import read_predictions
 
 
@@ -131,6 +144,59 @@ def test_f1_equals_a_second_implementation_and_is_never_below_exact_match():
         f1 = token_f1(prediction, answers)
         assert f1 == pytest.approx(max(slow_f1(bags[0], gold) for gold in bags[1:]), abs=1e-12)
         assert f1 >= exact_match(prediction, answers)
+
+
+def test_rouge_l_by_hand():
+    """The longest common subsequence of words, whatever stands between them."""
+    assert rouge("The cat sat, on the mat.", ["the mat"]) == pytest.approx(2 * 2 / 8)
+    assert rouge("b x a", ["a b"]) == pytest.approx(2 * 1 / 5)  # in another order
+    assert rouge("a b c d", ["x", "a c d"]) == pytest.approx(2 * 3 / 7)  # the better answer
+    assert rouge("", ["a"]) == rouge("a", ["!"]) == rouge("?", ["!"]) == 0
+
+
+@pytest.mark.parametrize(
+    "answer, text, expected",
+    [
+        ("Jane Austen", "It was JANE  austen.", True),
+        ("Austen Jane", "It was Jane Austen.", False),
+        ("art", "a party of arts", False),
+        ("1,500", "about 1,500 people", True),
+        ("1500", "about 1,500 people", False),
+        ("U.S.", "the U . S . army", True),
+        ("Bront\u00eb", "Charlotte Bronte\u0308 wrote", True),  # composed, decomposed
+        ("Bronte", "Charlotte Bront\u00eb wrote", False),  # the accent is a mark of the word
+        (
+            "\u0939\u093f\u0928\u094d\u0926\u0940",
+            "\u0939\u093f\u0928\u094d\u0926\u0940 is spoken",
+            True,
+        ),
+        (
+            "\u0939",
+            "\u0939\u093f\u0928\u094d\u0926\u0940 is spoken",
+            False,
+        ),  # vowel signs are marks
+        ("5 %", "5\u00a0% of", True),
+        ("", "anything", False),
+        ("\u200b", "any\u200bthing", False),  # a control character is no token
+        ("a\nb", "a b", True),
+    ],
+)
+def test_has_answer_is_dprs(answer, text, expected):
+    assert has_answer(["xyzzy", answer], text) is expected
+
+
+def test_recall_counts_questions_with_a_hit_among_the_first_k():
+    hits = [[False, True], [True], [], [False, False, True]]
+    assert [recall_at(hits, k) for k in (1, 2, 3)] == [0.25, 0.5, 0.75]
+
+
+def test_average_relative_gain_is_a_mean_over_datasets_of_means_over_templates():
+    def part(accuracy, chance):
+        return {"accuracy": accuracy, "chance": chance}
+
+    many = {"1": part(0.5, 0.25), "2": part(0.25, 0.25), "3": part(0.25, 0.25)}
+    one = {"1": part(0.75, 0.5)}
+    assert average_relative_gain({"a": many, "b": one}) == pytest.approx((1 / 3 + 1 / 2) / 2)
 
 
 def test_bootstrap_of_identical_systems_and_of_one_better_on_every_example():

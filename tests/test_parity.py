@@ -27,6 +27,7 @@ from adapters import (
     save_adapter,
 )
 from checkpoints import load_tokenizer, read_config
+from eval import _answer_tokens
 from families import FAMILIES
 from fit import Adafactor
 from generate import generate, pad
@@ -34,7 +35,7 @@ from model import LM, Prefix
 from recurse import Stack, prompt_embeddings
 from rerank import Bert, CrossEncoder, token_type_ids
 from rerank import pad as pad_inputs
-from retrieve import BM25, DualEncoder, _answer_tokens, split_words
+from retrieve import BM25, DualEncoder, split_words
 from t5 import T5Encoder
 
 MAX_LEN = 64

@@ -8,6 +8,7 @@ from test_rerank import make_encoder
 
 import genres
 import world
+from eval import recall_at
 from openbook import cut_found, rerank_found
 from passages import (
     Passage,
@@ -21,7 +22,7 @@ from passages import (
     reranker_samples,
     with_found,
 )
-from retrieve import BM25, recall_at
+from retrieve import BM25
 
 BOOK = [
     Passage("Emma", "Emma is a novel.", "1"),

@@ -190,8 +190,9 @@ loss = torch.nn.functional.cross_entropy(
 """,
     "eval": """
 import torch
-from eval import exact_match, paired_bootstrap, token_f1
+from eval import exact_match, has_answer, paired_bootstrap, recall_at, rouge, token_f1
 assert exact_match("the Bard", ["bard"]) == token_f1("a bard", ["Bard"]) == 1.0
+assert rouge("the bard", ["the bard"]) == recall_at([[has_answer(["Bard"], "A bard.")]], 1) == 1.0
 assert paired_bootstrap([1, 1, 1], [0, 0, 0])[0] == 1.0
 module = torch.nn.Linear(1, 1)
 loss = module(torch.ones(1, 1)).sum()

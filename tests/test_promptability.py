@@ -426,15 +426,6 @@ def test_few_shot_goes_on_in_a_folder_that_it_had_only_made(runs, tmp_path):
         run([*few_shot(runs, tmp_path / "other"), "--resume"])
 
 
-def test_average_relative_gain_is_a_mean_over_datasets_of_means_over_templates():
-    def part(accuracy, chance):
-        return {"accuracy": accuracy, "chance": chance}
-
-    many = {"1": part(0.5, 0.25), "2": part(0.25, 0.25), "3": part(0.25, 0.25)}
-    one = {"1": part(0.75, 0.5)}
-    assert pt.average_relative_gain({"a": many, "b": one}) == pytest.approx((1 / 3 + 1 / 2) / 2)
-
-
 def test_bad_input_is_refused_by_name(runs, tmp_path):
     free = tmp_path / "free.jsonl"
     free.write_text('{"input": "a", "target": "b"}\n')

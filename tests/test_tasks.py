@@ -30,7 +30,6 @@ from prompts import (
     explain,
     mean_over_tasks,
     nearest_tokens,
-    rouge_l,
     template_medians,
 )
 from questions import prepare
@@ -439,14 +438,6 @@ def test_medians_over_templates_by_hand(tmp_path, capsys):
     assert lines[1].split() == ["one", "50.0", "50.0", "0.0"]
     assert lines[2].split()[:3] == ["a", "60.0", "0.0"] and "3 templates, 6 examples" in lines[2]
     assert lines[-1].split() == ["overall", "33.3", "33.3", "0.0"]
-
-
-def test_rouge_l_by_hand():
-    """The longest common subsequence of words, whatever stands between them."""
-    assert rouge_l("The cat sat, on the mat.", ["the mat"]) == pytest.approx(2 * 2 / 8)
-    assert rouge_l("b x a", ["a b"]) == pytest.approx(2 * 1 / 5)  # in another order
-    assert rouge_l("a b c d", ["x", "a c d"]) == pytest.approx(2 * 3 / 7)  # the better answer
-    assert rouge_l("", ["a"]) == rouge_l("a", ["!"]) == rouge_l("?", ["!"]) == 0
 
 
 @pytest.mark.parametrize("method", ["id_pt", "prompt_tuning"])
