@@ -204,13 +204,13 @@ def tensor_files(folder: str | Path) -> dict[str, Path]:
     if single.is_file() or not index.is_file():
         return dict.fromkeys(sorted(read_tensors(single)), single)
     try:
-        places = read_json(index)["weight_map"].items()
-        files = {name: folder / shard for name, shard in places}
+        files = {name: folder / shard for name, shard in read_json(index)["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: not a safetensors index ({error!r})") from None
     for path in dict.fromkeys(files.values()):
-        if not path.is_file():
-            raise FileNotFoundError(f"{index}: names {path.name}, which is missing")
+        inside = Path(os.path.normpath(folder)) in Path(os.path.normpath(path)).parents
+        if not (inside and path.is_file()):
+            raise FileNotFoundError(f"{index}: names {path.name}, which is not in its folder")
         lacking = {name for name in files if files[name] == path} - set(read_tensors(path))
         if lacking:
             raise ValueError(f"{path}: lacks {min(lacking)}, which {index.name} places there")

@@ -306,6 +306,8 @@ def read_tasks(args: Namespace) -> list[list[data.Example]]:
                     f"--batch-size {args.batch_size}"
                 )
             groups.append([examples[row] for row in kept])
+    if not any(example.cluster for group in groups for example in group) and args.hold_out:
+        show("no example of --train has a cluster: --hold-out holds nothing out")
     if unknown := set(args.hold_out) - clusters:
         raise ValueError(f"--hold-out: no file of --train has the cluster {min(unknown)!r}")
     if not groups:
@@ -379,9 +381,7 @@ def few_shot_splits(args: Namespace) -> Iterator[tuple]:
     The examples depend on --shots-seed alone, so they are the same for all that are compared.
     ValueError if a template has too few of them, or no test examples, or these have no options.
     """
-    if len(args.train) != len(args.test):
-        raise ValueError("few-shot needs as many files with --test as with --train")
-    for path, test_path in zip(args.train, args.test):
+    for path, test_path in zip(args.train, files_of_tasks(args, "test")):
         tests = by_template(test_path)
         for template, examples in by_template(path).items():
             where = f"the template {template!r}"
@@ -390,8 +390,7 @@ def few_shot_splits(args: Namespace) -> Iterator[tuple]:
             if len(examples) < args.shots:
                 raise ValueError(f"{path}: {where} has {len(examples)} examples, not {args.shots}")
             kept = data.sample(len(examples), args.shots, args.shots_seed)
-            name = Path(path).stem.removesuffix("-train")
-            yield name, template, [examples[row] for row in kept], tests[template]
+            yield task_name(path), template, [examples[row] for row in kept], tests[template]
 
 
 # What tasks share
@@ -418,6 +417,26 @@ def new_prompt(task: start.Task) -> nn.Module:
 def read_dev_and_test(args: Namespace) -> dict[str, list[data.Example]]:
     """The examples of all files of --dev, and of --test."""
     return {s: [e for path in getattr(args, s) for e in data.read(path)] for s in ("dev", "test")}
+
+
+def files_of_tasks(args: Namespace, split: str) -> list[str]:
+    """The file of --dev or --test for each of --train: a-test.jsonl belongs to a-train.jsonl. One
+    file belongs to one, whatever their names are. ValueError if there is not one for each."""
+    files = getattr(args, split)
+    if len(files) != len(args.train):
+        raise ValueError(f"--{split} needs as many files as --train, one for each task")
+    if len(files) == 1:
+        return files
+    tasks = {Path(path).stem.removesuffix(f"-{split}"): path for path in files}
+    for path in args.train:
+        if task_name(path) not in tasks:
+            raise ValueError(f"--{split} has no file of the task {task_name(path)}, as {path} has")
+    return [tasks[task_name(path)] for path in args.train]
+
+
+def task_name(path: str) -> str:
+    """a of DIR/a-train.jsonl."""
+    return Path(path).stem.removesuffix("-train")
 
 
 def pieces(items: list, like: list[list]) -> list[list]:

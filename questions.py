@@ -115,7 +115,7 @@ def prepare(
     once, and the prefix is extended by them, if it is the same for all questions. ValueError, with
     the example's name, if one of its options or max_new_tokens exceed the context, or (check) what
     `check_answers` refuses. A TextualRecursion first adds its candidates. The text `lm.filler`, if
-    there is one, stands behind every question.
+    there is one, stands behind every question, and behind it the tokens `lm.input_end`.
     """
     config = lm.config
     check_targets(tokenizer, shots, config.eos)
@@ -138,9 +138,9 @@ def prepare(
             data.check_vocabulary(row, tokenizer, V)
         except ValueError as error:
             raise ValueError(f"{e.source}: {error}") from None
-        ids.append(row)
+        ids.append([*row, *getattr(lm, "input_end", ())])
         options.append(next(tokenized).options if e.options else [])
-        check_length(e, row, max_new_tokens, left)
+        check_length(e, ids[-1], max_new_tokens, left)
     if shots and not (callable(prefix) or isinstance(prefix, list)):
         ids, prefix = read_shared(lm, ids, prefix)
     return ids, options, prefix

@@ -426,6 +426,7 @@ def load_run(folder: str | Path, device: str = "cpu", model: str | Path | None =
 
         model = Reader.load(folder, model, tokenizer, record, device)
     model.filler = filler.text
+    model.input_end = lm.config.eos[:1] if args.get("input_eos") else ()
     return model.requires_grad_(False), prefix, filler.tokenizer, record
 
 

@@ -18,6 +18,7 @@ is a file, `search` first trains a prompt on it with the flags of the library, h
 `continue` and `few-shot` are in promptability.py. A run leaves the folder that runs.py describes.
 """
 
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -285,16 +286,28 @@ def source(args: Namespace) -> dict:
 def one_run_per_file(args: Namespace) -> dict[str, Namespace]:
     """{name: arguments} of a run for each file TASK-train.jsonl, in the folder OUT/TASK."""
     runs = {}
-    for split in ("dev", "test"):
-        if getattr(args, split) and len(getattr(args, split)) != len(args.train):
-            raise ValueError(f"--each needs as many files with --{split} as with --train")
+    given = [s for s in ("dev", "test") if getattr(args, s)]
+    others = {split: promptability.files_of_tasks(args, split) for split in given}
     for number, path in enumerate(args.train):
-        name = Path(path).stem.removesuffix("-train")
+        name = promptability.task_name(path)
         if name in runs:
             raise ValueError(f"{path}: another file has the name {name}, and so the same folder")
-        files = {s: getattr(args, s)[number : number + 1] for s in ("train", "dev", "test")}
-        runs[name] = Namespace(**vars(args) | files | {"out": str(Path(args.out) / name)})
+        files = {"train": [path]} | {split: [others[split][number]] for split in given}
+        runs[name] = one_run(args, args.argv, files, Path(args.out) / name)
     return runs
+
+
+def one_run(args: Namespace, argv: list[str], files: dict, out: Path) -> Namespace:
+    """The arguments of one of several runs, and the command that makes it alone."""
+    changed = ("--each", "--train", "--dev", "--test", "--out")
+    kept, drop = [], False
+    for word in argv:
+        drop = word.split("=")[0] in changed if word.startswith("--") else drop
+        kept += [] if drop else [word]
+    for split, paths in files.items():
+        kept += [f"--{split}", *paths]
+    own = {"each": False, "out": str(out), "argv": [*kept, "--out", str(out)]}
+    return Namespace(**vars(args) | {"dev": [], "test": []} | files | own)
 
 
 def source_prompt(args: Namespace, lm: LM, tokenizer) -> dict:
@@ -345,10 +358,10 @@ def embed_file(args: Namespace) -> Path:
     if "keep_at" not in flags:
         where = "holds no run of `transfer.py source` to train --task like"
         raise ValueError(f"{args.library}: {where}; give --task the folder of a run")
-    out = Path(args.library).parent / Path(args.task).stem.removesuffix("-train")
-    own = {"train": [args.task], "dev": [], "test": [], "each": False}
-    own |= {"out": str(out), "resume": True, "program": "transfer.py", "argv": args.argv}
-    source(Namespace(**flags | own))
+    out = Path(args.library).parent / promptability.task_name(args.task)
+    like = Namespace(**flags, program="transfer.py", resume=True)
+    argv = shlex.split(read_json(first)["command"])[2:]
+    source(one_run(like, argv, {"train": [args.task]}, out))
     return out
 
 

@@ -46,6 +46,9 @@ def verify(folder: str | Path) -> dict[str, str]:
     folder, record = Path(folder), read_record(folder)
     if "results" not in record:
         raise ValueError(f"{folder}: is not finished; {record['command']} --resume goes on")
+    whole = folder.resolve().parent
+    if any((whole / name).is_file() for name in ("run.json", "shots.json")):
+        raise ValueError(f"{folder}: is one of the parts of {whole}, which one command makes")
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place) / folder.resolve().name
         shutil.copytree(folder, copy)
@@ -78,7 +81,7 @@ def repeat(folder: Path, record: dict, copy: Path) -> subprocess.CompletedProces
     hardware = record.get("resumed", [record])[-1]["hardware"]
     program, *words = shlex.split(record["command"])[1:]
     for key, value in record["arguments"].items():
-        if names_file(key, value):  # the command may have named it from another folder
+        if value and names_file(key, value):  # the command may have named it from another folder
             value = find(value, folder, record)
             words += [f"--{key.replace('_', '-')}", *([value] if isinstance(value, str) else value)]
     count = str(hardware.get("processes", 1))

@@ -217,7 +217,9 @@ def test_shards_load_and_their_index_is_checked(save, tmp_path):
     (folder / "a").rename(tmp_path / "a")
     (folder / "a").symlink_to(tmp_path / "a")  # the hub's cache holds links to files elsewhere
     assert hash_checkpoint(folder) == lm.fingerprint()
-    places = [("b", ValueError, f"b: lacks {first}"), ("c", FileNotFoundError, "names c, which")]
+    places = [("b", ValueError, f"b: lacks {first}")]
+    for path in ("c", "../a", "x/../../a", str(tmp_path / "a")):  # a is there
+        places.append((path, FileNotFoundError, f"names {path[-1]}, which is not in its folder"))
     for shard, error, message in places:
         write_index(**{first: shard})
         refused(error, message, hash_checkpoint, folder)
@@ -398,6 +400,11 @@ def test_files_that_cannot_be_read_are_named(save, tmp_path, monkeypatch):
     _, folder, file = save()
     for end in (-100, 20, 0):
         file.write_bytes(file.read_bytes()[:end])
+        refused(ValueError, "model.safetensors: truncated or corrupt", LM.from_pretrained, folder)
+    whole = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    headers = [b"{}", json.dumps({"a": whole, "b": whole | {"data_offsets": [4, 12]}}).encode()]
+    for header, length in zip(headers, (2**62, len(headers[1]))):  # a huge one; overlapping tensors
+        file.write_bytes(length.to_bytes(8, "little") + header + bytes(12))
         refused(ValueError, "model.safetensors: truncated or corrupt", LM.from_pretrained, folder)
     file.unlink()
     refused(FileNotFoundError, "no model.safetensors there", LM.from_pretrained, folder)

@@ -26,11 +26,13 @@ import data
 import eval as metrics
 import fit
 import promptability as pt
+import questions
 import transfer
 from fit import Recipe
 from model import LM
 from promptability import VARIANTS, Learner, add_gradient, fomaml, mtl, reptile
 from runs import load_run
+from verify import verify
 
 RECIPE = Recipe(steps=1, lr=1.0)
 A = 0.3  # inner learning rate
@@ -333,7 +335,7 @@ def test_held_out_clusters_are_not_trained_on(place):
         tasks("--hold-out b c")
 
 
-def test_an_eos_ends_every_input_if_asked_for(place):
+def test_an_eos_ends_every_input_if_asked_for(place, tmp_path):
     args = transfer.parse(line(place, "mtl", "out", "--input-eos")[1:])
     lm, tokenizer = pt.start.load_lm(args)
     examples = data.read(place / "suite" / "car-train.jsonl")
@@ -343,6 +345,10 @@ def test_an_eos_ends_every_input_if_asked_for(place):
     plain = pt.load_task(args, lm, tokenizer, splits).tokens["train"]
     assert [t.input for t in longer] == [[*t.input, lm.config.eos[0]] for t in plain]
     assert [t.target for t in longer] == [t.target for t in plain]
+    run(line(place, "mtl", tmp_path / "run", "--input-eos"))
+    model, _, tokenizer, _ = load_run(tmp_path / "run")
+    ids, _, _ = questions.prepare(model, tokenizer, examples, max_new_tokens=1)
+    assert ids == [t.input for t in longer]  # also when it is asked later
 
 
 # Few-shot prompts
@@ -376,6 +382,8 @@ def test_few_shot_tunes_on_stored_examples_and_pools_the_predictions(runs, tmp_p
         ]
         gains.append(np.mean([(accuracy - 1 / 3) * 3 for accuracy in accuracies]))
     assert result["average_relative_gain"] == pytest.approx(np.mean(gains))
+    with pytest.raises(ValueError, match="is one of the parts of .*a, which one command makes"):
+        verify(tmp_path / "a" / "car.paint")
     records = [json.loads(p.read_text()) for p in (tmp_path / "a").glob("*/run.json")]
     assert len(records) == 4 and all(r["step"] == 3 and r["score"] is None for r in records)
     run(few_shot(runs, tmp_path / "b", "--seed 1"))
@@ -459,7 +467,7 @@ def test_bad_input_is_refused_by_name(runs, tmp_path):
     for flags, error in {
         f"--train {same} --test {same}": "another template has the folder .*same.a_b",
         "--shots 13": "the template 'is' has 12 examples, not 13",
-        f"--test {free}": "as many files with --test",
+        f"--test {free}": "--test needs as many files as --train",
         f"--train {free} --test {free}": "'all' has no examples, or some without options",
         "--prompt-length 5": "--prompt-length 4",
     }.items():

@@ -17,6 +17,7 @@ import transfer
 from model import LM
 from runs import load_run
 from transfer import search, silhouette, similarity, weighted_average
+from verify import verify
 
 FLAGS = "--prompt-length 4 --batch-size 4 --device cpu --max-new-tokens 3 --log-every 1"
 
@@ -126,6 +127,7 @@ def test_search_for_a_file_trains_its_prompt_like_the_library(place, library, ca
     ranking = run(f"{line} --kind average_tokens".split())
     assert ranking[0][0] == "car" and ranking[0][1] == pytest.approx(1) and len(ranking) == 3
     assert contents(place / "car/embedding") == contents(library / "car/embedding")
+    assert verify(place / "car") == {}
     assert "step     6 of 6" in capsys.readouterr().out
     assert run(f"{line} --kind average_tokens".split()) == ranking
     assert "step     6 of 6" not in capsys.readouterr().out
@@ -256,6 +258,20 @@ def test_each_file_gets_the_prompt_that_a_run_of_its_own_gives(place, library, t
         )
     )
     assert contents(tmp_path / "hat") == contents(library / "hat")
+    assert verify(library / "hat") == {}  # by a command of its own
+
+
+def test_the_files_of_a_task_have_its_name_in_whatever_order_they_are_given(place, tmp_path):
+    files = [f"{place}/suite/{task}-dev.jsonl" for task in ("hat", "car", "end")]
+    args = transfer.parse(source(place, tmp_path, "suite", f"--each --dev {' '.join(files)}")[1:])
+    args.train = transfer.expand(args.train, "train")
+    for task, one in transfer.one_run_per_file(args).items():
+        assert (*one.train, *one.dev) == tuple(
+            f"{place}/suite/{task}-{split}.jsonl" for split in ("train", "dev")
+        )
+    args.dev[0] = f"{place}/suite/hat-test.jsonl"
+    with pytest.raises(ValueError, match="--dev has no file of the task hat, as .*hat-train.jsonl"):
+        transfer.one_run_per_file(args)
 
 
 def test_text_is_learned_as_prefix_lm(place, tmp_path):
@@ -323,7 +339,7 @@ def test_bad_input_is_refused_by_name(place, library, tmp_path, monkeypatch):
         ("suite/none.jsonl", "", "none.jsonl: no such file"),
         ("suite/car-train.jsonl", "--keep-at 7", "--keep-at 7 exceeds --steps 6"),
         ("text.txt", "--seq-len 400", "--seq-len 400"),
-        ("suite", f"--each --dev {place}/suite/car-dev.jsonl", "--each needs as many files"),
+        ("suite", f"--each --dev {place}/suite/car-dev.jsonl", "--dev needs as many files as"),
         ("suite/car-train.jsonl suite/car-train.jsonl", "--each", "another file has the name car"),
         ("suite/car-train.jsonl", f"--out {library}/car", "car exists"),
         ("suite/car-train.jsonl", f"--init {longer}/x", "--prompt-length 5"),
