@@ -89,7 +89,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser,
         "measurement",
         ("--runs", cli.COUNT, 5, "rounds, in each of which every contestant takes a step"),
-        cli.MODEL,
+        ("--model", str, None, "folder or hub id; if not given, the embedded LM and random ones"),
         ("--device", ["cpu", "cuda"], "cpu", "where to compute"),
         dtype,
         cli.THREADS,

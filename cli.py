@@ -136,14 +136,19 @@ def add_training_flags(parser) -> None:
     """The fields of a Recipe except device and dtype, --batch-size and --seed."""
     optimizers = ["adamw", "adafactor", "muon"]
     about = "muon: on linear layers, adamw on the rest; papers: adafactor for prompts"
-    rate = "peak (papers: 1e-5 to 4e-4; prompts: 0.03 to 0.5); of a soft prompt, if not given, a "
+    rate = "peak (papers: 1e-5 to 4e-4; prompts: 0.03 to 0.5). None is, of a soft prompt, a "
     rate += "quarter of the standard deviation of the LM's token embeddings; of a deep prompt, 1 "
     rate += "over the square of its number of layers"
     add_flags(
         parser,
         "training",
-        ("--steps", COUNT, None, "optimiser steps (paper: up to 100,000)"),
-        ("--batch-size", COUNT, 32, "questions or windows, of all processes together (paper: 32)"),
+        ("--steps", COUNT, None, "optimiser steps (LM recursion: up to 100,000)"),
+        (
+            "--batch-size",
+            COUNT,
+            32,
+            "questions or windows, of all processes together (prompt tuning: 32)",
+        ),
         ("--grad-accum", COUNT, 1, "batches in a step"),
         ("--lr", number_type(float, 0), None, rate),
         ("--schedule", ["linear", "constant"], "linear", "after warm-up: down to zero, or level"),
@@ -194,11 +199,11 @@ def add_run_flags(parser) -> None:
     compiles = "compile the LM's layers (torch.compile), but not the reading of a prompt: a minute "
     compiles += "for faster steps"
     resume = "continue from the last checkpoint in --out, on a CPU with as many threads bit for "
-    resume += "bit; --shard and the number of processes may be others now"
+    resume += "bit; with torchrun, --shard and the number of processes may be others now"
     add_flags(
         parser,
         "run",
-        ("--out", str, None, "the run's folder; runs/METHOD if not given"),
+        ("--out", str, None, "the run's folder; if not given, that of the method in runs/"),
         ("--device", ["cpu", "cuda"], device, "where to compute"),
         ("--dtype", ["float32", "bfloat16", "auto"], None, dtype),
         THREADS,

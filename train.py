@@ -416,7 +416,8 @@ def show_passes(task: start.Task, row: dict) -> None:
 
 def parse(argv: list[str], program: str = "train.py") -> argparse.Namespace:
     """Parse the flags, with the method's own defaults. A bad flag exits with status 2."""
-    parser = Parser(prog=program, description=__doc__.split("\n")[0])
+    about = __doc__.split("\n")[0] + " --method X --help shows the defaults of a method."
+    parser = Parser(prog=program, description=about)
     parser.add_argument("--method", required=True, choices=METHODS, help="what is trained")
     cli.add_model_flags(parser)
     cli.add_data_flags(parser)
