@@ -119,7 +119,7 @@ def make_stand_ins(place: Path, count: int = 1000) -> None:
     for split in ("dev", "test"):
         write(f"{split}.jsonl", read(f"questions-{split}.jsonl", 60))
     write("new-train.jsonl", read("suite/staff_reviews-train.jsonl"))
-    asked = [{"question": "who", **more} for more in ({"prompt": "mine"}, {"task": "gist"}, {})]
+    asked = [{"question": "who", **more} for more in ({"prompt": "a"}, {"task": "gist"}, {})]
     write("questions.jsonl", map(json.dumps, asked))
     write("text.txt", [f"{json.loads(line)['text']}\n" for line in read("corpus.jsonl")])
     book = list(map(json.loads, read("passages.jsonl")))
