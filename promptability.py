@@ -25,9 +25,11 @@ Where paper and code differ, a flag decides. Its default, and why:
   data set, divided among its templates; this needs no count of them.
 - --input-eos is off, as in T0: a decoder reads EOS as the end of a text. The code, for T5, adds it.
 
-Two things differ from both. Each batch is of one task, for all variants, so that they read the same
-batches; Wu et al. mix tasks in the batches of all but the meta-learners. And a deep prompt is keys
-and values (Li & Liang 2021), not hidden vectors that go through a layer's projections.
+Some things differ from both. Each batch is of one task, for all variants, so that they read the
+same batches; Wu et al. mix tasks in the batches of all but the meta-learners. A deep prompt is keys
+and values (Li & Liang 2021), not hidden vectors that go through a layer's projections. There is no
+dropout (T5: 0.1), an input that exceeds the context is refused instead of cut, and Adafactor's
+second moments are not factored.
 
 A run's folder holds the trained LM in model/, and its prompt. Few-shot tuning at the paper's
 learning rate of 0.001 moves a number of the prompt by at most 0.1 in 100 steps. The default is 0.1.

@@ -72,7 +72,8 @@ from runs import Run, finish_record, finished, start_record
 
 
 def prompt_tuning(task: start.Task) -> dict:
-    """Train P vectors that stand before every question (Lester et al. 2021)."""
+    """Train P vectors that stand before every question (Lester et al. 2021). Their recipe
+    also has Adafactor (here --optimizer adafactor), a z-loss of 1e-4 and dropout of 0.1."""
     return train_prompt(task, start.start_prompt)
 
 

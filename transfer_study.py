@@ -15,8 +15,9 @@ assets/lm2.
 Prompts are deep: they have keys and values in every layer. Prompts before the first layer only, as
 in the paper, learn little on this small LM in so few steps (rows `shallow`). The similarity of deep
 prompts compares the keys and values of all layers of a position, unscaled and after rope; the paper
-compares input vectors. The optimiser is AdamW (paper: Adafactor), a source's prompt is its last,
-and a pair has one transfer run (paper: three). No rate is swept here: 0.03 is the default of deep
+compares input vectors. The optimiser is AdamW (paper: Adafactor), there is no dropout (paper: 0.1),
+prompts from scratch start from vocabulary (paper: class labels), a source's prompt is its last, and
+a pair has one transfer run (paper: three). No rate is swept here: 0.03 is the default of deep
 prompts, 0.1 lies between the default of shallow ones and their best in whole runs, and 1e-3 is the
 best of three for tuning the LM (prompt_study.py). A source is a run of its own, so that processes
 can share them; `transfer.py source --each` trains all in one process.
