@@ -77,7 +77,7 @@ class Cast:
         }
 
     def person(self) -> str:
-        """Six times in ten everyone in turn; else the long tail, where known people come often."""
+        """Six times in ten the next of everyone in turn, else one drawn by popularity."""
         if self.rng.random() < 0.6:
             return next(self.everyone)
         return self.rng.choices(self.world.people, cum_weights=self.popularity)[0]
@@ -145,10 +145,10 @@ class Cast:
         return fields | {"a_worker": render("{an_o}", "", fields["worker"])}
 
     def tell(self, subject: str, relations: Iterable[str | None], mention: str = "") -> str:
-        """One sentence for each relation, and an aside for each None; `mention` is for the first.
+        """One sentence for each relation, and an aside for each None.
 
-        After a sentence that names a second person, "she" could be either of them, so the next
-        sentence has the full name.
+        The first one names the subject by `mention` (default: the full name). After a sentence that
+        names a second person, "she" could be either of them, so the next one has the full name.
         """
         sentences, kind = [], self.world.kind[subject]
         for relation in relations:
@@ -284,11 +284,11 @@ def possessive_case(cast: Cast) -> dict:
 
 
 def reference(cast: Cast, text: str) -> dict:
-    """The text with two people, and a pronoun that stands for one of them, `who`."""
-    scene, letters = cast.scene(), cast.rng.choice(("ax", "by"))
-    who, pronoun = (scene[letter] for letter in letters)
+    """The text with two people, and a pronoun that stands for `who` and not for `other`."""
+    scene, letters = cast.scene(), cast.rng.choice(("abx", "bay"))
+    who, other, pronoun = (scene[letter] for letter in letters)
     fields = scene | {"x": pronoun, "p": {"she": "her", "he": "his"}[pronoun]}
-    return {"text": text.format(**fields), "who": who, "a": scene["a"], "b": scene["b"]}
+    return {"text": text.format(**fields), "who": who, "other": other}
 
 
 def sense(cast: Cast) -> dict:

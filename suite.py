@@ -292,15 +292,15 @@ def fact_completion(cast: Cast) -> dict:
 def pronoun_reference(cast: Cast) -> dict:
     """Who is she, or he?"""
     case = genres.pronoun_case(cast)
-    other = case["b"] if case["who"] == case["a"] else case["a"]
-    return {"text": case["text"], "deed": case["deed"]} | choice(cast, case["who"], [other])
+    example = choice(cast, case["who"], [case["other"]])
+    return {"text": case["text"], "deed": case["deed"]} | example
 
 
 def possessive_reference(cast: Cast) -> dict:
     """Who is the owner?"""
     case = genres.possessive_case(cast)
-    other = case["b"] if case["who"] == case["a"] else case["a"]
-    return {"text": case["text"], "thing": case["thing"]} | choice(cast, case["who"], [other])
+    example = choice(cast, case["who"], [case["other"]])
+    return {"text": case["text"], "thing": case["thing"]} | example
 
 
 def word_meaning(cast: Cast) -> dict:

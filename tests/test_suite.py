@@ -9,6 +9,7 @@ import pytest
 
 import data
 import suite
+from genres import SENSES, TEXTS
 from suite import LARGE, LOW, TASKS, TEMPLATES
 from world import RELATIONS, SPLITS, capital, make, render
 
@@ -236,8 +237,6 @@ def test_references_agree_with_the_pronoun(examples):
 
 
 def test_senses_of_test_sentences_are_not_seen_in_training(examples):
-    from genres import SENSES, TEXTS
-
     def wording(text):
         for word, meaning in SENSES:
             for number, sentence in enumerate(TEXTS[f"sense.{word}.{meaning}"]):
