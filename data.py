@@ -438,11 +438,11 @@ def encode_texts(texts: Iterable[str], tokenizer: Tokenizer, vocab_size=None) ->
     return Corpus(tokens, np.cumsum([0, *chain(*(lengths for _, lengths in parts))]))
 
 
-def encode_parts(texts: Iterable[str], tokenizer: Tokenizer, vocab_size=None, count: int = 64):
-    """Tokenise `count` documents at a time: tokenizers need a hundred bytes for each letter. Yields
-    the tokens of these documents, end to end, as an array, and a list of their lengths."""
+def encode_parts(texts: Iterable[str], tokenizer: Tokenizer, vocab_size=None):
+    """Tokenise 64 documents at a time: tokenizers need a hundred bytes for each letter. Yields the
+    tokens of these documents, end to end, as an array, and a list of their lengths."""
     texts = iter(texts)
-    while part := list(islice(texts, count)):
+    while part := list(islice(texts, 64)):
         documents = [e.ids for e in tokenizer.encode_batch_fast(part)]
         tokens = np.fromiter(chain.from_iterable(documents), dtype=np.int32)
         check_vocabulary(tokens, tokenizer, vocab_size)
