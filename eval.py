@@ -293,8 +293,6 @@ def compare(run_a, run_b, iters: int = 10_000, seed: int = 0) -> list[dict]:
     scores from 0 to 1 (see `paired_bootstrap`). Examples are paired by task and id. ValueError if
     a run has no predictions, or if the runs have different examples, inputs or answers.
     """
-    from show import show
-
     from runs import read_predictions
 
     records_a, records_b = read_predictions(run_a), read_predictions(run_b)
@@ -313,9 +311,7 @@ def compare(run_a, run_b, iters: int = 10_000, seed: int = 0) -> list[dict]:
             row = {"metric": metric, "task": task, "n": len(part)}
             row |= {"a": float(a.mean()), "b": float(b.mean())}
             rows.append(row | {"difference": difference, "low": low, "high": high, "p": p})
-    _print_rows(rows)
-    for note in _notes(run_a, run_b, pairs):
-        show(note, result=True)
+    _print_rows(rows, _notes(run_a, run_b, pairs))
     return rows
 
 
@@ -365,7 +361,7 @@ def _pair(records_a: list[dict], records_b: list[dict], run_a, run_b) -> list[tu
     return [(a[key], b[key]) for key in a]
 
 
-def _print_rows(rows: list[dict]) -> None:
+def _print_rows(rows: list[dict], notes: list[str]) -> None:
     from show import show
 
     width = max(len(row["task"] or "all") for row in rows)
@@ -376,6 +372,8 @@ def _print_rows(rows: list[dict]) -> None:
         line = f"{row['metric'].upper():<6}  {row['task'] or 'all':<{width}}  {row['n']:>5}"
         line += f"  {a:6.2f}  {b:6.2f}  {gap:+7.2f}"
         show(f"{line}  [{low:+6.2f}, {high:+6.2f}]  {row['p']:.4f}", result=True)
+    for note in notes:
+        show(note, result=True)
 
 
 # Command line
@@ -478,7 +476,7 @@ def add_answer_flags(command: argparse.ArgumentParser) -> None:
 
 
 def _add_run_flags(command: argparse.ArgumentParser) -> None:
-    """The flags of both commands that answer with a run, and what stands around a question."""
+    """The flags that `ask` and `score` share."""
     from show import COUNT, SEED
 
     command.add_argument("--run", help="run folder; the bare LM if not given")
