@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tiny_runs import TRAINED, command, make_place, read_lines, run
+from tiny_runs import TRAINED, command, read_lines, run
 
 import fit
 import start
@@ -22,11 +22,6 @@ from model import LM, Config
 from runs import ASSETS
 
 STEPS = 50
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("plain"))
 
 
 def behind(prompt, lm, x):
