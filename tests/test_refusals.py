@@ -80,7 +80,6 @@ RECUR --init ''                                         | --init ''
 PROMPT --init ''                                        | --init ''
 PROMPT --init text:                                     | --init 'text:'
 RECUR --eval-limit 0                                    | --eval-limit | 0 is not a number from 1 up
-RECUR --eval-limit -3                                   | --eval-limit
 RECUR --eval-tokens 0                                   | --eval-tokens
 RECUR --out run                                         | run exists | --resume
 RECUR --out run --resume --lr 0.5                       | --lr | 0.5
@@ -177,8 +176,7 @@ eval.py                                                 | command
 eval.py contrast                                        | contrast
 eval.py compare x                                       | run_b
 eval.py compare run nowhere                             | nowhere/predictions.jsonl: no such file
-eval.py compare run fewer                               | 5 in run, | 4 in fewer, and 4 are
-eval.py compare run fewer                               | id 'q4' of task 'b' is in run but not in
+eval.py compare run fewer | 5 in run, | 4 in fewer, and 4 are | id 'q4' of task 'b' is in run but
 eval.py compare run run --iters 0                       | --iters | 0 is not a number from 1 up
 eval.py compare run run --seed -1                       | --seed | -1 is not between 0 and
 eval.py ask --run run --seed -1 who                     | --seed | -1 is not between 0 and
@@ -211,11 +209,13 @@ eval.py score unanswered.jsonl                          | unanswered.jsonl:1 | e
 eval.py score doubled.jsonl                             | doubled.jsonl:1: | 'c' occurs twice
 eval.py score long.jsonl --model lm/model               | long.jsonl:2 | context
 eval.py score dev.jsonl --limit 0                       | --limit | 0 is not a number from 1 up
-eval.py score dev.jsonl --limit two                     | --limit | invalid int value: 'two'
-eval.py score dev.jsonl --limit -3                      | --limit | from 1 up
 eval.py score dev.jsonl --eval-tokens 0                 | --eval-tokens
 eval.py score dev.jsonl --max-new-tokens 0              | --max-new-tokens
+eval.py score dev.jsonl --shots 0                       | --shots | from 1 up
 eval.py score dev.jsonl --shots 2                       | --shots and --shots-from need each other
+eval.py score dev.jsonl --shots-from dev.jsonl          | --shots and --shots-from need each other
+eval.py score dev.jsonl --shots 1 --shots-from none.jsonl | none.jsonl: no such file
+eval.py score dev.jsonl --model lm/model --shots 2 --shots-from long.jsonl | dev.jsonl:1 | context
 eval.py score dev.jsonl --shots 9 --shots-from dev.jsonl | 0 examples that are not asked, fewer
 eval.py score dev.jsonl --out run                       | run/predictions.jsonl exists | --out
 eval.py score dev.jsonl --out /dev/null/x               | Not a directory | /dev/null/x
@@ -279,6 +279,8 @@ ROWS += [  # the byte ff, as Python reads it from a command line
         "LM --train BYTE.txt",
         "bench.py plan --method fine_tuning --model BYTE",
         "bench.py --only BYTE",
+        "eval.py ask BYTE",
+        "eval.py ask who --stop CafBYTE",
     )
 ]
 ROWS += [  # a value of 5,000 letters is not shown in full
@@ -293,20 +295,16 @@ ROWS += [  # a value of 5,000 letters is not shown in full
         ("eval.py score dev.jsonl --out LETTERS", "File name too long"),
         ("eval.py ask --run run LETTERS", "eval.py ask: 'aaa", "aaa': ", "context"),
         ("train.py --method LETTERS", "--method: invalid choice: 'aaa", " ... ", "training_free"),
-        ("train.py --method id_pt --lr LETTERS", "--lr: invalid float value: 'aaa", " ... "),
         ("pretrain.py LETTERS", "objective: invalid choice: 'aaa", " ... "),
-        ("pretrain.py lm --steps LETTERS", "--steps", " ... "),
         ("transfer.py LETTERS", "command: invalid choice: 'aaa", " ... "),
         ("transfer.py search --library . --task LETTERS", "File name too long"),
         ("bench.py --only LETTERS", "--only: invalid choice: 'aaa", " ... "),
         ("bench.py plan --method LETTERS", "--method: invalid choice: 'aaa", " ... "),
-        ("bench.py plan --method id_pt --seq-len LETTERS", "--seq-len", " ... "),
         ("bench.py attention --device LETTERS", "bench.py attention: ", "aaa", " ... "),
         ("audit.py LETTERS", "command: invalid choice: 'aaa", " ... "),
         ("reproduce.py LETTERS", "experiment: invalid choice: 'aaa", " ... "),
         ("runs.py LETTERS", "command: invalid choice: 'aaa", " ... "),
         ("runs.py verify LETTERS", "File name too long"),
-        ("eval.py LETTERS", "command: invalid choice: 'aaa", " ... ", "score"),
         ("eval.py score dev.jsonl --limit LETTERS", "--limit", " ... "),
         ("data.py dev.jsonl --LETTERS", "data.py: unrecognized arguments: --aaa", " ... "),
         ("generate.py lm/model text --seed LETTERS", "generate.py: ", "--seed", " ... "),
