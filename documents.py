@@ -1,10 +1,10 @@
 """Runs the commands of README.md and TUTORIAL.md as they stand: `python reproduce.py docs`.
 
 Each command, and each block of Python, is a process in one temporary folder, which has the programs
-and assets/ as links. The tutorial comes first, and README.md goes on with its files. What installs,
-tests or needs vLLM is left out. `make_stand_ins` makes what README.md takes for granted: questions,
-passages, text, trained prompts and published checkpoints. Its trainings that take long get the
-flags of `SHORTER`, or none with --full.
+and assets/ as links. The tutorial comes first, and README.md goes on with its files. Commands that
+install, test or need vLLM are left out. `make_stand_ins` makes what README.md takes for granted:
+questions, passages, text, trained prompts and published checkpoints. Its long trainings get the
+flags of `SHORTER`, unless --full is given.
 
 What follows a ```sh block after the word "prints", as `text` or as a block of lines, must be in its
 output. Only seconds may differ. Needs show.py, checkpoints.py, families.py and rerank.py.

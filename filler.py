@@ -5,9 +5,9 @@ pause tokens behind the question. There the LM is pretrained and tuned with them
 frozen. `--pause k` puts a text there, k times, and `--pause-trained` as many vectors as this text
 has tokens. They start as the embeddings of these tokens, so that a run starts as with the text.
 
-The vectors are tokens that a copy of the tokenizer knows: "<filler 0><filler 1>..." is a text like
-any other, so all that reads texts reads them. The LM's logits are its own, so no answer has them.
-The encoder of ID-PT does not read them.
+The vectors belong to new tokens in a copy of the tokenizer. So "<filler 0><filler 1>..." is a text
+like any other, and whatever reads texts reads it. The LM's logits do not have these tokens, so no
+answer has them. The encoder of ID-PT does not read them.
 
 Needs recurse.py, data.py and checkpoints.py.
 

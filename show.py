@@ -70,8 +70,8 @@ def show(text: str, stream: str = "stdout", result: bool = False) -> None:
 def show_error(program: str, message: str) -> None:
     """Print why a program ends, in one line on stderr.
 
-    Processes that torchrun started mostly fail alike. The others leave the line to the first one,
-    and torchrun ends them meanwhile. If it does not, the reason is their own.
+    Processes that torchrun started mostly fail with the same error. The first one prints it, and
+    the others wait: torchrun ends them. One that is still there then has an error of its own.
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(3)

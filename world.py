@@ -101,8 +101,8 @@ def render(
 def task(path: str) -> str:
     """The name under which scores on questions about a path of relations are reported.
 
-    People share their first names, so a bridge that is a person is hard to hand over by its first
-    token. This path is reported apart.
+    The path whose first answer is a person is reported apart: people share their first names, so
+    the first token does not say who is meant.
     """
     if path == "teacher.profession":
         return "two-hop-person"
