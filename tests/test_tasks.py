@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import close, randomise, seeded, vectors
 from safetensors.torch import load_file
-from test_prompts import make_generator, with_bos
+from test_prompts import make_mixed, with_bos
 from tiny_runs import TOWNS, command, read_lines, run, suite_rows, write_lines
 
 import data
@@ -49,10 +49,8 @@ def mixed(make_lm, tokenizer):
     """(lm, tokenizer, prompts of every kind and of different lengths)"""
     lm, tokenizer = make_lm("tied"), with_bos(tokenizer)
     encoder = randomise(T5Encoder(T5Config(67, 16, 2, 2, 8, 24)), 5).requires_grad_(False)
-    deep = DeepPrompt(lm.read(vectors(lm, 3, 1)))
-    deep.keys_values.data.add_(torch.randn(deep.keys_values.shape, generator=seeded(4)) * 0.3)
-    adapters = [SoftPrompt(vectors(lm, 7, 2)), deep, make_generator(lm, encoder)]
-    adapters += [SoftPrompt(vectors(lm, 2, 3), bos_vector(lm))]
+    _, adapters = make_mixed(lm, encoder)
+    adapters = [*adapters, SoftPrompt(vectors(lm, 2, 3), bos_vector(lm))]
     prompts = [make_prompt(a.requires_grad_(False), lm, tokenizer) for a in adapters]
     return lm, tokenizer, [None, *prompts]
 
@@ -337,7 +335,7 @@ def test_each_kind_of_prompt_is_explained_by_what_it_can_be_compared_with(mixed)
     assert explain(generated, lm, 2, texts[:1])[0]["varies"] == 0.0
 
 
-def test_explain_prints_one_table(place, library, capsys):
+def test_explain_prints_one_table(library, capsys):
     for name in NAMES[:4]:
         rows = evaluation.main(["explain", str(library / name), "--top", "2"])
         lines = capsys.readouterr().out.splitlines()
@@ -505,7 +503,7 @@ def test_beta2_is_that_of_the_recipe():
     assert make_optimizer(module, Recipe(1, 0.1)).param_groups[0]["betas"] == (0.9, 0.95)
 
 
-def test_template_and_cluster_change_no_run(place):
+def test_template_and_cluster_change_no_run():
     """Data are identified by the repr of their examples, and old runs must go on."""
     a, b = of_task("a", "x", 1)[0], data.Example("a x 0", "t", ("t",), "a")
     assert repr(a) == repr(b)
