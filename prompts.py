@@ -41,7 +41,7 @@ from adapters import DeepPrompt, PromptGenerator, SoftPrompt, read_adapter_confi
 from checkpoints import load_tokenizer
 from generate import predict
 from model import LM
-from questions import check_out, finish_scores, parse_question, prepare
+from questions import check_out, finish_scores, parse_question, prepare, take_flags
 from recurse import load_trained, prompt_prefix
 
 # Prompts of one LM
@@ -58,12 +58,12 @@ class Prompt:
     arguments: dict = field(default_factory=dict)  # of its run, if it has one
 
 
-def load_prompts(paths: Sequence[str | Path], model=None, device: str = "cpu"):
-    """Load prompts of one frozen LM, which is loaded once. Returns (lm, tokenizer, {name: Prompt}).
+def load_prompts(paths: Sequence[str | Path], model=None):
+    """Load one frozen LM and several prompts of it. Returns (lm, tokenizer, {name: Prompt}).
 
-    A path is the folder of a run or of a stored prompt, PEFT's too, or NAME=FOLDER. Without a name
-    it is the folder's. The LM is `model`, or that of the first prompt. ValueError if two prompts
-    have one name, if one belongs to another LM, or if a run trained more than a prompt.
+    A path is the folder of a run or of a stored prompt, PEFT's too, or NAME=FOLDER. Without NAME, a
+    prompt is called like its folder. The LM is `model`, or that of the first prompt. ValueError if
+    two prompts have one name, if one belongs to another LM, or if a run trained more than a prompt.
     """
     folders = {}
     for path in map(str, paths):
@@ -73,7 +73,7 @@ def load_prompts(paths: Sequence[str | Path], model=None, device: str = "cpu"):
         if name in folders:
             raise ValueError(f"--prompts: two are called {name!r}; NAME=FOLDER gives other names")
         folders[name] = Path(folder)
-    lm, tokenizer = load_lm(next(iter(folders.values())), model, device)
+    lm, tokenizer = load_lm(next(iter(folders.values())), model)
     return lm, tokenizer, {n: load_prompt(folder, lm, tokenizer) for n, folder in folders.items()}
 
 
@@ -98,15 +98,15 @@ def run_of(folder: Path) -> tuple[Path, dict]:
     return folder, {}
 
 
-def load_lm(folder: Path, model=None, device: str = "cpu"):
+def load_lm(folder: Path, model=None):
     """Return (lm, tokenizer) that the prompt in a folder belongs to: `model` if it is given."""
     from runs import ASSETS, load_base
 
     place, record = run_of(folder)
     if record:
-        return load_base(place, record, device, model)
+        return load_base(place, record, model=model)
     base = read_adapter_config(folder).get("base_model_name_or_path")
-    lm = LM.from_pretrained(model or base or ASSETS / "lm", device)
+    lm = LM.from_pretrained(model or base or ASSETS / "lm")
     return lm, load_tokenizer(lm.folder, lm.config.vocab_size)
 
 
@@ -137,8 +137,8 @@ def answer_mixed(
 ) -> list[str | int]:
     """Answer each example with its own prompt, or with the LM alone for None, in shared batches.
 
-    The answers are those of `predict` for each prompt alone. `limits` are its keywords. `out` is a
-    folder to make once nothing is refused, and before the work: it may be one that cannot be made.
+    The answers are those of `predict` for each prompt alone. `limits` are its keywords. The folder
+    `out` is made after the checks and before the work, which would be lost if it cannot be made.
     """
     if len(examples) != len(chosen):
         raise ValueError(f"{len(chosen)} prompts for {len(examples)} examples")
@@ -174,17 +174,14 @@ def read_mixed(path: str, labelled: bool) -> list[tuple[data.Example, dict]]:
     lines = list(data.json_lines(path))
     if not lines:
         raise ValueError(f"{path}: holds no examples")
-    if labelled:
-        examples = data.read(path)
-    else:
-        examples = [parse_question(record, source) for source, record in lines]
-    return list(zip(examples, [record for _, record in lines]))
+    examples = data.read(path) if labelled else [parse_question(r, source) for source, r in lines]
+    return [(example, record) for example, (_, record) in zip(examples, lines)]
 
 
 def prompt_of(example: data.Example, record: dict, prompts: dict) -> Prompt | None:
-    """Return the prompt that a record names: by "prompt", or by its "task" if one is called so.
+    """Return the prompt that the record's "prompt" names, or else the one called like its task.
 
-    The prompt "none", or a task without a prompt, is the LM alone. ValueError for another name.
+    None is the LM alone: for "none", or a task without a prompt. ValueError for another name.
     """
     if "prompt" not in record:
         return prompts.get(example.task)
@@ -195,26 +192,13 @@ def prompt_of(example: data.Example, record: dict, prompts: dict) -> Prompt | No
     return prompts.get(name)
 
 
-def take_flags(args: argparse.Namespace, prompts: dict) -> None:
-    """Answer as the prompts' runs did, where flags say nothing. ValueError if the runs differ."""
-    for key, default in (("stop", None), ("max_new_tokens", 16), ("rank_by", "sum")):
-        if getattr(args, key) is not None:
-            continue
-        runs = [p.arguments for p in prompts.values() if p.arguments]
-        found = list(dict.fromkeys(run.get(key, default) for run in runs)) or [default]
-        if len(found) > 1:
-            flag, values = f"--{key.replace('_', '-')}", " and ".join(map(str, found))
-            raise ValueError(f"{flag} is needed: the runs of --prompts have {values}")
-        setattr(args, key, found[0])
-
-
 def mixed_command(args: argparse.Namespace) -> list[str] | dict:
     """Answer examples, each with its own prompt. Returns the answers, or with --out the scores."""
     check_out(args.out)
     lines = read_mixed(args.input, bool(args.out))
     examples, args.file = [example for example, _ in lines], args.input
     lm, tokenizer, prompts = load_prompts(args.prompts, args.model)
-    take_flags(args, prompts)
+    take_flags(args, [p.arguments for p in prompts.values() if p.arguments])
     ends, new = metrics.stops(examples, args.stop), args.max_new_tokens
     limits = {"max_tokens": args.eval_tokens, "mean": args.rank_by == "mean", "out": args.out}
     if args.vote:

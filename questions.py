@@ -111,15 +111,15 @@ def prepare(
 ) -> tuple:
     """Tokenise examples of data.py for `predict`. Returns (ids, options, prefix).
 
-    `shots` are examples that stand, with their answers, before every question. They are read here,
-    once, and the prefix is extended by them, if it is the same for all questions. ValueError, with
-    the example's name, if one of its options or max_new_tokens exceed the context, or (check) what
-    `check_answers` refuses. A TextualRecursion first adds its candidates. The text `lm.filler`, if
-    there is one, stands behind every question, and behind it the tokens `lm.input_end`.
+    `shots` are examples that stand, with their answers, before every question. If all questions
+    have the same prefix, the shots are read once, here, and extend it. The text `lm.filler`, if
+    there is one, stands behind every question, and behind it the tokens `lm.input_end`. A
+    TextualRecursion first adds its candidates.
+    ValueError, with the example's name, if an option or `max_new_tokens` do not fit the context, or
+    for what `check_answers` refuses; check=False leaves that out.
     """
     config = lm.config
     check_targets(tokenizer, shots, config.eos)
-    stops = stops or [""] * len(examples)
     if check:
         check_answers(tokenizer, examples, config.eos, stops, max_new_tokens)
     if hasattr(lm, "read_back"):
@@ -132,15 +132,15 @@ def prepare(
     eos = config.eos[0] if config.eos else None
     choices = [e for e in examples if e.options]
     tokenized = iter(data.tokenize(choices, tokenizer, eos, left, V))
-    ids, options = [], []
-    for e, row in zip(examples, data.encode_prompts(tokenizer, [e.input for e in examples])):
+    options, end = [], list(getattr(lm, "input_end", ()))
+    ids = [row + end for row in data.encode_prompts(tokenizer, [e.input for e in examples])]
+    for e, row in zip(examples, ids):
         try:
             data.check_vocabulary(row, tokenizer, V)
         except ValueError as error:
             raise ValueError(f"{e.source}: {error}") from None
-        ids.append([*row, *getattr(lm, "input_end", ())])
         options.append(next(tokenized).options if e.options else [])
-        check_length(e, ids[-1], max_new_tokens, left)
+        check_length(e, row, max_new_tokens, left)
     if shots and not (callable(prefix) or isinstance(prefix, list)):
         ids, prefix = read_shared(lm, ids, prefix)
     return ids, options, prefix
@@ -187,17 +187,19 @@ def hash_tokenizer(tokenizer: Tokenizer) -> str:
 
 def check_targets(tokenizer: Tokenizer, examples, eos=()) -> None:
     """ValueError, which names the example, if no tokens spell its target."""
-    first = {e.target: e for e in reversed(examples) if e.answers and not e.options}
-    targets = [replace(e, answers=(target,)) for target, e in reversed(first.items())]
-    check_answers(tokenizer, targets, eos)
+    first = {}  # each target is checked once
+    for e in examples:
+        if e.answers and not e.options and e.target not in first:
+            first[e.target] = replace(e, answers=(e.target,))
+    check_answers(tokenizer, list(first.values()), eos)
 
 
 def check_answers(tokenizer: Tokenizer, examples, eos=(), stops=None, limit=None) -> None:
     """ValueError, which names the example, if `predict` can return none of the accepted answers.
 
-    No tokens spell them, or they hold the text of stops[b]. One answer of several is enough. A
-    warning counts the examples whose answers have more than `limit` tokens. A choice among options
-    is right by its index, so it is not checked.
+    It cannot return an answer that no tokens spell, or one that holds the text of stops[b]. One
+    possible answer of several is enough. A warning counts the examples whose answers have more than
+    `limit` tokens. A choice among options is right by its index, so it is not checked.
     """
     stops = stops or [""] * len(examples)
     free = [(e, stop) for e, stop in zip(examples, stops) if e.answers and not e.options]
@@ -219,8 +221,8 @@ def check_answers(tokenizer: Tokenizer, examples, eos=(), stops=None, limit=None
 
 
 def spells(tokenizer: Tokenizer, answer: str, eos, stop: str = "", limit=None) -> bool:
-    """Whether `predict` returns an answer if the LM gives its tokens. Unicode form and what the
-    scores normalise may change."""
+    """Whether `predict` returns the answer if the LM generates its tokens. What is returned may
+    differ from it in Unicode form and in what the scores normalise."""
     for text in (f" {answer}", answer):  # tokenizers differ in which they need
         ids = tokenizer.encode(text, add_special_tokens=False).ids[:limit]
         end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
@@ -237,7 +239,7 @@ def spells(tokenizer: Tokenizer, answer: str, eos, stop: str = "", limit=None) -
 def load_model(args) -> tuple:
     """Return (model, prefix, tokenizer, record) of a run, or of a bare LM, whose record is {}.
 
-    Flags that were not given become those of the run: --stop, --max-new-tokens and --rank-by.
+    Flags that were not given become those of the run.
     """
     if parallel.asked() > 1:
         parallel.start("cpu")
@@ -251,11 +253,21 @@ def load_model(args) -> tuple:
 
         lm = LM.from_pretrained(args.model or Path(__file__).parent / "assets" / "lm")
         loaded = lm, None, load_tokenizer(lm.folder, lm.config.vocab_size), {}
-    given = loaded[-1].get("arguments", {})
-    args.stop = given.get("stop") if args.stop is None else args.stop
-    args.max_new_tokens = args.max_new_tokens or given.get("max_new_tokens", 16)
-    args.rank_by = args.rank_by or given.get("rank_by", "sum")
+    take_flags(args, [loaded[-1].get("arguments", {})])
     return loaded
+
+
+def take_flags(args, runs: list[dict]) -> None:
+    """Set --stop, --max-new-tokens and --rank-by, where they were not given, as in the arguments of
+    the runs. ValueError if these differ."""
+    for key, default in (("stop", None), ("max_new_tokens", 16), ("rank_by", "sum")):
+        if getattr(args, key) is not None:
+            continue
+        found = list(dict.fromkeys(run.get(key, default) for run in runs)) or [default]
+        if len(found) > 1:
+            flag, values = f"--{key.replace('_', '-')}", " and ".join(map(str, found))
+            raise ValueError(f"{flag} is needed: the runs of --prompts have {values}")
+        setattr(args, key, found[0])
 
 
 def answer(args, model, prefix, tokenizer, examples: list) -> list[str | int]:
