@@ -19,6 +19,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -65,13 +66,10 @@ def pretrain_lm(args) -> dict:
     bos, eos = (ends[0], (ends[-1],)) if ends else (None, ())
     lm = LM(decoder_config(args, vocab_size, args.layers, args.context, bos, eos)).to(args.device)
 
-    def loss_of(batch: data.Batch) -> Tensor:
-        return target_loss(lm, None, batch)
-
     def save() -> None:
         lm.save(Path(args.out) / "model", torch.bfloat16, tokenizer, replace=True)
 
-    return train_on_text(args, text, lm, loss_of, save, args.context)
+    return train_on_text(args, text, lm, partial(target_loss, lm, None), save, args.context)
 
 
 def pretrain_encoder(args) -> dict:
@@ -92,12 +90,10 @@ def pretrain_encoder(args) -> dict:
         logits = decoder.logits(decoder(decoder.embed(inputs), prefix))
         return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
 
-    def save() -> None:
-        save_encoder(args, encoder, tokenizer)
-
     def corrupt(batch: data.Batch, seed: int, step: int) -> data.Batch:
         return corrupt_spans(batch, sentinels, seed, step)
 
+    save = partial(save_encoder, args, encoder, tokenizer)
     return train_on_text(args, text, both, loss_of, save, args.seq_len, corrupt=corrupt)
 
 
@@ -119,12 +115,10 @@ def pretrain_bert(args) -> dict:
         logits = F.linear(h, bert.word_embeddings.weight).float()  # tied, as in the paper
         return F.cross_entropy(logits, batch.targets[target_mask], reduction="sum")
 
-    def save() -> None:
-        save_encoder(args, bert, tokenizer)
-
     def corrupt(batch: data.Batch, seed: int, step: int) -> data.Batch:
         return mask_tokens(batch, special, min(ids), seed, step)  # random ids: the LM's own
 
+    save = partial(save_encoder, args, bert, tokenizer)
     longest = args.context - 2  # [CLS] and [SEP] come to the text
     return train_on_text(args, text, both, loss_of, save, longest, corrupt=corrupt)
 
@@ -262,14 +256,13 @@ def _random_lengths(rng: np.random.Generator, total: int, count: int) -> np.ndar
 
 def decoder_config(args, vocab_size: int, layers: int, context: int, bos=None, eos=()) -> Config:
     """The shape of a decoder with the width, heads and MLP that the flags give."""
-    head_dim = args.dim // args.heads
     return Config(
         vocab_size=vocab_size,
         dim=args.dim,
         n_layers=layers,
         n_heads=args.heads,
         n_kv_heads=args.heads,
-        head_dim=head_dim,
+        head_dim=args.dim // args.heads,
         hidden_dim=mlp_width(args),
         max_len=context,
         bos=bos,
