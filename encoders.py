@@ -76,14 +76,15 @@ def train_encoder(args, book: Book | None = None, scored=True) -> dict:
     recipe = Recipe.from_args(args)
     if recipe.lr is None:
         recipe = replace(recipe, lr=default_lr(args))
-    names = dict.fromkeys(("fingerprint", "init_hash", "eos")) | {"data_hash": book.hash()}
-    names |= {"encoder_hash": hash_encoders(encoders), "tokens_hash": names["data_hash"]}
-    names["tokenizer_hash"] = hash_tokenizer(training.encoder.tokenizer)
-    asked, new = cut_found(book.questions["train"], args.top), not run.folder.exists()
+    hashes = dict.fromkeys(("fingerprint", "init_hash", "eos")) | {"data_hash": book.hash()}
+    hashes |= {"encoder_hash": hash_encoders(encoders), "tokens_hash": hashes["data_hash"]}
+    hashes["tokenizer_hash"] = hash_tokenizer(training.encoder.tokenizer)
+    new = not run.folder.exists()
+    asked = cut_found(book.questions["train"], args.top)
     searches = args.top > 0 and any(needs_search(args, book, q) for q in asked)
     skipped = None if searches else training.use(asked)
     with run:
-        record = start_record(run, training.trained, None, names) | {"lr": recipe.lr}
+        record = start_record(run, training.trained, None, hashes) | {"lr": recipe.lr}
         found = retrieve(args, book, run.folder)
         if searches:  # only now is it known what can be learnt
             try:
@@ -103,7 +104,7 @@ def train_encoder(args, book: Book | None = None, scored=True) -> dict:
             training.trained,
             training.batch_at,
             training.loss_of,
-            training.evaluate,
+            training.evaluate if training.dev else lambda: None,
             lambda: training.encoder.save(run.folder / "model"),
         )
         return finish_record(run, record, None, training.results(found) if scored else {})
@@ -152,8 +153,9 @@ class RetrieverTraining:
     def batch_at(self, number: int):
         """The batch of a step."""
         args = self.args
-        rest = (args.batch_size, args.hard_negatives, args.seed, number)
-        return books.retriever_batch(self.questions, self.encoder, *rest)
+        return books.retriever_batch(
+            self.questions, self.encoder, args.batch_size, args.hard_negatives, args.seed, number
+        )
 
     def loss_of(self, batch) -> Tensor:
         """The loss, summed over questions. Each of several processes embeds its share of the
@@ -165,10 +167,8 @@ class RetrieverTraining:
         passages = parallel.AllRows.apply(passages, own, rows)
         return retriever_loss(self.scale * asked, passages, batch.targets, batch.known)
 
-    def evaluate(self) -> float | None:
+    def evaluate(self) -> float:
         """The mean reciprocal rank on the dev sample."""
-        if not self.dev:
-            return None
         pool = list(dict.fromkeys(passage for _, group in self.dev for passage in group))
         row_of = {passage: row for row, passage in enumerate(pool)}
         asked = divide(self.encoder.encode_questions, [q.question for q, _ in self.dev])
@@ -215,18 +215,16 @@ class RerankerTraining:
     def batch_at(self, number: int):
         """The batch of a step."""
         args = self.args
-        rest = (args.batch_size, args.group_size, args.seed, number)
-        return books.reranker_batch(self.samples, self.encoder, *rest)
+        return books.reranker_batch(
+            self.samples, self.encoder, args.batch_size, args.group_size, args.seed, number
+        )
 
     def loss_of(self, batch) -> Tensor:
         """The loss, summed over questions."""
-        inputs = (batch.ids, batch.lengths, batch.groups, batch.spans)
-        return reranker_loss(self.encoder, *inputs)
+        return reranker_loss(self.encoder, batch.ids, batch.lengths, batch.groups, batch.spans)
 
-    def evaluate(self) -> float | None:
+    def evaluate(self) -> float:
         """The mean reciprocal rank on the dev sample."""
-        if not self.dev:
-            return None
 
         def score(part: list) -> list[Tensor]:
             return self.encoder.score_all([q.question for q, _ in part], [g for _, g in part])
