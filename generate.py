@@ -25,6 +25,7 @@ if __name__ == "__main__":
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -260,7 +261,7 @@ def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> li
             break
         left = (~done).nonzero()[:, 0]
         same = len(left) == R and torch.equal(parent[left], torch.arange(R, device=device))
-        if cache.buffer is None or not same:
+        if not cache.buffer or not same:
             cache = cache.preallocate(parent[left], max_new_tokens - 1 - step)
         active, row = active[~done[row]], row[~done[row]]
         row = torch.searchsorted(left, row)  # counted among the rows that are left
@@ -484,8 +485,6 @@ def load_text(folder: str, text: str, max_new_tokens: int) -> tuple:
 
     A run adds to the text what it was trained to read with it: filler, candidates or passages.
     """
-    from pathlib import Path
-
     if (Path(folder) / "run.json").is_file():
         from data import Example
         from questions import prepare

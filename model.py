@@ -21,7 +21,7 @@ Needs torch. Loading and saving a published folder needs checkpoints.py and fami
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -68,8 +68,8 @@ class Config:
 
 
 def append_kv(past: KV | None, k: Tensor, v: Tensor, buffer: KV | None = None) -> KV:
-    """Joins past (1 | B, K, P, D) and k, v (B, K, T, D): each becomes (B, K, P + T, D). With a
-    buffer (see Prefix.preallocate), which begins with past, k and v are written behind it."""
+    """Joins past (1 | B, K, P, D) and k, v (B, K, T, D): each becomes (B, K, P + T, D). If past is
+    the beginning of a buffer (see Prefix.preallocate), k and v are written there, behind it."""
     if past is None:
         return k, v
     if buffer is None:
@@ -107,7 +107,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, past: KV | None = None, lengths=None
         if window is not None:
             visible = visible.triu(P + 1 - window)
         mask = visible if mask is None else mask & visible
-    is_causal, grouped = mask is None and T > 1, q.shape[1] != k.shape[1]
+    is_causal = mask is None and T > 1
+    grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=grouped)
 
 
@@ -115,7 +116,8 @@ def rope_inv_freq(config: Config, device=None) -> Tensor:
     """Radians per position by which each pair of channels is rotated, (rotary_dim / 2,).
 
     rope_scaling (factor,) divides every frequency. Llama 3.1's (factor, low, high, original_len)
-    divides those of under `low` turns in original_len, keeps those of over `high`, interpolates.
+    divides those that make fewer than `low` turns in original_len positions, keeps those that make
+    more than `high`, and interpolates between.
     """
     n = config.rotary_dim or config.head_dim
     inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, n, 2, device=device).float() / n)
@@ -260,12 +262,12 @@ class Prefix:
              prefix shared by every row of the batch, or (B, K, P, D) for one per row.
     lengths  None if every row has all P positions. Otherwise (1 | B,), and the prefix is ragged:
              row b has only the LAST lengths[b] positions, so that all rows end together.
-    buffer   larger tensors that `layers` are views of: see `preallocate`
+    buffer   the larger tensors that `layers` are views of after `preallocate`; otherwise empty
     """
 
     layers: list[KV]
     lengths: Tensor | None = None
-    buffer: list[KV] | None = None
+    buffer: list[KV] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -283,15 +285,14 @@ class Prefix:
 
     def joined(self, i: int, k: Tensor, v: Tensor) -> KV:
         """Layer i's keys and values, followed by k and v of the text."""
-        return append_kv(self.layers[i], k, v, None if self.buffer is None else self.buffer[i])
+        return append_kv(self.layers[i], k, v, self.buffer[i] if self.buffer else None)
 
     def select(self, index: Tensor) -> "Prefix":
         """Rows `index` (R,) in that order. A shared prefix serves any rows and stays as it is."""
         if self.rows == 1:
             return self
         lengths = None if self.lengths is None else self.lengths[index % len(self.lengths)]
-        whole = [(k[index], v[index]) for k, v in self.buffer or self.layers]
-        return Prefix(crop(self.size, whole), lengths, None if self.buffer is None else whole)
+        return Prefix([(k[index], v[index]) for k, v in self.layers], lengths)
 
     def preallocate(self, index: Tensor, more: int) -> "Prefix":
         """Rows `index` (R,), copied into buffers with space for `more` positions, so that decoding
@@ -303,11 +304,11 @@ class Prefix:
                 new[:, :, :P] = old if self.rows == 1 else old[index]
             buffer.append(whole)
         lengths = None if self.lengths is None else self.lengths[index % len(self.lengths)]
-        return Prefix(crop(P, buffer), lengths, buffer)
+        return Prefix([(k[:, :, :P], v[:, :, :P]) for k, v in buffer], lengths, buffer)
 
     def drop_padding(self, T: int, lengths: Tensor | None) -> "Prefix":
-        """Removes the right padding of the last T positions, of which row b has lengths[b] real
-        ones (None: all T), and moves the rows right, so that all of them end together."""
+        """Removes the right padding of the last T positions, of which the first lengths[b] are real
+        in row b (None: all T). Each row moves right by its padding, so that all end together."""
         if lengths is None or (lengths == T).all():
             return self
         device = self.layers[0][0].device
@@ -351,11 +352,6 @@ class Prefix:
         from checkpoints import read_prefix
 
         return cls(*read_prefix(folder, lm.fingerprint(), lm.embed_tokens.weight))
-
-
-def crop(P: int, layers: list[KV]) -> list[KV]:
-    """Views of the first P positions of every layer."""
-    return [(k[:, :, :P], v[:, :, :P]) for k, v in layers]
 
 
 def text_positions(layers: "Layers", x: Tensor, prefix: Prefix | None) -> Tensor:
@@ -406,9 +402,12 @@ class Layers(nn.ModuleList):
     @staticmethod
     def extended(prefix: Prefix | None, kvs: list[KV], x: Tensor) -> Prefix:
         """The prefix extended by x (B, T, C); `kvs` holds the keys and values of both."""
-        lengths, buffer = (None, None) if prefix is None else (prefix.lengths, prefix.buffer)
-        lengths = None if lengths is None else lengths.expand(len(x)) + x.shape[1]
-        return Prefix(kvs, lengths, buffer)
+        if prefix is None:
+            return Prefix(kvs)
+        lengths = prefix.lengths
+        if lengths is not None:
+            lengths = lengths.expand(len(x)) + x.shape[1]
+        return Prefix(kvs, lengths, prefix.buffer)
 
 
 class LM(nn.Module):

@@ -358,7 +358,7 @@ class DryRun:
                 h, cache = model(model.embed(index[:, None]), cache, keep=True)
                 values = model.logits(h[:, -1]).log_softmax(-1)
                 values = values.double() if samples else values
-                cache.select(index)  # the rows that go on
+                cache.preallocate(index, self.args.max_new_tokens - 1)  # the rows that go on
         return counter.peak
 
     @torch.no_grad()

@@ -108,8 +108,7 @@ class Stack(Around):
             return None
         first = sum(len(part.layers) for part in list(self.parts)[:i])
         own = slice(first, first + len(self.parts[i].layers))
-        buffer = None if prefix.buffer is None else prefix.buffer[own]
-        return replace(prefix, layers=prefix.layers[own], buffer=buffer)
+        return replace(prefix, layers=prefix.layers[own], buffer=prefix.buffer[own])
 
     def forward(self, x: Tensor, prefix=None, keep: bool = False):
         """x (B, T, C) -> (B, T, C) through every part.
@@ -130,8 +129,8 @@ class Stack(Around):
         if not keep:
             return x
         layers = [kv for own in extended for kv in own.layers]
-        buffer = [kv for own in extended for kv in own.buffer or ()]
-        return x, replace(extended[0], layers=layers, buffer=buffer or None)
+        buffer = [kv for own in extended for kv in own.buffer]
+        return x, replace(extended[0], layers=layers, buffer=buffer)
 
     def read(self, x: Tensor, prefix=None, lengths: Tensor | None = None):
         """The prefix after x (T, C) or (B, T, C); lengths (B,) as in LM.read."""
@@ -198,22 +197,17 @@ class FirstPass:
 class GeneratedPrefix:
     """The prefix of ID-PT: prefix(questions) computes it, one row for each list of token ids.
 
-    Only its length is known before the call. `rows`, `size` and `row_lengths` are those of a
-    shared Prefix of P positions.
+    Only its length P is known before the call. `rows` and `row_lengths` are those of a shared
+    Prefix of P positions.
     """
 
     lm: nn.Module
     generator: PromptGenerator
     rows = 1
 
-    @property
-    def size(self) -> int:
-        """P, the length of every generated prompt."""
-        return len(self.generator.queries)
-
     def row_lengths(self, B: int) -> list[int]:
         """The number of prefix positions before each of B questions."""
-        return [self.size] * B
+        return [len(self.generator.queries)] * B
 
     def __call__(self, questions: list[list[int]]):
         return self.lm.read(self.generator.prompts(questions))
