@@ -14,7 +14,7 @@ from tokenizers import processors
 from adapters import Connector, from_labels, from_text, from_vocab, random, rms
 from generate import generate, option_scores, pad
 from model import Prefix, append_kv, attend
-from recurse import COMPOSITIONS, CONNECTOR_METHODS, Stack, new_connector
+from recurse import CONNECTOR_METHODS, Stack, new_connector
 
 FOUR = torch.tensor([QUESTIONS[3], QUESTIONS[3][::-1], QUESTIONS[0] + [1, 1], [9] * 8])
 
@@ -279,13 +279,6 @@ def test_composition_is_its_formula_at_once_and_in_chunks(lm, kind):
     assert {k.shape[2] for k, _ in cache.layers} == {6}
     assert len(cache.layers) == sum(len(part.layers) for part in stack.parts)
     close(stack.read(x).layers, cache.layers, 1e-4)
-
-
-def test_method_without_connector_is_the_lm_behind_its_prompt(lm):
-    assert COMPOSITIONS["fine_tuning"](lm, None) == (lm, None)
-    model, prefix = COMPOSITIONS["prompt_tuning"](lm, lambda: vectors(lm, 4))
-    assert model is lm
-    close(prefix.layers, lm.read(vectors(lm, 4)).layers, 0.0)
 
 
 def test_new_connector_starts_at_the_scale_of_what_it_replaces(lm):

@@ -100,12 +100,8 @@ def test_tiles_may_have_more_queries_or_more_keys(small_tiles, monkeypatch, name
 @pytest.mark.parametrize("seed", range(4))
 def test_random_shapes(small_tiles, seed):
     rng = random.Random(seed)
-    K, D, P, T = (
-        rng.choice([1, 2]),
-        rng.choice([16, 24, 40]),
-        rng.randint(0, 40),
-        rng.randint(1, 30),
-    )
+    K, D = rng.choice([1, 2]), rng.choice([16, 24, 40])
+    P, T = rng.randint(0, 40), rng.randint(1, 30)
     B, rows = rng.randint(1, 4), rng.choice([1, 0])
     rows = rows or B
     lengths = rng.choice([None, [rng.randint(0, P) for _ in range(B)]])

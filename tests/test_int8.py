@@ -5,23 +5,14 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from conftest import TINY, randomise
-from tiny_runs import command, make_place, run
+from conftest import TINY, seeded
+from tiny_runs import command, run
 
 import train
 from checkpoints import hash_tensors
 from int8 import Int8Linear, quantize
 from model import LM
 from runs import load_run
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("int8"))
-
-
-def small_lm(name):
-    return randomise(LM(TINY[name])).requires_grad_(False)
 
 
 def rounded(lm):
@@ -43,10 +34,10 @@ def step(lm, prompt):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_int8_computes_as_its_rounded_values_in_float(name):
+def test_int8_computes_as_its_rounded_values_in_float(make_lm, name):
     """Forward and backward, in every family: biases, grouped heads, parallel blocks."""
-    lm = small_lm(name)
-    prompt = torch.randn(4, lm.config.dim, generator=torch.Generator().manual_seed(0))
+    lm = make_lm(name)
+    prompt = torch.randn(4, lm.config.dim, generator=seeded())
     expected, ours = step(rounded(lm), prompt), step(quantize(lm), prompt)
     for a, b in zip(ours, expected):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-4)

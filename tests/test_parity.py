@@ -96,13 +96,18 @@ def make_reference(case):
     return reference
 
 
+def make_both(case, folder):
+    """The reference, and the LM that loads the folder it saved."""
+    reference = make_reference(case)
+    reference.save_pretrained(folder)
+    return reference, LM.from_pretrained(folder)
+
+
 @pytest.fixture(params=CASES, scope="module")
 def both(request, tmp_path_factory):
-    """The reference, the LM that loads the folder it saved, and that folder."""
+    """The reference, its LM, and the folder."""
     folder = tmp_path_factory.mktemp("checkpoint") / "reference"
-    reference = make_reference(request.param)
-    reference.save_pretrained(folder)
-    return reference, LM.from_pretrained(folder), folder
+    return *make_both(request.param, folder), folder
 
 
 def check(lm, ours, theirs):
@@ -205,8 +210,7 @@ def test_saved_folder_loads_in_the_reference_and_here(both, tmp_path):
 def test_files_of_other_years_load(tmp_path, family):
     """Some hold masks and frequencies. GPT-2's was saved without its head, so without a prefix.
     The name of GPT-NeoX's head differs between versions of the reference."""
-    make_reference(family).save_pretrained(tmp_path)
-    lm, file = LM.from_pretrained(tmp_path), tmp_path / "model.safetensors"
+    (_, lm), file = make_both(family, tmp_path), tmp_path / FILE
     tensors, mask = load_file(file), torch.ones(1, 1, 64, 64)
     if family == "llama":
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
@@ -227,9 +231,7 @@ def test_files_of_other_years_load(tmp_path, family):
 @pytest.mark.parametrize("case", TIED_CASES)
 def test_tied_table_may_be_stored_under_the_heads_name_alone(tmp_path, case):
     """As safetensors' save_model leaves it, which keeps the first of the names by the alphabet."""
-    reference, tokens = make_reference(case), torch.tensor([FIVE[3]])
-    reference.save_pretrained(tmp_path)
-    before = LM.from_pretrained(tmp_path)
+    (reference, before), tokens = make_both(case, tmp_path), torch.tensor([FIVE[3]])
     save_model(reference, tmp_path / FILE)
     assert not any("embed_" in name or "wte" in name for name in load_file(tmp_path / FILE))
     lm = LM.from_pretrained(tmp_path)
@@ -529,9 +531,7 @@ def test_the_classes_of_has_answer_are_those_of_unicode():
 
 
 def test_prompt_has_pefts_loss_and_gradient_and_goes_there_and_back(tmp_path):
-    reference = make_reference("llama, grouped, tied")
-    reference.save_pretrained(tmp_path / "reference")
-    lm = LM.from_pretrained(tmp_path / "reference")
+    reference, lm = make_both("llama, grouped, tied", tmp_path / "reference")
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7)
     peft = get_peft_model(copy.deepcopy(reference), config).eval()
     vectors = torch.randn(7, 32, generator=seeded(2)) * 0.25
@@ -565,9 +565,7 @@ def test_prompt_has_pefts_loss_and_gradient_and_goes_there_and_back(tmp_path):
 @torch.no_grad()
 def test_prompt_after_bos_is_pefts_with_one_row_more_and_has_embeddings(tmp_path):
     """transformers continues its embeddings as we continue the text."""
-    reference = make_reference("llama, grouped, tied")
-    reference.save_pretrained(tmp_path / "reference")
-    lm = LM.from_pretrained(tmp_path / "reference")
+    reference, lm = make_both("llama, grouped, tied", tmp_path / "reference")
     prompt = SoftPrompt(torch.randn(4, 32, generator=seeded(2)) * 0.25, bos_vector(lm))
     ours = logits_after(lm, prompt)
     save_adapter(tmp_path / "ours", prompt, lm)
@@ -590,9 +588,7 @@ PREFIXES += ["qwen3, layer types, bias", "olmo2"]
 @pytest.mark.parametrize("case", PREFIXES)
 def test_deep_prompt_is_pefts_prefix_tuning_and_goes_there_and_back(tmp_path, case):
     """With keys that no text has: attention reads them as they are, in PEFT and here."""
-    reference = make_reference(case)
-    reference.save_pretrained(tmp_path / "reference")
-    lm = LM.from_pretrained(tmp_path / "reference")
+    reference, lm = make_both(case, tmp_path / "reference")
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
     peft = get_peft_model(copy.deepcopy(reference), config)
     weight = peft.prompt_encoder["default"].embedding.weight
@@ -618,9 +614,7 @@ def test_deep_prompt_is_pefts_prefix_tuning_and_goes_there_and_back(tmp_path, ca
 
 
 def test_pefts_prefix_tuning_with_an_mlp_is_what_the_mlp_computed(tmp_path):
-    reference = make_reference("llama, grouped, tied")
-    reference.save_pretrained(tmp_path / "reference")
-    lm = LM.from_pretrained(tmp_path / "reference")
+    reference, lm = make_both("llama, grouped, tied", tmp_path / "reference")
     config = PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=9
     )
