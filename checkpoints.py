@@ -309,9 +309,10 @@ def write_lines(path: str | Path, records: list[dict]) -> None:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Write {name: tensor} as a safetensors file, with metadata, or the format for transformers."""
+    """Write {name: tensor} as a safetensors file, with the format for transformers as metadata, or
+    with another single entry: safetensors writes several entries in no fixed order."""
     with atomic_write(path) as unfinished:
-        save_file(tensors, unfinished, metadata=metadata or {"format": "pt"})  # two: in any order
+        save_file(tensors, unfinished, metadata=metadata or {"format": "pt"})
 
 
 def write_prefix(folder: str | Path, layers, lengths: Tensor | None, fingerprint: str) -> None:

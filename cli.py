@@ -232,8 +232,8 @@ def default_attention(device: str) -> str:
 
 
 def started_dtype(args: argparse.Namespace) -> str | None:
-    """The dtype of the run that --resume continues: on a busy machine, another one may be faster.
-    None if there is none."""
+    """The dtype of the run that --resume continues, or None if there is none. It stays the same,
+    even if another one is faster now, on a busy machine."""
     if not (args.resume and (Path(args.out) / "run.json").is_file()):
         return None
     return read_record(args.out)["arguments"].get("dtype")

@@ -39,9 +39,7 @@ def write_passages(path: str | Path, passages: Sequence[Passage]) -> None:
         writer = csv.writer(f, delimiter="\t", lineterminator="\n")
         writer.writerow(["id", "text", "title"])
         for p in passages:
-            writer.writerow(
-                [p.id.translate(blanks), p.text.translate(blanks), p.title.translate(blanks)]
-            )
+            writer.writerow([field.translate(blanks) for field in (p.id, p.text, p.title)])
 
 
 def results(questions: Sequence[Question]) -> list[dict]:

@@ -249,14 +249,14 @@ def fit(
     state = run.load_state(trained, optimizer)
     log = run.rewind_log(state.step)
     earlier_seconds, start = state.seconds, time.perf_counter()
-    with progress(recipe.steps, state.step) as (show_step, stopped):
+    with progress(recipe.steps, state.step) as (show_step, signals):
         for step in range(state.step, recipe.steps):
             loss = take_step(run, recipe, trained, optimizer, state, batch_at, add_gradient)
             record = {"step": state.step, "loss": loss, "lr": learning_rate(step, recipe)}
             if state.step % recipe.eval_every == 0 or state.step == recipe.steps:
                 with torch.no_grad(), autocast(recipe):
                     record["score"] = evaluate()
-            stop = parallel.any_of(stopped())
+            stop = parallel.any_of(bool(signals))
             with checkpoint(run, state):
                 if after_step is not None:
                     after_step(state.step)
@@ -379,10 +379,10 @@ def keep_best(run, trained: nn.Module, state: State, score: float | None, save) 
 
 @contextmanager
 def progress(steps: int, first: int):
-    """Yield (show_step, stopped), and handle SIGINT and SIGTERM meanwhile.
+    """Yield (show_step, signals), and handle SIGINT and SIGTERM meanwhile.
 
     show_step(record) moves a bar on a terminal; elsewhere it prints a line for each evaluation.
-    stopped() is true after a signal: end after this step. A second signal ends at once.
+    `signals` is the list of those that came: end after this step. A second one ends at once.
     """
     from tqdm import tqdm
 
@@ -403,15 +403,12 @@ def progress(steps: int, first: int):
         bar.set_postfix(shown, refresh=False)
         bar.update()
 
-    def stopped() -> bool:
-        return bool(signals)
-
     before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
     hidden = not (on_terminal and parallel.first())
     bar = tqdm(total=steps, initial=first, unit="step", disable=hidden)
     try:
-        yield show_step, stopped
+        yield show_step, signals
     finally:
         bar.close()
         for number, handler in before.items():

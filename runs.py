@@ -236,10 +236,9 @@ class Run:
             write_json(self.folder / "run.json", record)
 
     def log(self, record: dict) -> None:
-        if not parallel.first():
-            return
-        with open(self.metrics_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        if parallel.first():
+            with open(self.metrics_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
     def rewind_log(self, step: int) -> list[dict]:
         """Delete the records after `step` from metrics.jsonl, and return the others."""
@@ -325,8 +324,8 @@ def start_record(run: Run, trained: nn.Module, frozen: LM | None, hashes: dict) 
     if frozen:
         line += f", {sum(p.numel() for p in frozen.parameters()):,} frozen"
     show(line)
-    # Keep the earlier results, versions and hardware.
-    record = {"command": run.command} | environment(run.arguments["device"]) | before
+    now = environment(run.arguments["device"])
+    record = {"command": run.command} | now | before  # earlier results stay
     record |= {
         "arguments": run.arguments,
         "folder": os.path.abspath(run.folder),
@@ -335,7 +334,6 @@ def start_record(run: Run, trained: nn.Module, frozen: LM | None, hashes: dict) 
         **hashes,
     }
     latest = record.get("resumed", [record])[-1]
-    now = environment(run.arguments["device"])
     if any(latest.get(key) != now[key] for key in now):
         record["resumed"] = [*record.get("resumed", []), now]
     run.write_record(record)

@@ -93,7 +93,7 @@ def repeat(folder: Path, record: dict, copy: Path) -> subprocess.CompletedProces
 
 
 def changes(record: dict, again: dict) -> list[str]:
-    """What a run computed with and its repetition did not, as texts. A GPU always counts."""
+    """How versions and hardware of two runs differ, as texts. On a GPU the list is never empty."""
     then, now = (
         {**latest["versions"], **latest["hardware"]}
         for latest in (r.get("resumed", [r])[-1] for r in (record, again))
