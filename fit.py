@@ -114,10 +114,6 @@ class Muon:
         for part in self.parts:
             part.step()
 
-    def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad()
-
     def state_dict(self) -> dict:
         """The moments of every parameter. They are numbered through, Muon's matrices first."""
         state, first = {}, 0
@@ -350,7 +346,7 @@ def take_step(run, recipe, trained, optimizer, state: State, batch_at, add_gradi
             "the checkpoint before it is kept. Try a lower --lr"
         )
     optimizer.step()
-    optimizer.zero_grad()
+    trained.zero_grad()
     state.tokens += sum(int(batch.lengths.sum()) for batch in batches)
     state.positions += sum(getattr(b, "positions", b.ids.numel()) for b in batches)
     state.step += 1

@@ -502,11 +502,3 @@ def test_in_a_list_a_computed_prefix_reads_all_of_its_own_questions_at_once(make
         alone = lm.read(vectors(lm, 3, QUESTIONS[b][0]))
         for pair, own in zip(stacked.layers, alone.layers):
             close([t[b, :, -3:] for t in pair], [t[0] for t in own])
-
-
-@pytest.mark.parametrize("text", ["\udcff", "Caf\udce9", "w5 \udc80 w6"])
-def test_a_text_that_is_not_utf8_is_refused(text, capsys):
-    with pytest.raises(SystemExit):
-        main(["nowhere", text])
-    message = capsys.readouterr().err
-    assert len(message.splitlines()) == 1 and "not UTF-8" in message

@@ -233,19 +233,6 @@ def test_if_there_are_options_one_of_them_is_the_answer(place, tmp_path, capsys)
     assert metrics.main([*bare, "--limit", "4"])["n"] == 4
 
 
-@pytest.mark.parametrize("split", ["train", "dev", "test"])
-def test_a_target_that_the_tokenizer_cannot_spell_is_refused(place, tmp_path, split):
-    """Here every word but w0 ... w66 is unknown, and its token is w0."""
-    rows = [{"input": "w1", "target": target} for target in ("w5", "w5 town")]
-    file = write_lines(tmp_path / "rows.jsonl", rows)
-    args = arguments(place, "neural_recursion")
-    args.train = args.dev = str(write_lines(tmp_path / "good.jsonl", rows[:1]))
-    setattr(args, split, str(file))
-    lm = LM.from_pretrained(place / "lm" / "model")
-    with pytest.raises(ValueError, match="^rows.jsonl:2: .* no tokens for the answer 'w5 town'"):
-        start.load_task(args, lm, words_tokenizer(67))
-
-
 def test_load_run_gives_the_composition_of_each_method(make_lm, tmp_path):
     """Also of a record with the earlier names, and of an LM that was trained itself."""
     lm, ids, out = make_lm(), torch.tensor([[4, 5, 6]]), tmp_path / "run"

@@ -281,6 +281,7 @@ ROWS += [  # the byte ff, as Python reads it from a command line
         "bench.py --only BYTE",
         "eval.py ask BYTE",
         "eval.py ask who --stop CafBYTE",
+        "generate.py lm/model 'so BYTE so'",
     )
 ]
 ROWS += [  # a value of 5,000 letters is not shown in full
