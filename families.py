@@ -412,7 +412,9 @@ def read_windows(path: Path, values: dict, fields: dict) -> tuple[int | None, ..
     if not types:
         full = n_layers if window is None else min(n_layers, values.get("max_window_layers", 0))
         types = ["full_attention"] * full + ["sliding_attention"] * (n_layers - full)
-    if len(types) != n_layers or not set(types) <= {"full_attention", "sliding_attention"}:
+    known = ("full_attention", "sliding_attention")
+    fits = isinstance(types, list) and len(types) == n_layers and all(t in known for t in types)
+    if not fits:
         raise ValueError(
             f"{path}: layer_types {types!r} is not supported for {n_layers} layers of {family_name}"
         )

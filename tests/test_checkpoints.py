@@ -326,6 +326,8 @@ learned | "scale_attn_weights": false | scale_attn_weights False is not supporte
 tied | "model_type": "mistral", "sliding_window": 0 | sliding_window is 0, not a positive
 windows | "layer_types": ["full_attention", "full_attention", "chunked"] | layer_types .* is not sup
 windows | "layer_types": ["full_attention"] | is not supported for 3 layers of qwen2
+windows | "layer_types": 3 | layer_types 3 is not supported for 3 layers of qwen2
+windows | "layer_types": [[], [], []] | layer_types .* is not supported
 windows | "use_sliding_window": false | layer_types names sliding_attention, but
 bert | "model_type": "t5" | model_type is neither bert nor dpr
 bert | "quantization_config": {"bits": 8} | quantization_config .* is not supported
