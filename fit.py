@@ -244,7 +244,7 @@ def fit(
     optimizer = make_optimizer(trained, recipe)
     state = run.load_state(trained, optimizer)
     log = run.rewind_log(state.step)
-    earlier_seconds, start = state.seconds, time.perf_counter()
+    start = time.perf_counter() - state.seconds  # as if the run had never been stopped
     with progress(recipe.steps, state.step) as (show_step, signals):
         for step in range(state.step, recipe.steps):
             loss = take_step(run, recipe, trained, optimizer, state, batch_at, add_gradient)
@@ -262,7 +262,7 @@ def fit(
                     log.append(record)
                     run.log(record)
                 if stop or "score" in record:
-                    state.seconds = earlier_seconds + time.perf_counter() - start
+                    state.seconds = time.perf_counter() - start
                     run.save_state(trained, optimizer, state)
             show_step(record)
             if stop:
@@ -270,7 +270,7 @@ def fit(
     trained.load_state_dict(state.best)
     if parallel.first():
         write_trained(run, state, save, log)
-    state.seconds = earlier_seconds + time.perf_counter() - start
+    state.seconds = time.perf_counter() - start
     return outcome(state)
 
 

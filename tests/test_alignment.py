@@ -248,9 +248,8 @@ def test_connector_that_outputs_the_embeddings_gives_the_bare_lm(lm):
     assert torch.equal(stack(x), lm(x))
     h, cache = in_chunks(stack, x, [4, 4])
     close(h, lm(x))
-    close(
-        lm(x[:, 2:], stack.prefix_of(2, cache)), lm(x[:, 2:], lm.read(x))
-    )  # the last pass's own cache
+    last = stack.prefix_of(2, cache)  # the last pass's own cache
+    close(lm(x[:, 2:], last), lm(x[:, 2:], lm.read(x)))
     assert generate(Stack(lm), QUESTIONS, None, 5) == generate(lm, QUESTIONS, None, 5)
 
 
