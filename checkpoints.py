@@ -309,8 +309,7 @@ def write_lines(path: str | Path, records: list[dict]) -> None:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Write {name: tensor} as a safetensors file, with the format for transformers as metadata, or
-    with another single entry: safetensors writes several entries in no fixed order."""
+    """Write {name: tensor} as a safetensors file, with one entry of metadata: two have no order."""
     with atomic_write(path) as unfinished:
         save_file(tensors, unfinished, metadata=metadata or {"format": "pt"})
 
