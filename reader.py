@@ -203,7 +203,8 @@ def examples(book: Book) -> dict[str, list[data.Example]]:
 
 def check(args, book: Book) -> list[str | Path]:
     """Refuse what cannot be done, before anything is written. Returns the encoders in use."""
-    searches = any(not q.found for part in book.questions.values() for q in part)
+    found = all(q.found for part in book.questions.values() for q in part)
+    searches = args.method == "reader" or not found  # a reader searches for later questions, too
     encoders = []
     if args.method == "reader" and not answered(book.questions["train"]):
         raise ValueError(f"{args.train or args.passages}: no training question has an answer")
@@ -320,12 +321,15 @@ class Reader(recurse.Around):
                 args[key] = find(args[key], folder, record)
         return cls(lm, tokenizer, Namespace(**args), folder)
 
-    def open_book(self) -> None:
-        """Load passages, indexes and the re-ranker. ValueError if the passages are others now."""
+    def open_book(self, dev=()) -> None:
+        """Load passages, indexes and the re-ranker. ValueError if the passages are others now.
+
+        `dev`: questions for the weight of a hybrid search that no stage has needed before.
+        """
         args = self.args
         own = self.folder / "passages.jsonl"
         passages = books.read_passages(own if own.is_file() else args.passages)
-        self.search = Search(args, passages, self.folder)
+        self.search = Search(args, passages, self.folder, dev)
         if not args.no_rerank:
             path = encoder_folder(args.reranker or self.folder / "reranker")
             self.encoder = CrossEncoder.from_pretrained(path, args.device, args.encoder_len)
@@ -355,19 +359,6 @@ class Reader(recurse.Around):
             questions = self.ranked(self.retrieved(questions))
         return [replace(e, input=text) for e, text in zip(examples, self.packed(questions))]
 
-    def seconds(self, questions: list[Question], answer: Callable) -> dict[str, float]:
-        """Seconds per question of search, re-ranking and reading. answer(texts) reads them."""
-        if self.search is None:
-            self.open_book()
-        stages = {"search": self.retrieved, "re-rank": self.ranked, "pack": self.packed}
-        stages["read"] = answer
-        measured, value = {}, questions
-        for name, stage in stages.items():
-            start = time.perf_counter()
-            value = stage(value)
-            measured[name] = (time.perf_counter() - start) / len(questions)
-        return measured
-
 
 class Checkpointed(recurse.Around):
     """An LM, with the LM's interface, that keeps one state per block for the backward pass.
@@ -393,6 +384,7 @@ class Checkpointed(recurse.Around):
         return lm.norm(x)
 
 
+@torch.no_grad()
 def time_reader(task, adapter, book: Book) -> dict[str, float]:
     """Seconds per question of each stage, and the share of re-ranking, over a few questions."""
     args, questions = task.args, book.questions["test"] or book.questions["dev"]
@@ -408,11 +400,15 @@ def time_reader(task, adapter, book: Book) -> dict[str, float]:
         return predict(model, task.tokenizer, ids, prefix, new, None, stops, max_tokens=budget)
 
     chain = Reader(model, task.tokenizer, args, Path(args.out))
-    with (
-        torch.no_grad(),
-        torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"),
-    ):
-        seconds = chain.seconds([questions[row] for row in rows], answer)
+    chain.open_book(book.questions["dev"])
+    stages = {"search": chain.retrieved, "re-rank": chain.ranked, "pack": chain.packed}
+    stages["read"] = answer
+    seconds, value = {}, [questions[row] for row in rows]
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        for name, stage in stages.items():
+            begin = time.perf_counter()
+            value = stage(value)
+            seconds[name] = (time.perf_counter() - begin) / len(rows)
     share = seconds["re-rank"] / sum(seconds.values())
     stages = ", ".join(f"{name} {1000 * value:.1f}" for name, value in seconds.items())
     show(f"milliseconds a question: {stages}; re-ranking takes {100 * share:.0f} %")

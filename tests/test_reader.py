@@ -274,8 +274,9 @@ def test_a_run_from_ranked_passages_trains_the_same_prompt(shelf, whole, tmp_pat
     assert "re-ranked" not in record["passages"]["dev"]
 
 
-def test_a_reader_starts_from_any_dpr_result(shelf, tmp_path):
-    """The questions are those of the flags, or else those of the file, cut into three parts."""
+def test_a_reader_starts_from_any_dpr_result(shelf, dual, tmp_path):
+    """The questions are those of the flags, or else those of the file, cut into three parts. A
+    hybrid search for later questions gets its weight, though none of these is searched for."""
     questions = read_questions(shelf / "ask.jsonl", BOOK)
     bm25, rows = BM25(BOOK), []
     for q in questions:
@@ -289,10 +290,12 @@ def test_a_reader_starts_from_any_dpr_result(shelf, tmp_path):
         out = tmp_path / f"top-{top}"
         record = run(line(shelf, "reader", out, f"{result} {files} --top {top}"))
         assert record["passages"]["dev"]["input"]["passages"] == top
-    words = line(shelf, "reader", tmp_path / "cut", result)
+    hybrid = f"--search hybrid --retriever {dual}"
+    words = line(shelf, "reader", tmp_path / "cut", f"{result} {hybrid}")
     words = [w for i, w in enumerate(words) if not {words[i - 1], w} & {"--train", "--dev"}]
     record = run(words)
     assert [record["passages"][split]["n"] for split in openbook.SPLITS] == [7, 1, 1]
+    assert (tmp_path / "cut" / "hybrid.json").is_file() and record["seconds_per_question"]
     model, prefix, tokenizer, _ = load_run(tmp_path / "cut")  # its book is what was found
     ids, _, _ = prepare(model, tokenizer, data.read(shelf / "ask-dev.jsonl"), prefix, 4)
     assert "likes the sea" in tokenizer.decode(ids[0])
