@@ -278,8 +278,7 @@ class Search:
         unit = float(spread[0] / max(spread[1], 1e-9))
 
         def hits(row: int, found: Found) -> bool:
-            texts = [self.passages[i].text for i, _ in found[:TUNED_AT]]
-            return any(metrics.has_answer(dev[row].answers, text) for text in texts)
+            return any(books.answer_hits(with_found(dev[row], self.passages, found[:TUNED_AT])))
 
         weights = [unit * 2.0**power for power in (0, -1, 1, -2, 2, -3, 3)]
         weight, share = tune_weight(dense, sparse, hits, weights)

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import BOM, json_lines, question_text
+from data import BOM, decode_utf8, json_lines, question_text
 from eval import has_answer
 from rerank import CrossEncoder, loss_parts, pad, tokenise
 
@@ -131,11 +131,12 @@ def json_records(path: str | Path) -> Iterator[tuple[str, dict]]:
         for source, record in json_lines(path):
             yield source, _without_nulls(record)
         return
-    text, line, last, number, place = read_utf8(path), 1, 0, 0, ""
+    text = decode_utf8(path.read_bytes(), path)
     space, decoder = re.compile(r"[ \t\r\n]*"), json.JSONDecoder()
     position = space.match(text, text.index("[") + 1).end()
+    line, counted, number, before = 1, 0, 0, None
     while not text.startswith("]", position):
-        line, last = line + text.count("\n", last, position), position
+        line, counted = line + text.count("\n", counted, position), position
         try:
             record, end = decoder.raw_decode(text, position)
             if "\\ud" in text[position:end].lower():  # half a surrogate pair, as in data.json_lines
@@ -144,9 +145,10 @@ def json_records(path: str | Path) -> Iterator[tuple[str, dict]]:
             raise ValueError(f"{path.name}:{line}: not a record of JSON ({error})") from None
         if not isinstance(record, dict):
             raise ValueError(f"{path.name}:{line}: a JSON object is expected")
-        number, before, place = number + 1, place, f"{path.name}:{line}"
-        same = place == before  # a whole array may stand in one line
-        yield f"{place} record {number}" if same else place, _without_nulls(record)
+        number += 1
+        again = f" record {number}" if line == before else ""  # a whole array may stand in one line
+        yield f"{path.name}:{line}{again}", _without_nulls(record)
+        before = line
         position = space.match(text, end).end()
         if text.startswith(",", position):
             position = space.match(text, position + 1).end()
@@ -167,14 +169,6 @@ def _without_nulls(value):
 def _begins_with_bracket(path: Path) -> bool:
     with open(path, "rb") as file:
         return file.read(100).removeprefix(BOM.encode()).lstrip().startswith(b"[")
-
-
-def read_utf8(path: Path) -> str:
-    """Return the text of a file. ValueError if it is not UTF-8."""
-    try:
-        return path.read_bytes().decode("utf-8").removeprefix(BOM)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
 
 
 def read_questions(path: str | Path, passages: Sequence[Passage] = ()) -> list[Question]:
@@ -227,8 +221,7 @@ def parse_question(record: dict, by_id: dict, source: str) -> Question:
 def _parse_passage(passage, by_id: dict, source: str) -> Passage:
     if not isinstance(passage, dict):
         raise ValueError(f"{source}: a passage must be a JSON object")
-    names = [key for key in ("id", "passage_id", "psg_id") if passage.get(key) is not None]
-    id = str(passage[names[0]]) if names else ""
+    id = next((str(passage[k]) for k in ("id", "passage_id", "psg_id") if k in passage), "")
     if "text" not in passage:
         if id not in by_id:
             raise ValueError(f"{source}: the passage {id!r} has no text and is not in the book")
@@ -502,7 +495,7 @@ def retriever_batch(
     passages = [*positives, *wrong]
     known = torch.zeros(len(rows), len(passages), dtype=torch.bool)
     for i, row in enumerate(rows):
-        right = {p[:2] for p in questions[row].positives} | {positives[i][:2]}
+        right = {p[:2] for p in questions[row].positives}
         known[i] = torch.tensor([passage[:2] in right for passage in passages])
     asked = pad(dual.question_inputs([questions[row].question for row in rows]))
     targets = torch.arange(len(rows))

@@ -73,10 +73,11 @@ def rank(args, book: Book, folder: Path, train: Callable) -> tuple[Book, dict]:
     the questions that it was trained on.
     """
     questions, models, info = book.questions, {}, {}
-    training, names = questions["train"], iter(["a", "b", "all"])  # as cross_fit trains them
+    training = questions["train"]
+    names = iter(["all"] if args.no_cross_fit else ["a", "b", "all"])  # as cross_fit trains them
 
-    def train_fn(part: list[Question], name: str | None = None) -> str:
-        name = name or next(names)
+    def train_fn(part: list[Question]) -> str:
+        name = next(names)
         own = "reranker" if name == "all" else f"reranker-{name}"
         models[name] = train(own, questions | {"train": part, "test": []})
         return name
@@ -84,21 +85,19 @@ def rank(args, book: Book, folder: Path, train: Callable) -> tuple[Book, dict]:
     def score_fn(name: str, part: list[Question], split="train") -> list[list[float]]:
         return score_split(args, models[name], part, folder / "scores" / f"{name}-{split}")
 
-    if args.reranker or args.no_cross_fit:
-        name = "all"
-        if args.reranker:
-            path = encoder_folder(args.reranker)
-            models[name] = CrossEncoder.from_pretrained(path, args.device, args.encoder_len)
-        else:
-            train_fn(training, name)
-        scores = score_fn(name, training)
+    if args.reranker:
+        path = encoder_folder(args.reranker)
+        models["all"] = CrossEncoder.from_pretrained(path, args.device, args.encoder_len)
+        scores = score_fn("all", training)
+    elif args.no_cross_fit:
+        scores = score_fn(train_fn(training), training)
     else:
-        scores, halves, name = cross_fit(training, train_fn, score_fn, args.seed, key=half_key)
+        scores, halves, _ = cross_fit(training, train_fn, score_fn, args.seed, key=half_key)
         info["halves"] = "".join(halves)
         info["cross-fitting"] = compare_halves(args, training, scores, halves, score_fn)
     ranked = {"train": sort_found(training, scores)}
     for split in ("dev", "test"):
-        ranked[split] = sort_found(questions[split], score_fn(name, questions[split], split))
+        ranked[split] = sort_found(questions[split], score_fn("all", questions[split], split))
     if parallel.first():
         for split, part in ranked.items():
             write_found(folder / "ranked" / f"{split}.jsonl", part)
@@ -171,9 +170,8 @@ def write_inputs(args, tokenizer, left: int, questions: Sequence[Question], targ
         answer = len(answers[row]) + 1 if targets else 0
         limit = left - max(args.max_new_tokens - 1, answer)
         budget = max(0, limit - len(asked[row]))
-        most = len(q.found) if args.max_packed is None else args.max_packed
         kept, out = pack(q.found, q.scores, budget, lengths.get)
-        kept = kept[:most]
+        kept = kept[: args.max_packed]
         text = books.reader_text(q.question, kept)
         while kept and len(data.encode_prompts(tokenizer, [text])[0]) > limit:
             kept, out = kept[:-1], out + 1  # some tokenizers split joined lines otherwise

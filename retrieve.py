@@ -86,7 +86,7 @@ class BM25:
         self.rows = rows.astype(np.int32)
         self.scores = (idf[word] * tf / (tf + norm[rows])).astype(np.float32)
 
-    def search(self, question: str, k: int = 100) -> list[tuple[int, float]]:
+    def search(self, question: str, k: int = 100) -> Found:
         """Return [(row of the passage, score)], the k best, best first, equal scores by row.
 
         Passages without a word of the question are left out. ValueError if k is below 1.
@@ -207,16 +207,12 @@ class DualEncoder(nn.Module):
 
     def question_inputs(self, questions: Sequence[str]) -> list[list[int]]:
         """Return the tokens of each question's input."""
-        return [self.layout([], text) for text in self.tokens(questions)]
+        return [self.layout([], text) for text in tokenise(self.tokenizer, questions)]
 
     def passage_inputs(self, passages: Sequence) -> list[list[int]]:
         """Return the tokens of each passage's input."""
-        titles, texts = zip(*map(as_pair, passages))
-        return list(map(self.layout, self.tokens(titles), self.tokens(texts)))
-
-    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokenise texts without special tokens; see rerank.tokenise."""
-        return tokenise(self.tokenizer, texts)
+        titles, texts = (tokenise(self.tokenizer, part) for part in zip(*map(as_pair, passages)))
+        return list(map(self.layout, titles, texts))
 
     def layout(self, title: list[int], text: list[int]) -> list[int]:
         """Return the tokens of an input, at most max_len."""
@@ -232,11 +228,11 @@ class DualEncoder(nn.Module):
         return self.encode(self.passage, self.passage_inputs(passages))
 
     @torch.no_grad()
-    def encode(self, bert: Bert, inputs: list[list[int]], batch_tokens: int = 4096) -> np.ndarray:
+    def encode(self, bert: Bert, inputs: list[list[int]]) -> np.ndarray:
         """Encode inputs in batches of similar lengths. Dropout is off meanwhile."""
         vectors = np.empty((len(inputs), bert.config.dim), np.float32)
         device, training = bert.word_embeddings.weight.device, self.training
-        size = batch_tokens * (16 if device.type == "cuda" else 1)
+        size = 4096 * (16 if device.type == "cuda" else 1)  # tokens
         self.eval()
         for rows in progress(length_batches(inputs, size), "batches"):
             ids, lengths = (t.to(device) for t in pad([inputs[row] for row in rows]))
