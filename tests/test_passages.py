@@ -106,11 +106,8 @@ def test_dprs_training_format_is_read(tmp_path):
     lines = [json.dumps(r) for r in (record, {"question": "where?", "answers": ["here"]})]
     write(tmp_path / "a.json", "[\n{}\n]\n".format(",\n".join(lines)))
     first, second = read_questions(tmp_path / "a.json")
-    assert (first.positives, first.hard_negatives, first.negatives) == (
-        BOOK[:1],
-        BOOK[1:3],
-        BOOK[3:],
-    )
+    lists = first.positives, first.hard_negatives, first.negatives
+    assert lists == (BOOK[:1], BOOK[1:3], BOOK[3:])
     assert first.answers == ["Emma", "J"] and second.positives == [] == second.found
     assert (first.source, second.source) == ("a.json:2", "a.json:3")
 
@@ -159,6 +156,9 @@ def squad(context, question, answer) -> str:
 
 
 ASKED = '{"question": "q", "answers": ["a"]'
+NO_NUMBER = "a.json:1: ctxs: a score is not a finite number"
+NO_ANSWER = "a.json:1: needs a list of texts under the key answers"
+NO_QA = "a.json:1: 'Emma', paragraph 0: a question or an answer is empty"
 
 
 @pytest.mark.parametrize(
@@ -171,33 +171,21 @@ ASKED = '{"question": "q", "answers": ["a"]'
         (f"[{ASKED}}},\n3]", "a.json:2: a JSON object is expected"),
         ("[]", "holds no questions"),
         ('{"answers": ["a"]}', "a.json:1: needs a text under the key question"),
-        (
-            '{"question": "q", "answers": []}',
-            "a.json:1: needs a list of texts under the key answers",
-        ),
-        ('{"question": "q", "answers": ["a", 3]}', "a.json:1: needs a list of texts"),
+        ('{"question": "q", "answers": []}', NO_ANSWER),
+        ('{"question": "q", "answers": ["a", 3]}', NO_ANSWER),
         (ASKED + ', "ctxs": 3}', "a.json:1: ctxs must be a list"),
         (ASKED + ', "ctxs": ["a"]}', "a.json:1: ctxs: a passage must be a JSON object"),
         (
             ASKED + ', "ctxs": [{"id": "1", "text": " "}]}',
             "a.json:1: ctxs: the passage '1' is empty",
         ),
-        (
-            ASKED + ', "ctxs": [{"text": "a", "score": "b"}]}',
-            "a.json:1: ctxs: a score is not a finite number",
-        ),
-        (
-            ASKED + ', "ctxs": [{"text": "a", "score": "nan"}]}',
-            "a.json:1: ctxs: a score is not a finite number",
-        ),
+        (ASKED + ', "ctxs": [{"text": "a", "score": "b"}]}', NO_NUMBER),
+        (ASKED + ', "ctxs": [{"text": "a", "score": "nan"}]}', NO_NUMBER),
         (ASKED + ', "positives": 5}', "a.json:1: positives must be a list of ids"),
         ('[{"question": "q\\ud800", "answers": ["a"]}]', "a.json:1: not a record of JSON"),
         (squad("", "who", "Jane"), r"a.json:1: 'Emma', paragraph 0: the context is empty"),
-        (squad("It is.", " ", "Jane"), "a.json:1: 'Emma', paragraph 0: a question or an answer"),
-        (
-            squad("It is.", "who", ""),
-            "a.json:1: 'Emma', paragraph 0: a question or an answer is empty",
-        ),
+        (squad("It is.", " ", "Jane"), NO_QA),
+        (squad("It is.", "who", ""), NO_QA),
         ('{"data": [{"title": "a"}]}', "a.json:1: not a SQuAD file"),
     ],
 )
@@ -263,16 +251,13 @@ def rank(count):
 
 def test_the_re_ranker_sorts_what_was_found():
     encoder, asked = make_encoder(), Question("q", ["x"])
-    questions = [
-        with_found(asked, found(9, [4]), rank(9)),
-        with_found(asked, found(3, [0]), rank(3)),
-    ]
+    lists = found(9, [4]), found(3, [0])
+    questions = [with_found(asked, some, rank(len(some))) for some in lists]
     best, other = rerank_found(cut_found(questions, 6), encoder)
     scores = encoder.score("q", questions[0].found[:6])
     assert best.scores == sorted(scores.tolist(), reverse=True) and len(other.found) == 3
-    assert best.found == [
-        questions[0].found[i] for i in scores.argsort(descending=True, stable=True)
-    ]
+    order = scores.argsort(descending=True, stable=True)
+    assert best.found == [questions[0].found[i] for i in order]
 
 
 def test_the_reader_reads_the_passages_and_then_the_question():
