@@ -84,10 +84,10 @@ def read_passages(path: str | Path) -> list[Passage]:
 
 def _json_passages(path: Path) -> Iterator[tuple[str, Passage]]:
     for source, record in json_lines(path):
-        values = [record.get(key, "") for key in ("title", "text", "id")]
-        if "id" not in record or not all(isinstance(v, str) for v in values[:2]):
+        title, text = record.get("title", ""), record.get("text", "")
+        if "id" not in record or not (isinstance(title, str) and isinstance(text, str)):
             raise ValueError(f"{source}: a passage needs an id and texts under title and text")
-        yield source, Passage(values[0], values[1], str(values[2]))
+        yield source, Passage(title, text, str(record["id"]))
 
 
 def _tsv_passages(path: Path) -> Iterator[tuple[str, Passage]]:
@@ -391,10 +391,8 @@ class RerankerBatch(OnDevice):
     def part(self, rows: Sequence[int]) -> "RerankerBatch":
         """Return some questions of it, with the inputs of their passages."""
         groups, spans, targets = self.groups[rows], self.spans[rows], self.targets[rows]
-        used = groups[groups >= 0]  # the inputs of a question stand behind each other
-        number = torch.full((len(self.ids),), -1, device=groups.device)
-        number[used] = torch.arange(len(used), device=groups.device)
-        groups = torch.where(groups < 0, -1, number[groups.clamp(min=0)])
+        used = groups[groups >= 0]  # their inputs, which are now numbered anew
+        groups = groups.masked_scatter(groups >= 0, torch.arange(len(used), device=groups.device))
         lengths = self.lengths[used]
         ids, kept = self.ids[used, : int(lengths.max())], [self.rows[row] for row in rows]
         return RerankerBatch(ids, lengths, groups, spans, targets, kept)
@@ -466,8 +464,8 @@ def reranker_batch(
 
 
 def retriever_questions(questions: Sequence[Question]) -> tuple[list[Question], int]:
-    """Return the questions with a positive, with what the dual encoder learns from, and how many
-    others there are. What a question names goes before what was found."""
+    """Return the questions that have a positive, with the passages that the dual encoder learns
+    from, and how many have none. The lists of a question are used before what was found for it."""
     kept = []
     for q in questions:
         right, wrong = choose_passages(q)

@@ -143,8 +143,9 @@ def compare_halves(args, training, scores, halves: list[str], score_fn: Callable
     for half in "AB":
         part = [row for row in rows if halves[row] == half]
         own |= zip(part, score_fn(half.lower(), [training[row] for row in part], "own"))
-    tables = {"n": len(rows), "own half": recalls(sort_found(questions, [own[r] for r in rows]))}
-    return tables | {"held-out half": recalls(sort_found(questions, [scores[r] for r in rows]))}
+    by_own = recalls(sort_found(questions, [own[row] for row in rows]))
+    by_other = recalls(sort_found(questions, [scores[row] for row in rows]))
+    return {"n": len(rows), "own half": by_own, "held-out half": by_other}
 
 
 # Packing and reading
@@ -201,25 +202,24 @@ def examples(book: Book) -> dict[str, list[data.Example]]:
 
 def check(args, book: Book) -> list[str | Path]:
     """Refuse what cannot be done, before anything is written. Returns the encoders in use."""
-    found = all(q.found for part in book.questions.values() for q in part)
-    searches = args.method == "reader" or not found  # a reader searches for later questions, too
-    encoders = []
-    if args.method == "reader" and not answered(book.questions["train"]):
+    reads, encoders = args.method == "reader", []
+    if reads and not answered(book.questions["train"]):
         raise ValueError(f"{args.train or args.passages}: no training question has an answer")
-    if args.method == "reader" and args.top == 0:
+    if reads and args.top == 0:
         return encoders
-    if args.method == "reader" and not book.passages:
-        flag = "--passages" if args.passages else "--train"
-        file = args.passages or args.train
-        raise ValueError(f"{flag} {file}: holds no passages; --passages names a file that does")
+    if reads and not book.passages:
+        file = f"--passages {args.passages}" if args.passages else f"--train {args.train}"
+        raise ValueError(f"{file}: holds no passages; --passages names a file that does")
     if args.search != "bm25" and not args.retriever:
         raise ValueError(f"--search {args.search} needs --retriever, the folder of a dual encoder")
+    found = all(q.found for part in book.questions.values() for q in part)
+    searches = reads or not found  # a reader searches for later questions, too
     if args.search == "hybrid" and searches and not book.questions["dev"]:
         raise ValueError("--search hybrid: there are no dev questions to tune its weight on")
     if args.search != "bm25":
         find_dual(args)
         encoders.append(args.retriever)
-    if args.method != "reader":
+    if not reads:
         return [*encoders, base_encoder(args)]
     if args.no_rerank:
         return encoders

@@ -385,7 +385,7 @@ class CrossEncoder(nn.Module):
         encoder.heads.load_state_dict({ours: found[name].float() for ours, name in names.items()})
         return encoder.to(device).eval()
 
-    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and tokenizer.json under the published names."""
         from checkpoints import atomic_write, write_encoder
         from families import bert_to_hf
@@ -396,7 +396,7 @@ class CrossEncoder(nn.Module):
         config = bert_to_hf(vars(self.bert.config)) | {"model_type": form.model_type}
         labels = {str(i): f"LABEL_{i}" for i in range(self.heads["rank"].out_features)}
         config |= {"architectures": [form.architecture], "id2label": labels}
-        write_encoder(folder, config, tensors, dtype)
+        write_encoder(folder, config, tensors, torch.float32)
         with atomic_write(Path(folder) / "tokenizer.json") as path:
             self.tokenizer.save(str(path))
 

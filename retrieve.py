@@ -321,10 +321,10 @@ def hybrid(first: Found, second: Found, weight: float) -> Found:
     A passage that only one search found gets the lowest score of the other. Equal scores are
     sorted by row.
     """
-    found = [dict(first), dict(second)]
-    lowest = [min(scores.values(), default=0.0) for scores in found]
-    a, b = ({row: s.get(row, low) for row in found[0] | found[1]} for s, low in zip(found, lowest))
-    return sorted(((row, a[row] + weight * b[row]) for row in a), key=lambda f: (-f[1], f[0]))
+    a, b = dict(first), dict(second)
+    low_a, low_b = (min(scores.values(), default=0.0) for scores in (a, b))
+    joined = [(row, a.get(row, low_a) + weight * b.get(row, low_b)) for row in a | b]
+    return sorted(joined, key=lambda found: (-found[1], found[0]))
 
 
 def tune_weight(
@@ -339,10 +339,9 @@ def tune_weight(
     answer is among the first 100. Of equally good weights the first is chosen. Spider's weights
     are 1 to 9. Tune on dev only: the test score of a weight tuned on test means nothing.
     """
-    best = None
+    shares = {}
     for weight in weights:
-        joined = enumerate(map(hybrid, firsts, seconds, [weight] * len(firsts)))
-        share = sum(bool(hits(i, found)) for i, found in joined) / len(firsts)
-        if best is None or share > best[1]:
-            best = weight, share
-    return best
+        joined = [hybrid(first, second, weight) for first, second in zip(firsts, seconds)]
+        shares[weight] = sum(hits(i, found) for i, found in enumerate(joined)) / len(joined)
+    best = max(shares, key=shares.get)  # of equal ones the first
+    return best, shares[best]
