@@ -177,10 +177,10 @@ def search_table(scores: dict, baselines: dict, rankings: dict, ks: list[int]) -
     baselines  {target: score without transfer};  rankings {target: what `search` returned}
 
     A row holds the mean over targets of the best-of-top-k score and of its relative error
-    reduction, and the fractions of the search eliminated and of the oracle's gain kept. With one
-    score, the best is chosen by what is averaged, as in the paper, so chance is a part of its gain.
-    With several, each part has the score of the source that is best on the other parts. If the
-    oracle gains nothing, the fraction kept is None.
+    reduction, and the fractions of the search eliminated and of the oracle's gain kept. If there is
+    one score, the same score chooses the best source and is averaged, as in the paper. So a part of
+    its gain is chance. If there are several, the scores on the other parts choose the source whose
+    score on a part is averaged. If the oracle gains nothing, the fraction kept is None.
     """
 
     def best(target: str, k: int) -> float:
@@ -205,10 +205,10 @@ def relative_error_reduction(score: float, baseline: float) -> float:
     return (score - baseline) / (1 - baseline) if baseline < 1 else 0.0
 
 
-def permutation_test(statistic: Callable, values, iters=10_000, seed=0) -> tuple[float, float]:
+def permutation_test(statistic: Callable, values, iters=10_000) -> tuple[float, float]:
     """(statistic(values), p): p is the chance of a statistic at least as large if the values stood
     in random order, (count + 1) / (iters + 1)."""
-    rng, values = np.random.default_rng(seed), np.asarray(values)
+    rng, values = np.random.default_rng(0), np.asarray(values)
     observed = statistic(values)
     as_large = sum(statistic(rng.permutation(values)) >= observed - 1e-12 for _ in range(iters))
     return float(observed), float((as_large + 1) / (iters + 1))
@@ -229,14 +229,14 @@ def silhouette(similarities, labels) -> float:
     return float(np.where(sizes[group] > 1, (b - a) / np.maximum(a, b), 0.0).mean())
 
 
-def pearson(x, y, iters: int = 10_000, seed: int = 0) -> tuple[float, float]:
+def pearson(x, y, iters: int = 10_000) -> tuple[float, float]:
     """Pearson's r, and a two-sided p from permutations: no normal distribution is assumed.
 
     A constant correlates with nothing: r is 0 and p is 1.
     """
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0, 1.0
-    _, p = permutation_test(lambda y: abs(np.corrcoef(x, y)[0, 1]), y, iters, seed)
+    _, p = permutation_test(lambda y: abs(np.corrcoef(x, y)[0, 1]), y, iters)
     return float(np.corrcoef(x, y)[0, 1]), p
 
 
@@ -378,19 +378,15 @@ def write_average(out: str | Path, library: str | Path, best: list[tuple[str, fl
     write_json(Path(out) / "adapter_config.json", config)
 
 
+WU = {"schedule": "constant", "optimizer": "adafactor", "weight_decay": 0.0}  # Wu et al. 2022
 COMMANDS = {  # command: (function, defaults of its flags)
     "search": (search_command, {}),
     "source": (source, train.METHODS["prompt_tuning"][1]),
     "continue": (
         promptability.continued_pretraining,
-        {"steps": 200, "lr": 1e-3, "schedule": "constant", "optimizer": "adafactor"}
-        | {"weight_decay": 0.0, "grad_accum": 16},
+        WU | {"steps": 200, "lr": 1e-3, "grad_accum": 16},
     ),
-    "few-shot": (
-        promptability.few_shot,
-        {"steps": 100, "lr": 0.1, "schedule": "constant", "optimizer": "adafactor"}
-        | {"weight_decay": 0.0, "batch_size": 16},
-    ),
+    "few-shot": (promptability.few_shot, WU | {"steps": 100, "lr": 0.1, "batch_size": 16}),
 }
 
 
