@@ -262,13 +262,11 @@ def test_a_run_loads_as_it_was_scored(runs, variant):
     _, prefix, _, _ = load_run(runs / variant)
     assert (prefix is not None) == ("P" in trains)
     own = read_lines(runs / variant / "predictions.jsonl")
-    out = runs / "scores" / variant
+    out, again = runs / "scores" / variant, []
     for name in ("car", "end", "hat"):
         score = f"score {runs}/suite/{name}-dev.jsonl --run {runs}/{variant} --out {out}/{name}"
         metrics.main(score.split())
-    again = [
-        r for name in ("car", "end", "hat") for r in read_lines(out / name / "predictions.jsonl")
-    ]
+        again += read_lines(out / name / "predictions.jsonl")
     assert again == own
 
 
@@ -355,20 +353,17 @@ def test_an_eos_ends_every_input_if_asked_for(place, tmp_path):
 
 
 def few_shot(place, out, flags=""):
-    files = [
-        [f"{place}/suite/{name}-{s}.jsonl" for name in ("car", "end")] for s in ("train", "test")
-    ]
-    start = f"transfer.py few-shot --train {' '.join(files[0])} --test {' '.join(files[1])}"
+    car, end = f"{place}/suite/car", f"{place}/suite/end"
+    start = f"transfer.py few-shot --train {car}-train.jsonl {end}-train.jsonl"
+    start += f" --test {car}-test.jsonl {end}-test.jsonl"
     short = f"--model {place}/reptile/model --init {place}/reptile --prompt-length 4 --device cpu"
     return f"{start} {short} --out {out} --shots 5 --steps 3 --max-new-tokens 3 {flags}".split()
 
 
 def test_few_shot_tunes_on_stored_examples_and_pools_the_predictions(runs, tmp_path):
     result = run(few_shot(runs, tmp_path / "a"))
-    assert {name: set(part) for name, part in result["datasets"].items()} == {
-        "car": {"is", "paint"},
-        "end": {"is", "paint"},
-    }
+    templates = {name: set(part) for name, part in result["datasets"].items()}
+    assert templates == {"car": {"is", "paint"}, "end": {"is", "paint"}}
     shots = json.loads((tmp_path / "a" / "shots.json").read_text())
     assert all(len(set(ids)) == 5 for ids in shots.values())
     assert {int(id.split("-")[1]) % 2 for id in shots["car.paint"]} == {1}  # of this template
@@ -440,8 +435,6 @@ def test_bad_input_is_refused_by_name(runs, tmp_path):
     cases = {
         "--batch-size 7": "--batch-size: 7 rows cannot be split into 3 parts",
         "--batch-size 99": "12 examples of the template 'is', fewer than --batch-size 99",
-        f"--train {tmp_path}/none.jsonl": "none.jsonl: no such file",
-        f"--train {runs}": "is a folder",
         f"--init {runs}/t0": "no adapter_config.json",
         "--limit 3": "3 examples of the template 'is', fewer than --batch-size 6",
         f"--train {runs}/suite/end-train.jsonl": "--hold-out leaves no task",
@@ -456,11 +449,8 @@ def test_bad_input_is_refused_by_name(runs, tmp_path):
     with pytest.raises(ValueError, match="was started with --inner-lr"):
         run(line(runs, "reptile", runs / "reptile", "--resume --inner-lr 0.5"))
     with pytest.raises(ValueError, match="other data"):
-        run(
-            line(
-                runs, "reptile", runs / "reptile", f"--resume --train {runs}/suite/car-train.jsonl"
-            )
-        )
+        flags = f"--resume --train {runs}/suite/car-train.jsonl"
+        run(line(runs, "reptile", runs / "reptile", flags))
     same = tmp_path / "same.jsonl"
     write_lines(same, suite_rows("x", 24, "train", "a") + suite_rows("y", 24, "train", "a"))
     same.write_text(same.read_text().replace('"paint"', '"a b"').replace('"is"', '"a_b"'))

@@ -8,14 +8,7 @@ import pytest
 import torch
 from conftest import QUESTIONS, build, close
 from safetensors.torch import save_file
-from tiny_runs import (
-    command,
-    read_lines,
-    run,
-    same_runs,
-    stored,
-    write_lines,
-)
+from tiny_runs import command, read_lines, run, same_runs, stored, write_lines
 
 import adapters
 import data
@@ -204,13 +197,6 @@ def test_a_run_reads_its_texts_once_and_learns_the_same(place, tmp_path, monkeyp
 # Filler after the question
 
 
-def prepared(folder, examples):
-    """(ids, prefix, model, tokenizer) with which `eval.py ask --run` asks."""
-    model, prefix, tokenizer, _ = load_run(folder)
-    ids, _, prefix = prepare(model, tokenizer, examples, prefix, 4)
-    return ids, prefix, model, tokenizer
-
-
 def test_without_filler_nothing_changes(place, tmp_path):
     run(command(place, "neural_recursion", tmp_path / "a"))
     run(command(place, "neural_recursion", tmp_path / "b", "--pause 0 --pause-text so"))
@@ -235,7 +221,8 @@ def test_a_text_as_filler_equals_questions_that_end_with_it(place, tmp_path):
         args = train.parse([*command(place, "neural_recursion", tmp_path / "new"), *more][1:])
         tokens.append(start.load_task(args, *start.load_lm(args)).tokens)
     assert tokens[0] == tokens[1]
-    ids, *_ = prepared(tmp_path / "filled", examples)
+    model, prefix, tokenizer, _ = load_run(tmp_path / "filled")
+    ids, *_ = prepare(model, tokenizer, examples, prefix, 4)  # as `eval.py ask --run` asks
     assert ids == [e.input for e in tokens[0]["train"]]
     predictions = [read_predictions(tmp_path / name) for name in ("filled", "longer")]
     assert len({tuple(row["prediction"] for row in rows) for rows in predictions}) == 1
