@@ -9,6 +9,8 @@ A file of examples has one JSON object a line, in one of three forms:
 - A question is put into the format of `question_text`. An input is used as it is.
 - If an example has options, they all differ. Its target and all its answers are among them, and its
   target is among its answers. So several options may be right.
+- A JSON array of questions (DPR) and SQuAD's JSON are read without their passages. This needs
+  passages.py and what it needs.
 - Every form may have "options" or "answer_choices", "task", "id", "template" and "cluster".
 - White space around targets, answers and options is dropped. A key whose value is null is absent.
 
@@ -63,6 +65,9 @@ class Example:
 
 P3_KEYS = dict(inputs_pretokenized="input", targets_pretokenized="target", answer_choices="options")
 BOM = "\ufeff"  # byte order mark
+ONE_VALUE = re.compile(  # how the JSON of DPR, an array, and of SQuAD begin
+    rb'(\xef\xbb\xbf)?\s*(\[|\{\s*("version"\s*:\s*"[^"]*"\s*,\s*)?"data"\s*:\s*\[)'
+)
 
 
 def question_text(question: str) -> str:
@@ -70,19 +75,13 @@ def question_text(question: str) -> str:
     return f"Q: {question.strip().rstrip('?').rstrip()}?\nA:"
 
 
-def bare_question(text: str) -> str:
-    """A question as it is searched for: with one "?", whether or not it is in that format."""
-    bare = text.removeprefix("Q: ").removesuffix("\nA:")
-    return question_text(bare).removeprefix("Q: ").removesuffix("\nA:")
-
-
 def read(path: str | Path) -> list[Example]:
-    """Read a JSONL file of examples.
+    """Read a file of examples: JSON lines, or the questions of DPR's and SQuAD's JSON.
 
     FileNotFoundError if there is no such file. ValueError, which names file and line, if a line is
     no example or a pair of task and id occurs twice.
     """
-    examples = [parse_record(record, source) for source, record in json_lines(path)]
+    examples = [parse_record(record, source) for source, record in _records(path)]
     if not examples:
         raise ValueError(f"{path}: holds no examples")
     sources = {}  # two runs are compared example by example, found by task and id
@@ -91,6 +90,15 @@ def read(path: str | Path) -> list[Example]:
             raise ValueError(f"{e.source}: the id {e.id} is taken by {sources[e.task, e.id]}")
         sources[e.task, e.id] = e.source
     return examples
+
+
+def _records(path: str | Path) -> Iterable[tuple[str, dict]]:
+    if not (Path(path).is_file() and ONE_VALUE.match(Path(path).read_bytes()[:100])):
+        return json_lines(path)
+    from passages import read_questions
+
+    asked = read_questions(path)
+    return [(q.source, {"question": q.question, "answer": q.answers, "id": q.id}) for q in asked]
 
 
 def sample(count: int, limit: int | None, seed: int) -> list[int]:

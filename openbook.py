@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-import data
 import eval as metrics
 import genres
 import parallel
@@ -97,7 +96,7 @@ def load_book(args) -> Book:
         reads = args.method == "reader" and not (split == "train" and trains_rerankers(args))
         questions[split] = check_questions(questions[split], reads)
     if found and args.train:
-        results = {data.bare_question(q.question): q for q in found}
+        results = {books.bare_question(q.question): q for q in found}
         for split in SPLITS:
             questions[split] = [take_results(q, results, args.passages) for q in questions[split]]
     book = Book(listed, questions, args.passages if listed and args.passages else None)
@@ -126,7 +125,7 @@ def cut(questions: list[Question], seed: int) -> dict[str, list[Question]]:
 
 
 def check_questions(questions: Iterable[Question], answered: bool) -> list[Question]:
-    """Return the questions with one spelling: data.bare_question. ValueError if an id occurs twice.
+    """Return the questions, spelt by books.bare_question. ValueError if an id occurs twice.
 
     answered: leave out questions without an answer, which a reader cannot be scored on.
     """
@@ -136,7 +135,7 @@ def check_questions(questions: Iterable[Question], answered: bool) -> list[Quest
             raise ValueError(f"{q.source}: the id {q.id} is taken by {sources[q.task, q.id]}")
         sources[q.task, q.id] = q.source
         if q.answers or not answered:
-            kept.append(replace(q, question=data.bare_question(q.question)))
+            kept.append(replace(q, question=books.bare_question(q.question)))
     return kept
 
 

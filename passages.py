@@ -171,6 +171,12 @@ def _begins_with_bracket(path: Path) -> bool:
         return file.read(100).removeprefix(BOM.encode()).lstrip().startswith(b"[")
 
 
+def bare_question(text: str) -> str:
+    """A question as it is searched for: with one "?", in the format of `question_text` or not."""
+    bare = text.removeprefix("Q: ").removesuffix("\nA:")
+    return question_text(bare).removeprefix("Q: ").removesuffix("\nA:")
+
+
 def read_questions(path: str | Path, passages: Sequence[Passage] = ()) -> list[Question]:
     """Read questions in any of the forms above. `passages` are those that ids stand for.
 

@@ -350,7 +350,7 @@ class Reader(recurse.Around):
 
     def read_back(self, examples: list) -> list:
         """Put the passages before the questions of examples of data.py."""
-        questions = [Question(data.bare_question(e.input), list(e.answers)) for e in examples]
+        questions = [Question(books.bare_question(e.input), list(e.answers)) for e in examples]
         if self.args.top > 0:
             if self.search is None:
                 self.open_book()

@@ -210,6 +210,25 @@ def test_p3_records_are_read(tmp_path):
     assert e == Example("Good?", "yes", ("yes",), "t", "p3.jsonl:1", "p3.jsonl:1", ("no", "yes"))
 
 
+def test_the_json_of_dpr_and_squad_is_read_as_questions(tmp_path):
+    emma = {"id": "7", "question": "Who wrote Emma", "answers": [{"text": "Jane Austen"}] * 2}
+    articles = [{"title": "Emma", "paragraphs": [{"context": "By Jane Austen.", "qas": [emma]}]}]
+    dpr = [
+        {"question": "who wrote emma?", "answers": ["Jane Austen", "Austen"], "positive_ctxs": []}
+    ]
+    found = []
+    for value in ({"version": "1.1", "data": articles}, {"data": articles}, dpr):
+        for indent in (None, 1) if value is dpr else (None,):
+            (tmp_path / "a.json").write_text(json.dumps(value, indent=indent))
+            found += data.read(tmp_path / "a.json")
+    assert {e.input for e in found} == {"Q: Who wrote Emma?\nA:", "Q: who wrote emma?\nA:"}
+    assert [e.id for e in found] == ["7", "7", "a.json:1", "a.json:2"]
+    assert [e.answers for e in found[::2]] == [("Jane Austen",), ("Jane Austen", "Austen")]
+    (tmp_path / "a.json").write_text('[{"question": "who", "answers": [3]}]')
+    with pytest.raises(ValueError, match="a.json:1: needs a list of texts under the key answers"):
+        data.read(tmp_path / "a.json")
+
+
 def test_texts_are_read_from_three_kinds_of_file(tmp_path):
     lines = write(tmp_path / "a.txt", "one", "still one", "", " \t", " two ")
     assert list(data.read_texts(lines)) == ["one\nstill one", "two"]
