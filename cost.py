@@ -40,6 +40,7 @@ def conduct(study: Study, write_files: Callable[[], None], report: Callable[[Stu
     with study.alone():
         write_files()
     study.make()
+    study.args.picture.parent.mkdir(exist_ok=True)
     with study.alone():
         results = report(study) | {"cost": cost, "missing": study.missing()}
     for reason in sorted(set(results["missing"].values())):

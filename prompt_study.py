@@ -41,7 +41,6 @@ from study import Job, Row, Study, curve, show_grid, show_orderings, spread, wri
 LENGTHS = (5, 10, 40)  # of prompts, beside 20
 SHOTS = (0, 1, 4)
 SINGLE = ("passage_qa", "record_qa", "people_choice")  # tasks with a prompt of their own
-INITS = ("vocab", "text", "labels", "random")
 # Parts of commands. Study.line fills what stands in braces, such as {suite} (see `make_study`).
 SUITE = "--train {suite}-train.jsonl --dev {suite}-dev.jsonl --test {suite}-test.jsonl"
 MULTI = f"{SUITE} --mixture-cap 500 --max-new-tokens 32 --eval-every {{every}} --eval-limit 580"
@@ -71,7 +70,7 @@ def shift(trained: str, method: str) -> str:
     return f"eval.py mixed --input {test} --prompts {other}={{out}}/{ALONE_PROMPT}-0/{trained}"
 
 
-START = {"vocab": "vocab", "labels": "labels", "random": "random", "text": "{instruction}"}
+START = {"vocab": "vocab", "text": "{instruction}", "labels": "labels", "random": "random"}
 INSTRUCTION = "text:Read the text and answer the question about it:"
 RATES = {  # row: learning rates; the first is used where --grid has chosen none
     "id-pt-20": ("3e-3", "1e-3", "1e-2", "3e-2"),
@@ -84,49 +83,49 @@ SIZES = {  # learning rates that each initial value is tried with, in whole runs
 }
 GROUPS = {
     "the suite, as in table 1": [
-        Row("id-pt-20", 3, "id-pt-20", f"{ID_PT} {MULTI} --prompt-length 20"),
-        Row("prompt-20", 3, "prompt-20", f"{PROMPT} {MULTI} --prompt-length 20"),
-        Row("fine-tuning", 3, "fine-tuning", f"{TUNED} {MULTI}"),
-        Row("zero-shot", 1, "", OLD),
+        Row("id-pt-20", f"{ID_PT} {MULTI} --prompt-length 20", 3, rates="id-pt-20"),
+        Row("prompt-20", f"{PROMPT} {MULTI} --prompt-length 20", 3, rates="prompt-20"),
+        Row("fine-tuning", f"{TUNED} {MULTI}", 3, rates="fine-tuning"),
+        Row("zero-shot", OLD),
     ],
     "the suite by the prompt's length, as in table 9": [
-        Row(f"{name}-{P}", 1, f"{name}-20", f"{command} {MULTI} --prompt-length {P}")
+        Row(f"{name}-{P}", f"{command} {MULTI} --prompt-length {P}", rates=f"{name}-20")
         for P in LENGTHS
         for name, command in (("id-pt", ID_PT), ("prompt", PROMPT))
     ],
     "what prompts do": [
-        Row("deep-20", 3, "", f"{DEEP} {MULTI}"),
-        Row("distances", 1, "", "distances {suite}-test.jsonl {out}/id-pt-20-0"),
-        Row("speed", 1, "", "speed {suite}-dev.jsonl {out}/prompt-20-0 {out}/id-pt-20-0"),
-        Row("forgetting", 1, "", f"forgetting {{files}}/held-out.jsonl {TRAINED}"),
+        Row("deep-20", f"{DEEP} {MULTI}", 3),
+        Row("distances", "distances {suite}-test.jsonl {out}/id-pt-20-0"),
+        Row("speed", "speed {suite}-dev.jsonl {out}/prompt-20-0 {out}/id-pt-20-0"),
+        Row("forgetting", f"forgetting {{files}}/held-out.jsonl {TRAINED}"),
     ],
     "initial values": [
-        Row(f"{kind}-{init}-{size}", 1, "", f"{method} {EACH} --init {START[init]} --lr {rate}")
+        Row(f"{kind}-{init}-{size}", f"{method} {EACH} --init {start} --lr {rate}")
         for kind, method in (("shallow", PROMPT), ("deep", DEEP))
-        for init in INITS
+        for init, start in START.items()
         for size, rate in SIZES[kind].items()
     ],
     "prompt design and model tuning": [
-        *[Row(f"design-{k}", 1, "", f"few-shot {{single}} {k}") for k in SHOTS],
-        *[Row(f"tuned-{task}", 1, "fine-tuning", tuned(task)) for task in SINGLE],
+        *[Row(f"design-{k}", f"few-shot {{single}} {k}") for k in SHOTS],
+        *[Row(f"tuned-{task}", tuned(task), rates="fine-tuning") for task in SINGLE],
     ],
     "the same with the larger LM": [
-        *[Row(f"larger-design-{k}", 1, "", f"few-shot {{single}} {k} {LARGER}") for k in SHOTS],
-        Row(LARGER_PROMPT, 1, "", f"{PROMPT} {EACH} --lr {SIZES['shallow']['high']} {LARGER}"),
+        *[Row(f"larger-design-{k}", f"few-shot {{single}} {k} {LARGER}") for k in SHOTS],
+        Row(LARGER_PROMPT, f"{PROMPT} {EACH} --lr {SIZES['shallow']['high']} {LARGER}"),
         *[
-            Row(f"larger-tuned-{task}", 1, "fine-tuning", f"{tuned(task)} {LARGER}")
+            Row(f"larger-tuned-{task}", f"{tuned(task)} {LARGER}", rates="fine-tuning")
             for task in SINGLE
         ],
     ],
     "another domain": [
-        Row(f"shift-{method}-{task}", 1, "", shift(task, method))
+        Row(f"shift-{method}-{task}", shift(task, method))
         for task in SINGLE[:2]
         for method in ("prompt", "tuned")
     ],
     "one more task": [
-        Row("added-prompt", 1, "prompt-20", f"{PROMPT} {ADDED}"),
-        Row("added-tuned", 1, "fine-tuning", f"{TUNED} {ADDED} --model {MANY}"),
-        Row("old-tasks-after-it", 1, "", f"{OLD} --run {{out}}/added-tuned-0"),
+        Row("added-prompt", f"{PROMPT} {ADDED}", rates="prompt-20"),
+        Row("added-tuned", f"{TUNED} {ADDED} --model {MANY}", rates="fine-tuning"),
+        Row("old-tasks-after-it", f"{OLD} --run {{out}}/added-tuned-0"),
     ],
 }
 TABLE_1 = [  # the claim is that the first row has the higher F1
@@ -230,7 +229,6 @@ def report(study: Study) -> dict:
             show(f"{name}: {key}: {value}")
     drawn = ("id-pt-20", "prompt-20", "fine-tuning")
     results["curves"] = {name: curve(study, name) for name in drawn}
-    study.args.picture.parent.mkdir(exist_ok=True)
     with only_shows("picture"), picture(study.args.picture, 8, 3.5) as figure:
         draw(figure, results)
     return results

@@ -27,71 +27,54 @@ from runs import read_predictions
 from study import Row, Study, show_differences, significance, spread
 
 CONTINUE = "transfer.py continue --train {suite} --limit 300 --prompt-length 10 --eval-every 100000"
-MIXED, META = "--batch-size 16 --grad-accum 4", "--batch-size 64 --grad-accum"
-VARIANTS = {  # name: its flags; {steps} of all but the long ones
-    "t0": f"--variant t0 {MIXED} --lr 3e-4",
-    "ppt": f"--variant ppt {MIXED} --lr 0.1",
-    "mtl": f"--variant mtl {MIXED} --lr 3e-4",
-    "reptile": f"--variant reptile {META} 4 --lr 3e-4",
-    "fomaml": f"--variant fomaml {META} 4 --lr 3e-4",
-    "reptile-small": f"--variant reptile {META} 1 --lr 3e-4",
-    "t0-long": f"--variant t0 {MIXED} --lr 3e-4",
-    "mtl-long": f"--variant mtl {MIXED} --lr 3e-4",
+PLAIN, META = "--batch-size 16 --grad-accum 4", "--batch-size 64 --grad-accum"
+SHORT, LONG = "--steps {steps}", "--steps {long}"
+VARIANTS = {
+    "t0": f"--variant t0 {PLAIN} --lr 3e-4 {SHORT}",
+    "ppt": f"--variant ppt {PLAIN} --lr 0.1 {SHORT}",
+    "mtl": f"--variant mtl {PLAIN} --lr 3e-4 {SHORT}",
+    "reptile": f"--variant reptile {META} 4 --lr 3e-4 {SHORT}",
+    "fomaml": f"--variant fomaml {META} 4 --lr 3e-4 {SHORT}",
+    "reptile-small": f"--variant reptile {META} 1 --lr 3e-4 {SHORT}",
+    "t0-long": f"--variant t0 {PLAIN} --lr 3e-4 {LONG}",
+    "mtl-long": f"--variant mtl {PLAIN} --lr 3e-4 {LONG}",
 }
-HEADLINE = ("none", "t0", "ppt", "mtl", "reptile")  # three seeds
-DEEP = ("mtl", "ppt", "reptile", "fomaml")
 SHOTS = "transfer.py few-shot --train {held} --test {held} --prompt-length 10 --seed {seed}"
 SHALLOW_LR, DEEP_LR = "--lr 0.1", "--deep --lr 0.03"  # of the few-shot prompts
 TEMPLATES, TEST = 2, 50  # of each held-out task; test examples of each template
 
 
-def groups(variants: dict[str, str] = VARIANTS) -> dict[str, list[Row]]:
-    """The rows by group. A run is NAME, its scores are NAME-zero and NAME-few."""
-    first, more = [], []
-    for name in ("none", *variants):
-        if name in HEADLINE:
-            first += rows(name, variants.get(name), 3)
-        else:
-            more += rows(name, variants[name], 1)
-    deep = [scores("none-deep", 1, SHOTS, DEEP_LR)]
-    if "t0" in variants:
-        lm = "--model {out}/t0-{seed}/model"
-        deep += [scores("t0-deep", 1, f"{SHOTS} {lm}", DEEP_LR)]
-    for name in DEEP:
-        if name in variants:
-            deep += rows(name, variants[name], 1, deep=True)
-    found = {"continued pretraining": first, "its other variants": more, "deep prompts": deep}
-    return {title: part for title, part in found.items() if part}
-
-
-def rows(name: str, flags: str | None, seeds: int, deep: bool = False) -> list[Row]:
-    """The training of a variant, and its scores. Without flags: those of the LM as it is."""
-    if flags is None:
-        zero = Row(f"{name}-zero", 1, "", "eval.py score {zero}")
-        return [zero, scores(name, seeds, SHOTS, SHALLOW_LR)]
-    variant = flags.split()[1]
-    steps = "{long}" if name.endswith("-long") else "{steps}"
-    name, more = (f"{name}-deep", " --deep") if deep else (name, "")
-    if deep and variant == "ppt":
-        more = f" {DEEP_LR}"
-    start = SHOTS
-    if variant != "ppt":
-        start += f" --model {{out}}/{name}-{{seed}}/model"
-    if variant != "t0":
-        start += f" --init {{out}}/{name}-{{seed}}"
-    zero = f"eval.py score {{zero}} --run {{out}}/{name}-{{seed}}"
+def rows(name: str, seeds: int = 1, deep: bool = False) -> list[Row]:
+    """The training of a variant, and its scores: NAME, NAME-zero and NAME-few."""
+    kind, flags, rate = name.split("-")[0], VARIANTS[name], SHALLOW_LR
+    if deep:
+        name, rate = f"{name}-deep", DEEP_LR
+        flags += f" {DEEP_LR}" if kind == "ppt" else " --deep"
+    run = f"{{out}}/{name}-{{seed}}"
+    lm, prompt = f"--model {run}/model", f"--init {run}"
+    start = {"t0": lm, "ppt": prompt}.get(kind, f"{lm} {prompt}")  # what the variant trains
     return [
-        Row(name, seeds, "", f"{CONTINUE} {flags} --steps {steps}{more}"),
-        Row(f"{name}-zero", seeds, "", zero),
-        scores(name, seeds, start, DEEP_LR if deep else SHALLOW_LR),
+        Row(name, f"{CONTINUE} {flags}", seeds),
+        Row(f"{name}-zero", f"eval.py score {{zero}} --run {run}", seeds),
+        Row(f"{name}-few", f"{SHOTS} {start} {rate}", seeds),
     ]
 
 
-def scores(name: str, seeds: int, command: str, rate: str) -> Row:
-    """The few-shot row of a variant."""
-    return Row(f"{name}-few", seeds, "", f"{command} {rate}")
-
-
+GROUPS = {
+    "continued pretraining": [
+        Row("none-zero", "eval.py score {zero}"),
+        Row("none-few", f"{SHOTS} {SHALLOW_LR}", 3),
+        *(row for name in ("t0", "ppt", "mtl", "reptile") for row in rows(name, 3)),
+    ],
+    "its other variants": [
+        row for name in ("fomaml", "reptile-small", "t0-long", "mtl-long") for row in rows(name)
+    ],
+    "deep prompts": [
+        Row("none-deep-few", f"{SHOTS} {DEEP_LR}"),
+        Row("t0-deep-few", f"{SHOTS} --model {{out}}/t0-{{seed}}/model {DEEP_LR}"),
+        *(row for name in ("mtl", "ppt", "reptile", "fomaml") for row in rows(name, deep=True)),
+    ],
+}
 CLAIMS = [  # the claim is that the first row has the higher average relative gain
     ("zero-shot: T0 > none", "t0-zero", "none-zero"),
     ("zero-shot: LM and prompt > T0", "mtl-zero", "t0-zero"),

@@ -45,7 +45,7 @@ LARGER, TUNED, SHORT = "--model {pretrained}/lm2", "--tune lm", "--context {shor
 
 def searched(name: str, seeds: int = 1) -> Row:
     """A row of SEARCHED."""
-    return Row(name, seeds, "", SEARCHED[name])
+    return Row(name, SEARCHED[name], seeds)
 
 
 def ranking(run: str) -> str:
@@ -58,12 +58,12 @@ def reads(name: str, run: str, flags: str = "", seeds: int = 1) -> Row:
     place = f"{{out}}/{run}-0"
     files = " ".join(f"--{split} {place}/{ranking(run)}/{split}.jsonl" for split in SPLITS)
     command = f"{READER} --no-rerank --passages {place}/passages.jsonl {files} {flags}"
-    return Row(name, seeds, "", command)
+    return Row(name, command, seeds)
 
 
 GROUPS = {
     "search and re-ranking, as in table 2": [
-        Row("retriever", 1, "", "train.py --method retriever --steps {encoder_steps}"),
+        Row("retriever", "train.py --method retriever --steps {encoder_steps}"),
         searched("bm25-reranked", 3),
         searched("bm25", 3),
         searched("hybrid-reranked"),
@@ -78,13 +78,13 @@ GROUPS = {
         reads("short-not-cross-fitted", "not-cross-fitted", SHORT, 3),
     ],
     "both LMs, frozen and fine-tuned, as in table 3": [
-        Row("closed-book", 3, "", CLOSED),
+        Row("closed-book", CLOSED, 3),
         reads("larger-bm25-reranked", "bm25-reranked", LARGER, 3),
         reads("larger-bm25", "bm25", LARGER, 3),
-        Row("larger-closed-book", 1, "", f"{CLOSED} {LARGER}"),
+        Row("larger-closed-book", f"{CLOSED} {LARGER}"),
         reads("tuned-bm25-reranked", "bm25-reranked", TUNED),
         reads("tuned-bm25", "bm25", TUNED),
-        Row("tuned-closed-book", 1, "", f"{CLOSED} {TUNED}"),
+        Row("tuned-closed-book", f"{CLOSED} {TUNED}"),
         reads("larger-tuned-bm25-reranked", "bm25-reranked", f"{LARGER} {TUNED}"),
         reads("larger-tuned-bm25", "bm25", f"{LARGER} {TUNED}"),
     ],
@@ -134,13 +134,13 @@ class ReaderStudy(Study):
 
 def make_study(args, folder: Path) -> ReaderStudy:
     """The study in a folder, with flags of reproduce.py. Nothing is written."""
+    args.grid = False
     more = {"tokens": 26, "asked": lambda job: 420 + 700, "sampled": 5040}
     return ReaderStudy(args, folder, GROUPS, {}, {"train.py": train}, **more)
 
 
 def readers(args) -> dict:
     """The frozen reader: what it reads and answers, by search, re-ranking, LM and what is tuned."""
-    args.grid = False
     study = make_study(args, Path(args.out) / "reader")
     return conduct(study, lambda: None, report)  # the world's questions need no files
 

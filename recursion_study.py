@@ -4,10 +4,6 @@ Counterparts of figure 6 and of tables 4, 5 and 6 of Levine et al. 2022, "Standi
 of Giant Frozen Language Models", on the embedded world, and the controls that the paper leaves out.
 GROUPS lists the runs, the most important first. study.py makes them, in runs/recursion.
 
-Three seeds have neural-2, neural-2-residual, neural-2-residual-pause-7-trained, prompt,
-neural-2-muon-pause-3, before-2, textual-16 and after-2-random. All other rows, the analyses and the
-short runs that choose learning rates have one seed.
-
     python reproduce.py recursion --plan       the cost sheet
     python reproduce.py recursion --grid       all runs, or what is missing of them, and the tables
 
@@ -37,17 +33,7 @@ from cost import conduct, passes
 from generate import predict
 from model import LM, Config
 from runs import ASSETS, load_run
-from study import (
-    SLICES,
-    Job,
-    Row,
-    Study,
-    curve,
-    em,
-    show_grid,
-    show_orderings,
-    show_runs,
-)
+from study import SLICES, Job, Row, Study, curve, em, show_grid, show_orderings, show_runs
 
 # The runs
 
@@ -66,7 +52,7 @@ AFTER_2, BEFORE_2 = f"{AFTER} {STORED}/lm_connector_2", f"{BEFORE} {STORED}/conn
 LARGE = "{pretrained}/lm2"
 BEST = "neural-2-muon-pause-3"
 BRIDGES = "bridge", "bridge-pause", "bridge-trained"
-SEVEN = "neural-2-residual-pause-7-trained"
+THREE, SEVEN = "neural-2-residual-pause-3-trained", "neural-2-residual-pause-7-trained"
 CLOCKED = ("prompt", "neural-2", BEST, "prompt-large")
 QUESTION = 18  # its tokens
 MORE = f"{TEXTUAL} --stages-from {{out}}/textual-16-0"  # the prompts before the last are the same
@@ -102,74 +88,74 @@ FILLED = {  # the rows that get filler: (the row of their learning rates, comman
 }
 
 
-def filled(name: str, k: int, more: str = "", seeds: int = 1) -> Row:
-    """The row of a method with k times filler, which is trained if `more` is -trained."""
+def filled(name: str, k: int, trained: bool = False, seeds: int = 1) -> Row:
+    """The row of a method with k times filler."""
     rates, command = FILLED[name]
-    flags = f"--pause {k} --pause{more}" if more else f"--pause {k}"
-    return Row(f"{name}-pause-{k}{more}", seeds, rates, f"{command} {flags}")
+    end, flag = ("-trained", " --pause-trained") if trained else ("", "")
+    return Row(f"{name}-pause-{k}{end}", f"{command} --pause {k}{flag}", seeds, rates)
 
 
 # neural: LM-Connector-LM; before: Connector-LM; after: LM-Connector; then the Connector's layers.
 # Connectors and prompts of the rows with "random" are not pretrained, nor are those of "prompt".
 GROUPS = {
     "headline, as in table 4": [
-        Row("neural-2", 3, "neural-2", NEURAL_2),
-        Row("neural-2-residual", 3, "neural-2-residual", residual(NEURAL_2)),
-        Row("prompt", 3, "prompt", PROMPT),
-        Row(BEST, 3, "", f"{residual(NEURAL_2)} {FILLER} {MUON}"),
-        Row("before-2", 3, "before-2", BEFORE_2),
-        Row("textual-16", 3, "prompt", f"{TEXTUAL} --candidates 16"),
+        Row("neural-2", NEURAL_2, 3, rates="neural-2"),
+        Row("neural-2-residual", residual(NEURAL_2), 3, rates="neural-2-residual"),
+        Row("prompt", PROMPT, 3, rates="prompt"),
+        Row(BEST, f"{residual(NEURAL_2)} {FILLER} {MUON}", 3),
+        Row("before-2", BEFORE_2, 3, rates="before-2"),
+        Row("textual-16", f"{TEXTUAL} --candidates 16", 3, rates="prompt"),
     ],
     "Connectors, as in table 6": [
-        Row("neural-2-random", 1, "neural-2-random", f"{NEURAL} {RANDOM}"),
-        Row("before-2-random", 1, "before-2-random", f"{BEFORE} {RANDOM}"),
-        Row("neural-1", 1, "neural-2", NEURAL_1),
-        Row("neural-1-random", 1, "neural-2-random", f"{NEURAL} {ONE} {RANDOM}"),
-        Row("neural-3-random", 1, "neural-2-random", f"{NEURAL} {RANDOM} --connector-layers 3"),
-        Row("after-2", 1, "after-2", AFTER_2),
-        Row("after-2-random", 3, "after-2-random", f"{AFTER} {RANDOM}"),
-        Row("text-prompt", 1, "", "pretrain.py prompt --steps 700 --documents 60000"),
-        Row("prompt-pretrained", 1, "prompt", f"{PROMPT} --init {{out}}/text-prompt-0"),
+        Row("neural-2-random", f"{NEURAL} {RANDOM}", rates="neural-2-random"),
+        Row("before-2-random", f"{BEFORE} {RANDOM}", rates="before-2-random"),
+        Row("neural-1", NEURAL_1, rates="neural-2"),
+        Row("neural-1-random", f"{NEURAL} {ONE} {RANDOM}", rates="neural-2-random"),
+        Row("neural-3-random", f"{NEURAL} {RANDOM} --connector-layers 3", rates="neural-2-random"),
+        Row("after-2", AFTER_2, rates="after-2"),
+        Row("after-2-random", f"{AFTER} {RANDOM}", 3, rates="after-2-random"),
+        Row("text-prompt", "pretrain.py prompt --steps 700 --documents 60000"),
+        Row("prompt-pretrained", f"{PROMPT} --init {{out}}/text-prompt-0", rates="prompt"),
     ],
     "controls": [
-        Row("lm-alone", 1, "", "eval.py score {test}"),
-        Row("training-free", 1, "", "train.py --method training_free"),
-        Row("before-8-random", 1, "before-2-random", f"{BEFORE} {RANDOM} --connector-layers 8"),
-        Row("after-8-random", 1, "after-2-random", f"{AFTER} {RANDOM} --connector-layers 8"),
-        Row("fine-tuning", 1, "fine-tuning", TUNED),
-        Row("prompt-long", 1, "prompt", f"{PROMPT} --steps {{long}}"),
-        Row("neural-2-passes-3", 1, "neural-2", f"{NEURAL_2} --passes 3"),
-        Row("neural-2-passes-3-each", 1, "neural-2", f"{NEURAL_2} --passes 3 --connectors each"),
+        Row("lm-alone", "eval.py score {test}"),
+        Row("training-free", "train.py --method training_free"),
+        Row("before-8-random", f"{BEFORE} {RANDOM} --connector-layers 8", rates="before-2-random"),
+        Row("after-8-random", f"{AFTER} {RANDOM} --connector-layers 8", rates="after-2-random"),
+        Row("fine-tuning", TUNED, rates="fine-tuning"),
+        Row("prompt-long", f"{PROMPT} --steps {{long}}", rates="prompt"),
+        Row("neural-2-passes-3", f"{NEURAL_2} --passes 3", rates="neural-2"),
+        Row("neural-2-passes-3-each", f"{NEURAL_2} --passes 3 --connectors each", rates="neural-2"),
     ],
     "residual Connectors and filler after the question, which are not in the paper": [
-        Row("neural-2-pause-3", 1, "neural-2", f"{NEURAL_2} {FILLER}"),
-        Row(f"{BEST}-long", 1, "", f"{residual(NEURAL_2)} {FILLER} {MUON} --steps {{long}}"),
+        Row("neural-2-pause-3", f"{NEURAL_2} {FILLER}", rates="neural-2"),
+        Row(f"{BEST}-long", f"{residual(NEURAL_2)} {FILLER} {MUON} --steps {{long}}"),
         *(filled(name, k) for k in (3, 1, 7) for name in FILLED),
-        *(filled(name, 3, "-trained") for name in ("neural-2-residual", "prompt", "before-2-muon")),
-        filled("neural-2-residual", 7, "-trained", 3),
+        filled("neural-2-residual", 3, trained=True),
+        filled("prompt", 3, trained=True),
+        filled("before-2-muon", 3, trained=True),
+        filled("neural-2-residual", 7, trained=True, seeds=3),
     ],
     "what a recursion does": [
-        Row("hard", 1, "", "audit.py hard {out}/prompt-long-0 --samples 64"),
-        Row("passes", 1, "", f"audit.py passes {{out}}/{BEST}-0"),
-        Row("passes-paper", 1, "", "audit.py passes {out}/neural-2-0"),
-        Row("neural-2-paper-routed", 1, "", "route {out}/neural-2-0 {dev} {test}"),
-        Row("neural-2-routed", 1, "", f"route {{out}}/{BEST}-0 {{dev}} {{test}}"),
-        Row("bridge", 1, "", "audit.py bridge {out}/neural-2-0 --limit 300"),
-        Row("bridge-pause", 1, "", f"audit.py bridge {{out}}/{BEST}-0 --limit 300"),
-        Row("bridge-trained", 1, "", f"audit.py bridge {{out}}/{SEVEN}-0 --limit 300"),
+        Row("hard", "audit.py hard {out}/prompt-long-0 --samples 64"),
+        Row("passes", f"audit.py passes {{out}}/{BEST}-0"),
+        Row("passes-paper", "audit.py passes {out}/neural-2-0"),
+        Row("neural-2-paper-routed", "route {out}/neural-2-0 {dev} {test}"),
+        Row("neural-2-routed", f"route {{out}}/{BEST}-0 {{dev}} {{test}}"),
+        Row("bridge", "audit.py bridge {out}/neural-2-0 --limit 300"),
+        Row("bridge-pause", f"audit.py bridge {{out}}/{BEST}-0 --limit 300"),
+        Row("bridge-trained", f"audit.py bridge {{out}}/{SEVEN}-0 --limit 300"),
     ],
     "a larger LM": [
-        Row("prompt-large", 1, "prompt-large", f"{PROMPT} --model {LARGE}"),
-        Row("lm-alone-large", 1, "", f"eval.py score {{test}} --model {LARGE}"),
-        Row(
-            "seconds", 1, "", " ".join(["clock {test}", *(f"{{out}}/{name}-0" for name in CLOCKED)])
-        ),
+        Row("prompt-large", f"{PROMPT} --model {LARGE}", rates="prompt-large"),
+        Row("lm-alone-large", f"eval.py score {{test}} --model {LARGE}"),
+        Row("seconds", " ".join(["clock {test}", *(f"{{out}}/{name}-0" for name in CLOCKED)])),
     ],
     "textual recursion, as in table 5": [
-        Row("textual-1", 1, "prompt", f"{MORE} --candidates 1"),
-        Row("textual-8", 1, "prompt", f"{MORE} --candidates 8"),
-        Row("textual-64", 1, "prompt", f"{MORE} --candidates 64"),
-        Row("textual-16-whole", 1, "prompt", f"{MORE} --candidates 16 --no-cross-fit"),
+        Row("textual-1", f"{MORE} --candidates 1", rates="prompt"),
+        Row("textual-8", f"{MORE} --candidates 8", rates="prompt"),
+        Row("textual-64", f"{MORE} --candidates 64", rates="prompt"),
+        Row("textual-16-whole", f"{MORE} --candidates 16 --no-cross-fit", rates="prompt"),
     ],
 }
 ORDERINGS = [  # the claim is that the first row has the higher EM
@@ -190,24 +176,17 @@ ORDERINGS = [  # the claim is that the first row has the higher EM
     ("residual: filler 1 > 0", "neural-2-residual-pause-1", "neural-2-residual"),
     ("residual: filler 3 > 0", "neural-2-residual-pause-3", "neural-2-residual"),
     ("residual: filler 7 > 3", "neural-2-residual-pause-7", "neural-2-residual-pause-3"),
-    *(
-        (f"{what}: trained filler 3 > text", f"{row}-pause-3-trained", f"{row}-pause-3")
-        for what, row in (("residual", "neural-2-residual"), ("prompt tuning", "prompt"))
-    ),
-    ("residual: trained filler 7 > 3", SEVEN, "neural-2-residual-pause-3-trained"),
+    ("residual: trained filler 3 > text", THREE, "neural-2-residual-pause-3"),
+    ("prompt tuning: trained filler 3 > text", "prompt-pause-3-trained", "prompt-pause-3"),
+    ("residual: trained filler 7 > 3", SEVEN, THREE),
     ("residual: trained filler 7 > text", SEVEN, "neural-2-residual-pause-7"),
-    *(
-        (f"residual, trained filler 7 > {what}", SEVEN, row)
-        for what, row in (
-            ("all three", BEST),
-            ("prompt tuning", "prompt"),
-            ("fine-tuning with filler 7", "fine-tuning-pause-7"),
-            ("Connector-LM with all three", "before-2-muon-pause-3"),
-            ("LM-Connector, not pretrained", "after-2-random"),
-            ("the same with filler 7", "after-2-random-pause-7"),
-            ("LM-Connector of 8 layers", "after-8-random"),
-        )
-    ),
+    ("residual, trained filler 7 > all three", SEVEN, BEST),
+    ("residual, trained filler 7 > prompt tuning", SEVEN, "prompt"),
+    ("residual, trained filler 7 > fine-tuning with filler 7", SEVEN, "fine-tuning-pause-7"),
+    ("residual, trained filler 7 > Connector-LM with all three", SEVEN, "before-2-muon-pause-3"),
+    ("residual, trained filler 7 > LM-Connector, not pretrained", SEVEN, "after-2-random"),
+    ("residual, trained filler 7 > the same with filler 7", SEVEN, "after-2-random-pause-7"),
+    ("residual, trained filler 7 > LM-Connector of 8 layers", SEVEN, "after-8-random"),
     ("residual, filler 3: Muon > AdamW", BEST, "neural-2-residual-pause-3"),
     ("all three: 3 times the steps", f"{BEST}-long", BEST),
     ("textual: filler 3 > 0", "textual-16-pause-3", "textual-16"),
@@ -218,14 +197,8 @@ ORDERINGS = [  # the claim is that the first row has the higher EM
     ("all three > LM-Connector", BEST, "after-2"),
     ("all three > LM-Connector, not pretrained", BEST, "after-2-random"),
     ("residual > LM-Connector, not pretrained", "neural-2-residual", "after-2-random"),
-    *[
-        (
-            f"LM-Connector, not pretrained: filler {k} > 0",
-            f"after-2-random-pause-{k}",
-            "after-2-random",
-        )
-        for k in (3, 7)
-    ],
+    ("LM-Connector, not pretrained: filler 3 > 0", "after-2-random-pause-3", "after-2-random"),
+    ("LM-Connector, not pretrained: filler 7 > 0", "after-2-random-pause-7", "after-2-random"),
     ("all three > the same with filler 3", BEST, "after-2-random-pause-3"),
     ("residual, filler 7 > the same", "neural-2-residual-pause-7", "after-2-random"),
     ("not residual: filler 3 > 0", "neural-2-pause-3", "neural-2"),
@@ -250,15 +223,15 @@ ORDERINGS = [  # the claim is that the first row has the higher EM
 
 def recursion(args) -> dict:
     """LM recursion and its relatives: what they answer, what they cost, which orderings hold."""
-    programs = {"train.py": train, "pretrain.py": pretrain, "audit.py": audit, "eval.py": metrics}
-    programs["route"] = SimpleNamespace(main=answer_by_difficulty)
-    programs["clock"] = SimpleNamespace(main=time_answers)
-    study = make_study(args, Path(args.out) / "recursion", programs)
+    study = make_study(args, Path(args.out) / "recursion")
     return conduct(study, study.write_questions, report)
 
 
-def make_study(args, folder: Path, programs: dict) -> Study:
+def make_study(args, folder: Path) -> Study:
     """The study in a folder, with flags of reproduce.py. Nothing is written."""
+    programs = {"train.py": train, "pretrain.py": pretrain, "audit.py": audit, "eval.py": metrics}
+    programs["route"] = SimpleNamespace(main=answer_by_difficulty)
+    programs["clock"] = SimpleNamespace(main=time_answers)
     dev, test, training = (min(n, args.count or n) for n in (1344, 2240, 16128))
     more = {"tokens": QUESTION, "asked": lambda job: dev + test, "sampled": training}
     return Study(args, folder, GROUPS, RATES, programs, **more)
@@ -270,7 +243,6 @@ def report(study: Study) -> dict:
     results["orderings"] = show_orderings(study, ORDERINGS)
     results["sizes"] = show_sizes(study)
     results["candidates"] = show_candidates(study)
-    study.args.picture.parent.mkdir(exist_ok=True)
     results |= show_analyses(study)
     results["saturation"] = curve(study, "prompt-long")
     with only_shows("picture"), picture(study.args.picture, 10, 7) as figure:

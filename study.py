@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -47,10 +48,10 @@ class Row(NamedTuple):
     """A command, which is run once for every seed."""
 
     name: str  # with the seed, the run's folder
-    seeds: int
-    rates: str  # the row whose learning rates it takes; "" for the command's default
     # {out}: the study's folder; {pretrained}; {seed}; {dev}, {test}: files; {long}: steps; names
     command: str
+    seeds: int = 1
+    rates: str = ""  # the row whose learning rates it takes; "" for the command's default
 
 
 TRAIN = ("train.py", "pretrain.py", "transfer.py source", "transfer.py continue")
@@ -144,7 +145,7 @@ class Study:
         jobs, rates = [], self.rates.get(name, ())
         for rate in rates if len(rates) > 1 else ():
             command = f"{self.rows[name].command} --lr {rate}"
-            jobs += self.jobs(Row(f"grid-{name}-{rate}", 1, "", command))
+            jobs += self.jobs(Row(f"grid-{name}-{rate}", command))
         return jobs
 
     def plan(self) -> list[Job]:
@@ -358,10 +359,10 @@ def spread(values: list[float]) -> str:
 
 def cell(records: list[dict], part: str) -> str:
     """Mean dev and test EM of some runs in percent; after ± the deviation of test over seeds."""
-    dev, test = ([em(record, split, part) for record in records] for split in ("dev", "test"))
-    dev, test = ([value for value in some if value is not None] for some in (dev, test))
-    both = f"{100 * statistics.mean(dev):.1f}" if dev else "-", spread(test) if test else "-"
-    return " / ".join(both)
+    dev = [score for r in records if (score := em(r, "dev", part)) is not None]
+    test = [score for r in records if (score := em(r, "test", part)) is not None]
+    mean = f"{100 * statistics.mean(dev):.1f}" if dev else "-"
+    return f"{mean} / {spread(test) if test else '-'}"
 
 
 def em(record: dict, split: str, part: str) -> float | None:
@@ -385,13 +386,13 @@ def show_orderings(study: Study, orderings: list[tuple], slices=SLICES) -> list[
     A fourth element is a margin from 0 to 1: the first row's is less than that below the other's.
     Returns what is printed. A claim about a row without a finished run is left out.
     """
-    scores, results = {}, []
-    for claim, *pair, margin in ((*row, 0.0)[:4] for row in orderings):
-        a, b = (scores.setdefault(name, test_scores(study, name)) for name in pair)
+    read, results = cache(partial(test_scores, study)), []
+    for claim, first, second, *margin in orderings:
         for part in slices:
-            compared = compare(a, b, part, margin)
+            compared = compare(read(first), read(second), part, *margin)
             if compared:
-                results.append({"claim": claim, "rows": pair, "slice": part} | compared)
+                row = {"claim": claim, "rows": [first, second], "slice": part}
+                results.append(row | compared)
     show_differences(f"orderings, test {study.metric.upper()}", results)
     return results
 

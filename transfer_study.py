@@ -29,8 +29,6 @@ are compared come from different seeds, because those of one seed start from the
 0 of a source, whose prompt the transfer starts from, meets seeds 1 and 2 of a target.
 """
 
-import argparse
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,6 +64,7 @@ PROMPT = "transfer.py source --prompt-length 10 --batch-size 16 --eval-every 100
 DEEP, SHALLOW = f"{PROMPT} --deep --lr 0.03", f"{PROMPT} --lr 0.1"
 STEPS = "--keep-at {keep} --steps"
 SOURCE, TARGET = f"{DEEP} {STEPS} {{source_steps}}", f"{DEEP} {STEPS} {{target_steps}}"
+MIXTURE = f"{SOURCE} --train {{suite}} --limit {LIMIT}"
 TUNE = "train.py --method fine_tuning --lr 1e-3 --batch-size 16 --eval-every 100000 --steps"
 LARGER = "--model {pretrained}/lm2"
 
@@ -75,63 +74,60 @@ def files(target: str) -> str:
     return f"--train {{few}}/{target}-train.jsonl --test {{few}}/{target}-test.jsonl"
 
 
-def groups(sources: list[str] = SOURCES, targets: list[str] = TARGETS) -> dict[str, list[Row]]:
-    """The rows of soft prompt transfer by group. A run that starts from X is X-to-TARGET."""
-    library = " ".join(f"{{out}}/source-{s}-0" for s in sources)
-    both = "{both_steps}"  # of source and target together
-    found = {
+def groups(sources=SOURCES, targets=TARGETS, continued=promptability_study.GROUPS) -> dict:
+    """The rows by group. A run that starts from X is X-to-TARGET."""
+    return {
         "sources": [
-            Row(f"source-{s}", 3, "", f"{SOURCE} --train {{suite}}/{s}-train.jsonl")
-            for s in sources
+            Row(f"source-{s}", f"{SOURCE} --train {{suite}}/{s}-train.jsonl", 3) for s in sources
         ],
-        "targets": [Row(f"scratch-to-{t}", 3, "", f"{TARGET} {files(t)}") for t in targets],
+        "targets": [Row(f"scratch-to-{t}", f"{TARGET} {files(t)}", 3) for t in targets],
         "pairs": [
-            Row(f"{s}-to-{t}", 1, "", f"{TARGET} {files(t)} --init {{out}}/source-{s}-0")
+            Row(f"{s}-to-{t}", f"{TARGET} {files(t)} --init {{out}}/source-{s}-0")
             for s in sources
             for t in targets
         ],
         "generic sources": [
-            Row("mixture", 3, "", f"{SOURCE} --train {{suite}} --limit {LIMIT}"),
-            Row("text", 1, "", f"{SOURCE} --train {{suite}}/documents.jsonl"),
+            Row("mixture", MIXTURE, 3),
+            Row("text", f"{SOURCE} --train {{suite}}/documents.jsonl"),
         ],
         "generic transfer": [
-            Row(f"{name}-to-{t}", seeds, "", f"{TARGET} {files(t)} --init {{out}}/{name}-{{seed}}")
+            Row(f"{name}-to-{t}", f"{TARGET} {files(t)} --init {{out}}/{name}-{{seed}}", seeds)
             for name, seeds in (("mixture", 3), ("text", 1))
             for t in targets
         ],
-        "targeted transfer": [
-            Row(
-                f"{name}-{k}-for-{t}",
-                1,
-                "",
-                f"{name} {k} {{out}}/scratch-to-{t}-1 {library} {more}",
-            )
-            for t in targets
-            for name, more in (("average", ""), ("top-mixture", f"--file {{few}}/{t}-train.jsonl"))
-            for k in transfer_tables.NEAREST
-        ],
-        "baselines": baselines(targets, "", "", both),
+        "targeted transfer": targeted_transfer(sources, targets),
+        "baselines": baselines(targets, "", ""),
+        **continued,
         "shallow prompts": shallow(targets),
-        "figure 1: the larger LM": larger(targets, both),
+        "figure 1: the larger LM": larger(targets),
     }
-    found["targeted transfer"] += [
-        Row(f"{name}-to-{t}", 1, "", f"{TARGET} {files(t)} --init {{out}}/{name}-for-{t}-0/out")
-        for t in targets
-        for name in transfer_tables.TARGETED
-    ]
-    return found
 
 
-def baselines(targets: list[str], end: str, model: str, both: str) -> list[Row]:
+def targeted_transfer(sources: list[str], targets: list[str]) -> list[Row]:
+    """What is made of the sources nearest to each target, and the prompts that start from it."""
+    library = " ".join(f"{{out}}/source-{s}-0" for s in sources)
+    rows = []
+    for t in targets:
+        for name, more in (("average", ""), ("top-mixture", f"--file {{few}}/{t}-train.jsonl")):
+            for k in transfer_tables.NEAREST:
+                command = f"{name} {k} {{out}}/scratch-to-{t}-1 {library} {more}"
+                rows.append(Row(f"{name}-{k}-for-{t}", command))
+    for t in targets:
+        for name in transfer_tables.TARGETED:
+            init = f"--init {{out}}/{name}-for-{t}-0/out"
+            rows.append(Row(f"{name}-to-{t}", f"{TARGET} {files(t)} {init}"))
+    return rows
+
+
+def baselines(targets: list[str], end: str, model: str) -> list[Row]:
     """Prompt tuning as long as source and target together, and tuning of the LM."""
     start = f"--model {{out}}/multitask{end}-0/model"
-    rows = [Row(f"multitask{end}", 1, "", f"{TUNE} {{source_steps}} --train {{suite}} {model}")]
+    rows = [Row(f"multitask{end}", f"{TUNE} {{source_steps}} --train {{suite}} {model}")]
     for t in targets:
-        long = TARGET.replace("{target_steps}", both)
         rows += [
-            Row(f"longer{end}-to-{t}", 1, "", f"{long} {files(t)} {model}"),
-            Row(f"tuned{end}-to-{t}", 1, "", f"{TUNE} {{target_steps}} {files(t)} {model}"),
-            Row(f"multitask{end}-to-{t}", 1, "", f"{TUNE} {{target_steps}} {files(t)} {start}"),
+            Row(f"longer{end}-to-{t}", f"{DEEP} {STEPS} {{both_steps}} {files(t)} {model}"),
+            Row(f"tuned{end}-to-{t}", f"{TUNE} {{target_steps}} {files(t)} {model}"),
+            Row(f"multitask{end}-to-{t}", f"{TUNE} {{target_steps}} {files(t)} {start}"),
         ]
     return rows
 
@@ -139,54 +135,31 @@ def baselines(targets: list[str], end: str, model: str, both: str) -> list[Row]:
 def shallow(targets: list[str]) -> list[Row]:
     """From scratch and from a mixture, with prompts before the first layer alone."""
     start, init = f"{SHALLOW} {STEPS} {{target_steps}}", "--init {out}/mixture-shallow-0"
-    mixed = f"{SHALLOW} {STEPS} {{source_steps}} --train {{suite}} --limit {LIMIT}"
-    rows = [Row("mixture-shallow", 1, "", mixed)]
+    rows = [Row("mixture-shallow", MIXTURE.replace(DEEP, SHALLOW))]
     for t in targets:
-        rows.append(Row(f"scratch-shallow-to-{t}", 1, "", f"{start} {files(t)}"))
-        rows.append(Row(f"mixture-shallow-to-{t}", 1, "", f"{start} {files(t)} {init}"))
+        rows.append(Row(f"scratch-shallow-to-{t}", f"{start} {files(t)}"))
+        rows.append(Row(f"mixture-shallow-to-{t}", f"{start} {files(t)} {init}"))
     return rows
 
 
-def larger(targets: list[str], both: str) -> list[Row]:
+def larger(targets: list[str]) -> list[Row]:
     """The rows of figure 1 on the larger LM."""
-    rows = [Row("mixture-larger", 1, "", f"{SOURCE} --train {{suite}} --limit {LIMIT} {LARGER}")]
+    rows, init = [Row("mixture-larger", f"{MIXTURE} {LARGER}")], "--init {out}/mixture-larger-0"
     for t in targets:
-        init = "--init {out}/mixture-larger-0"
-        rows.append(Row(f"scratch-larger-to-{t}", 1, "", f"{TARGET} {files(t)} {LARGER}"))
-        rows.append(Row(f"mixture-larger-to-{t}", 1, "", f"{TARGET} {files(t)} {LARGER} {init}"))
-    return rows + baselines(targets, "-larger", LARGER, both)
+        rows.append(Row(f"scratch-larger-to-{t}", f"{TARGET} {files(t)} {LARGER}"))
+        rows.append(Row(f"mixture-larger-to-{t}", f"{TARGET} {files(t)} {LARGER} {init}"))
+    return rows + baselines(targets, "-larger", LARGER)
 
 
-SPOT = groups()
-LAST = {title: SPOT.pop(title) for title in ("shallow prompts", "figure 1: the larger LM")}
-GROUPS = SPOT | promptability_study.groups() | LAST
+GROUPS = groups()
 
 
 class TransferStudy(Study):
     """A study whose commands name their own files."""
 
-    def values(self, job: Job) -> dict:
-        """What the names in a command stand for."""
-        args = self.args
-        return {
-            "out": self.folder,
-            "pretrained": args.pretrained,
-            "seed": job.seed,
-            "suite": self.folder / "suite",
-            "few": self.folder / "few",
-            "held": self.folder / "held-out",
-            "zero": self.folder / "held-out" / "all.jsonl",
-            "source_steps": args.source_steps,
-            "target_steps": args.target_steps,
-            "both_steps": args.source_steps + args.target_steps,
-            "keep": min(KEEP, args.source_steps, args.target_steps),
-            "steps": args.steps,
-            "long": 3 * args.steps,
-        }
-
     def line(self, job: Job) -> list[str]:
         """The arguments of a job's program."""
-        line = [word.format(**self.values(job)) for word in job.command.split()[1:]]
+        line = [word.format(**self.names) for word in job.command.split()[1:]]
         if self.args.model and job.program.endswith(".py") and not {"--model", "--run"} & set(line):
             line += ["--model", self.args.model]
         if job.program in ("train.py", "transfer.py"):
@@ -204,8 +177,8 @@ class TransferStudy(Study):
                 raise ValueError(f"{stamp}: holds other flags than these; choose another --out")
             return
         place, sets = world.make(args.world_seed), {}
-        sources = [row.name.removeprefix("source-") for row in self.groups["sources"]]
-        for name in sources:
+        for row in self.groups["sources"]:
+            name = row.name.removeprefix("source-")
             sets[f"suite/{name}-train.jsonl"] = suite.rows(place, name, "train")[:SOURCE_EXAMPLES]
         for name in transfer_tables.targets_of(self):
             for split, count in (("train", args.examples), ("test", args.count)):
@@ -220,34 +193,39 @@ class TransferStudy(Study):
         write_json(stamp, said)
 
 
-def targeted(kind: str, argv: list[str]) -> dict:
-    """What `average` and `top-mixture` of a target make, in --out, of the k most similar sources.
+def average(line: list[str]) -> dict:
+    """Write the average of the prompts of the k sources that are most similar to a target.
 
-    `argv` is [k, the target's run, the sources' runs, for a mixture --file, the target's training
-    examples].
+    `line` is [k, the target's run, the sources' runs, "--out", folder].
     """
-    parser = argparse.ArgumentParser()
-    parser.add_argument("k", type=int)
-    parser.add_argument("task")
-    parser.add_argument("runs", nargs="+")
-    parser.add_argument("--file")
-    parser.add_argument("--out")
-    args = parser.parse_args(argv)
-    task, runs = args.task, args.runs
-    library = {run: transfer.read_embedding(run)[0] for run in runs}
-    best = transfer.search(transfer.read_embedding(task)[0], library)[: args.k]
-    if kind == "average":
-        transfer.write_average(args.out, Path(task).parent, [(Path(r).name, s) for r, s in best])
-        return {"best": best}
-    record = {run: read_json(Path(run) / "run.json")["arguments"] for run, _ in best}
-    first = record[best[0][0]]
-    files = [path for flags in record.values() for path in flags["train"]] + [args.file]
-    line = [*DEEP.split()[2:], "--steps", first["steps"], "--keep-at", 0, "--train", *files]
-    line += ["--limit", LIMIT, "--out", args.out]
-    line += ["--model", first["model"]] if first["model"] else []
-    line += ["--device", first["device"], "--dtype", first["dtype"]]
-    transfer.main(["source", *map(str, line)])
+    k, target, *sources, _, out = line
+    best = nearest(int(k), target, sources)
+    transfer.write_average(out, Path(target).parent, [(Path(run).name, s) for run, s in best])
     return {"best": best}
+
+
+def top_mixture(line: list[str]) -> dict:
+    """Train a prompt on the target's examples and those of the k sources most similar to it.
+
+    `line` is [k, the target's run, the sources' runs, "--file", the target's training examples,
+    "--out", folder].
+    """
+    k, target, *sources, _, file, _, out = line
+    best = nearest(int(k), target, sources)
+    flags = [read_json(Path(run) / "run.json")["arguments"] for run, _ in best]
+    first, files = flags[0], [path for one in flags for path in one["train"]]
+    words = [*DEEP.split()[1:], "--steps", first["steps"], "--keep-at", 0]
+    words += ["--train", *files, file, "--limit", LIMIT, "--out", out]
+    words += ["--model", first["model"]] if first["model"] else []
+    words += ["--device", first["device"], "--dtype", first["dtype"]]
+    transfer.main([str(word) for word in words])
+    return {"best": best}
+
+
+def nearest(k: int, target: str, sources: list[str]) -> list[tuple[str, float]]:
+    """[(run, similarity)] of the k sources' runs whose embeddings are most similar."""
+    library = {run: transfer.read_embedding(run)[0] for run in sources}
+    return transfer.search(target, library)[:k]
 
 
 def tested(args, name: str) -> int:
@@ -257,14 +235,33 @@ def tested(args, name: str) -> int:
     return args.count if "-to-" in name else 0
 
 
+def make_study(args, folder: Path) -> TransferStudy:
+    """The study in a folder, with flags of reproduce.py. Nothing is written."""
+    programs = {"train.py": train, "transfer.py": transfer, "eval.py": metrics}
+    programs["average"] = SimpleNamespace(main=average)
+    programs["top-mixture"] = SimpleNamespace(main=top_mixture)
+    names = {
+        "out": folder,
+        "pretrained": args.pretrained,
+        "suite": folder / "suite",
+        "few": folder / "few",
+        "held": folder / "held-out",
+        "zero": folder / "held-out" / "all.jsonl",
+        "source_steps": args.source_steps,
+        "target_steps": args.target_steps,
+        "both_steps": args.source_steps + args.target_steps,
+        "keep": min(KEEP, args.source_steps, args.target_steps),
+        "steps": args.steps,
+        "long": 3 * args.steps,
+    }
+    args.grid = False
+    more = {"names": names, "tokens": 55, "asked": lambda job: tested(args, job.row.name)}
+    return TransferStudy(args, folder, GROUPS, {}, programs, **more)
+
+
 def soft_transfer(args) -> dict:
     """Soft prompt transfer and continued pretraining: what they gain, and what predicts it."""
-    programs = {"train.py": train, "transfer.py": transfer, "eval.py": metrics}
-    for kind in ("average", "top-mixture"):
-        programs[kind] = SimpleNamespace(main=partial(targeted, kind))
-    args.grid = False
-    more = {"tokens": 55, "asked": lambda job: tested(args, job.row.name)}
-    study = TransferStudy(args, Path(args.out) / "transfer", GROUPS, {}, programs, **more)
+    study = make_study(args, Path(args.out) / "transfer")
     return conduct(study, study.write_files, report)
 
 
@@ -276,7 +273,6 @@ def report(study: TransferStudy) -> dict:
     results = transfer_tables.tables(study)
     results |= promptability_study.promptability(study, study.folder / "held-out" / "all.jsonl")
     if "pairs" in results:
-        study.args.picture.parent.mkdir(exist_ok=True)
         with only_shows("picture"), picture(study.args.picture, 15, 15) as figure:
             transfer_tables.draw(figure, results)
     return results

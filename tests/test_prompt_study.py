@@ -1,6 +1,5 @@
 """The study of prompts on a tiny LM: its rows, its files, its analyses and its tables."""
 
-import argparse
 from dataclasses import replace
 
 import numpy as np
@@ -160,18 +159,8 @@ def test_distances_by_hand():
 
 
 def whole_study(folder) -> Study:
-    args = {
-        "steps": 800,
-        "count": 40,
-        "model": None,
-        "world_seed": 1,
-        "grid": True,
-        "flags": "",
-        "only": "",
-        "seeds": 3,
-    }
-    args = argparse.Namespace(**args, pretrained="assets")
-    return prompt_study.make_study(args, folder)
+    flags = "prompts --grid --pretrained assets"
+    return prompt_study.make_study(reproduce.parser().parse_args(flags.split()), folder)
 
 
 def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):

@@ -21,7 +21,7 @@ KEPT = [
     searched("not-cross-fitted"),
     reads("larger-bm25-reranked", "bm25-reranked", reader_study.LARGER),
     reads("tuned-bm25-reranked", "bm25-reranked", reader_study.TUNED),
-    Row("closed-book", 1, "", reader_study.CLOSED),
+    Row("closed-book", reader_study.CLOSED),
 ]
 
 
@@ -99,15 +99,13 @@ def test_em_counts_by_the_place_of_the_first_answer(tmp_path):
     assert found == {"bm25": [[0, 1], [50, 2], *[[None, 0]] * 3, [50, 2]]}
 
 
-def whole_study(tmp_path, **changes) -> ReaderStudy:
-    args = {"steps": 300, "encoder_steps": 400, "top": 50, "context": 256, "only": "", "seeds": 3}
-    args |= {"model": None, "encoder": None, "world_seed": 1, "grid": False, "flags": ""}
-    args = argparse.Namespace(**args | {"pretrained": "assets"} | changes)
-    return reader_study.make_study(args, tmp_path)
+def whole_study(tmp_path, flags="") -> ReaderStudy:
+    line = f"reader --pretrained assets --encoder-steps 400 --top 50 {flags}"
+    return reader_study.make_study(reproduce.parser().parse_args(line.split()), tmp_path)
 
 
 def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
-    study = whole_study(tmp_path, flags="--batch-size 7")
+    study = whole_study(tmp_path, "--flags=--batch-size=7")
     assert len(study.rows) == sum(map(len, GROUPS.values()))
     assert {name for _, *pair in ORDERINGS for name in pair[:2]} <= study.rows.keys()
     for job in study.plan():

@@ -1,6 +1,5 @@
 """Studies: runs that are made once, shared by processes and cut short; and what they conclude."""
 
-import argparse
 import json
 from types import SimpleNamespace
 
@@ -9,7 +8,6 @@ from tiny_runs import write_lines
 
 import cost
 import data
-import pretrain
 import recursion_study
 import reproduce
 import study
@@ -24,7 +22,7 @@ SHORT = "--batch-size 3 --max-new-tokens 4 --device cpu --eval-every 2"
 PROMPT = f"train.py --method prompt_tuning --prompt-length 4 {SHORT}"
 BEFORE = f"train.py --method connector_lm --connector-layers 1 --init random {SHORT}"
 PROMPT_RATES = {"prompt": ("0.01", "0.03")}
-TWO = [Row("prompt", 2, "prompt", PROMPT), Row("before", 1, "", BEFORE)]
+TWO = [Row("prompt", PROMPT, 2, rates="prompt"), Row("before", BEFORE)]
 
 
 @pytest.fixture
@@ -120,15 +118,15 @@ def test_nothing_starts_when_the_minutes_are_over(reproduces, monkeypatch):
 
 
 def test_a_failure_stops_no_other_row_and_is_not_repeated(reproduces):
-    rows = [Row("wrong", 1, "", f"{BEFORE} --passes 3"), TWO[1]]
+    rows = [Row("wrong", f"{BEFORE} --passes 3"), TWO[1]]
     results, made = reproduces(rows, rates={})
     assert made == ["wrong-0", "before-0"] and "only neural" in results["missing"]["wrong-0"]
     assert reproduces(rows, rates={})[1] == []
 
 
 def test_a_row_waits_for_what_it_starts_from(reproduces):
-    later = Row("later", 1, "", f"{PROMPT} --init {{out}}/prompt-1")
-    never = Row("never", 1, "", f"{BEFORE} --init {{pretrained}}/nothing")
+    later = Row("later", f"{PROMPT} --init {{out}}/prompt-1")
+    never = Row("never", f"{BEFORE} --init {{pretrained}}/nothing")
     results, made = reproduces([later, never, *TWO])
     assert made == ["prompt-0", "prompt-1", "later-0", "before-0"]
     assert results["missing"] == {"never-0": "what it starts from is missing"}
@@ -142,8 +140,8 @@ def test_only_some_rows(reproduces):
 
 
 def test_analyses_are_made_once_and_keep_what_they_return(reproduces, tmp_path):
-    rows = [TWO[0], Row("hard", 1, "", "audit.py hard {out}/prompt-0 --samples 2")]
-    rows.append(Row("alone", 1, "", "eval.py score {test}"))
+    rows = [TWO[0], Row("hard", "audit.py hard {out}/prompt-0 --samples 2")]
+    rows.append(Row("alone", "eval.py score {test}"))
     results, _ = reproduces(rows)
     assert results["hard"][0]["what"] == "prompt-0" and results["hard"][-1]["what"] == "alone-0"
     assert results["runs"]["alone"][0]["results"]["test"]["n"] == 6
@@ -156,6 +154,23 @@ def test_analyses_are_made_once_and_keep_what_they_return(reproduces, tmp_path):
 
 # What a study concludes
 
+RUN = {"arguments": {"method": "m"}, "results": {}}
+
+
+def answer(i: int, em: float, task: str = "t") -> dict:
+    """A line of predictions.jsonl."""
+    line = {"id": str(i), "task": task, "input": "", "prediction": "", "answers": ["x"]}
+    return line | {"em": em, "f1": em}
+
+
+def finish(made: Study, name: str, *records: dict) -> list[Job]:
+    """Make as many seeds of a row finished as there are records. Returns them."""
+    jobs = made.jobs(made.rows[name])[: len(records)]
+    for job, record in zip(jobs, records, strict=True):
+        job.folder.mkdir()
+        write_json(job.folder / ("run.json" if job.trains else "result.json"), record)
+    return jobs
+
 
 def test_orderings_hold_do_not_hold_or_stay_undecided(tmp_path, capsys):
     """Two seeds against one: better at two hops, worse at one hop, and the same over a person."""
@@ -163,23 +178,15 @@ def test_orderings_hold_do_not_hold_or_stay_undecided(tmp_path, capsys):
         "a": {"one-hop": (40, 42), "two-hop": (60, 58), "two-hop-person": (10, 10)},
         "b": {"one-hop": (70,), "two-hop": (20,), "two-hop-person": (11,)},
     }
-    rows = []
+    rows = [Row("a", "train.py", 2), Row("b", "train.py"), Row("never", "train.py")]
+    made = Study(SimpleNamespace(seeds=3), tmp_path, {"": rows}, {}, {})
     for name, parts in ems.items():
-        seeds = len(parts["one-hop"])
-        rows.append(Row(name, seeds, "", "train.py"))
-        for seed in range(seeds):
+        for job in finish(made, name, *[RUN] * len(parts["one-hop"])):
             lines = []
             for task, right in parts.items():
                 for i in range(100):
-                    em = float(i * 37 % 100 < right[seed])
-                    line = {"id": str(i), "task": task, "input": "", "prediction": ""}
-                    lines.append(line | {"answers": ["x"], "em": em, "f1": em})
-            (tmp_path / f"{name}-{seed}").mkdir()
-            write_lines(tmp_path / f"{name}-{seed}/predictions.jsonl", lines[:: 1 - 2 * seed])
-            record = {"arguments": {"method": "m"}, "results": {}}
-            write_json(tmp_path / f"{name}-{seed}/run.json", record)
-    rows.append(Row("never", 1, "", "train.py"))
-    made = Study(SimpleNamespace(seeds=3), tmp_path, {"": rows}, {}, {})
+                    lines.append(answer(i, float(i * 37 % 100 < right[job.seed]), task))
+            write_lines(job.folder / "predictions.jsonl", lines[:: 1 - 2 * job.seed])
     claims = [("a > b", "a", "b"), ("a > never", "a", "never")]
     found = {r["slice"]: r for r in study.show_orderings(made, claims)}
     verdicts = {part: r["verdict"] for part, r in found.items()}
@@ -197,22 +204,12 @@ def test_orderings_hold_do_not_hold_or_stay_undecided(tmp_path, capsys):
 
 def test_a_claim_with_a_margin_is_about_the_whole_interval(tmp_path):
     """100 questions. 1 point less is within 8 points, 30 points less are not; 6 less may be."""
+    rows = [Row(name, "train.py") for name in "abcd"]
+    made = Study(SimpleNamespace(seeds=3), tmp_path, {"": rows}, {}, {})
     for name, right in (("a", 60), ("b", 61), ("c", 90), ("d", 66)):
-        lines = [{"id": str(i), "task": "t", "input": "", "prediction": ""} for i in range(100)]
-        lines = [
-            x | {"answers": ["x"], "em": float(i < right), "f1": 0} for i, x in enumerate(lines)
-        ]
-        (tmp_path / f"{name}-0").mkdir()
-        write_lines(tmp_path / f"{name}-0/predictions.jsonl", lines)
-        record = {"arguments": {"method": "m"}, "results": {}}
-        write_json(tmp_path / f"{name}-0/run.json", record)
-    made = Study(
-        SimpleNamespace(seeds=3),
-        tmp_path,
-        {"": [Row(name, 1, "", "train.py") for name in "abcd"]},
-        {},
-        {},
-    )
+        (job,) = finish(made, name, RUN)
+        lines = [answer(i, float(i < right)) for i in range(100)]
+        write_lines(job.folder / "predictions.jsonl", lines)
     claims = [("near", "a", other, 0.08) for other in "bcd"] + [("higher", "a", "b")]
     found = [row["verdict"] for row in study.show_orderings(made, claims)]
     assert found == ["holds", "does not hold", "undecided", "undecided"]
@@ -269,18 +266,16 @@ def test_two_sizes_stand_beside_each_other(tmp_path, capsys):
     """Prompt tuning of the larger LM gains 20 points at one hop, and less than one at two hops."""
     ems = {"prompt": [(0.4, 0.1), (0.6, 0.1)], "prompt-large": [(0.7, 0.104)]}
     ems |= {"neural-2": [(0.6, 0.3)], "lm-alone": [(0.3, 0.0)]}
-    whole = whole_study(tmp_path, grid=False)
+    whole = whole_study(tmp_path, "")
     for name, pairs in ems.items():
-        for job, (one, two) in zip(whole.jobs(whole.rows[name]), pairs):
+        records = []
+        for one, two in pairs:
             tasks = {"one-hop": {"em": one}, "two-hop": {"em": two}}
-            record = {"results": {"test": {"em": (one + two) / 2, "tasks": tasks}}}
-            record |= {"arguments": {"method": "m"}, "trained_parameters": 7}
-            job.folder.mkdir()
-            write_json(job.folder / ("run.json" if job.trains else "result.json"), record)
-    (job,) = whole.jobs(whole.rows["seconds"])
-    job.folder.mkdir()
+            results = {"test": {"em": (one + two) / 2, "tasks": tasks}}
+            records.append(RUN | {"results": results, "trained_parameters": 7})
+        finish(whole, name, *records)
     clocked = {f"{name}-0": 0.001 * k for k, name in enumerate(recursion_study.CLOCKED)}
-    write_json(job.folder / "result.json", {"results": clocked})
+    finish(whole, "seconds", {"results": clocked})
     found = recursion_study.show_sizes(whole)
     assert list(found["rows"]) == ["lm-alone", "prompt", "neural-2", "prompt-large"]
     alone, prompt, neural, large = found["rows"].values()
@@ -300,22 +295,18 @@ def test_two_sizes_stand_beside_each_other(tmp_path, capsys):
 def test_the_report_reads_test_candidates_and_names_the_audited_runs(tmp_path, capsys):
     whole = whole_study(tmp_path)
 
-    def finish(name: str, record: dict) -> None:
-        (job,) = whole.jobs(whole.rows[name])
-        job.folder.mkdir()
-        write_json(job.folder / ("run.json" if job.trains else "result.json"), record)
-
     def candidates(share: float) -> dict:
         return {"recall": {"8": share}, "best": 0.1, "majority": 0.2, "distinct": 3.0}
 
-    halves = {s: candidates(x) | {"tasks": {"two-hop": candidates(x)}} for s, x in HALVES.items()}
-    scores = {s: {"em": x / 2, "tasks": {"two-hop": {"em": x / 4}}} for s, x in HALVES.items()}
+    splits = {"dev": 0.25, "test": 0.75}
+    halves = {s: candidates(x) | {"tasks": {"two-hop": candidates(x)}} for s, x in splits.items()}
+    scores = {s: {"em": x / 2, "tasks": {"two-hop": {"em": x / 4}}} for s, x in splits.items()}
     record = {
         "arguments": {"method": "m", "candidates": 8},
         "candidates": [halves],
         "results": scores,
     }
-    finish("textual-8", record)
+    finish(whole, "textual-8", record)
     found = {row["slice"]: row for row in recursion_study.show_candidates(whole)}
     assert found["all"]["recall"] == {"8": 0.75} and found["all"]["em"] == 0.375
     assert found["two-hop"]["em"] == 0.1875 and found["all"]["samples"] == 8
@@ -326,9 +317,9 @@ def test_the_report_reads_test_candidates_and_names_the_audited_runs(tmp_path, c
     rate = {"what": "other: the other's answer", "n": 4, "rate": 0.5, "low": 0.2, "high": 0.8}
     for name in ("passes", "passes-paper"):
         beside = {"curve": curve, "two_passes_operations": 2.0, "beside": {}}
-        finish(name, {"results": beside})
+        finish(whole, name, {"results": beside})
     for name in ("bridge", "bridge-pause"):
-        finish(name, {"results": {"rates": [rate]}})
+        finish(whole, name, {"results": {"rates": [rate]}})
     drawn = tmp_path / "bridge-0" / "out" / "bridge.png"  # the other one could not be drawn
     drawn.parent.mkdir()
     drawn.write_text("a question")
@@ -358,26 +349,13 @@ def test_operations_of_textual_recursion():
     assert recursion_study.textual_operations(samples, reads=True) == sampled + more
 
 
-HALVES = {"dev": 0.25, "test": 0.75}
-
 # The real study
 
 
-def whole_study(tmp_path, **changes) -> Study:
-    args = {
-        "steps": 1200,
-        "count": None,
-        "model": None,
-        "world_seed": 1,
-        "grid": True,
-        "flags": "",
-        "only": "",
-        "seeds": 3,
-        "picture": tmp_path / "study.png",
-    }
-    args = argparse.Namespace(**args | {"pretrained": "assets"} | changes)
-    programs = {"train.py": train, "pretrain.py": pretrain}
-    return recursion_study.make_study(args, tmp_path, programs)
+def whole_study(tmp_path, flags="--grid") -> Study:
+    args = reproduce.parser().parse_args(f"recursion --pretrained assets {flags}".split())
+    args.picture = tmp_path / "study.png"
+    return recursion_study.make_study(args, tmp_path)
 
 
 def test_the_name_of_a_row_says_what_it_trains():
@@ -404,10 +382,6 @@ def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
     named = {row.rates for row in whole.rows.values()} | whole.rates.keys()
     named |= {name for _, *pair in recursion_study.ORDERINGS for name in pair[:2]}
     assert named - {""} <= whole.rows.keys()
-    line = next(x for x in recursion_study.__doc__.split("\n\n") if x.startswith("Three seeds"))
-    several = {row.name for row in whole.rows.values() if row.seeds == 3}
-    assert several == {word.strip(".,") for word in line.split(". ")[0].split()} & whole.rows.keys()
-    assert {row.seeds for row in whole.rows.values()} == {1, 3}
     steps = {}
     for job in whole.plan():
         line = whole.line(job)
@@ -434,14 +408,16 @@ def test_the_plan_is_computed_without_making_anything(tmp_path, monkeypatch, cap
 
 
 def test_costs_follow_the_operations_and_the_finished_runs(tmp_path):
-    whole = whole_study(tmp_path, grid=False)
+    whole = whole_study(tmp_path, "")
     jobs = {job.row.name: job for job in whole.plan() if job.seed == 0}
     runs = {n: train.parse(whole.line(j)) for n, j in jobs.items() if j.program == "train.py"}
     two, eight = (cost.passes(runs[f"before-{n}-random"])[0] for n in (2, 8))
     assert (two, eight) == (3, 6)  # forward and backward through 6 layers, and 3 for each own one
     cached = cost.passes(runs["neural-2"])[0]
     assert cached == two and cost.passes(runs["neural-2-passes-3"])[0] == 2 * cached
-    again = Job(Row("again", 1, "prompt", f"{recursion_study.TEXTUAL} --candidates 8"), 0, tmp_path)
+    again = Job(
+        Row("again", f"{recursion_study.TEXTUAL} --candidates 8", rates="prompt"), 0, tmp_path
+    )
     trained = cost.passes(runs["neural-2-residual-pause-3-trained"])[0]
     assert trained == cached + 2  # forward and backward through the first pass
     taken = cost.seconds(whole, again) - cost.seconds(whole, jobs["textual-8"])
@@ -455,10 +431,8 @@ def test_costs_follow_the_operations_and_the_finished_runs(tmp_path):
     assert answers["prompt"] == 1 and answers["neural-2"] == pytest.approx(2 + 2 / 6)
     assert answers["neural-2-residual-pause-3"] == pytest.approx(1.5 * answers["neural-2"])
     before = cost.show_cost(whole)
-    (tmp_path / "neural-2-0").mkdir()
     seconds = 2 * cost.recorded_seconds(whole, jobs["neural-2"])
-    record = {"arguments": {"method": "m"}, "results": {}, "seconds": seconds}
-    (tmp_path / "neural-2-0/run.json").write_text(json.dumps(record))
+    finish(whole, "neural-2", RUN | {"seconds": seconds})
     after = cost.show_cost(whole)
     assert before["factor"] == 1 and after["factor"] == pytest.approx(2)
     assert after["seconds"] == pytest.approx(2 * before["seconds"], rel=1e-3)

@@ -1,6 +1,5 @@
 """The study of soft prompt transfer and of continued pretraining, from its files to its tables."""
 
-import argparse
 import io
 import json
 import re
@@ -15,7 +14,6 @@ import fit
 import promptability_study
 import reproduce
 import suite
-import train
 import transfer
 import transfer_study
 import transfer_tables
@@ -25,8 +23,15 @@ from transfer_study import TransferStudy
 
 SOURCES, TARGETS = ["food_reviews", "news_topic"], ["staff_reviews", "record_nli"]
 HELD = ["same_sense", "record_nli"]  # as in suite.TASKS, not in the order of the alphabet
-VARIANTS = {name: promptability_study.VARIANTS[name] for name in ("ppt", "reptile")}
+VARIANTS = ("none", "ppt", "reptile")
 FLAGS = "--source-steps 3 --target-steps 2 --examples 8 --count 6 --steps 1"
+
+
+def kept(rows):
+    """The rows of VARIANTS; those of few-shot tuning with few steps and shots."""
+    rows = [row for row in rows if row.name.split("-")[0] in VARIANTS and "small" not in row.name]
+    short = " --steps 2 --shots 4"
+    return [r._replace(command=r.command + short * ("few-shot" in r.command)) for r in rows]
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +49,11 @@ def done(tmp_path_factory):
         patch.setattr(suite, "rows", rows)
         patch.setattr(suite, "TEMPLATES", {t: [("is", 0, 0), ("paint", 0, 0)] for t in HELD})
         patch.setattr(promptability_study, "held_out_tasks", lambda: HELD)
-        shots = promptability_study.SHOTS
-        patch.setattr(promptability_study, "SHOTS", f"{shots} --steps 2 --shots 4")
         texts = [{"text": "The red door is blue. " * 9}] * 9
         patch.setattr(transfer_study.genres, "documents", lambda *rest: texts)
-        rows = transfer_study.groups(SOURCES, TARGETS) | promptability_study.groups(VARIANTS)
-        patch.setattr(transfer_study, "GROUPS", rows)
+        continued = {title: kept(rows) for title, rows in promptability_study.GROUPS.items()}
+        groups = transfer_study.groups(SOURCES, TARGETS, continued)
+        patch.setattr(transfer_study, "GROUPS", groups)
         patch.chdir(folder)
         line = f"transfer --model {place}/lm/model --pretrained {place} {FLAGS}"
         with redirect_stdout(io.StringIO()) as printed:
@@ -248,19 +252,8 @@ def test_a_library_without_any_gain_is_valid_json(tmp_path, capsys):
 
 
 def whole_study(tmp_path) -> TransferStudy:
-    flags = {"source_steps": 300, "target_steps": 80, "examples": 64, "count": 300, "steps": 100}
-    flags |= {
-        "model": None,
-        "flags": "--dtype bfloat16",
-        "only": "",
-        "seeds": 3,
-        "grid": False,
-        "pretrained": "assets",
-        "world_seed": 1,
-    }
-    args = argparse.Namespace(**flags)
-    programs = {"train.py": train, "transfer.py": transfer}
-    return TransferStudy(args, tmp_path, transfer_study.GROUPS, {}, programs)
+    flags = "transfer --pretrained assets --flags=--dtype=bfloat16"
+    return transfer_study.make_study(reproduce.parser().parse_args(flags.split()), tmp_path)
 
 
 def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
