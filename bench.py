@@ -13,11 +13,8 @@
                                         attention.py beside PyTorch's attention, shape by shape
     python bench.py retrieval           BM25 and re-ranking beside bm25s and sentence-transformers
 
-bench_train.py and bench_generate.py describe the workloads, contest.py the columns. Times are
-medians. "ratio" is the peer's time over ours, with the smallest and the largest of the rounds. "by
-operations" is the peer's operations over ours. "floor" is the time of our operations at the matrix
-rate, and "of rate" is the floor over our time. Memory is the peak of a step beyond what was held
-before it.
+bench_train.py and bench_generate.py describe the workloads, contest.py the columns: "by operations"
+is its operations_ratio, and "of rate" its share.
 """
 
 import argparse
@@ -107,14 +104,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def cells(row: dict) -> list[str]:
     """The columns of a row. What was not measured is empty."""
 
-    def cell(key: str, pattern: str, scale: float = 1.0) -> str:
-        return "" if row.get(key) is None else format(scale * row[key], pattern)
+    def cell(key: str, pattern: str, scale: float = 1.0, unit: str = "") -> str:
+        return "" if row.get(key) is None else format(scale * row[key], pattern) + unit
 
     ratio = cell("ratio", ".2f")
     if ratio:
         low, high = row["spread"]
         ratio += f" ({low:.2f} to {high:.2f})"
-    peer = f"{row['peer']}: {cell('peer_seconds', ',.0f', 1e3)} ms" if "peer" in row else ""
+    peer = f"{row['peer']}: {cell('peer_seconds', ',.0f', 1e3, ' ms')}" if "peer" in row else ""
     notes = [
         f"{name} {cell(key, pattern)}"
         for key, name, pattern in (
@@ -127,16 +124,16 @@ def cells(row: dict) -> list[str]:
     ]
     return [
         row["workload"],
-        cell("seconds", ",.0f", 1e3) + " ms",
+        cell("seconds", ",.0f", 1e3, " ms"),
         peer,
         ratio,
         cell("operations_ratio", ".2f"),
-        "" if row.get("floor") is None else cell("floor", ",.1f", 1e3) + " ms",
+        cell("floor", ",.1f", 1e3, " ms"),
         cell("share", ".0%"),
         cell("tokens_per_second", ",.0f"),
         cell("peer_tokens_per_second", ",.0f"),
-        cell("peak", ",.0f", 1e-6) + " MB" if row.get("peak") is not None else "",
-        cell("peer_peak", ",.0f", 1e-6) + " MB" if row.get("peer_peak") is not None else "",
+        cell("peak", ",.0f", 1e-6, " MB"),
+        cell("peer_peak", ",.0f", 1e-6, " MB"),
         ", ".join(notes),
     ]
 

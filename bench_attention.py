@@ -102,28 +102,26 @@ def cells(row: dict) -> list[str]:
     name = [row["shape"], "both" if row["backward"] else "forward", row["who"]]
     if "failed" in row:
         return [*name, row["failed"]]
-    share, wrong = (
-        format(row[k], f) if k in row else "" for k, f in (("share", ".0%"), ("error", ".1e"))
-    )
+    share = f"{row['share']:.0%}" if "share" in row else ""
+    wrong = f"{row['error']:.1e}" if "error" in row else ""
     times = [f"{1e3 * row[key]:.3f}" for key in ("seconds", "launch")]
     return [*name, *times, f"{row['peak'] / 1e6:.0f}", share, wrong]
 
 
 def show_summary(rows: list[dict], missing: list[str]) -> None:
     """Print where attention.py is not the fastest or takes more memory, and what is missing."""
-    found: dict = {}
+    found = {who: {} for who in CONTESTANTS}
     for row in rows:
         if "seconds" in row and "T" in row:
-            found.setdefault((row["shape"], row["backward"]), {})[row["who"]] = row
-    for other in list(CONTESTANTS)[1:]:
-        pairs = {
-            k: (r["attention.py"], r[other])
-            for k, r in found.items()
-            if len(r) > 1 and other in r and "attention.py" in r
-        }
+            found[row["who"]][row["shape"], row["backward"]] = row
+    ours = found.pop("attention.py")
+    for other, theirs in found.items():
+        pairs = [(a, theirs[key]) for key, a in ours.items() if key in theirs]
         for backward in (False, True):
             ratios = {
-                k[0]: b["seconds"] / a["seconds"] for k, (a, b) in pairs.items() if k[1] == backward
+                a["shape"]: b["seconds"] / a["seconds"]
+                for a, b in pairs
+                if a["backward"] == backward
             }
             if not ratios:
                 continue
@@ -135,7 +133,7 @@ def show_summary(rows: list[dict], missing: list[str]) -> None:
                 f"{len(ratios)} shapes; attention.py is slower at: {', '.join(slower) or 'none'}",
                 result=True,
             )
-        more = [k[0] for k, (a, b) in pairs.items() if a["peak"] > b["peak"]]
+        more = [a["shape"] for a, b in pairs if a["peak"] > b["peak"]]
         show(f"attention.py takes more memory than {other} at: {', '.join(more) or 'none'}")
     show(f"not reached: {', '.join(missing) or 'none'}", result=True)
 

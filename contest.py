@@ -5,8 +5,8 @@
     for row in measure(Contest(setting, "a title", lm, ours, {"PEFT": theirs}, 2048, 2048)): ...
 
 There is a row for each peer. Times are medians of `runs` rounds. In each of them every contestant
-takes one step; they take turns in being the first. A ratio is the median over the rounds, with the
-smallest and the largest.
+takes one step; they take turns in being the first. The ratio is the peer's time over ours: its
+median over the rounds, with the smallest and the largest.
 
 - The operations of a step are those of its products of matrices, counted while it runs. Attention
   counts as if it had no causal mask.
@@ -14,7 +14,8 @@ smallest and the largest.
   measured in the same rounds.
 - floor = our operations / matrix rate; share = floor / our time. operations_ratio = the peer's
   operations / ours, which is the ratio of the times if both ran at the same share.
-- The peak is what a step holds beyond what was held before it: weights and prompt do not count.
+- The peak is the memory that a step holds beyond what was held before it: weights and prompt do
+  not count.
 """
 
 import ctypes
@@ -184,8 +185,11 @@ def load_peer(folder: str | Path, dtype: torch.dtype = torch.float32, device: st
 
 def in_new_process(code: str, input: str = "") -> str:
     """The last line that Python code prints in a process of its own."""
-    kept = {"check": True, "capture_output": True, "text": True, "cwd": Path(__file__).parent}
-    return subprocess.run([sys.executable, "-c", code], input=input, **kept).stdout.splitlines()[-1]
+    command, here = [sys.executable, "-c", code], Path(__file__).parent
+    done = subprocess.run(
+        command, input=input, check=True, capture_output=True, text=True, cwd=here
+    )
+    return done.stdout.splitlines()[-1]
 
 
 def timed(step: Callable, device: str = "cpu") -> float:
