@@ -44,10 +44,10 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TOP = 100
 
 
-def timed(step: Callable) -> tuple[float, object]:
-    """Seconds that step() takes, and what it returns."""
+def timed(function: Callable, argument) -> tuple[float, object]:
+    """Seconds that function(argument) takes, and what it returns."""
     start = time.perf_counter()
-    result = step()
+    result = function(argument)
     return time.perf_counter() - start, result
 
 
@@ -108,9 +108,9 @@ def bm25_rows(texts: list[str], questions: list[str], runs: int):
         index(texts)(questions[:1])  # numba compiles
         for _ in range(runs):
             for who, make in (("", index_ours), ("peer ", index)):
-                spent, search = timed(lambda make=make: make(texts))
+                spent, search = timed(make, texts)
                 seconds[f"{who}index"].append(spent)
-                spent, found = timed(lambda search=search: search(questions))
+                spent, found = timed(search, questions)
                 seconds[f"{who}search"].append(spent)
                 if not who:
                     expected = found
@@ -220,7 +220,7 @@ def rerank_rows(texts: list[str], questions: list[str], runs: int, tiny: bool):
         sides = [score_with(folder) for score_with in SCORERS.values()]
         peaks = [peak(name, folder, asked) for name in SCORERS]
     scores, theirs = (side(asked) for side in sides)  # this is also the warm-up
-    seconds = [[timed(lambda side=side: side(asked))[0] for side in sides] for _ in range(runs)]
+    seconds = [[timed(side, asked)[0] for side in sides] for _ in range(runs)]
     row = {"workload": f"rerank {len(scores)} passages"}
     row["score difference"] = (np.abs(scores - theirs).max() / scores.std()).item()  # in deviations
     row["score"], row["peer score"] = (statistics.median(side) for side in zip(*seconds))
