@@ -140,17 +140,15 @@ def estimate(args: argparse.Namespace) -> tuple[dict[str, int], dict[str, int], 
     libraries = memory("VmRSS")  # this process has loaded the same ones as a run
     folder = args.model or ASSETS / "lm"
     config = Config(**read_config(resolve(folder, ["config.json"])))
-    encoder_config = None
-    if args.method == "id_pt":
-        encoder_config = T5Config(**t5_from_hf(start.t5_folder(args) / "config.json"))
     with without_values():
-        lm = LM(config)
+        lm, encoder = LM(config), None
+        if args.method == "id_pt":
+            encoder = T5Encoder(T5Config(**t5_from_hf(start.t5_folder(args) / "config.json")))
     size = count(lm)
     lengths = read_lengths(args, lm, folder)
     if args.method == "textual_recursion":
         lengths = add_candidates(args, config, lengths)
     with without_values():
-        encoder = None if encoder_config is None else T5Encoder(encoder_config)
         run = DryRun(args, lm, encoder, lengths)
         step, operations = run.step() if args.method != "training_free" else ({}, {})
         evaluation = run.evaluation()

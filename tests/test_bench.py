@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from tiny_runs import PEOPLE, ROOT, write_lines
-from torch.utils import flop_counter
 
 import adapters
 import bench
@@ -17,6 +16,7 @@ import plan
 import recurse
 import start
 import train
+from contest import count_operations
 from data import train_tokenizer
 from fit import Recipe, make_optimizer
 from model import LM, Config
@@ -36,17 +36,6 @@ def kept_for_backward(compute, *modules):
         out = compute()
     assert out.requires_grad
     return sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in known)
-
-
-def operations_of(compute):
-    """Floating-point operations of all products of matrices in compute()."""
-    known, sdpa = flop_counter.flop_registry, "_scaled_dot_product_flash_attention"
-    for name in ("", "_backward"):  # it lacks attention on a CPU, which counts the same
-        cuda, cpu = (getattr(torch.ops.aten, f"{sdpa}{on}{name}") for on in ("", "_for_cpu"))
-        known.setdefault(cpu, known[cuda])
-    with flop_counter.FlopCounterMode(display=False) as counter:
-        compute()
-    return counter.get_total_flops()
 
 
 def new_adapter(method, lm):
@@ -92,11 +81,9 @@ def test_the_plan_of_textual_recursion_leaves_out_the_stages_of_another_run(plac
     assert many - few > 80000 * position
 
 
-@pytest.mark.parametrize("residual", ["on", "off"])
-def test_the_plan_of_a_residual_connector_is_that_of_any(place, residual):
+def test_the_plan_of_a_residual_connector_is_that_of_any(place):
     """A sum leaves nothing for the backward pass: the test below counts what autograd keeps."""
-    one = plan_of(place, f"--seq-len 20 --residual {residual}")
-    two = plan_of(place, "--seq-len 20 --residual off")
+    one, two = (plan_of(place, f"--seq-len 20 --residual {switch}") for switch in ("on", "off"))
     one["Python and libraries"] = two["Python and libraries"]
     assert one == two
 
@@ -132,11 +119,9 @@ def test_the_plan_counts_what_a_step_holds_and_computes(tmp_path, capsys, method
     frozen = 0 if adapter is None else sum(p.numel() for p in lm.parameters())
     held = [table[key] for key in ("trained", "frozen weights", "optimiser (adamw)", "logits")]
     assert held == [4 * count, 4 * frozen, 8 * count, 3 * 4 * 15 * 60]
-    parts = [lm, trained, *getattr(adapter, "encoder", [])]
-    kept = kept_for_backward(step, *parts)
-    planned = table["activations"] + table.get("encoder, generator", 0)
-    assert planned == pytest.approx(kept, rel=0.15)
-    assert operations["a step"] == pytest.approx(operations_of(whole_step), rel=0.12)
+    kept = kept_for_backward(step, lm, trained, *getattr(adapter, "encoder", []))
+    assert table["activations"] == pytest.approx(kept, rel=0.15)
+    assert operations["a step"] == pytest.approx(count_operations(whole_step, lm), rel=0.12)
     prompts = 4 if method == "textual_recursion" else 1  # of all, of either half, and the last
     assert operations["all steps"] == 9 * prompts * operations["a step"]
     out, total = capsys.readouterr().out, sum(table.values()) / 1e9
