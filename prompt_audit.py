@@ -72,11 +72,8 @@ def mean_distances(drawn: Tensor, keys: list[tuple[str, str]]) -> dict[str, floa
     """The distances of prompts (N, P, C) from examples with the keys (task, template)."""
     unit = F.normalize(drawn.float(), dim=-1).flatten(1)
     distance = 1 - unit @ unit.T / drawn.shape[1]
-    tasks, templates = (
-        torch.tensor([list(dict.fromkeys(part)).index(key) for key in part])
-        for part in ([task for task, _ in keys], keys)
-    )
-    same_task, same = tasks[:, None] == tasks, templates[:, None] == templates
+    same_task = torch.tensor([[a[0] == b[0] for b in keys] for a in keys])
+    same = torch.tensor([[a == b for b in keys] for a in keys])
     other = ~torch.eye(len(keys), dtype=torch.bool)
     kinds = {"same template": same & other, "other template": same_task & ~same}
     kinds["other dataset"] = ~same_task

@@ -160,14 +160,17 @@ def similarities(study: Study, tasks: list[str]) -> tuple[dict, dict]:
         pairs = [(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i != j]
         return float(np.mean([transfer.similarity(*p, kind) for p in pairs or [(a[0], b[0])]]))
 
-    def matrix(kind: str, prompts: list, seeds: int | None = None) -> np.ndarray:
+    def matrix(kind: str, prompts: list, seeds: int | None) -> np.ndarray:
         return np.array([[mean(kind, a, b[:seeds]) for b in prompts] for a in prompts])
 
-    # The overlap of neurons is a cosine, too.
-    kinds = [("per_token", "per_token", found), ("average_tokens", "average_tokens", found)]
-    kinds.append(("neurons", "average_tokens", neurons))
-    near, toward = ({name: matrix(*rest, n) for name, *rest in kinds} for n in (None, 1))
-    return near, toward
+    def matrices(seeds: int | None) -> dict:
+        return {
+            "per_token": matrix("per_token", found, seeds),
+            "average_tokens": matrix("average_tokens", found, seeds),
+            "neurons": matrix("average_tokens", neurons, seeds),  # their overlap is a cosine, too
+        }
+
+    return matrices(None), matrices(1)
 
 
 def show_search(study: Study, scores: dict, near: dict, tasks: list[str]) -> dict:

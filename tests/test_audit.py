@@ -149,10 +149,10 @@ def test_a_question_takes_all_passes_if_the_first_is_not_sure(stack, shots):
     text = [4, 8, 15] if shots else []
     if shots:
         prefix = stack.read(stack.embed(torch.tensor([text])))
-    rest, stops = (6, None, ["w7", "", "", ""]), ["w7", "", "", ""]
-    alone = predict(lm, tokenizer, QUESTIONS, stack.prefix_of(0, prefix), *rest[:2], stops)
-    whole = predict(stack, tokenizer, QUESTIONS, prefix, *rest[:2], stops)
-    pairs = recurse.first_pass(stack, tokenizer, QUESTIONS, prefix, *rest[:2], stops)
+    rest = (6, None, ["w7", "", "", ""])  # new tokens, options, stops
+    alone = predict(lm, tokenizer, QUESTIONS, stack.prefix_of(0, prefix), *rest)
+    whole = predict(stack, tokenizer, QUESTIONS, prefix, *rest)
+    pairs = recurse.first_pass(stack, tokenizer, QUESTIONS, prefix, *rest)
     assert [a for a, _ in pairs] == alone != whole
     logprobs = [logprob for _, logprob in pairs]
     answer = tokenizer.encode(pairs[3][0]).ids
@@ -160,10 +160,10 @@ def test_a_question_takes_all_passes_if_the_first_is_not_sure(stack, shots):
     exact = [naive_score(lm, text + QUESTIONS[3], answer[:-1] + [e]) for e in (answer[-1], 3)]
     assert any(math.isclose(logprobs[3], value, abs_tol=1e-3) for value in exact)
     for threshold in (-math.inf, sorted(logprobs)[2], math.inf):
-        answers, unsure = route(threshold, stack, tokenizer, QUESTIONS, prefix, *rest[:2], stops)
+        answers, unsure = route(threshold, stack, tokenizer, QUESTIONS, prefix, *rest)
         assert unsure == [logprob < threshold for logprob in logprobs]
         assert answers == [b if more else a for a, b, more in zip(alone, whole, unsure)]
-    assert route(None, stack, tokenizer, QUESTIONS, prefix, *rest[:2], stops)[0] == whole
+    assert route(None, stack, tokenizer, QUESTIONS, prefix, *rest)[0] == whole
 
 
 def test_only_a_neural_recursion_has_a_first_pass(make_lm):
@@ -241,16 +241,17 @@ def test_passes_of_a_run(place, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_passes_of_a_run_with_filler(place, tmp_path, name="filler"):
+def test_passes_of_a_run_with_filler(place, tmp_path):
     """The first pass answers behind the filler, too, and its operations count the filler."""
+    folder = str(place / "filler")
     flags = ["--out", str(tmp_path / "passes"), "--threshold", "-1.5"]
-    result = audit.main(["passes", str(place / name), *flags])
-    score = ["score", str(place / "dev.jsonl"), "--max-new-tokens", "4", "--run", str(place / name)]
+    result = audit.main(["passes", folder, *flags])
+    score = ["score", str(place / "dev.jsonl"), "--max-new-tokens", "4", "--run", folder]
     routed = [metrics.main([*score, "--threshold", t]) for t in ("-999", "-1.5", "999")]
     assert result["at"] == routed[1]
     for row, scores in zip((result["curve"][0], result["curve"][-1]), routed[::2]):
         assert math.isclose(row["em"], scores["em"])
-    model, prefix, tokenizer, _ = load_run(place / name)
+    model, prefix, tokenizer, _ = load_run(folder)
     ids, options, prefix = prepare(model, tokenizer, data.read(place / "dev.jsonl"), prefix, 4)
     rest = (prefix, 4, options, ["\n"] * 5)
     answers = [a for a, _ in recurse.first_pass(model, tokenizer, ids, *rest)]
