@@ -58,6 +58,9 @@ for line in sys.stdin:
     if not pid:
         try:
             status = child(job)
+        except KeyboardInterrupt:  # before the program begins
+            sys.stderr.write("interrupted\\n")
+            status = 130
         except BaseException:
             sys.excepthook(*sys.exc_info())
             status = 1
