@@ -105,8 +105,8 @@ class CrossBlock(nn.Module):
     """Attention of 8 heads, then an MLP four times as wide, each on normed input and added to it.
 
     Vectors x (B, P, W) attend to `inputs` (B, L, W), or to each other if there are none. (The block
-    of Perceiver, Jaegle et al. 2021. Perceiver IO's MLP after cross-attention is as wide as its
-    input, but the parameters that the ID-PT paper counts need four times that.)
+    of Perceiver, Jaegle et al. 2021, whose cross-attention has one head; the ID-PT paper names no
+    number. Its count of parameters needs an MLP four times as wide, where Perceiver IO has one.)
     """
 
     ADDED = 0.3  # scale of what is added. It starts at zero and stays smaller than x, of unit scale

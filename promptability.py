@@ -378,7 +378,8 @@ def check_few_shot_folder(out: Path, resume: bool) -> None:
 
 
 def few_shot_splits(args: Namespace) -> Iterator[tuple]:
-    """Yield (dataset, template, its --shots training examples, its test examples).
+    """Yield (dataset, template, its --shots training examples, its test examples). A file is a data
+    set: join those that count as one, such as the three rounds of ANLI.
 
     The examples depend on --shots-seed alone, so they are the same for all that are compared.
     ValueError if a template has too few of them, or no test examples, or these have no options.

@@ -2,8 +2,8 @@
 
 LM recursion: Levine et al. 2022, "Standing on the Shoulders of Giant Frozen Language Models",
 section 4.2 (neural recursion). The last hidden states of a first pass, "before translation into the
-vocabulary", go through a small trained Connector. The Connector's output enters the first layer of
-a second pass in place of the embeddings.
+vocabulary", go through a small trained Connector. They are read as those after the final norm. The
+Connector's output enters the first layer of a second pass in place of the embeddings.
 
     neural recursion   lm(connector(lm(lm.embed(ids))))
     LM-Connector       connector(lm(lm.embed(ids)))      one pass; the Connector comes after it
