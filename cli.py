@@ -143,12 +143,7 @@ def add_training_flags(parser) -> None:
         parser,
         "training",
         ("--steps", COUNT, None, "optimiser steps (LM recursion: up to 100,000)"),
-        (
-            "--batch-size",
-            COUNT,
-            32,
-            "questions or windows, of all processes together (prompt tuning: 32)",
-        ),
+        ("--batch-size", COUNT, 32, "questions or windows of all processes (prompt tuning: 32)"),
         ("--grad-accum", COUNT, 1, "batches in a step"),
         ("--lr", number_type(float, 0), None, rate),
         ("--schedule", ["linear", "constant"], "linear", "after warm-up: down to zero, or level"),

@@ -65,9 +65,7 @@ class Example:
 
 P3_KEYS = dict(inputs_pretokenized="input", targets_pretokenized="target", answer_choices="options")
 BOM = "\ufeff"  # byte order mark
-ONE_VALUE = re.compile(  # how the JSON of DPR, an array, and of SQuAD begin
-    rb'(\xef\xbb\xbf)?\s*(\[|\{\s*("version"\s*:\s*"[^"]*"\s*,\s*)?"data"\s*:\s*\[)'
-)
+ONE_VALUE = re.compile(rb'(\xef\xbb\xbf)?\s*(\[|\{\s*("version"[^,]*,\s*)?"data"\s*:\s*\[)')
 
 
 def question_text(question: str) -> str:
@@ -81,7 +79,7 @@ def read(path: str | Path) -> list[Example]:
     FileNotFoundError if there is no such file. ValueError, which names file and line, if a line is
     no example or a pair of task and id occurs twice.
     """
-    examples = [parse_record(record, source) for source, record in _records(path)]
+    examples = [parse_record(record, source) for source, record in records(path)]
     if not examples:
         raise ValueError(f"{path}: holds no examples")
     sources = {}  # two runs are compared example by example, found by task and id
@@ -92,8 +90,10 @@ def read(path: str | Path) -> list[Example]:
     return examples
 
 
-def _records(path: str | Path) -> Iterable[tuple[str, dict]]:
-    if not (Path(path).is_file() and ONE_VALUE.match(Path(path).read_bytes()[:100])):
+def records(path: str | Path) -> Iterable[tuple[str, dict]]:
+    """("file:line", record) of each example. An array (DPR) and SQuAD begin like ONE_VALUE."""
+    start = np.fromfile(path, np.uint8, 100).tobytes() if Path(path).is_file() else b""
+    if not ONE_VALUE.match(start):
         return json_lines(path)
     from passages import read_questions
 

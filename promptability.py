@@ -294,7 +294,7 @@ def train_learner(task: start.Task, tasks: list[list], learner: Learner, prompt)
 
 def read_tasks(args: Namespace) -> list[list[data.Example]]:
     """The training examples of each task, at most --limit of it, without held-out clusters."""
-    groups, clusters = [], set(HELD_OUT)
+    groups, clusters = [], set()
     for path in args.train:
         for template, examples in by_template(path).items():
             clusters |= {example.cluster for example in examples}
@@ -308,9 +308,9 @@ def read_tasks(args: Namespace) -> list[list[data.Example]]:
                     f"--batch-size {args.batch_size}"
                 )
             groups.append([examples[row] for row in kept])
-    if not any(example.cluster for group in groups for example in group) and args.hold_out:
+    if args.hold_out and not any(clusters):
         show("no example of --train has a cluster: --hold-out holds nothing out")
-    if unknown := set(args.hold_out) - clusters:
+    if unknown := set(args.hold_out) - clusters - set(HELD_OUT):
         raise ValueError(f"--hold-out: no file of --train has the cluster {min(unknown)!r}")
     if not groups:
         raise ValueError("--hold-out leaves no task in the files of --train")

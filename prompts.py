@@ -171,7 +171,7 @@ def answer_by_vote(lm, tokenizer, examples, voters: Sequence[Prompt], new=16, st
 
 def read_mixed(path: str, labelled: bool) -> list[tuple[data.Example, dict]]:
     """Read (example, record) of each line. Answers are needed if `labelled`, or else dropped."""
-    lines = list(data.json_lines(path))
+    lines = list(data.records(path))
     if not lines:
         raise ValueError(f"{path}: holds no examples")
     examples = data.read(path) if labelled else [parse_question(r, source) for source, r in lines]

@@ -270,7 +270,7 @@ def text_windows(path: str, task: start.Task) -> list[data.TokenizedExample]:
 
 def is_text(path: str) -> bool:
     """Whether a file holds running text instead of examples."""
-    return Path(path).suffix.lower() == ".txt" or all("text" in r for _, r in data.json_lines(path))
+    return Path(path).suffix.lower() == ".txt" or all("text" in r for _, r in data.records(path))
 
 
 def source(args: Namespace) -> dict:

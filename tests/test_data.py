@@ -19,6 +19,7 @@ from tokenizers import (
 
 import data
 import pretrain
+import prompts
 import questions
 from data import IGNORE_INDEX, Example, TokenizedExample
 
@@ -224,6 +225,9 @@ def test_the_json_of_dpr_and_squad_is_read_as_questions(tmp_path):
     assert {e.input for e in found} == {"Q: Who wrote Emma?\nA:", "Q: who wrote emma?\nA:"}
     assert [e.id for e in found] == ["7", "7", "a.json:1", "a.json:2"]
     assert [e.answers for e in found[::2]] == [("Jane Austen",), ("Jane Austen", "Austen")]
+    (tmp_path / "a.json").write_text(json.dumps({"data": articles * 2}).replace("7", "8", 1))
+    mixed = prompts.read_mixed(tmp_path / "a.json", True)  # all questions of the one line
+    assert [example.id for example, _ in mixed] == ["8", "7"]
     (tmp_path / "a.json").write_text('[{"question": "who", "answers": [3]}]')
     with pytest.raises(ValueError, match="a.json:1: needs a list of texts under the key answers"):
         data.read(tmp_path / "a.json")

@@ -320,9 +320,9 @@ def test_a_killed_run_resumes_to_the_bit(runs, tmp_path, monkeypatch, variant):
     assert bool(moments) == (variant != "t0")
 
 
-def test_held_out_clusters_are_not_trained_on(place):
-    def tasks(flags):
-        args = transfer.parse(line(place, "mtl", "out", flags)[1:])
+def test_held_out_clusters_are_not_trained_on(place, tmp_path, capsys):
+    def tasks(flags, folder=place):
+        args = transfer.parse(line(folder, "mtl", "out", flags)[1:])
         args.train = transfer.expand(args.train, "train")
         return [group[0].task for group in pt.read_tasks(args)]
 
@@ -331,6 +331,12 @@ def test_held_out_clusters_are_not_trained_on(place):
     assert len(tasks("--hold-out")) == 6
     with pytest.raises(ValueError, match="--hold-out: no file of --train has the cluster 'c'"):
         tasks("--hold-out b c")
+    assert "has a cluster" not in capsys.readouterr().out
+    (tmp_path / "suite").mkdir()
+    rows = [{k: row[k] for k in row if k != "cluster"} for row in suite_rows("x", 24, "train", "a")]
+    write_lines(tmp_path / "suite" / "x-train.jsonl", rows)
+    assert tasks("", tmp_path) == ["x", "x"]
+    assert "no example of --train has a cluster" in capsys.readouterr().out
 
 
 def test_an_eos_ends_every_input_if_asked_for(place, tmp_path):
