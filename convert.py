@@ -1,9 +1,12 @@
-"""Files of passages and questions, written in the published formats.
+"""Files of passages, questions and labelled texts, written in the formats that programs read.
 
     python convert.py passages.jsonl psgs.tsv --to passages
     python convert.py dev.jsonl dpr-results.json --to results --passages passages.jsonl
+    python convert.py reviews.jsonl train.jsonl --to prompted --label label \
+        --template "Review: {text}\nSentiment:" --choices "0=negative | 1=positive"
 
 The first file is in any form that passages.py reads, --passages is the book that its ids stand for.
+With `--to prompted` it holds JSON lines with any keys.
 
     passages   psgs_w100.tsv, quoted as DPR's own; JSON lines if the name ends in .jsonl
     results    DPR's retrieval results: what was found for each question
@@ -11,6 +14,7 @@ The first file is in any form that passages.py reads, --passages is the book tha
     nq-open    the questions and answers alone, in JSON lines
     squad      SQuAD 1.1. Each question stands with the first positive that spells one of its
                answers, letter by letter; questions without one are counted and left out
+    prompted   examples of a task: {"input", "target", "options"}; see `prompted`
 
 Needs passages.py, checkpoints.py and show.py, and what these need.
 """
@@ -18,11 +22,13 @@ Needs passages.py, checkpoints.py and show.py, and what these need.
 import csv
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from show import Parser, run_program, show
 
 from checkpoints import atomic_write, write_lines
+from data import json_lines, parse_record
 from passages import Passage, Question, answer_hits, read_passages, read_questions
 
 
@@ -97,6 +103,45 @@ def squad(questions: Sequence[Question]) -> tuple[dict, int]:
     return {"version": "1.1", "data": data}, left_out
 
 
+def prompted(path: str | Path, template: str, label: str, choices: str = "") -> list[dict]:
+    """Records of any keys as examples of a prompted task, {"input", "target", "options"}.
+
+    template  the input. {KEY} stands for what a record has there, {KEY[0]} for the first element of
+              a list, and \\n for a line break.
+    label     the key of the target
+    choices   "VALUE=WORDS | VALUE=WORDS": the words for each value of the label. They are the
+              options, and may have {KEY}, too. If a record's list has no such element, the option
+              is left out. Without choices the target is the value, and there are no options.
+
+    ValueError, which names file and line, if a record lacks a key or has another value.
+    """
+    pairs = [choice.partition("=") for choice in choices.split("|")] if choices else []
+    if not all(equals and words.strip() for _, equals, words in pairs):
+        raise ValueError(f"--choices: expected VALUE=WORDS | VALUE=WORDS, got {choices}")
+    words_of, rows = {value.strip(): words.strip() for value, _, words in pairs}, []
+    for source, record in json_lines(path):
+        if label not in record:
+            raise ValueError(f"{source}: has no key {label}")
+        value, options = record[label], {}
+        value = value if isinstance(value, str) else json.dumps(value)
+        try:
+            text = template.replace("\\n", "\n").format_map(record)
+            for of, words in words_of.items():
+                with suppress(IndexError):
+                    options[of] = words.format_map(record)
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{source}: does not fit the template ({error!r})") from None
+        if words_of and value not in options:
+            raise ValueError(f"{source}: {label} is {value}, --choices has {', '.join(options)}")
+        row = {"input": text, "target": options.get(value, value)}
+        row |= {"options": [*dict.fromkeys(options.values())]} if options else {}
+        parse_record(row, source)
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: holds no examples")
+    return rows
+
+
 def write_questions(path: str | Path, questions: Sequence[Question], form: str) -> int:
     """Write questions as `form`, one of FORMS. Returns how many of them are left out."""
     if form == "nq-open":
@@ -117,11 +162,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="convert.py", description=__doc__.split("\n")[0])
     parser.add_argument("file", help="passages or questions, in a form that passages.py reads")
     parser.add_argument("out", help="the file to write")
-    parser.add_argument("--to", required=True, choices=["passages", *FORMS], help="its format")
+    forms = ["passages", *FORMS, "prompted"]
+    parser.add_argument("--to", required=True, choices=forms, help="its format")
     parser.add_argument("--passages", help="the passages that ids in the questions stand for")
+    parser.add_argument("--template", help="of a prompted task: its input, with {KEY}")
+    parser.add_argument("--label", help="of a prompted task: the key of the target")
+    parser.add_argument("--choices", default="", help="of its labels: VALUE=WORDS | VALUE=WORDS")
     args = parser.parse_args(argv)
     if Path(args.out).exists():
         raise FileExistsError(f"{args.out} exists; choose another file")
+    needed, given = (args.template, args.label), (args.template, args.label, args.choices)
+    if not all(needed) if args.to == "prompted" else any(given):
+        parser.error("--to prompted needs --template and --label, other formats have no such flags")
+    if args.to == "prompted":
+        rows = prompted(args.file, args.template, args.label, args.choices)
+        write_lines(args.out, rows)
+        show(f"{args.out}: {len(rows)} examples", result=True)
+        return 0
     if args.to == "passages":
         passages = read_passages(args.file)
         write_passages(args.out, passages)

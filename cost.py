@@ -6,20 +6,25 @@
     passes(run)                           how much of the LM a step and an answer of a method read
 
 The unit is a token that the 6 layers of the embedded LM read once, forward, on one core of the
-machine of RESULTS.md. Backward costs as much as forward, and in trained layers twice as much. These
-are rough figures. Once trainings are finished, their time corrects what is expected of others.
+machine of RESULTS.md. Another LM costs as much more as its layers have more weights. Backward costs
+as much as forward, and in trained layers twice as much. These are rough figures. Once trainings are
+finished, their time corrects what is expected of others.
 
 Needs study.py.
 """
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 from show import show, show_table
 
+from checkpoints import read_config, resolve
+from model import Config
+from runs import ASSETS
 from study import Job, Study
 
 TOKEN = 0.06e-3  # seconds
-LARGER = 2.1  # times as many for the larger LM of assets/
 LOAD = 2.0  # seconds to load, to tokenise and to write
 ANSWER = 10  # tokens of an answer and what decoding one by one costs
 SAMPLE = (80, 4.4)  # tokens: a question of textual recursion, and each sample of its answer
@@ -106,7 +111,7 @@ def encoder_seconds(study: Study, job: Job, run) -> float:
 
 def seconds(study: Study, job: Job) -> float:
     """Expected seconds of a core for a job."""
-    factor = TOKEN * (LARGER if any(map(is_larger, study.line(job))) else 1)
+    factor = TOKEN * size_of_lm(study, study.line(job))
     if job.program == "eval.py":
         return LOAD + factor * study.asked(job) * (study.tokens + ANSWER)
     if not job.trains and job.program != "transfer.py":
@@ -127,9 +132,20 @@ def seconds(study: Study, job: Job) -> float:
     return LOAD + encoders + factor * read
 
 
-def is_larger(path: str) -> bool:
-    """Whether the larger LM, or one that was trained from it, lies there."""
-    return "lm2" in path or "larger-0/model" in path
+def size_of_lm(study: Study, line: list[str]) -> float:
+    """How many times as many weights as those of the embedded LM the layers of a job's LM have."""
+    args = study.args
+    larger = any(w.endswith("larger-0/model") or Path(w).name == "lm2" for w in line)
+    folder = Path(args.pretrained) / "lm2" if larger else args.model or ASSETS / "lm"
+    return layer_weights(folder) / layer_weights(ASSETS / "lm")
+
+
+@cache
+def layer_weights(folder: str | Path) -> int:
+    """The number of weights of an LM's layers."""
+    c = Config(**read_config(resolve(folder, ["config.json"])))
+    attention = 2 * c.head_dim * (c.n_heads + c.n_kv_heads)
+    return c.n_layers * c.dim * (attention + (3 if c.gated else 2) * c.hidden_dim)
 
 
 def flags(study: Study, job: Job):
@@ -143,8 +159,7 @@ def recorded_seconds(study: Study, job: Job) -> float | None:
     if not job.trains or flags(study, job).method in ("textual_recursion", "retriever"):
         return None
     run = flags(study, job)
-    larger = LARGER if is_larger(str(run.model)) else 1
-    return larger * TOKEN * training_tokens(study, run)
+    return size_of_lm(study, study.line(job)) * TOKEN * training_tokens(study, run)
 
 
 def show_cost(study: Study) -> dict:

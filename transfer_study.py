@@ -7,6 +7,11 @@ study.py makes all of them, in runs/transfer, the most important first.
 
     python reproduce.py transfer --plan        the cost sheet
     python reproduce.py transfer               all runs, or what is missing of them, and the tables
+    python reproduce.py transfer --data FOLDER --model SmolLM2-135M --out runs/given
+
+The last command does it with tasks that are given. FOLDER holds a file TASK-train.jsonl of each. A
+task with a TASK-test.jsonl is a target, the others are sources. Their prompts are deep, too, with
+the default rate of the LM, which --flags may change.
 
 Several processes can share the work: start the second command once for each core, each time with
 OMP_NUM_THREADS=1. On a GPU, add --flags="--dtype float32". Rows of the larger LM need it in
@@ -34,6 +39,7 @@ from types import SimpleNamespace
 
 from show import only_shows, picture
 
+import data
 import eval as metrics
 import genres
 import promptability_study
@@ -61,7 +67,8 @@ SOURCE_EXAMPLES = 2000
 LIMIT = 512  # examples of a task that a mixture has at most (paper: 2^19)
 KEEP = 50  # the step of the task embedding (paper: 10,000 of 262,144)
 PROMPT = "transfer.py source --prompt-length 10 --batch-size 16 --eval-every 100000"
-DEEP, SHALLOW = f"{PROMPT} --deep --lr 0.03", f"{PROMPT} --lr 0.1"
+DEEP_LR = " --lr 0.03"
+DEEP, SHALLOW = f"{PROMPT} --deep{DEEP_LR}", f"{PROMPT} --lr 0.1"
 STEPS = "--keep-at {keep} --steps"
 SOURCE, TARGET = f"{DEEP} {STEPS} {{source_steps}}", f"{DEEP} {STEPS} {{target_steps}}"
 MIXTURE = f"{SOURCE} --train {{suite}} --limit {LIMIT}"
@@ -100,6 +107,30 @@ def groups(sources=SOURCES, targets=TARGETS, continued=promptability_study.GROUP
         **continued,
         "shallow prompts": shallow(targets),
         "figure 1: the larger LM": larger(targets),
+    }
+
+
+def given_tasks(folder: str | Path) -> tuple[list[str], list[str]]:
+    """(sources, targets) of --data. ValueError if there are none of either."""
+    ends = "-train.jsonl", "-test.jsonl"
+    found = [{p.name.removesuffix(end) for p in Path(folder).glob(f"*{end}")} for end in ends]
+    sources, targets = sorted(found[0] - found[1]), sorted(found[0] & found[1])
+    if not sources or not targets:
+        raise ValueError(
+            f"--data {folder}: needs a TASK-train.jsonl of a source, and TASK-train.jsonl and "
+            "TASK-test.jsonl of a target"
+        )
+    return sources, targets
+
+
+def given_groups(sources: list[str], targets: list[str]) -> dict[str, list[Row]]:
+    """The rows of --data: sources in one seed, targets from scratch, all pairs."""
+    made = groups(sources, targets, {})
+    kept = {title: made[title] for title in ("sources", "targets", "pairs")}
+    kept["sources"] = [row._replace(seeds=1) for row in kept["sources"]]
+    return {
+        title: [row._replace(command=row.command.replace(DEEP_LR, "")) for row in rows]
+        for title, rows in kept.items()
     }
 
 
@@ -172,24 +203,33 @@ class TransferStudy(Study):
         """Write the tasks' files. ValueError if the folder holds those of other flags."""
         args, stamp = self.args, self.folder / "files.json"
         said = {key: getattr(args, key) for key in ("world_seed", "examples", "count")}
+        said |= {"data": args.data} if args.data else {}
         if stamp.is_file():
             if read_json(stamp) != said:
                 raise ValueError(f"{stamp}: holds other flags than these; choose another --out")
             return
         place, sets = world.make(args.world_seed), {}
+
+        def rows(name: str, split: str, count: int) -> list[dict]:
+            if not args.data:
+                return suite.rows(place, name, split)[:count]
+            found = [record for _, record in data.records(f"{args.data}/{name}-{split}.jsonl")]
+            return [found[i] for i in data.sample(len(found), count, 0)]
+
         for row in self.groups["sources"]:
             name = row.name.removeprefix("source-")
-            sets[f"suite/{name}-train.jsonl"] = suite.rows(place, name, "train")[:SOURCE_EXAMPLES]
+            sets[f"suite/{name}-train.jsonl"] = rows(name, "train", SOURCE_EXAMPLES)
         for name in transfer_tables.targets_of(self):
             for split, count in (("train", args.examples), ("test", args.count)):
-                sets[f"few/{name}-{split}.jsonl"] = suite.rows(place, name, split)[:count]
-        texts = [{"text": d["text"]} for d in genres.documents(place, 2000, args.world_seed + 1)]
-        sets["suite/documents.jsonl"] = texts
-        for name, rows in promptability_study.held_out_files(place).items():
-            sets[f"held-out/{name}"] = rows
-        for name, rows in sets.items():
+                sets[f"few/{name}-{split}.jsonl"] = rows(name, split, count)
+        if not args.data:
+            texts = genres.documents(place, 2000, args.world_seed + 1)
+            sets["suite/documents.jsonl"] = [{"text": d["text"]} for d in texts]
+            for name, held_out in promptability_study.held_out_files(place).items():
+                sets[f"held-out/{name}"] = held_out
+        for name, found in sets.items():
             (self.folder / name).parent.mkdir(exist_ok=True)
-            write_lines(self.folder / name, rows)
+            write_lines(self.folder / name, found)
         write_json(stamp, said)
 
 
@@ -255,8 +295,9 @@ def make_study(args, folder: Path) -> TransferStudy:
         "long": 3 * args.steps,
     }
     args.grid = False
+    rows = given_groups(*given_tasks(args.data)) if args.data else GROUPS
     more = {"names": names, "tokens": 55, "asked": lambda job: tested(args, job.row.name)}
-    return TransferStudy(args, folder, GROUPS, {}, programs, **more)
+    return TransferStudy(args, folder, rows, {}, programs, **more)
 
 
 def soft_transfer(args) -> dict:
@@ -271,7 +312,9 @@ def soft_transfer(args) -> dict:
 def report(study: TransferStudy) -> dict:
     """Print all tables and draw the picture. Returns what results/transfer.json holds."""
     results = transfer_tables.tables(study)
-    results |= promptability_study.promptability(study, study.folder / "held-out" / "all.jsonl")
+    if not study.args.data:
+        held_out = study.folder / "held-out" / "all.jsonl"
+        results |= promptability_study.promptability(study, held_out)
     if "pairs" in results:
         with only_shows("picture"), picture(study.args.picture, 15, 15) as figure:
             transfer_tables.draw(figure, results)

@@ -59,7 +59,9 @@ def tables(study: Study) -> dict:
         results["similarities"] = {kind: near[kind].round(4).tolist() for kind in near}
         results["of search"] = {kind: toward[kind].round(4).tolist() for kind in toward}
         results |= show_search(study, scores, toward, tasks)
-        results["families"] = show_families(near, tasks)
+        results["nearest"] = show_nearest(study, scores, toward, tasks)
+        if set(tasks) <= {*suite.TASKS}:  # not of --data
+            results["families"] = show_families(near, tasks)
     return results
 
 
@@ -291,6 +293,30 @@ def mean_correlation(x: list[list[float]], y: list[list[float]]) -> tuple[float,
 
     order = np.arange(x.shape[1])
     return r(order), transfer.permutation_test(lambda o: abs(r(o)), order, 2000)[1]
+
+
+def show_nearest(study: Study, scores: dict, near: dict, tasks: list[str]) -> list[dict]:
+    """Print whether the most similar source is a better start than none, and than a random one.
+
+    scores, near: see `show_search`. A random source scores the mean of all of them.
+    """
+    scratch, results = method_scores(study, "scratch"), []
+    means = [np.mean([*by_source.values()], 0) for by_source in scores.values()]
+    others = {
+        "from scratch": np.concatenate([scratch[t] for t in scores], 1),
+        "a random source": np.concatenate(means)[None],
+    }
+    for kind, matrix in near.items():
+        found = []
+        for target, by_source in scores.items():
+            to = matrix[tasks.index(target)]
+            found.append(by_source[max(by_source, key=lambda s: to[tasks.index(s)])])
+        nearest = np.concatenate(found)[None]
+        for name, other in others.items():
+            line = {"claim": f"nearest, {kind} > {name}", "seeds": [1, len(other)]}
+            results.append(line | significance(nearest, other))
+    show_differences("score of the targets, from the most similar source", results)
+    return results
 
 
 def show_families(near: dict, tasks: list[str]) -> dict:

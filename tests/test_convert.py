@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 import convert
+import data
 from passages import Passage, Question, read_passages, read_questions
 
 BOOK = [
@@ -88,3 +89,37 @@ def test_ids_stand_for_passages_and_a_bad_file_leaves_nothing(tmp_path):
     assert not (tmp_path / "out.json").exists()
     convert.main([*line, "--passages", str(tmp_path / "book.tsv")])
     assert read(tmp_path / "out.json")[0].found == BOOK[3:]
+
+
+def test_labelled_texts_become_examples_of_a_prompted_task(tmp_path):
+    """Words stand for labels, also for several; they may come from the record, and so may fewer."""
+    reviews = [
+        {"text": "Fine {film}.", "label": 1},
+        {"text": "Dull.", "label": 0},
+        {"text": "So so.", "label": -1},
+    ]
+    asked = [
+        {"q": "Which burns?", "choices": ["wood", "stone", "sand"], "answer": 0},
+        {"q": "Is it so?", "choices": ["no", "yes"], "answer": 1},
+    ]
+    for name, rows in (("reviews", reviews), ("asked", asked)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    reviews, asked = (str(tmp_path / f"{name}.jsonl") for name in ("reviews", "asked"))
+    line = [reviews, str(tmp_path / "out.jsonl"), "--to", "prompted", "--label", "label"]
+    line += ["--template", r"Review: {text}\nSentiment:", "--choices=-1=bad | 0=bad | 1=good"]
+    convert.main(line)
+    examples = data.read(tmp_path / "out.jsonl")
+    assert [e.target for e in examples] == ["good", "bad", "bad"]
+    assert examples[0].input == "Review: Fine {film}.\nSentiment:"
+    assert {e.options for e in examples} == {("bad", "good")}
+    words = " | ".join(f"{i}={{choices[{i}]}}" for i in range(3))
+    found = convert.prompted(asked, "{q}", "answer", words)
+    assert [row["target"] for row in found] == ["wood", "yes"]
+    assert [row["options"] for row in found] == [["wood", "stone", "sand"], ["no", "yes"]]
+    assert convert.prompted(asked, "{q}", "q")[0] == {
+        "input": "Which burns?",
+        "target": "Which burns?",
+    }
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="empty.jsonl: holds no examples"):
+        convert.prompted(str(tmp_path / "empty.jsonl"), "{q}", "q")

@@ -258,6 +258,13 @@ convert.py                                              | --to
 convert.py nowhere new --to nq-open                     | nowhere: no such file
 convert.py dev.jsonl dev.jsonl --to nq-open             | dev.jsonl exists
 convert.py dev.jsonl new/dev.jsonl --to nq-open         | new
+convert.py dev.jsonl new --to prompted                  | --template | --label
+convert.py dev.jsonl new --to nq-open --label answer    | --template | --label
+convert.py dev.jsonl new --to prompted --template {no} --label answer | dev.jsonl:1: | KeyError
+convert.py dev.jsonl new --to prompted --template {no --label answer  | dev.jsonl:1: does not fit
+convert.py dev.jsonl new --to prompted --template Q --label none      | dev.jsonl:1: has no key none
+convert.py dev.jsonl new --to prompted --template Q --label question --choices a   | --choices: exp
+convert.py dev.jsonl new --to prompted --template Q --label question --choices a=b | --choices has a
 rerank.py                                               | folder
 rerank.py nowhere                                       | nowhere
 rerank.py lm/model                                      | config.json: model_type

@@ -248,6 +248,41 @@ def test_a_library_without_any_gain_is_valid_json(tmp_path, capsys):
     assert printed.count(" | - |") == 6 and "nan" not in printed and "of the gain" not in printed
 
 
+# Given tasks
+
+
+def test_given_tasks_are_sources_or_targets(tmp_path, monkeypatch, capsys):
+    """A target has a test file. All pairs are made, with the LM's default rate, and reported."""
+    place = make_place(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fit, "draw_curve", lambda run, history: None)
+    (tmp_path / "own").mkdir()
+    for name, splits in (("a", ["train"]), ("b", ["train"]), ("c", ["train", "test"])):
+        for split in splits:
+            rows = suite_rows(name, 20, split, "")
+            write_lines(tmp_path / f"own/{name}-{split}.jsonl", rows)
+    line = f"transfer --data own --model {place}/lm/model {FLAGS} --out given".split()
+    results = reproduce.main(line)
+    assert list(results["methods"]) == ["scratch"] and results["missing"] == {}
+    assert set(results["pairs"]["c"]) == {"a", "b"} and results["tasks"] == ["a", "b", "c"]
+    claims = [row["claim"] for row in results["nearest"]]
+    assert "nearest, per_token > from scratch" in claims and len(claims) == 6
+    runs = tmp_path / "given/transfer"
+    made = {path.parent.name for path in runs.glob("*/run.json")}
+    assert made == {"source-a-0", "source-b-0", "a-to-c-0", "b-to-c-0"} | {
+        f"scratch-to-c-{seed}" for seed in range(3)
+    }
+    assert read_json(runs / "a-to-c-0/run.json")["arguments"]["lr"] is None
+    given = read_lines(tmp_path / "own/c-train.jsonl")
+    few = read_lines(runs / "few/c-train.jsonl")
+    assert len(few) == 8 and all(row in given for row in few) and few != given[:8]
+    assert "families" not in capsys.readouterr().out
+    assert (tmp_path / "results/transfer-model-own-part.json").is_file()
+    with pytest.raises(ValueError, match="needs a TASK-train.jsonl of a source"):
+        reproduce.main(f"transfer --data {place}/lm --out other".split())
+    assert not (tmp_path / "other").exists()
+
+
 # The real study
 
 
