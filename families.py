@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 # Every key of config.json that is read, and its allowed values
-
 COUNT = "a positive whole number"
 COUNT_OR_NULL = "a positive whole number or null"
+WHOLE = "a whole number from 0"
 NUMBER = "a number"
 POSITIVE = "a positive number"
 SWITCH = "true or false"
@@ -31,6 +31,7 @@ ANY = "anything"  # checked where it is used
 VALUE_CHECKS = {
     COUNT: lambda x: type(x) is int and x > 0,  # isinstance would accept true
     COUNT_OR_NULL: lambda x: x is None or type(x) is int and x > 0,
+    WHOLE: lambda x: type(x) is int and x >= 0,
     NUMBER: lambda x: type(x) in (int, float),
     POSITIVE: lambda x: type(x) in (int, float) and 0 < x < math.inf,
     SWITCH: lambda x: isinstance(x, bool),
@@ -69,7 +70,7 @@ KEYS = {  # key: (the field it is copied to, one of VALUE_CHECKS or the supporte
     "rotary_pct": (None, ANY),  # see read_rope
     "use_sliding_window": (None, SWITCH),  # this one and the next three: see read_windows
     "sliding_window": (None, ANY),
-    "max_window_layers": (None, ANY),
+    "max_window_layers": (None, WHOLE),
     "layer_types": (None, ANY),
     "quantization_config": (None, (None,)),
     "compression_config": (None, (None,)),

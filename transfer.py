@@ -351,7 +351,8 @@ def search_command(args: Namespace) -> list[tuple[str, float]]:
 
 
 def embed_file(args: Namespace) -> Path:
-    """Train the prompt of the file --task with the flags of the library's first run. Returns the
+    """Train the prompt of the file --task with the flags of the library's first run, but another
+    seed: prompts of one seed are alike because they start from the same vectors. Returns the
     folder, which is beside the library. A run that is finished there is not made again."""
     first = next(iter(sorted(Path(args.library).glob("*/run.json"))), None)
     flags = read_json(first)["arguments"] if first else {}
@@ -359,8 +360,9 @@ def embed_file(args: Namespace) -> Path:
         where = "holds no run of `transfer.py source` to train --task like"
         raise ValueError(f"{args.library}: {where}; give --task the folder of a run")
     out = Path(args.library).parent / promptability.task_name(args.task)
+    flags["seed"] += 1
     like = Namespace(**flags, program="transfer.py", resume=True)
-    argv = shlex.split(read_json(first)["command"])[2:]
+    argv = [*shlex.split(read_json(first)["command"])[2:], "--seed", str(flags["seed"])]
     source(one_run(like, argv, {"train": [args.task]}, out))
     return out
 

@@ -328,6 +328,7 @@ windows | "layer_types": ["full_attention", "full_attention", "chunked"] | layer
 windows | "layer_types": ["full_attention"] | is not supported for 3 layers of qwen2
 windows | "layer_types": 3 | layer_types 3 is not supported for 3 layers of qwen2
 windows | "layer_types": [[], [], []] | layer_types .* is not supported
+windows | "layer_types": null, "max_window_layers": "all" | max_window_layers is 'all', not a whole
 windows | "use_sliding_window": false | layer_types names sliding_attention, but
 bert | "model_type": "t5" | model_type is neither bert nor dpr
 bert | "quantization_config": {"bits": 8} | quantization_config .* is not supported
