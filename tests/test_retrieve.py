@@ -9,6 +9,7 @@ from conftest import close, randomise
 from test_rerank import WORDS, bert_tokenizer
 
 import rerank
+import retrieve
 from passages import Passage, Question, retriever_batch, retriever_questions
 from retrieve import (
     BM25,
@@ -73,6 +74,19 @@ def test_the_k_best_are_those_of_a_full_sort_and_ties_go_by_row():
         assert everything == sorted(everything, key=lambda found: (-found[1], found[0]))
         for k in (1, 2, 5, 20, 100):
             assert bm25.search(question, k) == everything[:k]
+
+
+def test_an_index_made_of_many_blocks_is_that_of_one(monkeypatch):
+    """Also if a block has no words, brings new ones, or is smaller than the others."""
+    book = [*BOOK, ("", "the it was"), ("", "it is"), ("", "a new emma"), *BOOK[:2]]
+    whole = BM25(book)
+    for size in (1, 2, 5):
+        monkeypatch.setattr(retrieve, "BLOCK", size)
+        parts = BM25(book)
+        assert parts.words == whole.words
+        for name in ("starts", "rows", "scores"):
+            a, b = getattr(whole, name), getattr(parts, name)
+            assert a.dtype == b.dtype and np.array_equal(a, b)
 
 
 def test_questions_without_a_known_word_find_nothing():
