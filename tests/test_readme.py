@@ -1,5 +1,6 @@
 """README.md: its figures are measured ones, its examples run, and copied files run alone."""
 
+import json
 import re
 import shlex
 import shutil
@@ -68,6 +69,36 @@ def test_the_example_of_an_own_model_and_own_data_runs(place, tmp_path, monkeypa
     train.main([*shlex.split(trains)[2:], *short.split()])
     assert len(metrics.main(shlex.split(asks)[2:])) == 1
     assert (tmp_path / "runs" / "mine" / "predictions.jsonl").is_file()
+
+
+PYTHIA_1B = {  # the shape of EleutherAI/pythia-1b
+    "model_type": "gpt_neox",
+    "architectures": ["GPTNeoXForCausalLM"],
+    "vocab_size": 50304,
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 8,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 2048,
+}
+
+
+def test_the_plan_on_the_page_is_what_its_command_prints(tmp_path, capsys):
+    """But for the lines of this process."""
+    text = section("Your own model and data")
+    (command,) = re.findall(
+        r"^(python bench.py plan --method neural.*?)\npython", text, re.S | re.M
+    )
+    (page,) = re.findall(r"^```\n(neural_recursion: .*?)^```", text, re.S | re.M)
+    (tmp_path / "config.json").write_text(json.dumps(PYTHIA_1B))
+    line = command.replace("\\\n", " ").replace("EleutherAI/pythia-1b", str(tmp_path))
+    bench.main([*shlex.split(line)[2:], "--device", "cpu"])
+    first, *printed = capsys.readouterr().out.splitlines()
+    expected, *rows = page.splitlines()
+    assert first.startswith(expected.removesuffix(" ...")) and len(printed) == len(rows) == 14
+    for row, found in zip(rows, printed):
+        if not row.startswith(("Python and libraries", "in all")):
+            assert found.split() == row.split()
 
 
 SECTION = section("Copy a file")
