@@ -1,4 +1,4 @@
-"""Files of passages, questions and labelled texts, written in the formats that programs read.
+"""Files of passages, questions and labelled texts, written in other formats.
 
     python convert.py passages.jsonl psgs.tsv --to passages
     python convert.py dev.jsonl dpr-results.json --to results --passages passages.jsonl
@@ -21,6 +21,7 @@ Needs passages.py, checkpoints.py and show.py, and what these need.
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -103,43 +104,79 @@ def squad(questions: Sequence[Question]) -> tuple[dict, int]:
     return {"version": "1.1", "data": data}, left_out
 
 
+PLACE = re.compile(r"\{([^{}\[\]]+)(?:\[(\w+)\])?\}")  # {KEY}, {KEY[0]}
+
+
 def prompted(path: str | Path, template: str, label: str, choices: str = "") -> list[dict]:
     """Records of any keys as examples of a prompted task, {"input", "target", "options"}.
 
-    template  the input. {KEY} stands for what a record has there, {KEY[0]} for the first element of
-              a list, and \\n for a line break.
+    template  the input. {KEY} stands for what a record has there, {KEY[0]} for an element of its
+              list or object, and \\n for a line break.
     label     the key of the target
-    choices   "VALUE=WORDS | VALUE=WORDS": the words for each value of the label. They are the
-              options, and may have {KEY}, too. If a record's list has no such element, the option
-              is left out. Without choices the target is the value, and there are no options.
+    choices   "VALUE=WORDS | VALUE=WORDS": the words for each value of the label, as JSON writes it.
+              They are the options, and may have {KEY}, too. If a record's list is too short for
+              one, the record has an option less. Without choices the target is the value, and there
+              are no options.
 
     ValueError, which names file and line, if a record lacks a key or has another value.
     """
-    pairs = [choice.partition("=") for choice in choices.split("|")] if choices else []
-    if not all(equals and words.strip() for _, equals, words in pairs):
-        raise ValueError(f"--choices: expected VALUE=WORDS | VALUE=WORDS, got {choices}")
-    words_of, rows = {value.strip(): words.strip() for value, _, words in pairs}, []
+    words_of, rows = read_choices(choices), []
     for source, record in json_lines(path):
-        if label not in record:
-            raise ValueError(f"{source}: has no key {label}")
-        value, options = record[label], {}
-        value = value if isinstance(value, str) else json.dumps(value)
-        try:
-            text = template.replace("\\n", "\n").format_map(record)
-            for of, words in words_of.items():
-                with suppress(IndexError):
-                    options[of] = words.format_map(record)
-        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"{source}: does not fit the template ({error!r})") from None
-        if words_of and value not in options:
-            raise ValueError(f"{source}: {label} is {value}, --choices has {', '.join(options)}")
-        row = {"input": text, "target": options.get(value, value)}
+        value, options = as_text(record.get(label), f"{source}: {label}"), {}
+        text = fill(template, record, source)
+        for of, words in words_of.items():
+            with suppress(IndexError):
+                options[of] = fill(words, record, source)
+        if options and number_or_text(value) not in options:
+            raise ValueError(f"{source}: {label} is {value}, which --choices has no words for")
+        row = {"input": text, "target": options.get(number_or_text(value), value)}
         row |= {"options": [*dict.fromkeys(options.values())]} if options else {}
+        if options and len(row["options"]) < 2:
+            raise ValueError(f"{source}: --choices gives one option, {row['target']}")
         parse_record(row, source)
         rows.append(row)
     if not rows:
         raise ValueError(f"{path}: holds no examples")
     return rows
+
+
+def read_choices(choices: str) -> dict:
+    """{value: words} of --choices. ValueError if a value has no words, or twice some."""
+    words_of = {}
+    for choice in choices.split("|") if choices else []:
+        value, _, words = choice.partition("=")
+        value = number_or_text(value.strip())
+        if not words.strip() or value in words_of:
+            raise ValueError(f"--choices: {choice.strip()!r} is not VALUE=WORDS, or VALUE is taken")
+        words_of[value] = words.strip()
+    return words_of
+
+
+def number_or_text(value: str) -> float | str:
+    """A number if it is written like one: 1 and 1.0 are the same label."""
+    return float(value) if re.fullmatch(r"-?\d+(\.\d+)?", value) else value
+
+
+def fill(template: str, record: dict, source: str) -> str:
+    """The template with what the record has at each PLACE. IndexError if a list is too short."""
+
+    def found(match: re.Match) -> str:
+        key, part = match.groups()
+        value, name = record.get(key), f"{source}: {match[0]}"
+        if part is not None and isinstance(value, list) and part.isdecimal():
+            value = value[int(part)]
+        elif part is not None:
+            value = value.get(part) if isinstance(value, dict) else None
+        return as_text(value, name)
+
+    return PLACE.sub(found, template.replace("\\n", "\n"))
+
+
+def as_text(value, name: str) -> str:
+    """A text, number or truth value as a text. ValueError if it is something else, or None."""
+    if value is None or isinstance(value, (list, dict)):
+        raise ValueError(f"{name}: there is no text or number, but {json.dumps(value)}")
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def write_questions(path: str | Path, questions: Sequence[Question], form: str) -> int:
@@ -160,20 +197,23 @@ FORMS = {"results": results, "training": training, "nq-open": None, "squad": squ
 def main(argv: list[str] | None = None) -> int:
     """Convert a file. Returns how many questions are left out. FileExistsError if OUT exists."""
     parser = Parser(prog="convert.py", description=__doc__.split("\n")[0])
-    parser.add_argument("file", help="passages or questions, in a form that passages.py reads")
+    parser.add_argument("file", help="passages, questions, or JSON lines with labels")
     parser.add_argument("out", help="the file to write")
     forms = ["passages", *FORMS, "prompted"]
     parser.add_argument("--to", required=True, choices=forms, help="its format")
     parser.add_argument("--passages", help="the passages that ids in the questions stand for")
     parser.add_argument("--template", help="of a prompted task: its input, with {KEY}")
     parser.add_argument("--label", help="of a prompted task: the key of the target")
-    parser.add_argument("--choices", default="", help="of its labels: VALUE=WORDS | VALUE=WORDS")
+    words = 'the words for its labels: --choices="VALUE=WORDS | VALUE=WORDS"'
+    parser.add_argument("--choices", default="", help=words)
     args = parser.parse_args(argv)
     if Path(args.out).exists():
         raise FileExistsError(f"{args.out} exists; choose another file")
     needed, given = (args.template, args.label), (args.template, args.label, args.choices)
     if not all(needed) if args.to == "prompted" else any(given):
         parser.error("--to prompted needs --template and --label, other formats have no such flags")
+    if args.to == "prompted" and not PLACE.search(args.template):
+        parser.error("--template has no {KEY}, so all inputs would be the same")
     if args.to == "prompted":
         rows = prompted(args.file, args.template, args.label, args.choices)
         write_lines(args.out, rows)

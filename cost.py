@@ -135,8 +135,9 @@ def seconds(study: Study, job: Job) -> float:
 def size_of_lm(study: Study, line: list[str]) -> float:
     """How many times as many weights as those of the embedded LM the layers of a job's LM have."""
     args = study.args
-    larger = any(w.endswith("larger-0/model") or Path(w).name == "lm2" for w in line)
-    folder = Path(args.pretrained) / "lm2" if larger else args.model or ASSETS / "lm"
+    named = line[line.index("--model") + 1] if "--model" in line else ""
+    larger = named == f"{args.pretrained}/lm2" or named.endswith("larger-0/model")
+    folder = ASSETS / "lm2" if larger else args.model or ASSETS / "lm"
     return layer_weights(folder) / layer_weights(ASSETS / "lm")
 
 

@@ -231,7 +231,7 @@ FLAGS = {
         *STUDY,
     ],
     "transfer": [
-        ("--data", str, None, "folder of given tasks; those of the suite if not given"),
+        ("--data", str, None, "folder of TASK-train.jsonl, and of targets TASK-test.jsonl"),
         ("--source-steps", cli.COUNT, 300, "steps of a source prompt (paper: 262,144)"),
         ("--target-steps", cli.COUNT, 80, "steps of a target's prompt (paper: 100,000)"),
         ("--examples", cli.COUNT, 64, "training examples of a target"),
@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser().parse_args(sys.argv[1:] if argv is None else argv)
     name = args.experiment + ("" if args.world_seed == 1 else f"-world-{args.world_seed}")
     name += f"-{Path(args.model).name}" if args.model else ""
-    name += f"-{Path(args.data).name}" if getattr(args, "data", None) else ""
+    name += f"-{Path(args.data).resolve().name}" if getattr(args, "data", None) else ""
     name += "-int8" if getattr(args, "base_dtype", None) else ""
     name += "-part" if is_part(args) else ""
     file = Path("results") / f"{name}.json"

@@ -59,8 +59,9 @@ class BM25:
     The summands do not depend on the question and are computed once. Those of word v lie in
     rows[starts[v] : starts[v + 1]], the passages, and in the same places of scores.
 
-    Beside the passages an index takes 8 bytes for each different word of a passage, and 20 while
-    it is made. For the 21 million of Wikipedia in DPR that is about 9 and 24 GB.
+    Beside the passages and the vocabulary, an index takes 8 bytes for each different word of a
+    passage, and 20 while it is made from many blocks. For the 21 million passages of DPR's
+    Wikipedia that is about 9 and 24 GB.
 
     ValueError if there are no passages or one is empty. `tokenize` splits a text into words.
     """

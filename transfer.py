@@ -351,18 +351,18 @@ def search_command(args: Namespace) -> list[tuple[str, float]]:
 
 
 def embed_file(args: Namespace) -> Path:
-    """Train the prompt of the file --task with the flags of the library's first run, but another
+    """Train the prompt of the file --task with the flags of the library's first run, but a new
     seed: prompts of one seed are alike because they start from the same vectors. Returns the
     folder, which is beside the library. A run that is finished there is not made again."""
-    first = next(iter(sorted(Path(args.library).glob("*/run.json"))), None)
-    flags = read_json(first)["arguments"] if first else {}
+    records = [read_json(path) for path in sorted(Path(args.library).glob("*/run.json"))]
+    flags = records[0]["arguments"] if records else {}
     if "keep_at" not in flags:
         where = "holds no run of `transfer.py source` to train --task like"
         raise ValueError(f"{args.library}: {where}; give --task the folder of a run")
     out = Path(args.library).parent / promptability.task_name(args.task)
-    flags["seed"] += 1
-    like = Namespace(**flags, program="transfer.py", resume=True)
-    argv = [*shlex.split(read_json(first)["command"])[2:], "--seed", str(flags["seed"])]
+    seed = 1 + max(record["arguments"]["seed"] for record in records)
+    like = Namespace(**flags | {"seed": seed}, program="transfer.py", resume=True)
+    argv = [*shlex.split(records[0]["command"])[2:], "--seed", str(seed)]
     source(one_run(like, argv, {"train": [args.task]}, out))
     return out
 

@@ -1,4 +1,4 @@
-"""Soft prompt transfer on the embedded suite, and continued pretraining: `reproduce.py transfer`.
+"""Soft prompt transfer, and continued pretraining: `reproduce.py transfer`.
 
 Counterparts of figure 1, table 3 and the transfer study of Vu et al. 2022, "SPoT: Better Frozen
 Model Adaptation through Soft Prompt Transfer": prompts of the large tasks of suite.py start those
@@ -7,11 +7,12 @@ study.py makes all of them, in runs/transfer, the most important first.
 
     python reproduce.py transfer --plan        the cost sheet
     python reproduce.py transfer               all runs, or what is missing of them, and the tables
-    python reproduce.py transfer --data FOLDER --model SmolLM2-135M --out runs/given
+    python reproduce.py transfer --data FOLDER --model HuggingFaceTB/SmolLM2-135M
 
 The last command does it with tasks that are given. FOLDER holds a file TASK-train.jsonl of each. A
-task with a TASK-test.jsonl is a target, the others are sources. Their prompts are deep, too, with
-the default rate of the LM, which --flags may change.
+task with a TASK-test.jsonl is a target, the others are sources. Of a source 2,000 lines are used,
+of a target --examples and --count, drawn at random. Prompts are deep, too, with the default rate of
+the LM, which --flags may change.
 
 Several processes can share the work: start the second command once for each core, each time with
 OMP_NUM_THREADS=1. On a GPU, add --flags="--dtype float32". Rows of the larger LM need it in
@@ -34,6 +35,10 @@ are compared come from different seeds, because those of one seed start from the
 0 of a source, whose prompt the transfer starts from, meets seeds 1 and 2 of a target.
 """
 
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,22 +115,37 @@ def groups(sources=SOURCES, targets=TARGETS, continued=promptability_study.GROUP
     }
 
 
-def given_tasks(folder: str | Path) -> tuple[list[str], list[str]]:
-    """(sources, targets) of --data. ValueError if there are none of either."""
-    ends = "-train.jsonl", "-test.jsonl"
-    found = [{p.name.removesuffix(end) for p in Path(folder).glob(f"*{end}")} for end in ends]
-    sources, targets = sorted(found[0] - found[1]), sorted(found[0] & found[1])
-    if not sources or not targets:
+def read_given(folder: str | Path) -> dict[str, dict[str, list[dict]]]:
+    """{task: {split: its lines}} of --data; only a target has a split "test". ValueError if a line
+    is no example, if there is no source or target, or if a task's name cannot be part of a run's.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"--data {folder}: no such folder")
+    given = {}
+    for split in ("train", "test"):
+        for path in sorted(Path(folder).glob(f"*-{split}.jsonl")):
+            name = path.name.removesuffix(f"-{split}.jsonl")
+            taken = name in transfer_tables.METHODS or "-to-" in name
+            if taken or not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(f"{path}: {name!r} cannot be a task's name here")
+            data.read(path)  # so that every line is an example
+            given.setdefault(name, {})[split] = [record for _, record in data.records(path)]
+            if "train" not in given[name]:
+                raise ValueError(f"{path}: there is no {name}-train.jsonl beside it")
+    targets = sum("test" in files for files in given.values())
+    if not 0 < targets < len(given):
         raise ValueError(
-            f"--data {folder}: needs a TASK-train.jsonl of a source, and TASK-train.jsonl and "
-            "TASK-test.jsonl of a target"
+            f"--data {folder}: needs a source, which is a TASK-train.jsonl alone, and a target, "
+            "which has a TASK-test.jsonl, too"
         )
-    return sources, targets
+    return given
 
 
-def given_groups(sources: list[str], targets: list[str]) -> dict[str, list[Row]]:
-    """The rows of --data: sources in one seed, targets from scratch, all pairs."""
-    made = groups(sources, targets, {})
+def given_groups(given: dict) -> dict[str, list[Row]]:
+    """The rows of --data: sources in one seed, targets from scratch, all pairs. So two sources are
+    compared by prompts of one seed, which look more alike than a source and a target."""
+    targets = [name for name in given if "test" in given[name]]
+    made = groups([name for name in given if name not in targets], targets, {})
     kept = {title: made[title] for title in ("sources", "targets", "pairs")}
     kept["sources"] = [row._replace(seeds=1) for row in kept["sources"]]
     return {
@@ -185,8 +205,11 @@ def larger(targets: list[str]) -> list[Row]:
 GROUPS = groups()
 
 
+@dataclass
 class TransferStudy(Study):
-    """A study whose commands name their own files."""
+    """A study whose commands name their own files. `given` is what read_given returns, or {}."""
+
+    given: dict = field(default_factory=dict)
 
     def line(self, job: Job) -> list[str]:
         """The arguments of a job's program."""
@@ -200,20 +223,24 @@ class TransferStudy(Study):
         return [*line, "--seed", str(job.seed), "--out", str(job.folder)]
 
     def write_files(self) -> None:
-        """Write the tasks' files. ValueError if the folder holds those of other flags."""
+        """Write the tasks' files. ValueError if the folder is that of other flags or tasks."""
         args, stamp = self.args, self.folder / "files.json"
-        said = {key: getattr(args, key) for key in ("world_seed", "examples", "count")}
-        said |= {"data": args.data} if args.data else {}
+        keys = ("world_seed", "examples", "count", "model", "source_steps", "target_steps")
+        said = {key: getattr(args, key) for key in keys}
+        if self.given:
+            said["data"] = hashlib.sha256(json.dumps(self.given).encode()).hexdigest()
         if stamp.is_file():
-            if read_json(stamp) != said:
-                raise ValueError(f"{stamp}: holds other flags than these; choose another --out")
+            for key, value in read_json(stamp).items():
+                if said.get(key) != value:
+                    flag = key.replace("_", "-")
+                    raise ValueError(f"{stamp}: made with another --{flag}; choose another --out")
             return
         place, sets = world.make(args.world_seed), {}
 
         def rows(name: str, split: str, count: int) -> list[dict]:
-            if not args.data:
+            if not self.given:
                 return suite.rows(place, name, split)[:count]
-            found = [record for _, record in data.records(f"{args.data}/{name}-{split}.jsonl")]
+            found = self.given[name][split]
             return [found[i] for i in data.sample(len(found), count, 0)]
 
         for row in self.groups["sources"]:
@@ -222,7 +249,7 @@ class TransferStudy(Study):
         for name in transfer_tables.targets_of(self):
             for split, count in (("train", args.examples), ("test", args.count)):
                 sets[f"few/{name}-{split}.jsonl"] = rows(name, split, count)
-        if not args.data:
+        if not self.given:
             texts = genres.documents(place, 2000, args.world_seed + 1)
             sets["suite/documents.jsonl"] = [{"text": d["text"]} for d in texts]
             for name, held_out in promptability_study.held_out_files(place).items():
@@ -295,9 +322,15 @@ def make_study(args, folder: Path) -> TransferStudy:
         "long": 3 * args.steps,
     }
     args.grid = False
-    rows = given_groups(*given_tasks(args.data)) if args.data else GROUPS
+    given = {} if args.data is None else read_given(args.data)
+    if given and args.seeds == 1:
+        raise ValueError("--seeds 1: prompts of one seed are too alike to compare with --data")
+    rows = given_groups(given) if given else GROUPS
     more = {"names": names, "tokens": 55, "asked": lambda job: tested(args, job.row.name)}
-    return TransferStudy(args, folder, rows, {}, programs, **more)
+    if given:
+        lines = [line for files in given.values() for lines in files.values() for line in lines]
+        more["tokens"] = sum(len(str(line)) for line in lines) // len(lines) // 4
+    return TransferStudy(args, folder, rows, {}, programs, given=given, **more)
 
 
 def soft_transfer(args) -> dict:
@@ -312,7 +345,7 @@ def soft_transfer(args) -> dict:
 def report(study: TransferStudy) -> dict:
     """Print all tables and draw the picture. Returns what results/transfer.json holds."""
     results = transfer_tables.tables(study)
-    if not study.args.data:
+    if not study.given:
         held_out = study.folder / "held-out" / "all.jsonl"
         results |= promptability_study.promptability(study, held_out)
     if "pairs" in results:

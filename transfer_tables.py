@@ -1,4 +1,4 @@
-"""The tables and the picture of soft prompt transfer on the embedded suite.
+"""The tables and the picture of soft prompt transfer.
 
 Counterparts of figure 1, figure 3, figure 4 and table 3 of Vu et al. 2022, "SPoT: Better Frozen
 Model Adaptation through Soft Prompt Transfer". transfer_study.py makes the runs. A run METHOD-to-T
@@ -60,7 +60,7 @@ def tables(study: Study) -> dict:
         results["of search"] = {kind: toward[kind].round(4).tolist() for kind in toward}
         results |= show_search(study, scores, toward, tasks)
         results["nearest"] = show_nearest(study, scores, toward, tasks)
-        if set(tasks) <= {*suite.TASKS}:  # not of --data
+        if not study.given:
             results["families"] = show_families(near, tasks)
     return results
 
@@ -76,13 +76,14 @@ def test_scores(study: Study, name: str) -> list[dict]:
     for job in study.finished(name):
         scores = {}
         for row in read_predictions(job.answers):
-            scores.setdefault(row["id"].removesuffix(f"-{row['template']}"), []).append(row["f1"])
+            own = row["id"].removesuffix(f"-{row.get('template', '')}")
+            scores.setdefault(own, []).append(row["f1"])
         found.append({example: float(np.mean(scores[example])) for example in sorted(scores)})
     return found
 
 
 def method_scores(study: Study, method: str) -> dict[str, np.ndarray]:
-    """{target: (seeds, examples)} of a method. Every target has as many seeds and examples."""
+    """{target: (seeds, examples)} of a method. Every target has as many seeds."""
     found = {t: test_scores(study, f"{method}-to-{t}") for t in targets_of(study)}
     seeds = min(map(len, found.values()))
     return {t: np.array([list(s.values()) for s in p[:seeds]]) for t, p in found.items() if seeds}
@@ -133,7 +134,7 @@ def pair_scores(study: Study) -> dict[str, dict[str, np.ndarray]]:
         runs = {s: test_scores(study, f"{s}-to-{t}") for s in sources}
         found[t] = {s: np.array([*run[0].values()]) for s, run in runs.items() if run}
     whole = [s for s in sources if all(s in part for part in found.values())]
-    enough = len(whole) > 1 and method_scores(study, "scratch")
+    enough = whole and method_scores(study, "scratch")
     return {t: {s: part[s] for s in whole} for t, part in found.items()} if enough else {}
 
 
@@ -190,10 +191,10 @@ def show_search(study: Study, scores: dict, near: dict, tasks: list[str]) -> dic
     names = map(suite.starred, targets)
     show_table("score minus that from scratch, in points", ["source", *names], rows)
     rankings, correlation = show_similarities(means, near, tasks, sources)
-    rankings["others' scores"] = {
-        t: ranked(sources, np.mean([means[u] for u in targets if u != t] or [means[t]], 0))
-        for t in targets
-    }
+    if len(targets) > 1:
+        rankings["others' scores"] = {
+            t: ranked(sources, np.mean([means[u] for u in targets if u != t], 0)) for t in targets
+        }
     ks = range(1, n + 1)
     search = {kind: transfer.search_table(parts, base, r, ks) for kind, r in rankings.items()}
     random = random_searches(parts, base, sources)
@@ -298,7 +299,9 @@ def mean_correlation(x: list[list[float]], y: list[list[float]]) -> tuple[float,
 def show_nearest(study: Study, scores: dict, near: dict, tasks: list[str]) -> list[dict]:
     """Print whether the most similar source is a better start than none, and than a random one.
 
-    scores, near: see `show_search`. A random source scores the mean of all of them.
+    scores, near: see `show_search`. A random source scores the mean of all of them, the nearest
+    included. All test examples count alike, whatever their target. A pair is one training, and the
+    interval does not know how trainings differ.
     """
     scratch, results = method_scores(study, "scratch"), []
     means = [np.mean([*by_source.values()], 0) for by_source in scores.values()]

@@ -120,6 +120,14 @@ def test_labelled_texts_become_examples_of_a_prompted_task(tmp_path):
         "input": "Which burns?",
         "target": "Which burns?",
     }
+    words = convert.prompted(reviews, "{text}", "label", "-1=a | 0.0=b{label}\\n | 1.0=c")
+    assert [row["target"] for row in words] == ["c", "b0\n", "a"]
+    assert convert.fill("{a[b]}: {c", {"a": {"b": True}}, "") == "true: {c"
+    for choices, problem in (("1=a|1.0=b", "taken"), ("1=a|0=a|-1=a", "one option, a")):
+        with pytest.raises(ValueError, match=problem):
+            convert.prompted(reviews, "{text}", "label", choices)
+    with pytest.raises(ValueError, match="reviews.jsonl:3: label is -1, which --choices has no"):
+        convert.prompted(reviews, "{text}", "label", "1=a|0=b")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="empty.jsonl: holds no examples"):
         convert.prompted(str(tmp_path / "empty.jsonl"), "{q}", "q")

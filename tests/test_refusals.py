@@ -260,11 +260,13 @@ convert.py dev.jsonl dev.jsonl --to nq-open             | dev.jsonl exists
 convert.py dev.jsonl new/dev.jsonl --to nq-open         | new
 convert.py dev.jsonl new --to prompted                  | --template | --label
 convert.py dev.jsonl new --to nq-open --label answer    | --template | --label
-convert.py dev.jsonl new --to prompted --template {no} --label answer | dev.jsonl:1: | KeyError
-convert.py dev.jsonl new --to prompted --template {no --label answer  | dev.jsonl:1: does not fit
-convert.py dev.jsonl new --to prompted --template Q --label none      | dev.jsonl:1: has no key none
-convert.py dev.jsonl new --to prompted --template Q --label question --choices a   | --choices: exp
-convert.py dev.jsonl new --to prompted --template Q --label question --choices a=b | --choices has a
+convert.py dev.jsonl new --to prompted --template Q --label question    | --template has no
+convert.py dev.jsonl new --to prompted --template {no} --label question | dev.jsonl:1: {no}
+convert.py dev.jsonl new --to prompted --template {question} --label no     | dev.jsonl:1: no: there
+convert.py dev.jsonl new --to prompted --template {question} --label answer | dev.jsonl:1: answer:
+convert.py dev.jsonl new --to prompted --template {question} --label q --choices a | --choices: 'a'
+reproduce.py transfer --data nowhere                    | --data nowhere: no such folder
+reproduce.py transfer --data .                          | --data .: needs a source
 rerank.py                                               | folder
 rerank.py nowhere                                       | nowhere
 rerank.py lm/model                                      | config.json: model_type

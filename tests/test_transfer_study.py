@@ -251,8 +251,9 @@ def test_a_library_without_any_gain_is_valid_json(tmp_path, capsys):
 # Given tasks
 
 
-def test_given_tasks_are_sources_or_targets(tmp_path, monkeypatch, capsys):
-    """A target has a test file. All pairs are made, with the LM's default rate, and reported."""
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """(command, folder): sources a and b and a target c, as convert.py writes them."""
     place = make_place(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fit, "draw_curve", lambda run, history: None)
@@ -260,27 +261,59 @@ def test_given_tasks_are_sources_or_targets(tmp_path, monkeypatch, capsys):
     for name, splits in (("a", ["train"]), ("b", ["train"]), ("c", ["train", "test"])):
         for split in splits:
             rows = suite_rows(name, 20, split, "")
+            rows = [{key: row[key] for key in ("input", "target", "options")} for row in rows]
             write_lines(tmp_path / f"own/{name}-{split}.jsonl", rows)
-    line = f"transfer --data own --model {place}/lm/model {FLAGS} --out given".split()
-    results = reproduce.main(line)
+    line = f"transfer --data own --model {place}/lm/model {FLAGS} --seeds 2 --out given"
+    return line, tmp_path
+
+
+def test_given_tasks_are_sources_or_targets(own, capsys):
+    """A target has a test file. All pairs are made, with the LM's default rate, and reported."""
+    line, folder = own
+    results = reproduce.main(line.split())
     assert list(results["methods"]) == ["scratch"] and results["missing"] == {}
     assert set(results["pairs"]["c"]) == {"a", "b"} and results["tasks"] == ["a", "b", "c"]
     claims = [row["claim"] for row in results["nearest"]]
     assert "nearest, per_token > from scratch" in claims and len(claims) == 6
-    runs = tmp_path / "given/transfer"
+    runs = folder / "given/transfer"
     made = {path.parent.name for path in runs.glob("*/run.json")}
     assert made == {"source-a-0", "source-b-0", "a-to-c-0", "b-to-c-0"} | {
-        f"scratch-to-c-{seed}" for seed in range(3)
+        f"scratch-to-c-{seed}" for seed in range(2)
     }
     assert read_json(runs / "a-to-c-0/run.json")["arguments"]["lr"] is None
-    given = read_lines(tmp_path / "own/c-train.jsonl")
+    given = read_lines(folder / "own/c-train.jsonl")
     few = read_lines(runs / "few/c-train.jsonl")
     assert len(few) == 8 and all(row in given for row in few) and few != given[:8]
-    assert "families" not in capsys.readouterr().out
-    assert (tmp_path / "results/transfer-model-own-part.json").is_file()
-    with pytest.raises(ValueError, match="needs a TASK-train.jsonl of a source"):
-        reproduce.main(f"transfer --data {place}/lm --out other".split())
-    assert not (tmp_path / "other").exists()
+    printed = capsys.readouterr().out
+    assert "families" not in printed and "others' scores" not in printed
+    assert (folder / "results/transfer-model-own-part.json").is_file()
+    for flag in ("--source-steps 4", "--examples 7", f"--model {reproduce.ASSETS}/lm"):
+        with pytest.raises(ValueError, match=f"made with another {flag.split()[0]}"):
+            reproduce.main(f"{line} {flag} --minutes 0".split())
+    write_lines(folder / "own/b-train.jsonl", given)
+    with pytest.raises(ValueError, match="made with another --data"):
+        reproduce.main(f"{line} --minutes 0".split())
+
+
+def test_given_files_are_checked_before_anything_is_written(own):
+    line, folder = own
+    good = (folder / "own/a-train.jsonl").read_text()
+    for name, text, problem in (
+        ("a-train", good + '{"input": "no target"}\n', "a-train.jsonl:21: needs a list"),
+        ("a-train", "\n", "a-train.jsonl: holds no examples"),
+        ("d-test", good, "d-test.jsonl: there is no d-train.jsonl"),
+        ("scratch-train", good, "'scratch' cannot be a task's name"),
+        ("v1.0-train", good, "'v1.0' cannot be a task's name"),
+    ):
+        file = folder / f"own/{name}.jsonl"
+        file.write_text(text)
+        with pytest.raises(ValueError, match=re.escape(problem)):
+            reproduce.main(f"{line} --plan".split())
+        file.write_text(good) if name == "a-train" else file.unlink()
+    with pytest.raises(ValueError, match="--seeds 1: prompts of one seed"):
+        reproduce.main(f"{line} --seeds 1".split())
+    assert not (folder / "given").exists()
+    assert reproduce.main(f"{line} --plan".split()) == {}
 
 
 # The real study
@@ -318,5 +351,5 @@ def test_the_plan_fits_two_cores_for_three_hours(tmp_path, monkeypatch, capsys):
 
 
 def test_a_folder_with_other_tasks_is_refused(done):
-    with pytest.raises(ValueError, match="holds other flags"):
+    with pytest.raises(ValueError, match="made with another --examples"):
         reproduce.main(f"transfer --out {done[0]}/runs --examples 9 --minutes 0".split())
