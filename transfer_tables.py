@@ -240,7 +240,7 @@ def show_similarities(means: dict, near: dict, tasks: list[str], sources: list[s
     names = [*map(suite.starred, targets)]
     for kind, matrix in near.items():
         values = {t: [matrix[tasks.index(t), tasks.index(s)] for s in sources] for t in targets}
-        rows = [[s, *(f"{values[t][i]:+.2f}" for t in targets)] for i, s in enumerate(sources)]
+        rows = [[s, *(f"{values[t][i]:+.3f}" for t in targets)] for i, s in enumerate(sources)]
         show_table(f"similarity, {kind}", ["source", *names], rows)
         rankings[kind] = {t: ranked(sources, values[t]) for t in targets}
         found = {t: transfer.pearson(values[t], means[t], 2000) for t in targets}
