@@ -127,12 +127,13 @@ def prompted(path: str | Path, template: str, label: str, choices: str = "") -> 
         for of, words in words_of.items():
             with suppress(IndexError):
                 options[of] = fill(words, record, source)
-        if options and number_or_text(value) not in options:
+        if words_of and number_or_text(value) not in options:
             raise ValueError(f"{source}: {label} is {value}, which --choices has no words for")
         row = {"input": text, "target": options.get(number_or_text(value), value)}
-        row |= {"options": [*dict.fromkeys(options.values())]} if options else {}
-        if options and len(row["options"]) < 2:
-            raise ValueError(f"{source}: --choices gives one option, {row['target']}")
+        if words_of:
+            row["options"] = [*dict.fromkeys(options.values())]
+            if len(row["options"]) < 2:
+                raise ValueError(f"{source}: --choices gives one option, {row['target']}")
         parse_record(row, source)
         rows.append(row)
     if not rows:

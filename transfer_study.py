@@ -230,8 +230,9 @@ class TransferStudy(Study):
         if self.given:
             said["data"] = hashlib.sha256(json.dumps(self.given).encode()).hexdigest()
         if stamp.is_file():
-            for key, value in read_json(stamp).items():
-                if said.get(key) != value:
+            before = read_json(stamp)
+            for key in (*before, "data"):
+                if said.get(key) != before.get(key):
                     flag = key.replace("_", "-")
                     raise ValueError(f"{stamp}: made with another --{flag}; choose another --out")
             return

@@ -126,6 +126,8 @@ def test_labelled_texts_become_examples_of_a_prompted_task(tmp_path):
     for choices, problem in (("1=a|1.0=b", "taken"), ("1=a|0=a|-1=a", "one option, a")):
         with pytest.raises(ValueError, match=problem):
             convert.prompted(reviews, "{text}", "label", choices)
+    with pytest.raises(ValueError, match="asked.jsonl:1: answer is 0, which --choices has no"):
+        convert.prompted(asked, "{q}", "answer", "0={choices[8]} | 1={choices[9]}")
     with pytest.raises(ValueError, match="reviews.jsonl:3: label is -1, which --choices has no"):
         convert.prompted(reviews, "{text}", "label", "1=a|0=b")
     (tmp_path / "empty.jsonl").write_text("\n")

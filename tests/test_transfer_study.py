@@ -350,6 +350,16 @@ def test_the_plan_fits_two_cores_for_three_hours(tmp_path, monkeypatch, capsys):
     assert 0.5 < hours <= 3 and not list(tmp_path.iterdir())
 
 
+def test_the_folder_of_the_suite_is_not_that_of_given_tasks(done, own):
+    line, folder = own
+    assert f"--model {folder}" in line
+    line = line.replace(f"{folder}/lm/model", f"{done[0]}/lm/model").replace("given", "runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(done[0])
+        with pytest.raises(ValueError, match="made with another --data"):
+            reproduce.main(line.replace("--data own", f"--data {folder}/own").split())
+
+
 def test_a_folder_with_other_tasks_is_refused(done):
     with pytest.raises(ValueError, match="made with another --examples"):
         reproduce.main(f"transfer --out {done[0]}/runs --examples 9 --minutes 0".split())
