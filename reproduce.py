@@ -225,7 +225,7 @@ FLAGS = {
     "reader": [
         ("--encoder", str, None, "folder of the BERT; assets/bert if not given"),
         ("--steps", cli.COUNT, 300, "steps of each prompt and LM"),
-        ("--encoder-steps", cli.COUNT, 600, "steps of each re-ranker and of the retriever"),
+        ("--encoder-steps", cli.COUNT, 1500, "steps of each re-ranker and of the retriever"),
         ("--top", cli.COUNT, 20, "passages found for a question"),
         ("--context", cli.COUNT, 256, "positions that the LM reads"),
         *STUDY,
