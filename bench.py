@@ -97,7 +97,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here")
-    args.attention = args.attention or cli.default_attention(args.device)
+    args.attention = args.attention or cli.default_attention(args.device, args.model)
     return args
 
 

@@ -1,11 +1,12 @@
 """Workloads of bench.py that use an LM: generation, loading, and the start of a program.
 
 generation  16 samples of 16 new tokens for each of 32 questions of 24 tokens, and one greedy
-            continuation of each, against transformers' generate. Samples share the reading of
-            their question: 24 + 16 * 16 positions instead of 16 * (24 + 16), 2.3 times as many.
+            continuation of each, of 8 and of one alone, against transformers' generate. Samples
+            share the reading of their question: 24 + 16 * 16 positions instead of 16 * (24 + 16),
+            2.3 times as many.
             Then 32 questions with prompts of four lengths in one batch; transformers gets them as
             embeddings, padded on the left. Then a neural recursion, which no peer generates with:
-            transformers reads with its LM twice.
+            transformers reads with its LM twice. On a GPU also without the graph of replay.py.
 loading     `LM.from_pretrained` and a first token against transformers, on a checkpoint of 1.1 GB,
             each time in a fresh process: seconds, and the peak of the memory beyond that of Python
             and the libraries, divided by the size of the weights.
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import contest
+import generate
 from contest import Contest, Setting, decoding, llama
 from model import LM
 from recurse import Stack, new_connector
@@ -46,15 +48,22 @@ def generation(setting: Setting) -> Iterator[Contest]:
         prompts = mixed_prompts(setting, lm, questions)
         stack = Stack(lm, [new_connector(lm, "neural_recursion", 2).to(lm.embed_tokens.weight)])
         size = sum(p.numel() for p in lm.parameters()) / 1e6
+        greedy = [
+            ("greedy", decoding(lm, ids[:B], new), peer_step(peer, ids[:B], new), B)
+            for B in (questions, *((2, 1) if setting.tiny else (8, 1)))
+        ]
         for how, ours, theirs, rows in (
             (f"n={n}", decoding(lm, ids, new, n), peer_step(peer, ids, new, n), n * questions),
-            ("greedy", decoding(lm, ids, new), peer_step(peer, ids, new), questions),
+            *greedy,
             ("mixed prompts", *mixed_steps(lm, peer, ids, new, prompts), questions),
             ("recursion", decoding(stack, ids, new), twice(peer_step(peer, ids, new)), questions),
         ):
-            title = f"generate, LM of {size:.0f}M, {questions} questions of {tokens}, {how}"
+            B = min(rows, questions)
+            title = f"generate, LM of {size:.0f}M, {B} questions of {tokens}, {how}"
             name = "transformers, twice" if how == "recursion" else "transformers"
             peers = {name: None if peer is None else theirs}
+            if setting.device == "cuda":
+                peers["ours, without a graph"] = without_graph(ours)
             same = how in ("greedy", "mixed prompts")  # not samples, nor the LM without Connector
             yield Contest(setting, title, lm, ours, peers, rows * new, rows, same)
 
@@ -73,6 +82,19 @@ def peer_step(peer, ids: Tensor, new: int, n: int = 1, **inputs: Tensor) -> Call
         return peer.generate(**inputs, **options)[:, -new:].tolist()
 
     return step
+
+
+def without_graph(step: Callable) -> Callable:
+    """The same decoding, with every kernel launched by Python."""
+
+    def run():
+        graphs, generate.GRAPHS = generate.GRAPHS, ()
+        try:
+            return step()
+        finally:
+            generate.GRAPHS = graphs
+
+    return run
 
 
 def twice(step: Callable) -> Callable:

@@ -36,7 +36,7 @@ def add_flags(parser, title: str, *rows) -> None:
 
 MODEL = ("--model", str, None, "checkpoint folder or hub id; the embedded LM if not given")
 TOKENIZER = ("--tokenizer", str, None, "tokenizer.json or its folder, if not the model's own")
-KERNELS = "fused: the kernels of attention.py; if not given, on CUDA where triton is installed"
+KERNELS = "fused: the kernels of attention.py; if not given, for a --model on CUDA with triton"
 ATTENTION = ("--attention", ["plain", "fused"], None, KERNELS)
 BASE_DTYPE = ("--base-dtype", ["int8"], None, "of the frozen LM's matrices; --dtype if not given")
 THREADS = ("--threads", COUNT, None, "of the CPU; as many as it has cores if not given")
@@ -217,13 +217,15 @@ def add_late_defaults(args, program: str, argv: list[str]) -> argparse.Namespace
     if "cache_first_pass" in args and args.cache_first_pass is None:
         args.cache_first_pass = 0.0 if args.pause_trained else 1.0
     if "attention" in args:
-        args.attention = args.attention or default_attention(args.device)
+        model = getattr(args, "model", None)
+        args.attention = args.attention or default_attention(args.device, model)
     return args
 
 
-def default_attention(device: str) -> str:
-    """fused, if the device can run Triton's kernels, else plain."""
-    return "fused" if device == "cuda" and find_spec("triton") else "plain"
+def default_attention(device: str, model: str | None) -> str:
+    """fused, if the device can run Triton's kernels, else plain. Without --model the LM is so small
+    that they take longer to launch than to compute, and plain attention is faster."""
+    return "fused" if model and device == "cuda" and find_spec("triton") else "plain"
 
 
 def started_dtype(args: argparse.Namespace) -> str | None:

@@ -35,9 +35,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from generate import generate
+import generate
 from model import LM, Config
 from model import attend as plain_attention
+from replay import record
 
 
 @dataclass
@@ -160,7 +161,7 @@ def decoding(model, ids: torch.Tensor, new: int, n: int = 1, prefix=None) -> Cal
     """n samples of each question (B, T) at temperature 1, or its greedy continuation if n is 1."""
 
     def step() -> list[list[int]]:
-        samples = generate(model, ids.tolist(), prefix, new, temperature=float(n > 1), n=n)
+        samples = generate.generate(model, ids.tolist(), prefix, new, temperature=float(n > 1), n=n)
         return [sample.ids for row in samples for sample in row]
 
     return step
@@ -216,13 +217,15 @@ for end in ("", "_backward"):
 def count_operations(step: Callable, lm: LM) -> int:
     """Floating-point operations of all products of matrices in step().
 
-    Kernels of attention.py cannot be counted, so the LM attends without them meanwhile.
+    Neither kernels of attention.py nor a replayed graph can be counted, so the LM attends and
+    decodes without them meanwhile.
     """
     attend, lm.layers.attend = lm.layers.attend, plain_attention
+    graphs, generate.GRAPHS = generate.GRAPHS, ()
     with torch.compiler.set_stance("force_eager"):  # nor can compiled code be counted
         with FlopCounterMode(display=False) as counter:
             step()
-    lm.layers.attend = attend
+    lm.layers.attend, generate.GRAPHS = attend, graphs
     return counter.get_total_flops()
 
 
@@ -250,10 +253,7 @@ def replay(run: Callable) -> Callable:
     with torch.cuda.stream(side):
         run()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    return record(run)
 
 
 def peak_memory(step: Callable, device: str = "cpu") -> int | None:

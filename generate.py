@@ -11,7 +11,8 @@ prefix has these of model.Prefix: rows, buffer, row_lengths, select, preallocate
     option_scores      log-probabilities of answer choices; each question is read once
     predict            answers: texts, or choices among options; in batches within a memory budget
 
-Needs torch. Only the command line needs other files of the project. Dimensions as in model.py.
+Needs torch, for decoding on a GPU replay.py and model.py, and for the command line other files of
+the project. Dimensions as in model.py.
 
     python generate.py assets/lm "Once upon a time"
 
@@ -25,10 +26,11 @@ if __name__ == "__main__":
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+GRAPHS = ("cuda",)  # devices on which `decode` replays a graph, see replay.py
 
 
 @dataclass
@@ -145,7 +147,10 @@ def sample_next_token(logits: Tensor, temperature: float, top_k, top_p, generato
         ordered, order = logits.softmax(-1).sort(descending=True)
         outside = (ordered.cumsum(-1) - ordered) >= top_p
         logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    cdf = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1, dtype=torch.float64)
+    u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device, generator=generator)
+    token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)  # where cdf passes u
+    return token[:, 0].clamp(max=cdf.shape[1] - 1)  # u times the sum may round up to it
 
 
 def check_sampling(max_new_tokens, temperature, top_k, top_p, n) -> None:
@@ -183,10 +188,10 @@ def generate(
     ended   a function of the question's number and the tokens so far; True ends a continuation
 
     A question is read once, however many samples are drawn, and samples whose tokens are the same
-    so far are one row. Memory: the cache has 2 * K * D values per row, layer (of every part of a
-    Stack) and position: those of the prefix, of the longest question and max_new_tokens. The peak
-    is twice that, because old and new cache exist together when rows come or go. A prefix that the
-    caller keeps comes on top.
+    so far are one row (on a GPU every sample is one). Memory: the cache has 2 * K * D values per
+    row, layer (of every part of a Stack) and position: those of the prefix, of the longest question
+    and max_new_tokens. The peak is twice that, because old and new cache exist together when rows
+    come or go. A prefix that the caller keeps comes on top.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, n)
 
@@ -234,20 +239,27 @@ def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> li
           samples that go on: `active` holds their numbers, `row` the row of each
     """
     token, cache = prefill(lm, ids, prefix, [max_new_tokens] * len(ids))
+    graph = token.device.type in GRAPHS and max_new_tokens > 4 and not any(lm.config.windows)
     device, samples = token.device, [Sample([], 0.0)] * (len(ids) * n)
     eos_ids = torch.tensor(as_list(eos), dtype=torch.long, device=device)
     active = torch.arange(len(ids) * n, device=device)  # numbers of the samples that go on
     row = active // n  # of each of these samples: its row of the cache
     texts = [(b, []) for b in range(len(ids))]  # of each row: its question and its new tokens
     logprob = torch.zeros(len(ids), device=device)  # of each row: the sum over its new tokens
+    replayed = None
     for step in range(max_new_tokens):
-        h, cache = lm(lm.embed(token), cache, keep=True)
-        logits = lm.logits(h[:, -1])  # (R, V)
+        if replayed is None:
+            h, cache = lm(lm.embed(token), cache, keep=True)
+            logits = lm.logits(h[:, -1])  # (R, V)
+        else:
+            logits = replayed(token)
         R, V = logits.shape
         drawn = row * V + draw(logits, row, active, step)
-        # Samples of one row that drew the same token stay one row; `parent` is the row before.
-        pairs, row = drawn.unique(return_inverse=True)  # the new rows, ordered by their parents
-        parent, token = pairs // V, pairs % V
+        if graph:
+            pairs, row = drawn, torch.arange(len(drawn), device=device)
+        else:  # samples of one row that drew the same token stay one row
+            pairs, row = drawn.unique(return_inverse=True)  # the new rows, ordered by their parents
+        parent, token = pairs // V, pairs % V  # parent: the row before
         logprob = logprob[parent] + logits[parent, token] - logits.logsumexp(-1)[parent]
         texts = [(texts[i][0], [*texts[i][1], t]) for i, t in zip(parent.tolist(), token.tolist())]
         done = torch.isin(token, eos_ids)
@@ -260,14 +272,32 @@ def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> li
         if done.all():
             break
         left = (~done).nonzero()[:, 0]
-        same = len(left) == R and torch.equal(parent[left], torch.arange(R, device=device))
-        if not cache.buffer or not same:
-            cache = cache.preallocate(parent[left], max_new_tokens - 1 - step)
+        left = left[order_in_place(parent[left])]
+        before, more = parent[left], max_new_tokens - 1 - step
+        if replayed is not None:
+            replayed.keep(before)
+        elif graph:
+            from replay import Replayed
+
+            replayed, cache = Replayed(lm, cache, before, more), None
+        else:
+            cache = cache.preallocate(before, more, len(ids) * n)
         active, row = active[~done[row]], row[~done[row]]
-        row = torch.searchsorted(left, row)  # counted among the rows that are left
+        row = left.argsort()[torch.searchsorted(left.sort().values, row)]  # among the rows left
         token, logprob = token[left, None], logprob[left]
         texts = [texts[r] for r in left.tolist()]
     return [samples[b * n : (b + 1) * n] for b in range(len(ids))]
+
+
+def order_in_place(parents: Tensor) -> Tensor:
+    """Orders new rows so that as many as can stand where their parent stood. parents (R,): the
+    rows that they continue, ascending. Returns (R,), the new row for each place."""
+    places = torch.arange(len(parents), device=parents.device)
+    stay = parents < len(parents)
+    stay[1:] &= parents[1:] != parents[:-1]  # of several children, the first
+    place = parents.clone()
+    place[~stay] = places[~torch.isin(places, parents[stay])]
+    return place.argsort()
 
 
 def inverse_cdf(logprobs: Tensor, row: Tensor, u: Tensor) -> Tensor:
@@ -440,10 +470,10 @@ def main(argv: list[str] | None = None) -> dict:
     """Continues one text. Returns {"ids": the new tokens, "nats": the text's loss per token}."""
     from show import SEED, Parser, number_type, show
 
-    parser = Parser(
-        prog="generate.py",
-        description="Continue a text with a published checkpoint or a run, and print its loss.",
-    )
+    from questions import load_text
+
+    description = "Continue a text with a published checkpoint or a run, and print its loss."
+    parser = Parser(prog="generate.py", description=description)
     parser.add_argument("model", help="checkpoint folder, hub id, or run folder")
     parser.add_argument("text")
     parser.add_argument("--max-new-tokens", type=int, default=40)
@@ -463,8 +493,7 @@ def main(argv: list[str] | None = None) -> dict:
     eos, length = model.config.eos, args.max_new_tokens
     for model, prefix in tries:
         rng = torch.Generator().manual_seed(args.seed)
-        samples = generate(model, [ids], prefix, length, args.temperature, eos=eos, generator=rng)
-        new = samples[0][0]
+        new = generate(model, [ids], prefix, length, args.temperature, eos=eos, generator=rng)[0][0]
         if args.threshold is not None and new.logprob >= args.threshold:
             break
     nats = math.nan
@@ -478,28 +507,6 @@ def main(argv: list[str] | None = None) -> dict:
     line = f"[{nats:.4f} nats a token for the text, {cost:.4f} for the {len(new.ids)} new tokens]"
     show(line, result=True)
     return {"ids": new.ids, "nats": nats}
-
-
-def load_text(folder: str, text: str, max_new_tokens: int) -> tuple:
-    """Loads a checkpoint or a run. Returns (model, prefix, tokenizer, the text's token ids).
-
-    A run adds to the text what it was trained to read with it: filler, candidates or passages.
-    """
-    if (Path(folder) / "run.json").is_file():
-        from data import Example
-        from questions import prepare
-        from runs import load_run
-
-        model, prefix, tokenizer, _ = load_run(folder)
-        example = Example(text, "", (), "text", "text", "the text")
-        (ids,), _, prefix = prepare(model, tokenizer, [example], prefix, max_new_tokens)
-        return model, stack_prefixes(prefix, [ids]), tokenizer, ids
-    from checkpoints import load_tokenizer
-    from model import LM
-
-    lm = LM.from_pretrained(folder)
-    tokenizer = load_tokenizer(lm.folder, lm.config.vocab_size)
-    return lm, None, tokenizer, tokenizer.encode(text).ids
 
 
 if __name__ == "__main__":

@@ -75,12 +75,12 @@ def append_kv(past: KV | None, k: Tensor, v: Tensor, buffer: KV | None = None) -
     if buffer is None:
         past_k, past_v = (t.expand(len(k), -1, -1, -1) for t in past)
         return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
-    P, T = past[0].shape[2], k.shape[2]
+    P, (B, _, T, _) = past[0].shape[2], k.shape
     if P + T > buffer[0].shape[2]:  # an empty slice would swallow one position silently
         raise ValueError(f"{P} + {T} positions exceed the prefix's buffer")
     for whole, new in zip(buffer, (k, v)):
-        whole[:, :, P : P + T] = new
-    return tuple(whole[:, :, : P + T] for whole in buffer)
+        whole[:B, :, P : P + T] = new
+    return tuple(whole[:B, :, : P + T] for whole in buffer)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, past: KV | None = None, lengths=None, window=None):
@@ -294,17 +294,20 @@ class Prefix:
         lengths = None if self.lengths is None else self.lengths[index % len(self.lengths)]
         return Prefix([(k[index], v[index]) for k, v in self.layers], lengths)
 
-    def preallocate(self, index: Tensor, more: int) -> "Prefix":
-        """Rows `index` (R,), copied into buffers with space for `more` positions, so that decoding
-        writes in place. Extend the result only once: a second text would overwrite the first."""
-        P, buffer = self.size, []
-        for pair in self.layers:
-            whole = tuple(t.new_empty(len(index), t.shape[1], P + more, t.shape[3]) for t in pair)
-            for new, old in zip(whole, pair):
-                new[:, :, :P] = old if self.rows == 1 else old[index]
-            buffer.append(whole)
+    def preallocate(self, index: Tensor, more: int, rows: int) -> "Prefix":
+        """Rows `index` (R,) in buffers for `rows` rows and `more` positions, which decoding writes
+        in place: extend it only once. If it has buffers, only rows that move are copied."""
+        (_, K, P, D), R, moved = self.layers[0][0].shape, len(index), slice(len(index))
+        if self.buffer:
+            moved = (index != torch.arange(R, device=index.device)).nonzero()[:, 0]
+        buffer = self.buffer or [
+            tuple(t.new_empty(rows, K, P + more, D) for t in kv) for kv in self.layers
+        ]
+        for pair, old in zip(buffer, self.layers):
+            for whole, t in zip(pair, old):
+                whole[moved, :, :P] = t[index[moved] % len(t)]
         lengths = None if self.lengths is None else self.lengths[index % len(self.lengths)]
-        return Prefix([(k[:, :, :P], v[:, :, :P]) for k, v in buffer], lengths, buffer)
+        return Prefix([(k[:R, :, :P], v[:R, :, :P]) for k, v in buffer], lengths, buffer)
 
     def drop_padding(self, T: int, lengths: Tensor | None) -> "Prefix":
         """Removes the right padding of the last T positions, of which the first lengths[b] are real
@@ -328,17 +331,18 @@ class Prefix:
             return None
         if any(p.rows != 1 for p in present):
             raise ValueError("Prefix.stack takes prefixes of one row each, one for every example")
-        lengths = [0 if p is None else p.row_lengths(1)[0] for p in prefixes]
+        distinct = {id(p): p for p in prefixes}  # examples often share a prompt
+        lengths = [0 if p is None else p.row_lengths(1)[0] for p in distinct.values()]
         P, layers = max(lengths), []
         for i, pair in enumerate(present[0].layers):
-            stacked = tuple(t.new_zeros(len(prefixes), t.shape[1], P, t.shape[3]) for t in pair)
-            for b, (prefix, n) in enumerate(zip(prefixes, lengths)):
-                if n > 0:
-                    for whole, part in zip(stacked, prefix.layers[i]):
-                        whole[b, :, P - n :] = part[0, :, part.shape[2] - n :]
+            stacked = tuple(t.new_zeros(len(distinct), t.shape[1], P, t.shape[3]) for t in pair)
+            for b, (prefix, n) in enumerate(zip(distinct.values(), lengths)):
+                for whole, part in zip(stacked, prefix.layers[i] if n else ()):
+                    whole[b, :, P - n :] = part[0, :, part.shape[2] - n :]
             layers.append(stacked)
-        ragged = torch.tensor(lengths, device=layers[0][0].device)
-        return Prefix(layers, None if min(lengths) == P else ragged)
+        ragged = None if min(lengths) == P else torch.tensor(lengths, device=layers[0][0].device)
+        at = torch.tensor([list(distinct).index(id(p)) for p in prefixes], device=stacked[0].device)
+        return Prefix(layers, ragged).select(at)
 
     def save(self, folder, lm) -> None:
         """Writes prefix.safetensors, with the fingerprint of `lm`, the LM that has read it."""
@@ -402,12 +406,10 @@ class Layers(nn.ModuleList):
     @staticmethod
     def extended(prefix: Prefix | None, kvs: list[KV], x: Tensor) -> Prefix:
         """The prefix extended by x (B, T, C); `kvs` holds the keys and values of both."""
-        if prefix is None:
-            return Prefix(kvs)
-        lengths = prefix.lengths
+        lengths, buffer = (None, []) if prefix is None else (prefix.lengths, prefix.buffer)
         if lengths is not None:
             lengths = lengths.expand(len(x)) + x.shape[1]
-        return Prefix(kvs, lengths, prefix.buffer)
+        return Prefix(kvs, lengths, buffer)
 
 
 class LM(nn.Module):
@@ -468,8 +470,8 @@ class LM(nn.Module):
         """x (B, T, C) -> h (B, T, C), or with keep (h, the prefix extended by x).
 
         x may be embeddings or a Connector's output. Texts of different lengths are padded on the
-        right, which needs no mask in a causal LM. Positions start at the row's prefix length.
-        ValueError if the text exceeds the context. After a ragged prefix this is not checked.
+        right, which needs no mask in a causal LM. ValueError if the text exceeds the context, which
+        is not checked behind a ragged prefix.
         """
         out = self.layers(self.add_positions(x, prefix), prefix, keep)
         return (self.norm(out[0]), out[1]) if keep else self.norm(out)
@@ -495,8 +497,7 @@ class LM(nn.Module):
         return F.linear(h, table.weight).float()
 
     def new_layers(self, n: int) -> Layers:
-        """n blocks of the LM's own kind for a Connector: freshly initialised, trainable, float32.
-        Block i has the window of LM layer i (modulo their number). None adds learned positions."""
+        """n blocks of the LM's kind for a Connector: new, trainable, float32, with no positions."""
         layers = Layers(self.config, n, self.layers.attend).to(self.embed_tokens.weight.device)
         init_weights(layers, n)
         return layers

@@ -352,11 +352,11 @@ class DryRun:
                 h = model(model.embed(ids), cache.select(index))
                 token_logprobs(self.lm, h.flatten(0, 1), ids.flatten())
             else:
-                cache = cache.preallocate(index, self.args.max_new_tokens)
+                cache = cache.preallocate(index, self.args.max_new_tokens, rows)
                 h, cache = model(model.embed(index[:, None]), cache, keep=True)
-                values = model.logits(h[:, -1]).log_softmax(-1)
-                values = values.double() if samples else values
-                cache.preallocate(index, self.args.max_new_tokens - 1)  # the rows that go on
+                logprobs = model.logits(h[:, -1]).log_softmax(-1)
+                if samples:
+                    logprobs.double()
         return counter.peak
 
     @torch.no_grad()

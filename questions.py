@@ -5,6 +5,7 @@ prepare            examples of data.py, and examples before them -> the argument
 check_targets      refuses targets that no tokens spell, which training would teach
 check_answers      refuses answers that `predict` could never return, which would score 0
 load_model         the run or the bare LM that the flags of `ask` and `score` name
+load_text          a run or a bare LM, and one text as it reads it
 answer             answers as these flags say
 finish_scores      prints scores, and writes what `score --out` leaves
 
@@ -32,7 +33,7 @@ import data
 import eval as metrics
 import parallel
 from checkpoints import write_json, write_lines
-from generate import check_ids, find_stop, prefix_lengths
+from generate import check_ids, find_stop, prefix_lengths, stack_prefixes
 
 SHOT_END = "\n\n"  # follows each of the examples that stand before a question
 
@@ -243,18 +244,39 @@ def load_model(args) -> tuple:
     """
     if parallel.asked() > 1:
         parallel.start("cpu")
-    if args.run:
-        from runs import load_run
-
-        loaded = load_run(args.run, model=args.model)
-    else:
-        from checkpoints import load_tokenizer
-        from model import LM
-
-        lm = LM.from_pretrained(args.model or Path(__file__).parent / "assets" / "lm")
-        loaded = lm, None, load_tokenizer(lm.folder, lm.config.vocab_size), {}
+    model = args.model
+    if not (args.run or model):
+        model = Path(__file__).parent / "assets" / "lm"
+    loaded = load_either(args.run, model)
     take_flags(args, [loaded[-1].get("arguments", {})])
     return loaded
+
+
+def load_either(run: str | None, model: str | Path | None) -> tuple:
+    """Return (model, prefix, tokenizer, record) of a run, or of a bare LM, whose record is {}."""
+    if run:
+        from runs import load_run
+
+        return load_run(run, model=model)
+    from checkpoints import load_tokenizer
+    from model import LM
+
+    lm = LM.from_pretrained(model)
+    return lm, None, load_tokenizer(lm.folder, lm.config.vocab_size), {}
+
+
+def load_text(folder: str, text: str, max_new_tokens: int) -> tuple:
+    """Load a checkpoint or a run. Return (model, prefix, tokenizer, the text's token ids).
+
+    A run adds to the text what it was trained to read with it: filler, candidates or passages.
+    """
+    if not (Path(folder) / "run.json").is_file():
+        lm, prefix, tokenizer, _ = load_either(None, folder)
+        return lm, prefix, tokenizer, tokenizer.encode(text).ids
+    model, prefix, tokenizer, _ = load_either(folder, None)
+    example = data.Example(text, "", (), "text", "text", "the text")
+    (ids,), _, prefix = prepare(model, tokenizer, [example], prefix, max_new_tokens)
+    return model, stack_prefixes(prefix, [ids]), tokenizer, ids
 
 
 def take_flags(args, runs: list[dict]) -> None:

@@ -134,7 +134,7 @@ def test_rows_of_a_stacked_prefix_stack_again(lm):
 def test_selected_rows_continue_as_if_alone_and_preallocated_ones_in_place(lm, kind, index):
     (prefix, prompts), rows, n = before(kind, lm), torch.tensor(index), len(index)
     x, texts, prompts = lm.embed(FOUR[:n]), FOUR[:n].tolist(), [prompts[i] for i in index]
-    selected, buffered = prefix.select(rows), prefix.preallocate(rows, 8)
+    selected, buffered = prefix.select(rows), prefix.preallocate(rows, 8, len(rows))
     assert (selected is prefix) == (kind in ("empty", "shared", "padded"))  # one row serves any
     check(lm, lm(x, selected), texts, prompts)
     _, cache = lm(x[:, :5], buffered, keep=True)
@@ -146,6 +146,20 @@ def test_selected_rows_continue_as_if_alone_and_preallocated_ones_in_place(lm, k
     with pytest.raises(ValueError, match="exceed the prefix's buffer"):
         lm(x[:, :1], full, keep=True)
     check(lm, lm(x[-1:, 5:], last), texts[-1:], prompts[-1:])
+
+
+def test_only_rows_that_move_are_copied(make_lm):
+    lm = make_lm("tied")
+    cache = lm.read(vectors(lm, 4)[None].expand(3, -1, -1)).preallocate(torch.arange(3), 5, 6)
+    whole = cache.buffer[0][0]
+    whole[:3, :, :4] = torch.arange(3.0)[:, None, None, None]  # a row's number
+    whole[:, :, 4:] = -1
+    moved = cache.preallocate(torch.tensor([0, 2, 2, 1]), 5, 6)
+    assert moved.buffer is cache.buffer and moved.rows == 4 and moved.size == 4
+    assert moved.layers[0][0][:, 0, 0, 0].tolist() == [0, 2, 2, 1]
+    assert (whole[:, :, 4:] == -1).all()
+    whole[0] = 7  # stays: it is not written again
+    assert (moved.preallocate(torch.tensor([0, 3]), 5, 6).layers[0][0][0] == 7).all()
 
 
 def test_what_does_not_fit_is_refused(lm):

@@ -110,7 +110,7 @@ def test_n_samples_equal_the_question_repeated_n_times(lm):
 
 def test_logprob_is_at_temperature_1_and_over_the_whole_vocabulary(lm):
     prompt, how = vectors(lm, 3), dict(temperature=0.7, top_k=5, n=4, eos=list(range(0, 60, 5)))
-    samples = generate(lm, QUESTIONS, lm.read(prompt), 6, generator=seeded(2), **how)
+    samples = generate(lm, QUESTIONS, lm.read(prompt), 6, generator=seeded(4), **how)
     for ids, row in zip(QUESTIONS, samples):
         for sample in row:
             expected = naive_score(lm, ids, sample.ids, prompt)  # the eos that ended it counts
@@ -142,6 +142,19 @@ def test_finished_rows_leave_the_batch(lm):
     lm.forward = spy
     generate(lm, QUESTIONS, None, 4, eos=eos)
     assert seen[-4:] == active and active[-1] < 4
+
+
+@pytest.mark.parametrize(
+    "parents, order",
+    [
+        ([0, 1, 2], [0, 1, 2]),
+        ([0, 0, 2], [0, 1, 2]),  # the second child of row 0 takes the place of row 1
+        ([1, 1, 3], [1, 0, 2]),  # row 1 stays, its second child and row 3 fill 0 and 2
+        ([2], [0]),
+    ],
+)
+def test_rows_stay_where_their_parents_stood(parents, order):
+    assert generation.order_in_place(torch.tensor(parents)).tolist() == order
 
 
 def test_sampling_without_randomness_left_is_greedy(lm):
@@ -468,10 +481,10 @@ def test_examples_that_do_not_fit_are_named(letters):
 def test_command_line_continues_a_text_and_prints_its_cost(make_lm, tokenizer, tmp_path, capsys):
     lm = make_lm()
     lm.save(tmp_path / "lm", tokenizer=tokenizer)
-    for flags, how in (("", {}), ("--temperature 2 --seed 3", dict(temperature=2.0))):
+    for flags, how in (("", {}), ("--temperature 2 --seed 4", dict(temperature=2.0))):
         argv = [str(tmp_path / "lm"), "w5 w9 w11", "--max-new-tokens", "4", *flags.split()]
         result, eos = main(argv), lm.config.eos
-        sample = generate(lm, [[5, 9, 11]], None, 4, eos=eos, generator=seeded(3), **how)[0][0]
+        sample = generate(lm, [[5, 9, 11]], None, 4, eos=eos, generator=seeded(4), **how)[0][0]
         nats = -naive_score(lm, [5], [9, 11]) / 2
         assert result == {"ids": sample.ids, "nats": pytest.approx(nats, abs=1e-4)}
         text, cost = f"w5 w9 w11 {words(sample.ids)}\n", f"[{result['nats']:.4f} nats a token"

@@ -108,8 +108,10 @@ def test_the_kernels_are_the_default_on_a_gpu_that_can_run_them(monkeypatch, tri
     def chosen(flags):
         return train.parse(f"--method prompt_tuning {flags}".split()).attention
 
-    assert chosen("--device cuda") == ("fused" if triton else "plain")
-    assert chosen("--device cuda --attention plain") == chosen("--device cpu") == "plain"
+    assert chosen("--device cuda --model big") == ("fused" if triton else "plain")
+    assert chosen("--device cuda") == "plain"  # the embedded LM is too small
+    assert chosen("--device cuda --model big --attention plain") == "plain"
+    assert chosen("--device cpu --model big") == "plain"
 
 
 def test_a_processor_is_named_by_its_features(monkeypatch):

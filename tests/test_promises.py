@@ -18,7 +18,7 @@ TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["checkpoints", "data", "eval", "world"], 1),
     **dict.fromkeys(["attention", "generate"], 1),
     **dict.fromkeys(["model", "adapters", "questions", "rerank", "t5", "genres"], 2),
-    **dict.fromkeys(["recurse", "suite", "retrieve", "documents"], 3),
+    **dict.fromkeys(["recurse", "suite", "retrieve", "documents", "replay"], 3),
     **dict.fromkeys(["filler", "passages"], 4),
     **dict.fromkeys(["openbook", "prompts", "textual", "convert"], 5),
     **dict.fromkeys(["runs", "reader", "handover"], 6),
