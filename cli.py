@@ -36,7 +36,7 @@ def add_flags(parser, title: str, *rows) -> None:
 
 MODEL = ("--model", str, None, "checkpoint folder or hub id; the embedded LM if not given")
 TOKENIZER = ("--tokenizer", str, None, "tokenizer.json or its folder, if not the model's own")
-KERNELS = "fused: the kernels of attention.py; if not given, for a --model on CUDA with triton"
+KERNELS = "fused: the kernels of attention.py, the default for a --model on CUDA with triton"
 ATTENTION = ("--attention", ["plain", "fused"], None, KERNELS)
 BASE_DTYPE = ("--base-dtype", ["int8"], None, "of the frozen LM's matrices; --dtype if not given")
 THREADS = ("--threads", COUNT, None, "of the CPU; as many as it has cores if not given")
@@ -212,13 +212,13 @@ def add_late_defaults(args, program: str, argv: list[str]) -> argparse.Namespace
     args.program, args.argv = program, argv
     args.out = args.out or f"runs/{args.method}"
     if args.dtype == "auto":
-        args.dtype = started_dtype(args) or fastest_dtype(args.device)
+        args.dtype = started(args, "dtype") or fastest_dtype(args.device)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     if "cache_first_pass" in args and args.cache_first_pass is None:
         args.cache_first_pass = 0.0 if args.pause_trained else 1.0
     if "attention" in args:
-        model = getattr(args, "model", None)
-        args.attention = args.attention or default_attention(args.device, model)
+        default = default_attention(args.device, getattr(args, "model", None))
+        args.attention = args.attention or started(args, "attention") or default
     return args
 
 
@@ -228,12 +228,12 @@ def default_attention(device: str, model: str | None) -> str:
     return "fused" if model and device == "cuda" and find_spec("triton") else "plain"
 
 
-def started_dtype(args: argparse.Namespace) -> str | None:
-    """The dtype of the run that --resume continues, or None if there is none. It stays the same,
-    even if another one is faster now, on a busy machine."""
-    if not (args.resume and (Path(args.out) / "run.json").is_file()):
+def started(args: argparse.Namespace, key: str) -> str | None:
+    """An argument of the run that --resume continues, or None if there is none. A choice that was
+    left to the program stays as it was, even if another one is faster now, on a busy machine."""
+    if not (getattr(args, "resume", False) and (Path(args.out) / "run.json").is_file()):
         return None
-    return read_record(args.out)["arguments"].get("dtype")
+    return read_record(args.out)["arguments"].get(key)
 
 
 def fastest_dtype(device: str) -> str:

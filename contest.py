@@ -222,10 +222,12 @@ def count_operations(step: Callable, lm: LM) -> int:
     """
     attend, lm.layers.attend = lm.layers.attend, plain_attention
     graphs, generate.GRAPHS = generate.GRAPHS, ()
-    with torch.compiler.set_stance("force_eager"):  # nor can compiled code be counted
-        with FlopCounterMode(display=False) as counter:
-            step()
-    lm.layers.attend, generate.GRAPHS = attend, graphs
+    try:
+        with torch.compiler.set_stance("force_eager"):  # nor can compiled code be counted
+            with FlopCounterMode(display=False) as counter:
+                step()
+    finally:
+        lm.layers.attend, generate.GRAPHS = attend, graphs
     return counter.get_total_flops()
 
 

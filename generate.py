@@ -7,7 +7,7 @@ prefix has these of model.Prefix: rows, buffer, row_lengths, select, preallocate
     sample_next_token  logits -> one token per row
     generate           greedy continuations, or n samples of each question
     sample_answers     n samples of each question, each with random numbers of its own
-    decode             prefill, then one token per step; samples that agree so far are one row
+    decode             prefill, then one token per step; samples that agree so far share a row
     option_scores      log-probabilities of answer choices; each question is read once
     predict            answers: texts, or choices among options; in batches within a memory budget
 
@@ -148,9 +148,10 @@ def sample_next_token(logits: Tensor, temperature: float, top_k, top_p, generato
         outside = (ordered.cumsum(-1) - ordered) >= top_p
         logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
     cdf = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1, dtype=torch.float64)
+    if not cdf[:, -1].isfinite().all():
+        raise ValueError("logits that are not finite")
     u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device, generator=generator)
-    token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)  # where cdf passes u
-    return token[:, 0].clamp(max=cdf.shape[1] - 1)  # u times the sum may round up to it
+    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]  # where cdf passes u
 
 
 def check_sampling(max_new_tokens, temperature, top_k, top_p, n) -> None:
@@ -188,10 +189,10 @@ def generate(
     ended   a function of the question's number and the tokens so far; True ends a continuation
 
     A question is read once, however many samples are drawn, and samples whose tokens are the same
-    so far are one row (on a GPU every sample is one). Memory: the cache has 2 * K * D values per
-    row, layer (of every part of a Stack) and position: those of the prefix, of the longest question
-    and max_new_tokens. The peak is twice that, because old and new cache exist together when rows
-    come or go. A prefix that the caller keeps comes on top.
+    so far are one row (not where replay.py decodes). Memory: the cache has space for B * n rows,
+    with 2 * K * D values per row, layer (of every part of a Stack) and position: those of the
+    prefix, of the longest question and max_new_tokens. At most the cache of the questions exists
+    beside it. A prefix that the caller keeps comes on top.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, n)
 
@@ -233,13 +234,18 @@ def sample_answers(
 
 
 def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> list[list[Sample]]:
-    """The loop of `generate` and `sample_answers`. All samples that agree so far share one row.
+    """The loop of `generate` and `sample_answers`. Samples that agree so far share one row, but not
+    in a graph.
 
     draw  (logits (R, V), row (S,), active (S,), step) -> the next token (S,) of each of the S
           samples that go on: `active` holds their numbers, `row` the row of each
     """
     token, cache = prefill(lm, ids, prefix, [max_new_tokens] * len(ids))
-    graph = token.device.type in GRAPHS and max_new_tokens > 4 and not any(lm.config.windows)
+    graph = False
+    if token.device.type in GRAPHS:
+        from replay import Replayed, can_replay
+
+        graph = can_replay(lm, max_new_tokens)
     device, samples = token.device, [Sample([], 0.0)] * (len(ids) * n)
     eos_ids = torch.tensor(as_list(eos), dtype=torch.long, device=device)
     active = torch.arange(len(ids) * n, device=device)  # numbers of the samples that go on
@@ -277,13 +283,13 @@ def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> li
         if replayed is not None:
             replayed.keep(before)
         elif graph:
-            from replay import Replayed
-
             replayed, cache = Replayed(lm, cache, before, more), None
-        else:
+        elif not cache.buffer or not torch.equal(before, torch.arange(R, device=device)):
             cache = cache.preallocate(before, more, len(ids) * n)
         active, row = active[~done[row]], row[~done[row]]
-        row = left.argsort()[torch.searchsorted(left.sort().values, row)]  # among the rows left
+        place = torch.empty_like(parent)
+        place[left] = torch.arange(len(left), device=device)
+        row = place[row]  # counted among the rows that are left
         token, logprob = token[left, None], logprob[left]
         texts = [texts[r] for r in left.tolist()]
     return [samples[b * n : (b + 1) * n] for b in range(len(ids))]
@@ -291,7 +297,7 @@ def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> li
 
 def order_in_place(parents: Tensor) -> Tensor:
     """Orders new rows so that as many as can stand where their parent stood. parents (R,): the
-    rows that they continue, ascending. Returns (R,), the new row for each place."""
+    rows that they continue, equal ones together. Returns (R,), the new row for each place."""
     places = torch.arange(len(parents), device=parents.device)
     stay = parents < len(parents)
     stay[1:] &= parents[1:] != parents[:-1]  # of several children, the first

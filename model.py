@@ -75,9 +75,9 @@ def append_kv(past: KV | None, k: Tensor, v: Tensor, buffer: KV | None = None) -
     if buffer is None:
         past_k, past_v = (t.expand(len(k), -1, -1, -1) for t in past)
         return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
-    P, (B, _, T, _) = past[0].shape[2], k.shape
-    if P + T > buffer[0].shape[2]:  # an empty slice would swallow one position silently
-        raise ValueError(f"{P} + {T} positions exceed the prefix's buffer")
+    B, P, T = k.shape[0], past[0].shape[2], k.shape[2]
+    if B != len(past[0]) or P + T > buffer[0].shape[2]:  # slices would not say so
+        raise ValueError(f"{B} rows of {P} + {T} positions do not fit the prefix's buffer")
     for whole, new in zip(buffer, (k, v)):
         whole[:B, :, P : P + T] = new
     return tuple(whole[:B, :, : P + T] for whole in buffer)
@@ -296,8 +296,9 @@ class Prefix:
 
     def preallocate(self, index: Tensor, more: int, rows: int) -> "Prefix":
         """Rows `index` (R,) in buffers for `rows` rows and `more` positions, which decoding writes
-        in place: extend it only once. If it has buffers, only rows that move are copied."""
-        (_, K, P, D), R, moved = self.layers[0][0].shape, len(index), slice(len(index))
+        in place: extend the result only once. It takes over buffers, and copies rows that move."""
+        _, K, P, D = self.layers[0][0].shape
+        R, moved = len(index), slice(len(index))
         if self.buffer:
             moved = (index != torch.arange(R, device=index.device)).nonzero()[:, 0]
         buffer = self.buffer or [
@@ -331,18 +332,17 @@ class Prefix:
             return None
         if any(p.rows != 1 for p in present):
             raise ValueError("Prefix.stack takes prefixes of one row each, one for every example")
-        distinct = {id(p): p for p in prefixes}  # examples often share a prompt
-        lengths = [0 if p is None else p.row_lengths(1)[0] for p in distinct.values()]
+        lengths = [0 if p is None else p.row_lengths(1)[0] for p in prefixes]
         P, layers = max(lengths), []
         for i, pair in enumerate(present[0].layers):
-            stacked = tuple(t.new_zeros(len(distinct), t.shape[1], P, t.shape[3]) for t in pair)
-            for b, (prefix, n) in enumerate(zip(distinct.values(), lengths)):
-                for whole, part in zip(stacked, prefix.layers[i] if n else ()):
-                    whole[b, :, P - n :] = part[0, :, part.shape[2] - n :]
+            stacked = tuple(t.new_zeros(len(prefixes), t.shape[1], P, t.shape[3]) for t in pair)
+            for b, (prefix, n) in enumerate(zip(prefixes, lengths)):
+                if n > 0:
+                    for whole, part in zip(stacked, prefix.layers[i]):
+                        whole[b, :, P - n :] = part[0, :, part.shape[2] - n :]
             layers.append(stacked)
-        ragged = None if min(lengths) == P else torch.tensor(lengths, device=layers[0][0].device)
-        at = torch.tensor([list(distinct).index(id(p)) for p in prefixes], device=stacked[0].device)
-        return Prefix(layers, ragged).select(at)
+        ragged = torch.tensor(lengths, device=layers[0][0].device)
+        return Prefix(layers, None if min(lengths) == P else ragged)
 
     def save(self, folder, lm) -> None:
         """Writes prefix.safetensors, with the fingerprint of `lm`, the LM that has read it."""

@@ -11,7 +11,7 @@ re-rankers. New questions to such a run are searched and not re-ranked.
     python reproduce.py reader              all runs, or what is missing of them, and the tables
 
 Two processes can share the work: start the second command twice, each with OMP_NUM_THREADS=1. On a
-GPU, add --flags="--device cuda --dtype float32".
+GPU, add --flags="--device cuda --dtype float32 --attention plain".
 """
 
 import json
@@ -152,7 +152,7 @@ def report(study: Study) -> dict:
     """Print all tables. Returns what results/reader.json holds."""
     results = {"search": show_search(study), "runs": show_readers(study)}
     results["orderings"] = show_orderings(study, ORDERINGS)
-    return results | show_reranker(study) | show_places(study)
+    return results | show_reranker(study) | show_places(study) | show_titles(study)
 
 
 def show_search(study: Study) -> dict:
@@ -172,6 +172,11 @@ def show_search(study: Study) -> dict:
     return results
 
 
+def splits(record: dict) -> list[tuple[str, dict]]:
+    """What a record says of the passages of each split."""
+    return [(split, record["passages"][split]) for split in SPLITS]
+
+
 def show_readers(study: Study) -> dict[str, list[dict]]:
     """Print what reaches the LM, and EM, of every row. Returns {row: its records, without more}."""
     keys, results = ("command", "lr", "seconds", "results", "seconds_per_question"), {}
@@ -183,7 +188,9 @@ def show_readers(study: Study) -> dict[str, list[dict]]:
                 continue
             results[row.name] = [{k: r[k] for k in keys if k in r} for r in records]
             if "passages" in records[0]:
-                read = records[0]["passages"]["test"]["input"]
+                inputs = {split: part["input"] for split, part in splits(records[0])}
+                results[row.name][0]["input"] = inputs
+                read = inputs["test"]
                 cells = [f"{100 * read['answer']:.1f}", f"{read['passages']:.1f}"]
                 table.append([row.name, len(records), *cells, cell(records, "all")])
         if table:
@@ -239,3 +246,38 @@ def show_places(study: Study) -> dict:
         columns = ["", *map(str, range(1, PLACES + 1)), "later, or none"]
         show_table(title, columns, table)
     return {"places": results}
+
+
+def show_titles(study: Study) -> dict:
+    """Print how many of the first passages are about the person of the question, for seed 0.
+
+    These have the title of a passage with the answer. And of the wrong answers to questions with a
+    right one among the first 5: how many stand in passages about others alone.
+    """
+    results, table = {}, []
+    for name in SEARCHED:
+        for job in study.finished(name)[:1]:
+            lines = (job.folder / "passages.jsonl").read_text("utf-8").splitlines()
+            passages = {record["id"]: record for record in map(json.loads, lines)}
+            answers = {row["id"]: row for row in read_predictions(job.folder)}
+            own, first, wrong, others = [], [], 0, 0
+            for line in (job.folder / ranking(name) / "test.jsonl").read_text("utf-8").splitlines():
+                record = json.loads(line)
+                titles = {passages[key]["title"] for key in record["positives"]}
+                found = [passages[part["id"]] for part in record["ctxs"][:PLACES]]
+                hits = [passage["title"] in titles for passage in found]
+                own, first = own + hits, first + hits[:1]
+                answer = answers[record["id"]]
+                if answer["em"] == 0 and any(
+                    part["has_answer"] for part in record["ctxs"][:PLACES]
+                ):
+                    wrong += 1
+                    said = [h for h, p in zip(hits, found) if answer["prediction"] in p["text"]]
+                    others += bool(said) and not any(said)
+            shares = [round(100 * sum(hits) / len(hits), 1) for hits in (first, own)]
+            results[name] = [*shares, wrong, others]
+            table.append([name, *shares, wrong, others])
+    if table:
+        columns = ["", "the first, %", f"of the first {PLACES}, %", "wrong answers", "of others"]
+        show_table("passages about the person of the question, and wrong answers", columns, table)
+    return {"titles": results}

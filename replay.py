@@ -3,7 +3,7 @@
 A step of decoding runs hundreds of kernels, each of which takes less time than Python needs to
 launch it. A CUDA graph records them once and launches all of them together. It reads and writes the
 same memory in every step. So the KV cache has its full size from the start, and every row keeps its
-place in the batch until all rows are done. Recording takes the time of about two steps.
+place in the batch until all rows are done.
 
     replayed = Replayed(lm, cache, index, more)     cache: a model.Prefix
     logits = replayed(token)                        (R, 1) -> (R, V)
@@ -19,6 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import KV, Prefix
+
+RECORDING = 4  # recording a graph takes longer than it saves in so many tokens
+
+
+def can_replay(lm, new: int) -> bool:
+    """Whether a graph can decode `new` tokens, and pays. A window needs keys in order. A sharded LM
+    gathers its weights from other processes, which cannot be recorded."""
+    sharded = any(hasattr(p, "to_local") for p in lm.parameters())
+    return new > RECORDING and not sharded and not any(lm.config.windows)
 
 
 class SlotPrefix(Prefix):
@@ -43,7 +52,7 @@ class SlotPrefix(Prefix):
         """Writes k, v (R, K, 1, D) into layer i. Returns all of its positions."""
         row = torch.arange(len(k), device=k.device)
         for whole, new in zip(self.layers[i], (k, v)):
-            whole[row, :, self.size - 1 - self.lengths] = new[:, :, 0]
+            whole[row, :, self.size - 1 - self.lengths] = new[:, :, 0].to(whole.dtype)
         return self.layers[i]
 
 
@@ -54,7 +63,7 @@ class Replayed:
     """
 
     def __init__(self, lm, cache: Prefix, index: Tensor, more: int):
-        self.lm, self.left = lm, more
+        self.lm, self.more, self.calls = lm, more, 0
         self.cache = SlotPrefix.copy(cache, index, more)
         self.slots = torch.arange(len(index), device=index.device)  # of the rows that go on
         self.token = torch.zeros_like(index)[:, None]
@@ -66,14 +75,14 @@ class Replayed:
 
     def __call__(self, token: Tensor) -> Tensor:
         """token (R, 1) of the rows that go on -> logits (R, V)."""
-        if self.left == 0:
+        if self.calls == self.more:
             raise ValueError("no space is left in the cache for another token")
+        if self.calls == 1:  # the first call has compiled all kernels
+            self.launch = record(self.step)
         self.token[self.slots] = token
         self.launch()
-        logits, self.left = self.logits[self.slots], self.left - 1
-        if self.launch == self.step and self.left > 0:  # the first step has compiled all kernels
-            self.launch = record(self.step)
-        return logits
+        self.calls += 1
+        return self.logits[self.slots]
 
     def step(self) -> None:
         """Reads self.token of every slot, and sets self.logits."""

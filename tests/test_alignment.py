@@ -143,7 +143,7 @@ def test_selected_rows_continue_as_if_alone_and_preallocated_ones_in_place(lm, k
     last = cache.select(torch.tensor([n - 1]))
     check(lm, lm(x[:, 5:], cache), texts, prompts)
     _, full = lm(x[:, 5:8], cache, keep=True)
-    with pytest.raises(ValueError, match="exceed the prefix's buffer"):
+    with pytest.raises(ValueError, match="do not fit the prefix's buffer"):
         lm(x[:, :1], full, keep=True)
     check(lm, lm(x[-1:, 5:], last), texts[-1:], prompts[-1:])
 

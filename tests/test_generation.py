@@ -151,6 +151,7 @@ def test_finished_rows_leave_the_batch(lm):
         ([0, 0, 2], [0, 1, 2]),  # the second child of row 0 takes the place of row 1
         ([1, 1, 3], [1, 0, 2]),  # row 1 stays, its second child and row 3 fill 0 and 2
         ([2], [0]),
+        ([2, 0, 0], [1, 2, 0]),  # in any order: row 0 stays, its second child fills 1
     ],
 )
 def test_rows_stay_where_their_parents_stood(parents, order):

@@ -3,10 +3,12 @@ one, in the memory that a graph would have recorded."""
 
 import pytest
 import torch
-from conftest import PREFIXES, QUESTIONS, before, build, close, naive_greedy, seeded
+from conftest import PREFIXES, QUESTIONS, before, build, close, naive_greedy, seeded, vectors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate as generation  # not its function of that name
 import replay
+from adapters import DeepPrompt
 from generate import generate
 
 LMS = ("tied", "qk_norm", "post_norm", "parallel", "learned")
@@ -106,6 +108,35 @@ def test_no_graph_where_keys_need_their_order_or_few_tokens_follow(
     ]
 
 
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes Python wait for a GPU: a step that did could not be recorded."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "_unique2", "masked_select", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.REFUSED, func
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_never_waits_for_the_gpu(lm):
+    x = lm.embed(torch.tensor(QUESTIONS[:1]))
+    replayed = replay.Replayed(lm, lm.read(x), torch.tensor([0, 0]), 3)
+    with torch.no_grad(), NoWaiting():
+        replayed.step()
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
+        replayed.token.sum().item()
+
+
+def test_a_deep_prompt_in_float32_continues_in_bf16(make_lm, recorded, monkeypatch):
+    lm = make_lm("tied")
+    prefix = DeepPrompt(lm.read(vectors(lm, 4)))()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain(monkeypatch, lm, QUESTIONS, prefix, 6)
+        found = generate(lm, QUESTIONS, prefix, 6)
+    assert len(recorded) == 1
+    assert [s.ids for s in sum(found, [])] == [s.ids for s in sum(expected, [])]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_replays_what_it_computes_step_by_step(lm, monkeypatch):
     lm = lm.to("cuda")
@@ -117,5 +148,6 @@ def test_a_gpu_replays_what_it_computes_step_by_step(lm, monkeypatch):
             for decode in (generate, lambda *a, **kw: plain(monkeypatch, *a, **kw)):
                 rng = torch.Generator("cuda").manual_seed(0)
                 how = {"temperature": float(n > 1), "n": n, "generator": rng}
+                how["eos"] = list(range(0, 53, 7))
                 found.append(sum(decode(lm, QUESTIONS, before_text, 9, **how), []))
             assert [sample.ids for sample in found[0]] == [sample.ids for sample in found[1]]
