@@ -3,10 +3,10 @@
 generation  16 samples of 16 new tokens for each of 32 questions of 24 tokens, and greedy
             continuations of 32, 8 and 1 questions, against transformers' generate. Samples share
             the reading of their question: 24 + 16 * 16 positions instead of 16 * (24 + 16), 2.3
-            times as many.
-            Then 32 questions with prompts of four lengths in one batch; transformers gets them as
-            embeddings, padded on the left. Then a neural recursion, which no peer generates with:
-            transformers reads with its LM twice. On a GPU also without the graph of replay.py.
+            times as many. Then 32 questions with prompts of four lengths in one batch; transformers
+            gets them as embeddings, padded on the left. Then a neural recursion, which no peer
+            generates with: transformers reads with its LM twice. On a GPU also without the graph of
+            replay.py.
 loading     `LM.from_pretrained` and a first token against transformers, on a checkpoint of 1.1 GB,
             each time in a fresh process: seconds, and the peak of the memory beyond that of Python
             and the libraries, divided by the size of the weights.

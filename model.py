@@ -497,7 +497,7 @@ class LM(nn.Module):
         return F.linear(h, table.weight).float()
 
     def new_layers(self, n: int) -> Layers:
-        """n blocks of the LM's kind for a Connector: new, trainable, float32, with no positions."""
+        """n new blocks of the LM's kind for a Connector: trainable, float32, no position table."""
         layers = Layers(self.config, n, self.layers.attend).to(self.embed_tokens.weight.device)
         init_weights(layers, n)
         return layers

@@ -244,9 +244,7 @@ def load_model(args) -> tuple:
     """
     if parallel.asked() > 1:
         parallel.start("cpu")
-    model = args.model
-    if not (args.run or model):
-        model = Path(__file__).parent / "assets" / "lm"
+    model = args.model or (None if args.run else Path(__file__).parent / "assets" / "lm")
     loaded = load_either(args.run, model)
     take_flags(args, [loaded[-1].get("arguments", {})])
     return loaded

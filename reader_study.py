@@ -14,13 +14,13 @@ Two processes can share the work: start the second command twice, each with OMP_
 GPU, add --flags="--device cuda --dtype float32 --attention plain".
 """
 
-import json
 from pathlib import Path
 
 from show import show, show_table
 
 import train
 from cost import conduct
+from data import json_lines
 from openbook import SPLITS
 from runs import read_predictions
 from study import Job, Row, Study, cell, show_orderings
@@ -172,11 +172,6 @@ def show_search(study: Study) -> dict:
     return results
 
 
-def splits(record: dict) -> list[tuple[str, dict]]:
-    """What a record says of the passages of each split."""
-    return [(split, record["passages"][split]) for split in SPLITS]
-
-
 def show_readers(study: Study) -> dict[str, list[dict]]:
     """Print what reaches the LM, and EM, of every row. Returns {row: its records, without more}."""
     keys, results = ("command", "lr", "seconds", "results", "seconds_per_question"), {}
@@ -188,7 +183,7 @@ def show_readers(study: Study) -> dict[str, list[dict]]:
                 continue
             results[row.name] = [{k: r[k] for k in keys if k in r} for r in records]
             if "passages" in records[0]:
-                inputs = {split: part["input"] for split, part in splits(records[0])}
+                inputs = {split: records[0]["passages"][split]["input"] for split in SPLITS}
                 results[row.name][0]["input"] = inputs
                 read = inputs["test"]
                 cells = [f"{100 * read['answer']:.1f}", f"{read['passages']:.1f}"]
@@ -219,6 +214,12 @@ def show_reranker(study: Study) -> dict:
     return results
 
 
+def ranked_test(name: str, job: Job) -> list[dict]:
+    """The test questions of a run of SEARCHED, each with its passages as the LM gets them."""
+    path = job.folder / ranking(name) / "test.jsonl"
+    return [record for _, record in json_lines(path)]
+
+
 def show_places(study: Study) -> dict:
     """Print test EM of seed 0 by the place of the first passage with an answer, in the ranking.
 
@@ -229,8 +230,7 @@ def show_places(study: Study) -> dict:
     for name in ("bm25", "bm25-reranked"):
         for job in study.finished(name)[:1]:
             places = {}
-            for line in (job.folder / ranking(name) / "test.jsonl").read_text("utf-8").splitlines():
-                record = json.loads(line)
+            for record in ranked_test(name, job):
                 hits = [passage["has_answer"] for passage in record["ctxs"][:PLACES]]
                 places[record["id"]] = hits.index(True) if any(hits) else PLACES
             scores = [[] for _ in range(PLACES + 1)]
@@ -257,20 +257,18 @@ def show_titles(study: Study) -> dict:
     results, table = {}, []
     for name in SEARCHED:
         for job in study.finished(name)[:1]:
-            lines = (job.folder / "passages.jsonl").read_text("utf-8").splitlines()
-            passages = {record["id"]: record for record in map(json.loads, lines)}
+            book = json_lines(job.folder / "passages.jsonl")
+            passages = {record["id"]: record for _, record in book}
             answers = {row["id"]: row for row in read_predictions(job.folder)}
             own, first, wrong, others = [], [], 0, 0
-            for line in (job.folder / ranking(name) / "test.jsonl").read_text("utf-8").splitlines():
-                record = json.loads(line)
+            for record in ranked_test(name, job):
                 titles = {passages[key]["title"] for key in record["positives"]}
-                found = [passages[part["id"]] for part in record["ctxs"][:PLACES]]
+                places = record["ctxs"][:PLACES]
+                found = [passages[place["id"]] for place in places]
                 hits = [passage["title"] in titles for passage in found]
                 own, first = own + hits, first + hits[:1]
                 answer = answers[record["id"]]
-                if answer["em"] == 0 and any(
-                    part["has_answer"] for part in record["ctxs"][:PLACES]
-                ):
+                if answer["em"] == 0 and any(place["has_answer"] for place in places):
                     wrong += 1
                     said = [h for h, p in zip(hits, found) if answer["prediction"] in p["text"]]
                     others += bool(said) and not any(said)

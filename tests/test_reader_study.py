@@ -99,6 +99,28 @@ def test_em_counts_by_the_place_of_the_first_answer(tmp_path):
     assert found == {"bm25": [[0, 1], [50, 2], *[[None, 0]] * 3, [50, 2]]}
 
 
+def test_passages_about_the_person_and_answers_that_stand_in_those_about_others(tmp_path):
+    """Anna works at Acme and Boris at Bolt. Questions a to d are about Anna."""
+    texts = {"p0": ("Anna", "works at Acme"), "p1": ("Anna", "likes tea"), "p2": ("Boris", "Bolt")}
+    book = [{"id": key, "title": title, "text": text} for key, (title, text) in texts.items()]
+    ranked = {"a": ["p2", "p0"], "b": ["p0", "p1"], "c": ["p2", "p0", "p1"], "d": ["p2", "p1"]}
+    said = {"a": "Bolt", "b": "Acme", "c": "tea", "d": "Bolt"}  # only b is right
+    rows = [
+        {"id": q, "positives": ["p0"], "ctxs": [{"id": p, "has_answer": p == "p0"} for p in order]}
+        for q, order in ranked.items()
+    ]
+    answers = [{"id": q, "task": "", "prediction": said[q], "em": float(q == "b")} for q in said]
+    (tmp_path / "retrieved").mkdir()
+    write_lines(tmp_path / "retrieved/test.jsonl", rows)
+    write_lines(tmp_path / "predictions.jsonl", answers)
+    write_lines(tmp_path / "passages.jsonl", book)
+    study = argparse.Namespace(
+        finished=lambda name: [argparse.Namespace(folder=tmp_path)] if name == "bm25" else []
+    )
+    # first: b; of 9 passages 6; wrong with the answer there: a and c, of which a is about Boris
+    assert reader_study.show_titles(study)["titles"] == {"bm25": [25.0, 66.7, 2, 1]}
+
+
 def whole_study(tmp_path, flags="") -> ReaderStudy:
     line = f"reader --pretrained assets --encoder-steps 400 --top 50 {flags}"
     return reader_study.make_study(reproduce.parser().parse_args(line.split()), tmp_path)
