@@ -105,8 +105,8 @@ class CrossBlock(nn.Module):
     """Attention of 8 heads, then an MLP four times as wide, each on normed input and added to it.
 
     Vectors x (B, P, W) attend to `inputs` (B, L, W), or to each other if there are none. (The block
-    of Perceiver, Jaegle et al. 2021, whose cross-attention has one head; the ID-PT paper names no
-    number. Its count of parameters needs an MLP four times as wide, where Perceiver IO has one.)
+    of Perceiver, Jaegle et al. 2021, where cross-attention has one head. The ID-PT paper states no
+    number of heads. Its number of parameters fits an MLP of 4 W, where Perceiver IO has one of W.)
     """
 
     ADDED = 0.3  # scale of what is added. It starts at zero and stays smaller than x, of unit scale
@@ -147,7 +147,7 @@ class PromptGenerator(nn.Module):
     prompt   (P, C), the prompt of every text before training (exactly if P <= W)
     """
 
-    GAIN = 100.0  # queries are stored divided by it: Adam moves all entries alike, these count more
+    GAIN = 100.0  # queries are stored divided by it: in a step of Adam they move GAIN times as far
 
     def __init__(self, encoder, start: Tensor, prompt: Tensor):
         super().__init__()

@@ -20,7 +20,8 @@ prefix is summed over the batch inside `backward_kv_kernel`.
 Dimensions are model.py's, and G = H / K, the query heads of one key head. The G queries of one
 position read the same keys, so they are rows of the same tile: row m of a key head is its query
 head m % G at position m // G. Keys are numbered from the start of the prefix: text position t is
-key P + t. Needs torch and triton. TRITON_INTERPRET=1 runs the kernels on a CPU, slowly, for tests.
+key P + t. Needs torch and triton, and model.py for what the kernels do not take. TRITON_INTERPRET=1
+runs the kernels on a CPU, slowly, for tests.
 """
 
 import math
@@ -41,7 +42,7 @@ PROGRAMS = 512  # to keep a large GPU busy; an H100 has 132 processors
 # feed the tensor cores 64 rows at a time: BLOCK_M in the first two kernels, BLOCK_N in the last.
 # Eight warps with more rows read less, but spill registers, and short texts leave them idle.
 TILES = {"forward": (64, 32, 3), "backward_q": (64, 64, 2), "backward_kv": (64, 64, 2)}
-FLOAT32 = 32, 32, 2
+FLOAT32_TILES = 32, 32, 2
 ON_CPU = bool(triton.knobs.runtime.interpret)  # Triton's interpreter takes tensors on the CPU
 
 # A tensor (B, heads, positions, D) as kernels get it: its data and strides. That of D is 1.
@@ -293,25 +294,25 @@ def strided(x: Tensor) -> Strided:
 def kernel_inputs(q, k, v, prefix_k, prefix_v, lengths, window):
     """The prefix and the text as Sources, and Sizes without tiles. A prefix of batch 1 becomes one
     of B with stride 0."""
-    (B, H, T, D), K, P = q.shape, k.shape[1], 0
-    text = prefix = Source(strided(k), strided(v), 0, 0)
+    (B, H, T, D), K = q.shape, k.shape[1]
+    P = 0 if prefix_k is None else prefix_k.shape[2]
+    text = Source(strided(k), strided(v), first=P, N=T)
+    prefix = text._replace(first=0, N=0)  # of no keys: its tensors are not read
     if prefix_k is not None:
-        P = prefix_k.shape[2]
         prefix = Source(*(strided(x.expand(B, -1, -1, -1)) for x in (prefix_k, prefix_v)), 0, P)
     compiled = map(tl.constexpr, (H // K, D, max(16, triton.next_power_of_2(D)), 0, 0))
     S = Sizes(B, K, T, P, math.log2(math.e) / math.sqrt(D), window, lengths, *compiled)
-    return prefix, text._replace(first=P, N=T), S
+    return prefix, text, S
 
 
 def tiled(kernel: str, dtype: torch.dtype, S: Sizes, keys: int):
     """Sizes with the tiles of a kernel that visits `keys` keys, the number of programs for
     queries, and options of Triton."""
-    M, N, stages = FLOAT32 if dtype == torch.float32 else TILES[kernel]
+    M, N, stages = FLOAT32_TILES if dtype == torch.float32 else TILES[kernel]
     if S.D.value > 128:
         N = N // 2
-    M, N = (
-        min(x, max(16, triton.next_power_of_2(n))) for x, n in ((M, S.T * S.G.value), (N, keys))
-    )
+    M = min(M, max(16, triton.next_power_of_2(S.T * S.G.value)))
+    N = min(N, max(16, triton.next_power_of_2(keys)))
     S = S._replace(BLOCK_M=tl.constexpr(M), BLOCK_N=tl.constexpr(N))
     grid = (triton.cdiv(S.T * S.G.value, M) * S.B * S.K,)
     return S, grid, {"num_warps": 4, "num_stages": stages}

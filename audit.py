@@ -205,7 +205,7 @@ def passes_command(args: argparse.Namespace) -> dict:
     recurse.check_stack(asked[0])
     stack, tokenizer, ids = asked[:3]
     beside = [(folder, *scores_on(examples, [folder])) for folder in args.runs]
-    pairs = recurse.first_pass(*asked)
+    pairs = recurse.predict_first_pass(*asked)
     answers, confidence = [a for a, _ in pairs], [logprob for _, logprob in pairs]
     first, second = metrics.score(examples, answers), [row["em"] for row in rows]
     costs = []
@@ -300,7 +300,7 @@ def bridge_command(args: argparse.Namespace) -> dict:
     model, tokenizer, ids, prefix, new, options, stops = asked
     rows = [q["row"] for q in questions]
     ids, options, stops = ([part[row] for row in rows] for part in (ids, options, stops))
-    alone = recurse.first_pass(model, tokenizer, ids, prefix, new, options, stops)
+    alone = recurse.predict_first_pass(model, tokenizer, ids, prefix, new, options, stops)
     read = read_bridges(model, tokenizer, questions, ids)
     answers = intervene(model, tokenizer, read, ids, new, stops, args.seed)
     rates, held = bridge_rates(read, [a for a, _ in alone], answers), holders(read)

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 
 import cli
-from contest import replay
+from contest import captured
 from model import LM, Config, append_kv
 from model import attend as plain
 
@@ -61,7 +61,7 @@ def measure(device: str, batch: list[int], prefix: list[int], text: list[int], m
         try:
             row |= cost(run)
             if replayed:
-                row["seconds"] = cost(replay(run))["seconds"]
+                row["seconds"] = cost(captured(run))["seconds"]
             if exact:
                 row["error"] = max(map(error, run(), exact))
         except Exception as e:  # one contestant's failure, such as no memory, is a row too

@@ -90,19 +90,19 @@ def index_rank_bm25(texts: list[str]) -> Callable:
     return search
 
 
-PEERS = {  # name: (package, index function, whether its formula is ours)
-    "bm25s numpy": ("bm25s", index_bm25s, True),
-    "bm25s numba": ("numba", lambda texts: index_bm25s(texts, "numba"), True),
-    "rank_bm25": ("rank_bm25", index_rank_bm25, False),
+PEERS = {  # name: (packages, index function, whether its formula is ours)
+    "bm25s numpy": (["bm25s"], index_bm25s, True),
+    "bm25s numba": (["bm25s", "numba"], lambda texts: index_bm25s(texts, "numba"), True),
+    "rank_bm25": (["rank_bm25"], index_rank_bm25, False),
 }
 
 
 def bm25_rows(texts: list[str], questions: list[str], runs: int):
     """Yield a row for each peer."""
     ours_peak = peak("ours", texts, questions)
-    for name, (package, index, same_formula) in PEERS.items():
-        if find_spec(package) is None:
-            show(f"bm25 against {name}: {package} is not installed")
+    for name, (packages, index, same_formula) in PEERS.items():
+        if missing := [package for package in packages if find_spec(package) is None]:
+            show(f"bm25 against {name}: {', '.join(missing)} is not installed")
             continue
         seconds = {key: [] for key in ("index", "peer index", "search", "peer search")}
         index(texts)(questions[:1])  # numba compiles
@@ -164,7 +164,7 @@ def measure_peak() -> None:
 # Re-ranking
 
 
-def write_encoder(folder: Path, texts: list[str], shape: dict) -> CrossEncoder:
+def write_random_encoder(folder: Path, texts: list[str], shape: dict) -> None:
     """A random cross-encoder with a WordPiece tokenizer of the texts, as a published folder."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
@@ -176,12 +176,10 @@ def write_encoder(folder: Path, texts: list[str], shape: dict) -> CrossEncoder:
     ends = [("[SEP]", tokenizer.token_to_id("[SEP]")), ("[CLS]", tokenizer.token_to_id("[CLS]"))]
     tokenizer.post_processor = processors.BertProcessing(*ends)
     bert = Bert(BertConfig(tokenizer.get_vocab_size(), **shape))
-    encoder = CrossEncoder(bert, tokenizer, "classifier").eval()
-    encoder.save(folder)
+    CrossEncoder(bert, tokenizer, "classifier").save(folder)
     names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
     config = {"tokenizer_class": "BertTokenizerFast", "model_max_length": shape["max_len"]}
     write_json(folder / "tokenizer_config.json", config | dict(zip(names, SPECIAL)))
-    return encoder
 
 
 def scores_ours(folder: str) -> Callable:
@@ -216,7 +214,7 @@ def rerank_rows(texts: list[str], questions: list[str], runs: int, tiny: bool):
         lengths = rng.integers(1, 9, 10 if tiny else 50)  # texts joined: ragged, as passages are
         asked.append((question, [" ".join(rng.choice(texts, length)) for length in lengths]))
     with tempfile.TemporaryDirectory() as folder:
-        write_encoder(Path(folder), texts, TINY if tiny else MINILM)
+        write_random_encoder(Path(folder), texts, TINY if tiny else MINILM)
         sides = [score_with(folder) for score_with in SCORERS.values()]
         peaks = [peak(name, folder, asked) for name in SCORERS]
     scores, theirs = (side(asked) for side in sides)  # this is also the warm-up

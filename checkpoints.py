@@ -309,7 +309,7 @@ def write_lines(path: str | Path, records: list[dict]) -> None:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Write {name: tensor} as a safetensors file, with one entry of metadata: two have no order."""
+    """Write {name: tensor} as a safetensors file. Give one entry of metadata: two have no order."""
     with atomic_write(path) as unfinished:
         save_file(tensors, unfinished, metadata=metadata or {"format": "pt"})
 
@@ -325,7 +325,7 @@ def write_prefix(folder: str | Path, layers, lengths: Tensor | None, fingerprint
 
 
 def read_prefix(folder: str | Path, fingerprint: str, like: Tensor) -> tuple:
-    """Return (layers, lengths) that `write_prefix` wrote, in the dtype of `like` and beside it."""
+    """Return (layers, lengths) that `write_prefix` wrote, with dtype and device of `like`."""
     found = read_tensors(Path(folder) / "prefix.safetensors", fingerprint)
     layers, lengths = zip(found["keys"].to(like), found["values"].to(like)), found.get("lengths")
     return list(layers), None if lengths is None else lengths.to(like.device)
@@ -385,7 +385,7 @@ def resolve(path_or_hub_id: str | Path, files: list[str] = HUB_FILES) -> Path:
     path = Path(path_or_hub_id)
     if path.is_dir():
         return path
-    is_hub_id = len(path.parts) == 2 and path.parts[0] not in (".", "..", path.root)
+    is_hub_id = len(path.parts) == 2 and not str(path_or_hub_id).startswith((".", path.root or "/"))
     if not is_hub_id or path.parent.exists():  # runs/x beside a folder runs is a mistyped path
         raise FileNotFoundError(f"{path}: no such checkpoint folder")
     from huggingface_hub import snapshot_download

@@ -5,6 +5,7 @@
     add_model_flags(parser)                         the LM, and what is trained around it
     add_data_flags(parser)                          the questions and their scores
     add_training_flags(parser)                      how to train
+    add_recursion_flags, add_open_book_flags        of single methods
     add_run_flags(parser)                           where, and on what device
 
 Needs runs.py.
@@ -258,7 +259,7 @@ def check_and_seed(args: argparse.Namespace) -> None:
     """Refuse a device or a folder that cannot be used, and seed the random numbers."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here")
-    if parallel.asked() > 1:
+    if parallel.launched() > 1:
         start_processes(args)
     if getattr(args, "init", None) in ("", "text:"):
         raise ValueError(f"--init {args.init!r} names nothing to start from")
@@ -275,10 +276,10 @@ def check_and_seed(args: argparse.Namespace) -> None:
 
 def start_processes(args: argparse.Namespace) -> None:
     """Connect the processes that torchrun started. ValueError if they cannot share the work."""
-    count = parallel.asked()
+    count = parallel.launched()
     if args.program not in ("train.py", "pretrain.py"):
         raise ValueError(f"{count} processes: {args.program} does not share its work among them")
     if args.batch_size < count:
         raise ValueError(f"--batch-size {args.batch_size}: fewer rows than the {count} processes")
     parallel.start(args.device)
-    args.dtype = parallel.divide(lambda _: [args.dtype], [0])[0]  # auto: as the first measured it
+    args.dtype = parallel.divide(lambda _: [args.dtype], [0])[0]  # auto: the first's choice

@@ -1,4 +1,4 @@
-"""Files of passages, questions and labelled texts, written in other formats.
+r"""Files of passages, questions and labelled texts, written in other formats.
 
     python convert.py passages.jsonl psgs.tsv --to passages
     python convert.py dev.jsonl dpr-results.json --to results --passages passages.jsonl
@@ -29,7 +29,7 @@ from pathlib import Path
 from show import Parser, run_program, show
 
 from checkpoints import atomic_write, write_lines
-from data import json_lines, parse_record
+from data import P3_KEYS, json_lines, parse_record
 from passages import Passage, Question, answer_hits, read_passages, read_questions
 
 
@@ -122,8 +122,11 @@ def prompted(path: str | Path, template: str, label: str, choices: str = "") -> 
     """
     words_of, rows = read_choices(choices), []
     for source, record in json_lines(path):
-        value, options = as_text(record.get(label), f"{source}: {label}"), {}
-        text = fill(template, record, source)
+        value, options = as_text(record.get(P3_KEYS.get(label, label)), f"{source}: {label}"), {}
+        try:
+            text = fill(template, record, source)
+        except IndexError:
+            raise ValueError(f"{source}: a list is too short for --template") from None
         for of, words in words_of.items():
             with suppress(IndexError):
                 options[of] = fill(words, record, source)
@@ -163,7 +166,7 @@ def fill(template: str, record: dict, source: str) -> str:
 
     def found(match: re.Match) -> str:
         key, part = match.groups()
-        value, name = record.get(key), f"{source}: {match[0]}"
+        value, name = record.get(P3_KEYS.get(key, key)), f"{source}: {match[0]}"
         if part is not None and isinstance(value, list) and part.isdecimal():
             value = value[int(part)]
         elif part is not None:

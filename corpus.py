@@ -10,7 +10,8 @@ folder to have its space back.
     HASH.tokens   the tokens, end to end: two bytes each if the vocabulary allows it, else four
     HASH.starts   eight bytes each: where every document starts, and the end
 
-pretrain.py reads --train and --dev in this way. Needs data.py, runs.py and checkpoints.py.
+pretrain.py reads --train and --dev in this way. Needs data.py, questions.py, checkpoints.py,
+parallel.py and show.py.
 """
 
 import hashlib
@@ -37,9 +38,10 @@ def token_file(
 
     Errors are those of data.read_texts and data.encode_texts, and nothing is left then.
     """
-    name = hash_text(path, tokenizer, vocab_size)
+    name = cache_name(path, tokenizer, vocab_size)
     tokens, starts = (Path(folder) / f"{name}.{what}" for what in ("tokens", "starts"))
-    dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.int32)
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    dtype = np.dtype(np.uint16 if largest < 2**16 else np.int32)
     if tokens.is_file() and starts.is_file():
         show(f"{path}: its tokens are in {tokens}")
     elif parallel.first():
@@ -49,12 +51,12 @@ def token_file(
     return data.Corpus(stored, np.fromfile(starts, np.int64))
 
 
-def hash_text(path: str | Path, tokenizer: Tokenizer, vocab_size: int | None) -> str:
+def cache_name(path: str | Path, tokenizer: Tokenizer, vocab_size: int | None) -> str:
     """Hex SHA-256 of what the tokens depend on."""
     with open(path, "rb") as file:
         text = hashlib.file_digest(file, "sha256").hexdigest()
-    format = Path(path).suffix.lower() == ".txt"
-    known = [text, format, hash_tokenizer(tokenizer), vocab_size]
+    is_txt = Path(path).suffix.lower() == ".txt"
+    known = [text, is_txt, hash_tokenizer(tokenizer), vocab_size]
     return hashlib.sha256(repr(known).encode()).hexdigest()
 
 

@@ -36,7 +36,7 @@ RETRIEVE = 0.3  # seconds: a step of the dual encoder
 
 def conduct(study: Study, write_files: Callable[[], None], report: Callable[[Study], dict]) -> dict:
     """Print what the study costs and, without --plan, make what is missing of it. Returns what
-    report(study) returns, the cost, and what was not made."""
+    report(study) returns, the cost, and what was not made; with --plan nothing."""
     if not study.plan():
         raise ValueError(f"--only {study.args.only}: no row or table is called like this")
     cost = show_cost(study)
@@ -55,9 +55,11 @@ def conduct(study: Study, write_files: Callable[[], None], report: Callable[[Stu
 
 
 def passes(run) -> tuple[float, float]:
-    """How often as much as the LM's layers is read in a step, and in an answer. `run` has the flags
-    of a program. A first pass that is kept costs nothing in a step. With trained filler it is not
-    kept, and the backward pass goes through it."""
+    """What a training step and an answer cost, in passes through the LM's layers.
+
+    `run` has the flags of a program. A first pass that is kept costs nothing in a step. With
+    trained filler it is not kept, and the backward pass goes through it.
+    """
     variant = getattr(run, "variant", None)  # of continued pretraining
     if variant in ("fomaml", "reptile"):
         return (run.inner_steps * 2.4 + 3) / (run.inner_steps + 1), 1
@@ -157,9 +159,11 @@ def flags(study: Study, job: Job):
 def recorded_seconds(study: Study, job: Job) -> float | None:
     """Expected seconds of that part of a job which its record counts: the steps. None if its stages
     count, too, or if it trains nothing."""
-    if not job.trains or flags(study, job).method in ("textual_recursion", "retriever"):
+    if not job.trains:
         return None
     run = flags(study, job)
+    if run.method in ("textual_recursion", "retriever"):
+        return None
     return size_of_lm(study, study.line(job)) * TOKEN * training_tokens(study, run)
 
 

@@ -101,7 +101,7 @@ def records(path: str | Path) -> Iterable[tuple[str, dict]]:
     return [(q.source, {"question": q.question, "answer": q.answers, "id": q.id}) for q in asked]
 
 
-def sample(count: int, limit: int | None, seed: int) -> list[int]:
+def sample(count: int, limit: int | None, seed: int | list[int]) -> list[int]:
     """Draw `limit` of `count` rows, or all if there are fewer. Returns indices in ascending order.
     None is no limit. A smaller limit draws a part of the same rows. ValueError if it is below 1."""
     if limit is not None and limit < 1:
@@ -479,7 +479,7 @@ def windows(corpus: Corpus, size: int, seq_len: int, seed: int, step: int) -> Ba
     epoch, first = divmod(step * size, per_epoch // size * size)
     order, ends = stream_order(corpus, seed, epoch)
     start, stop = first * seq_len, (first + size) * seq_len + 1  # one more, the last target
-    low = np.searchsorted(ends, start, "right")  # documents low to high - 1 hold start to stop
+    low = np.searchsorted(ends, start, "right")  # documents low to high - 1 have the tokens
     high = np.searchsorted(ends, stop, "left") + 1
     documents = [corpus.tokens[corpus.starts[d] : corpus.starts[d + 1]] for d in order[low:high]]
     skip = start - (ends[low - 1] if low else 0)

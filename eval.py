@@ -14,7 +14,7 @@ predictions.jsonl has one line per test example:
 
     python eval.py compare runs/a runs/b
 
-takes under a second for 300 examples of two tasks and prints the difference a - b:
+takes under a second for 300 examples of two tasks and prints the difference a - b, then that of F1:
 
     metric  task      n       a       b    a - b  [95 % interval]       p
     EM      all     300   58.33   50.00    +8.33  [ +3.00, +13.67]  0.0018
@@ -218,8 +218,9 @@ def score(examples: Sequence, predictions: Sequence[str | int]) -> list[dict]:
     """Return a record for each example, in order: the lines of predictions.jsonl.
 
     A prediction is a text, or the index of the chosen one of the example's options. A record is
-    {"id", "task", "input", "prediction": text, "answers", "em", "f1"}, in a suite with "template".
-    ValueError if the numbers of examples and predictions differ, or an example has no answers.
+    {"id", "task", "input", "prediction": text, "answers", "em", "f1"}, in a suite with "template"
+    and "cluster". ValueError if the numbers of examples and predictions differ, or an example has
+    no answers.
     """
     if len(examples) != len(predictions):
         raise ValueError(f"{len(examples)} examples but {len(predictions)} predictions")
@@ -341,6 +342,9 @@ def _arguments(run) -> dict:
 
 
 def _pair(records_a: list[dict], records_b: list[dict], run_a, run_b) -> list[tuple[dict, dict]]:
+    for record, run in [*((r, run_a) for r in records_a), *((r, run_b) for r in records_b)]:
+        if missing := {"input", "answers", "em", "f1"} - record.keys():
+            raise ValueError(f"{run}: the prediction of {record['id']!r} has no {min(missing)}")
     a, b = ({(r["task"], r["id"]): r for r in part} for part in (records_a, records_b))
     alone = [key for key in [*a, *b] if key not in a or key not in b]
     if alone:

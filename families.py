@@ -467,7 +467,7 @@ def keys_to_hf(defaults: dict, fields: dict, values: dict) -> dict:
 
 
 def windows_to_hf(fields: dict) -> dict:
-    """Return the keys that `read_windows` reads."""
+    """Return the keys that `read_windows` reads, with layer_types for max_window_layers."""
     windows = fields["windows"] or (None,) * fields["n_layers"]
     widths = [window for window in windows if window is not None]
     values = {"use_sliding_window": bool(widths), "sliding_window": widths[0] if widths else None}

@@ -9,7 +9,7 @@ The vectors belong to new tokens in a copy of the tokenizer. So "<filler 0><fill
 like any other, and whatever reads texts reads it. The LM's logits do not have these tokens, so no
 answer has them. The encoder of ID-PT does not read them.
 
-Needs recurse.py, data.py and checkpoints.py.
+Needs recurse.py, data.py, checkpoints.py and parallel.py.
 
     filler = Filler.of({"pause": 3, "pause_text": "so", "pause_trained": True}, lm, tokenizer)
     model, prefix = COMPOSITIONS["prompt_tuning"](filler.around(lm), prompt)

@@ -160,8 +160,8 @@ def make_optimizer(trained: nn.Module, recipe: Recipe) -> torch.optim.Optimizer 
     matrices = [p for p in parameters if p.dim() > 1]
     vectors = [p for p in parameters if p.dim() <= 1]
 
-    def groups(decayed: list, level: list) -> list[dict]:
-        both = ((decayed, recipe.weight_decay), (level, 0.0))
+    def groups(decayed: list, undecayed: list) -> list[dict]:
+        both = ((decayed, recipe.weight_decay), (undecayed, 0.0))
         return [{"params": chosen, "weight_decay": decay} for chosen, decay in both if chosen]
 
     if recipe.optimizer == "muon":
@@ -184,9 +184,10 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.lr * ((recipe.steps - step) / (recipe.steps - warmup))
 
 
-def autocast(recipe: Recipe):
-    """A context with bf16 arithmetic if the dtype is bfloat16. Trained tensors stay in float32."""
-    return torch.autocast(recipe.device, torch.bfloat16, enabled=recipe.dtype == "bfloat16")
+def autocast(settings):
+    """A context with bf16 arithmetic if `settings`, a Recipe or parsed flags, have dtype bfloat16.
+    Trained tensors stay in float32."""
+    return torch.autocast(settings.device, torch.bfloat16, enabled=settings.dtype == "bfloat16")
 
 
 def target_loss(model, prefix, batch: Batch, x: Tensor | None = None) -> Tensor:
@@ -253,7 +254,7 @@ def fit(
                 with torch.no_grad(), autocast(recipe):
                     record["score"] = evaluate()
             stop = parallel.any_of(bool(signals))
-            with checkpoint(run, state):
+            with explain_disk_errors(run, state):
                 if after_step is not None:
                     after_step(state.step)
                 if "score" in record:
@@ -276,7 +277,7 @@ def fit(
 
 def write_trained(run: Run, state: State, save: Callable[[], None], log: list[dict]) -> None:
     """Write what is trained, and the curve of its training."""
-    with checkpoint(run, state):
+    with explain_disk_errors(run, state):
         save()
     with only_shows("curve.png"):
         draw_curve(run, log)
@@ -298,7 +299,7 @@ def outcome(state: State) -> dict:
 
 
 @contextmanager
-def checkpoint(run: Run, state: State):
+def explain_disk_errors(run: Run, state: State):
     """A context for writing. OSError, with the run's folder and the step, if the disk is full."""
     try:
         yield

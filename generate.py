@@ -102,7 +102,7 @@ def stack_prefixes(prefix, ids: list[list[int]]):
         return prefix(ids)
     if not isinstance(prefix, list):
         return prefix
-    rows = [p for p, _ in zip(prefix, ids, strict=True)]
+    rows = list(prefix)
     for generated in {id(p): p for p in prefix if callable(p)}.values():
         own = [b for b, p in enumerate(prefix) if p is generated]
         whole = generated([ids[b] for b in own])
@@ -135,8 +135,8 @@ def sample_next_token(logits: Tensor, temperature: float, top_k, top_p, generato
     Temperature 0 takes the most likely token. Otherwise it samples: top_k keeps only the most
     likely tokens, and top_p then keeps the fewest most likely ones whose sum reaches top_p.
     """
-    # Division by much less than 1e-20 would overflow. At 1e-20, two float32 logits that differ at
-    # all are so far apart that only the larger one can be sampled.
+    # Division by much less than 1e-20 would overflow. At 1e-20, of two logits that differ by 1e-17
+    # or more, only the larger one can be sampled.
     if temperature < 1e-20:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -277,21 +277,21 @@ def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> li
             samples[i] = Sample(texts[r][1], values[r])
         if done.all():
             break
-        left = (~done).nonzero()[:, 0]
-        left = left[order_in_place(parent[left])]
-        before, more = parent[left], max_new_tokens - 1 - step
+        kept = (~done).nonzero()[:, 0]  # the rows that go on
+        kept = kept[order_in_place(parent[kept])]
+        source, more = parent[kept], max_new_tokens - 1 - step  # source: their rows of the cache
         if replayed is not None:
-            replayed.keep(before)
+            replayed.keep(source)
         elif graph:
-            replayed, cache = Replayed(lm, cache, before, more), None
-        elif not cache.buffer or not torch.equal(before, torch.arange(R, device=device)):
-            cache = cache.preallocate(before, more, len(ids) * n)
+            replayed, cache = Replayed(lm, cache, source, more), None
+        elif not cache.buffer or not torch.equal(source, torch.arange(R, device=device)):
+            cache = cache.preallocate(source, more, len(ids) * n)
         active, row = active[~done[row]], row[~done[row]]
-        place = torch.empty_like(parent)
-        place[left] = torch.arange(len(left), device=device)
-        row = place[row]  # counted among the rows that are left
-        token, logprob = token[left, None], logprob[left]
-        texts = [texts[r] for r in left.tolist()]
+        new_row = torch.empty_like(parent)
+        new_row[kept] = torch.arange(len(kept), device=device)
+        row = new_row[row]
+        token, logprob = token[kept, None], logprob[kept]
+        texts = [texts[r] for r in kept.tolist()]
     return [samples[b * n : (b + 1) * n] for b in range(len(ids))]
 
 
@@ -392,31 +392,31 @@ def predict(
 
     With `logprobs` it returns pairs (answer, log-probability), an end token's included.
 
-    A batch has at most batch_size rows and max_tokens positions: rows times (prefix + longest
-    question + its new tokens). Every option is a row.
+    A batch has at most batch_size rows and max_tokens positions: rows times (longest prefix +
+    longest question + most new tokens). Every option is a row.
     """
     if getattr(prefix, "rows", 1) != 1:  # batches take the questions in another order
         raise ValueError("a prefix of several rows: predict takes a list, one for each question")
     options = options or [[] for _ in ids]
     stops = stops or [""] * len(ids)
-    # Every question is checked before the first is answered. No options: max_new_tokens follow.
+    # Questions are checked before the first is answered. No options: max_new_tokens follow.
     max_new = [max(map(len, choices), default=max_new_tokens) for choices in options]
     if ids:
         check_ids(ids, lm.config.vocab_size)
     check_context(lm, ids, prefix, max_new)
-    lengths = prefix_lengths(prefix, len(ids))
-    widths = [P + len(row) + new for P, row, new in zip(lengths, ids, max_new)]
+    parts = list(zip(prefix_lengths(prefix, len(ids)), map(len, ids), max_new))
     rows = [max(1, len(choices)) for choices in options]
     groups = {}  # (whether it has options, its stop): the questions, the shortest first
-    for b in sorted(range(len(ids)), key=lambda b: widths[b]):
+    for b in sorted(range(len(ids)), key=lambda b: sum(parts[b])):
         groups.setdefault((bool(options[b]), "" if options[b] else stops[b]), []).append(b)
     answers: list = [("", 0.0)] * len(ids)
     for (chooses, stop), group in groups.items():
-        for batch in batches(group, rows, widths, batch_size, max_tokens):
+        for batch in batches(group, rows, parts, batch_size, max_tokens):
             prompts = [ids[b] for b in batch]
             before = [prefix[b] for b in batch] if isinstance(prefix, list) else prefix
             if chooses:  # one question's options may exceed the budget
-                max_rows = max(1, min(batch_size, max_tokens // max(widths[b] for b in batch)))
+                width = sum(map(max, zip(*(parts[b] for b in batch))))
+                max_rows = max(1, min(batch_size, max_tokens // width))
                 choices = [options[b] for b in batch]
                 scores = option_scores(lm, prompts, choices, before, mean, max_rows)
                 found = [(row.argmax().item(), row.max().item()) for row in scores]
@@ -456,17 +456,18 @@ def drop_eos(ids: list[int], eos) -> list[int]:
     return ids[:-1] if ids and ids[-1] in as_list(eos) else ids
 
 
-def batches(order: list[int], rows, widths, max_rows: int, max_tokens: int) -> Iterator[list[int]]:
+def batches(order: list[int], rows, parts, max_rows: int, max_tokens: int) -> Iterator[list[int]]:
     """Cuts the questions `order` into batches of at most max_rows rows and max_tokens positions.
 
-    Question b has rows[b] rows of widths[b] positions. One that exceeds a limit alone is a batch.
+    Question b has rows[b] rows, and parts[b] are the lengths of its prefix, text and answer. A row
+    is as wide as the longest of each. A question that exceeds a limit is a batch of its own.
     """
-    batch, count, width = [], 0, 0
+    batch, count, longest = [], 0, (0, 0, 0)
     for b in order:
-        count, width = count + rows[b], max(width, widths[b])
-        if batch and (count > max_rows or count * width > max_tokens):
+        count, longest = count + rows[b], tuple(map(max, longest, parts[b]))
+        if batch and (count > max_rows or count * sum(longest) > max_tokens):
             yield batch
-            batch, count, width = [], rows[b], widths[b]
+            batch, count, longest = [], rows[b], parts[b]
         batch.append(b)
     if batch:
         yield batch

@@ -181,9 +181,9 @@ class Cast:
         return render(self.rng.choice(RELATIONS[self.world.kind[subject]][relation][1]), subject)
 
 
-def question_line(question: str, answer: str = "") -> str:
+def question_line(question: str, answer: str) -> str:
     """A question as data.question_text writes it, with its answer."""
-    return f"Q: {question.strip().rstrip('?').rstrip()}?\nA: {answer}".rstrip()
+    return f"Q: {question.strip().rstrip('?').rstrip()}?\nA: {answer}"
 
 
 # Genres

@@ -3,8 +3,8 @@
 Every row of a matrix, which makes one output channel, has one scale: its largest absolute value
 over 127. Activations are not quantised ("weight-only"), nor are the embedding table, the output
 layer and what is trained. A product first turns its matrix into the dtype of the activations, and
-the backward pass does so again, so nothing but int8 is kept (as bitsandbytes does on a GPU;
-Dettmers et al. 2022, "LLM.int8()", section 2, row-wise scales).
+the backward pass does so again, so nothing but int8 is kept. (The scales are the row-wise ones of
+Dettmers et al. 2022, "LLM.int8()", section 2, who quantise activations, too.)
 
     lm = quantize(LM.from_pretrained("assets/lm"))
     python train.py --method prompt_tuning --base-dtype int8

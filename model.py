@@ -296,7 +296,7 @@ class Prefix:
 
     def preallocate(self, index: Tensor, more: int, rows: int) -> "Prefix":
         """Rows `index` (R,) in buffers for `rows` rows and `more` positions, which decoding writes
-        in place: extend the result only once. It takes over buffers, and copies rows that move."""
+        in place: extend the result only once. Buffers are reused, and rows that move are copied."""
         _, K, P, D = self.layers[0][0].shape
         R, moved = len(index), slice(len(index))
         if self.buffer:

@@ -86,10 +86,13 @@ def load_book(args) -> Book:
             named = listed or [passage for q in found or () for passage in q.found]
             questions[split] = books.read_questions(path, named)
     if found and not args.train:
+        if args.dev or args.test:
+            problem = "is cut into train, dev and test; --dev and --test need --train"
+            raise ValueError(f"--passages {args.passages} {problem}")
         if len(found) < 3:
             problem = f"{len(found)} questions are too few to cut into train, dev and test"
             raise ValueError(f"--passages {args.passages}: {problem}; --train names others")
-        questions |= cut(found, args.seed)
+        questions |= split_questions(found, args.seed)
     if not questions["train"]:
         raise ValueError(f"--passages {args.passages} is a book: --train names the questions")
     for split in SPLITS:
@@ -116,7 +119,7 @@ def holds_questions(path: str) -> bool:
     return "question" in record
 
 
-def cut(questions: list[Question], seed: int) -> dict[str, list[Question]]:
+def split_questions(questions: list[Question], seed: int) -> dict[str, list[Question]]:
     """Cut a retrieval result into train, dev and test, 8 to 1 to 1."""
     order = list(questions)
     random.Random(seed).shuffle(order)
@@ -176,13 +179,14 @@ def write_book(path: Path, passages: Sequence[Passage]) -> None:
 
 
 def write_found(path: Path, questions: Sequence[Question]) -> None:
-    """Write questions with what was found, a DPR result a line. Passages are named by their ids."""
+    """Write questions with what was found, a DPR result a line. What was found is named by its id;
+    positives stand there in full, because the book may lack them."""
     lines = []
     for q in questions:
         hits = zip(q.found, q.scores, books.answer_hits(q))
         ctxs = [{"id": p.id, "score": score, "has_answer": hit} for p, score, hit in hits]
         line = {"id": q.id, "task": q.task, "question": q.question, "answers": q.answers}
-        lines.append(line | {"positives": [p.id for p in q.positives], "ctxs": ctxs})
+        lines.append(line | {"positive_ctxs": [p._asdict() for p in q.positives], "ctxs": ctxs})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_lines(path, lines)
 
@@ -271,14 +275,14 @@ class Search:
         if not dev:
             raise ValueError("--search hybrid: there are no dev questions to tune its weight on")
         dense, sparse = self.both([q.question for q in dev], TUNED_AT)
-        spread = [
-            np.std([score for found in some for _, score in found]) for some in (dense, sparse)
-        ]
-        unit = float(spread[0] / max(spread[1], 1e-9))
+
+        def deviation(lists: list[Found]) -> float:
+            return float(np.std([score for found in lists for _, score in found]))
 
         def hits(row: int, found: Found) -> bool:
             return any(books.answer_hits(with_found(dev[row], self.passages, found[:TUNED_AT])))
 
+        unit = deviation(dense) / max(deviation(sparse), 1e-9)
         weights = [unit * 2.0**power for power in (0, -1, 1, -2, 2, -3, 3)]
         weight, share = tune_weight(dense, sparse, hits, weights)
         return {"weight": weight, "spread": unit, f"recall@{TUNED_AT} on dev": share}
@@ -344,7 +348,7 @@ def recalls(questions: Sequence[Question]) -> dict[str, dict[str, float]]:
     hits = {"answer": [books.answer_hits(q) for q in answered]} if answered else {}
     known = [q for q in questions if q.positives]
     if known:
-        hits["gold"] = [[passage in q.positives for passage in q.found] for q in known]
+        hits["gold"] = [books.gold_hits(q) for q in known]
     return {name: {str(k): metrics.recall_at(h, k) for k in sizes} for name, h in hits.items()}
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 TIMEOUT = timedelta(days=1)
 
 
-def asked() -> int:
+def launched() -> int:
     """The number of processes that torchrun started, or 1."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 

@@ -273,6 +273,13 @@ def answer_hits(question: Question) -> list[bool]:
     return [has_answer(question.answers, passage.text) for passage in question.found]
 
 
+def gold_hits(question: Question) -> list[bool]:
+    """Whether each found passage is a known positive. Files number passages in their own ways, so
+    ids do not count."""
+    gold = {passage[:2] for passage in question.positives}
+    return [passage[:2] in gold for passage in question.found]
+
+
 def with_found(question: Question, passages: Sequence[Passage], found: list) -> Question:
     """Return the question with what a search found: [(row of the passage, score)]."""
     rows, scores = [row for row, _ in found], [score for _, score in found]
@@ -309,12 +316,13 @@ def choose_passages(question: Question) -> tuple[list[Passage], list[Passage]]:
     are none, the first 20 with an answer among the first 200 found. (Two passages without a title
     do not have the same title.) Negatives: found passages without an answer, at most min(max(10 *
     positives, 50), 150) of them. If nothing was searched, the question's own lists are used.
-    Without answers: the known positives and what else was found.
+    Without answers: the known positives, and the first 50 of what else was found.
     """
     if not question.found:
         return question.positives, [*question.hard_negatives, *question.negatives]
     if not question.answers:
-        return question.positives, [p for p in question.found if p not in question.positives][:50]
+        others = [p for p, gold in zip(question.found, gold_hits(question)) if not gold]
+        return question.positives, others[:50]
     hits, titles = answer_hits(question), {p.title.lower() for p in question.positives if p.title}
     right = [p for p, hit in zip(question.found, hits) if hit]
     positives = [p for p in right if p.title.lower() in titles]

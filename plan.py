@@ -1,11 +1,11 @@
-"""What a run will need, before anything is loaded: memory, and operations.
+"""What a run will need, before the weights of its LM are loaded: memory, and operations.
 
     python bench.py plan --method neural_recursion --model EleutherAI/pythia-1b
 
 It takes the flags of train.py. A training step and a batch of answers run on torch's meta device,
-where tensors have shapes and no values, and Counter counts their bytes and operations. The lengths
-are those of the questions that the flags name. --seq-len assumes a length instead, of a question
-with its answer; --text makes every token a target, as in pretrain.py connector. In textual
+where tensors have shapes and no values, and OperationCounter counts their bytes and operations. The
+lengths are those of the questions that the flags name. --seq-len assumes a length instead, of a
+question with its answer; --text makes every token a target, as in pretrain.py connector. In textual
 recursion the texts are longer by the candidates.
 """
 
@@ -50,8 +50,8 @@ class Lengths:
 
     text: int  # of a training text: a question, with its candidates, and its answer
     targets: int  # of a training text
-    asked: int  # of a training question, without candidates
-    question: int
+    train_question: int  # of a training question, without candidates
+    eval_question: int
     new: int  # after a question: new tokens, or those of its longest option
     options: int
     kept: int  # positions of the first pass that are computed once and kept
@@ -62,8 +62,12 @@ class Lengths:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the flags of train.py, and with them --seq-len and --text."""
     first = Parser(prog="bench.py plan", add_help=False)
-    first.add_argument("--seq-len", type=cli.COUNT)  # of a question and its answer
-    first.add_argument("--text", action="store_true")  # every token is a target, as in pretraining
+    length = "assume texts of this length, a question with its answer"
+    first.add_argument("--seq-len", type=cli.COUNT, help=length)
+    every = "every token is a target, as in pretrain.py connector"
+    first.add_argument("--text", action="store_true", help=every)
+    if {"-h", "--help"} & {*argv}:
+        show(first.format_help(), result=True)  # train.py's help follows
     more, rest = first.parse_known_args(argv)
     args = train.parse(rest, "bench.py plan")
     train.check_flags(args)
@@ -78,22 +82,30 @@ def read_lengths(args: argparse.Namespace, lm: LM, folder: str | Path) -> Length
     if args.seq_len:
         T, new = args.seq_len, args.max_new_tokens
         part = {"train": start.load_split(args, "train")} if args.per_task else {"train": []}
-        targets, question = T if args.text else min(T, new), max(1, T - new)
-        vectors = args.pause if args.pause_trained else 0  # one for each repetition, at least
-        return Lengths(T, targets, T, question, new, 0, 0, prompts.tasks_of(part), vectors)
+        return Lengths(
+            text=T,
+            targets=T if args.text else min(T, new),
+            train_question=T,
+            eval_question=max(1, T - new),
+            new=new,
+            options=0,
+            kept=0,
+            tasks=prompts.tasks_of(part),
+            vectors=args.pause if args.pause_trained else 0,  # one for each repetition, at least
+        )
     files = [name for name in HUB_FILES if "safetensors" not in name]
     tokenizer = load_tokenizer(args.tokenizer or resolve(folder, files), lm.config.vocab_size)
     task = start.load_task(args, lm, tokenizer)
-    tokens, first_pass = task.tokens, train.first_pass(task)
-    asked = [e for split in ("dev", "test") for e in tokens[split]]
-    ends = [max(map(len, e.options), default=args.max_new_tokens) for e in asked]
+    tokens, first_pass = task.tokens, train.cache_first_pass(task)
+    evaluated = [e for split in ("dev", "test") for e in tokens[split]]
+    ends = [max(map(len, e.options), default=args.max_new_tokens) for e in evaluated]
     return Lengths(
         text=max(len(e.input) + len(e.target) - 1 for e in tokens["train"]),
         targets=max(len(e.target) for e in tokens["train"]),
-        asked=max(len(e.input) for e in tokens["train"]),
-        question=max((len(e.input) for e in asked), default=0),
+        train_question=max(len(e.input) for e in tokens["train"]),
+        eval_question=max((len(e.input) for e in evaluated), default=0),
         new=max(ends, default=0),
-        options=min((len(e.options) for e in asked), default=0),
+        options=min((len(e.options) for e in evaluated), default=0),
         kept=0 if first_pass is None else first_pass.positions,
         tasks=prompts.tasks_of(task.examples) if args.per_task else [],
         vectors=sum(p.shape[0] for p in task.filler.parameters()),
@@ -107,11 +119,11 @@ def add_candidates(args: argparse.Namespace, c: Config, lengths: Lengths) -> Len
     out (textual.with_candidates).
     """
     longer = args.candidates * (args.max_new_tokens + 1) + 4  # "Candidates: " and the line's end
-    left = c.max_len - args.prompt_length
+    left = recurse.positions_left(vars(args), c, args.prompt_length)
     text = max(lengths.text, min(left, lengths.text + longer))
-    question = min(left - lengths.new + 1, lengths.question + longer)
-    question = max(lengths.question, question if lengths.question else 0)
-    return replace(lengths, text=text, question=question)
+    question = min(left - lengths.new + 1, lengths.eval_question + longer)
+    question = max(lengths.eval_question, question if lengths.eval_question else 0)
+    return replace(lengths, text=text, eval_question=question)
 
 
 def main(argv: list[str]) -> dict[str, int]:
@@ -164,7 +176,8 @@ def estimate(args: argparse.Namespace) -> tuple[dict[str, int], dict[str, int], 
     step = {"its gradients": 4 * trained} | step
     table |= step | {"evaluation beyond this": max(0, evaluation - sum(step.values()))}
     if lengths.kept:
-        table["first pass, kept"] = run.dtype.itemsize * config.dim * lengths.kept
+        itemsize = run.dtype.itemsize if args.device == "cpu" else 4  # CUDA norms in float32
+        table["first pass, kept"] = itemsize * config.dim * lengths.kept
     if args.device == "cpu":
         table["Python and libraries"] = libraries
         # malloc keeps freed blocks: 0.2 to 0.65 of the others, in runs that were measured.
@@ -180,7 +193,8 @@ def count(module: nn.Module) -> int:
 
 
 def optimizer_memory(optimizer: str, trained: nn.Module) -> int:
-    """Bytes of the moments: two of each entry with AdamW, one with Adafactor or Muon."""
+    """Bytes of the moments: two of an entry with AdamW, one with Adafactor; Muon
+    has one of linear weights and two of the rest."""
     entries, linear = count(trained), sum(p.numel() for p in linear_weights(trained))
     moments = {"adamw": 2 * entries, "adafactor": entries, "muon": 2 * entries - linear}
     return 4 * moments[optimizer]
@@ -206,7 +220,7 @@ def without_values():
         yield
 
 
-class Counter(TorchDispatchMode):
+class OperationCounter(TorchDispatchMode):
     """A context that counts operations, and the bytes of the tensors made in it.
 
     operations   of products of matrices; a multiplication and its sum are two
@@ -299,8 +313,8 @@ class DryRun:
         args, c = self.args, self.lm.config
         targets = args.batch_size * self.lengths.targets
         ids = torch.zeros(args.batch_size, self.lengths.text, dtype=torch.long)
-        with Counter() as step:
-            model, prefix = self.compose(args.batch_size, self.lengths.asked)
+        with OperationCounter() as step:
+            model, prefix = self.compose(args.batch_size, self.lengths.train_question)
             if args.checkpoint_activations:
                 model = reader.Checkpointed(model)
             x = model.embed(ids)
@@ -309,7 +323,7 @@ class DryRun:
             h = model(x, prefix)
             held = step.live
             h.backward(torch.empty_like(h))
-        with Counter() as end:
+        with OperationCounter() as end:
             h = torch.empty(targets, c.dim, dtype=self.dtype, requires_grad=True)
             self.lm.logits(h).sum().backward()
         if args.checkpoint_activations:  # the backward pass makes those of a block again
@@ -325,16 +339,16 @@ class DryRun:
     def evaluation(self) -> int:
         """What a batch of answers holds: in all its rows at most --eval-tokens positions."""
         args, lengths = self.args, self.lengths
-        if args.text or not lengths.question:  # a loss without gradients, or nothing
+        if args.text or not lengths.eval_question:  # a loss without gradients, or nothing
             return 0
         P = args.prompt_length if args.method in recurse.PROMPT_METHODS else 0
-        rows = args.eval_tokens // (P + lengths.question + lengths.new)
+        rows = args.eval_tokens // (P + lengths.eval_question + lengths.new)
         rows = min(128, max(1, rows))  # as in generate.predict
-        held = self.answers(lengths.question, math.ceil(rows / max(1, lengths.options)), rows)
+        held = self.answers(lengths.eval_question, math.ceil(rows / max(1, lengths.options)), rows)
         if args.method != "textual_recursion":
             return held
         # Samples of which no two agree: each then has its own cache, as in recurse.candidates.
-        n, question = args.candidates, max(lengths.question, lengths.text - lengths.targets)
+        n, question = args.candidates, max(lengths.eval_question, lengths.text - lengths.targets)
         questions = max(1, args.eval_tokens // (n * (P + question + args.max_new_tokens)))
         return max(held, self.answers(question, questions, n * questions, samples=True))
 
@@ -343,7 +357,7 @@ class DryRun:
         """The peak of `rows` answers to questions that are read once, as in generate.py."""
         read = max(1, question - 1)  # the last token is fed with the answer
         index, new = torch.zeros(rows, dtype=torch.long), self.lengths.new
-        with Counter() as counter:
+        with OperationCounter() as counter:
             model, prefix = self.compose(questions, read)
             ids = torch.zeros(questions, read, dtype=torch.long)
             cache = model.read(model.embed(ids), prefix)
@@ -363,16 +377,19 @@ class DryRun:
     def answer_operations(self) -> dict[str, int]:
         """Operations of an answer, and of the samples of a question of textual recursion."""
         args, lengths = self.args, self.lengths
-        asked, new = lengths.question or lengths.asked, lengths.new or args.max_new_tokens
+        asked, new = (
+            lengths.eval_question or lengths.train_question,
+            lengths.new or args.max_new_tokens,
+        )
         model, prefix = self.compose(1, asked)
         new = max(1, min(new, self.lm.config.max_len - asked - (prefix.size if prefix else 0)))
-        with Counter() as answer:
+        with OperationCounter() as answer:
             model, prefix = self.compose(1, asked)
             h = model(model.embed(torch.zeros(1, asked + new - 1, dtype=torch.long)), prefix)
             self.lm.logits(h[0, -new:])
         operations = {"an answer": answer.operations}
         if args.method == "textual_recursion":
-            with Counter() as samples:
+            with OperationCounter() as samples:
                 cache = model.read(model.embed(torch.zeros(1, asked, dtype=torch.long)), prefix)
                 ids = torch.zeros(args.candidates, new, dtype=torch.long)
                 self.lm.logits(model(model.embed(ids), cache))

@@ -107,6 +107,9 @@ def pretrain_bert(args) -> dict:
     head = nn.Sequential(nn.Linear(C, C), nn.GELU(), nn.LayerNorm(C))  # before the output layer
     both = nn.ModuleDict({"bert": bert, "head": head}).to(args.device)
     special = dict(zip(names, ids))
+    # Random tokens are below the special ones that were added. Of a tokenizer that had its own,
+    # which may be its first tokens, any may be drawn, as in the paper.
+    words = V - len(ids) if min(ids) == V - len(ids) else V
 
     def loss_of(batch: data.Batch) -> Tensor:
         target_mask = batch.targets != data.IGNORE_INDEX
@@ -116,7 +119,7 @@ def pretrain_bert(args) -> dict:
         return F.cross_entropy(logits, batch.targets[target_mask], reduction="sum")
 
     def corrupt(batch: data.Batch, seed: int, step: int) -> data.Batch:
-        return mask_tokens(batch, special, min(ids), seed, step)  # random ids: the LM's own
+        return mask_tokens(batch, special, words, seed, step)
 
     save = partial(save_encoder, args, bert, tokenizer)
     longest = args.context - 2  # [CLS] and [SEP] come to the text
@@ -418,7 +421,7 @@ def parse(argv: list[str], program: str = "pretrain.py") -> argparse.Namespace:
         ("--dev", str, None, "held-out text; the last 2 %% of the documents if not given"),
         cli.WORLD,
         ("--documents", cli.COUNT, 120_000, "documents of the embedded world"),
-        ("--seq-len", cli.COUNT, 128, "tokens in a window of text"),
+        ("--seq-len", cli.number_type(int, 2), 128, "tokens in a window of text"),
     ]
     parser = Parser(prog=program, description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="objective", required=True)

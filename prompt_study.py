@@ -310,7 +310,8 @@ def draw(figure, results: dict) -> None:
     """Draw dev scores along training (figure 3) and test F1 against the length (table 9)."""
     steps, lengths = figure.subplots(1, 2)
     for name, points in results["curves"].items():
-        steps.plot(*zip(*points) if points else ((), ()), marker="o", label=name)
+        found = [(step, 100 * score) for step, score in points]
+        steps.plot(*zip(*found) if found else ((), ()), marker="o", label=name)
     for name in ("id-pt", "prompt"):
         found = {P: results["suite"].get(f"{name}-{P}") for P in sorted((20, *LENGTHS))}
         found = {P: 100 * mean(row["f1"]) for P, row in found.items() if row}

@@ -2,7 +2,8 @@
 
 Wu et al. 2022, "Continued Pretraining for Better Zero- and Few-Shot Promptability", train an LM
 (T), a prompt (P) or both on many tasks, so that prompts of other tasks need few examples.
-`VARIANTS` lists what they compare. Each is a line or two from the one before:
+`VARIANTS` lists what they compare: what is trained, and by which gradient. The three gradients
+differ in a line or two:
 
     mtl        the gradient on a task
     fomaml     k steps of the prompt on the task, then the gradient  (Finn et al. 2017, first order)
@@ -36,7 +37,7 @@ learning rate of 0.001 moves a number of the prompt by at most 0.1 in 100 steps.
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -176,14 +177,7 @@ def split_rows(batch: Batch, parts: int) -> list[Batch]:
     size, rest = divmod(len(batch.rows), parts)
     if rest:
         raise ValueError(f"--batch-size: {len(batch.rows)} rows cannot be split into {parts} parts")
-    return [select(batch, range(i * size, (i + 1) * size)) for i in range(parts)]
-
-
-def select(batch: Batch, index: Iterable[int]) -> Batch:
-    """Some rows of a batch, in the order of `index`."""
-    i = torch.tensor(list(index))
-    kept = [batch.rows[row] for row in i]
-    return Batch(batch.ids[i], batch.lengths[i], batch.targets[i], kept)
+    return [batch.part(range(i * size, (i + 1) * size)) for i in range(parts)]
 
 
 def add_gradient(learner: Learner, recipe: Recipe, loss_of, tasks: list[Batch]) -> float:
@@ -226,7 +220,7 @@ def task_batch(tasks: list[list], size: int, seed: int, step: int) -> Batch:
     earlier = int((order[:index] == order[index]).sum())
     batch = data.batches(task, size, seed, epoch * -(-len(task) // size) + earlier)
     shuffled = np.random.default_rng([seed, epoch, index]).permutation(size)
-    return select(batch, shuffled.tolist())
+    return batch.part(shuffled.tolist())
 
 
 # The runs
@@ -359,13 +353,14 @@ def few_shot(args: Namespace) -> dict:
         record = train.train_adapter(task, prompt)
         rows += read_predictions(task.args.out)
         chance = float(np.mean([1 / len(e.options) for e in task.examples["test"]]))
-        result = {"accuracy": record["results"]["test"]["em"], "chance": chance}
-        datasets.setdefault(name, {})[template] = result
+        scored = {"accuracy": record["results"]["test"]["em"], "chance": chance}
+        datasets.setdefault(name, {})[template] = scored
     write_lines(out / "predictions.jsonl", rows)
     gain = metrics.average_relative_gain(datasets)
-    write_json(out / "few_shot.json", {"datasets": datasets, "average_relative_gain": gain})
+    result = {"datasets": datasets, "average_relative_gain": gain}
+    write_json(out / "few_shot.json", result)
     show(f"{out}: {len(plans)} templates, average relative gain {100 * gain:.1f} %")
-    return {"datasets": datasets, "average_relative_gain": gain}
+    return result
 
 
 def check_few_shot_folder(out: Path, resume: bool) -> None:
@@ -442,7 +437,7 @@ def task_name(path: str) -> str:
     return Path(path).stem.removesuffix("-train")
 
 
-def pieces(items: list, like: list[list]) -> list[list]:
-    """Cut a list into pieces as long as those of `like`."""
-    ends = np.cumsum([0, *map(len, like)])
+def pieces(items: list, groups: list[list]) -> list[list]:
+    """Cut a list into pieces as long as the groups."""
+    ends = np.cumsum([0, *map(len, groups)])
     return [items[start:end] for start, end in zip(ends, ends[1:])]

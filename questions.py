@@ -132,8 +132,8 @@ def prepare(
     examples = [replace(e, input=before + e.input + after) for e in examples]
     eos = config.eos[0] if config.eos else None
     choices = [e for e in examples if e.options]
-    tokenized = iter(data.tokenize(choices, tokenizer, eos, left, V))
     options, end = [], list(getattr(lm, "input_end", ()))
+    tokenized = iter(data.tokenize(choices, tokenizer, eos, left - len(end), V))
     ids = [row + end for row in data.encode_prompts(tokenizer, [e.input for e in examples])]
     for e, row in zip(examples, ids):
         try:
@@ -242,7 +242,7 @@ def load_model(args) -> tuple:
 
     Flags that were not given become those of the run.
     """
-    if parallel.asked() > 1:
+    if parallel.launched() > 1:
         parallel.start("cpu")
     model = args.model or (None if args.run else Path(__file__).parent / "assets" / "lm")
     loaded = load_either(args.run, model)
@@ -270,7 +270,8 @@ def load_text(folder: str, text: str, max_new_tokens: int) -> tuple:
     """
     if not (Path(folder) / "run.json").is_file():
         lm, prefix, tokenizer, _ = load_either(None, folder)
-        return lm, prefix, tokenizer, tokenizer.encode(text).ids
+        (ids,) = data.encode_prompts(tokenizer, [text])
+        return lm, prefix, tokenizer, ids
     model, prefix, tokenizer, _ = load_either(folder, None)
     example = data.Example(text, "", (), "text", "text", "the text")
     (ids,), _, prefix = prepare(model, tokenizer, [example], prefix, max_new_tokens)

@@ -151,7 +151,7 @@ def compare_halves(args, training, scores, halves: list[str], score_fn: Callable
 # Packing and reading
 
 
-def write_inputs(args, tokenizer, left: int, questions: Sequence[Question], targets=()) -> tuple:
+def pack_inputs(args, tokenizer, left: int, questions: Sequence[Question], targets=()) -> tuple:
     """Put the passages that fit before each question. Returns (texts, packed passages, dropped).
 
     left     positions of the LM's context that the prompt leaves
@@ -243,7 +243,7 @@ def prepare(task, book: Book, folder: Path, train: Callable) -> tuple:
     reranks = not args.no_rerank and args.top > 0
     if reranks:
         ranked, info = rank(args, found, folder, train)
-    tokens, left = {}, context(args, task.lm)
+    tokens, left = {}, recurse.positions_left(vars(args), task.lm.config, args.prompt_length)
     for split, part in ranked.questions.items():
         part = answered(part)
         if not part:
@@ -251,7 +251,7 @@ def prepare(task, book: Book, folder: Path, train: Callable) -> tuple:
             continue
         training = split == "train"
         targets = [e.target for e in task.examples[split]] if training else ()
-        texts, packed, dropped = write_inputs(args, task.tokenizer, left, part, targets)
+        texts, packed, dropped = pack_inputs(args, task.tokenizer, left, part, targets)
         table = {"n": len(part), "retrieved": recalls(answered(found.questions[split]))}
         table |= {"re-ranked": recalls(part)} if reranks else {}
         table["input"] = recall_at_input(part, packed, dropped)
@@ -280,19 +280,13 @@ def show_passages(split: str, table: dict) -> None:
     show(f"{split:5} the LM reads {read}; recall there: {shares}")
 
 
-def context(args, lm) -> int:
-    """The positions that the prompt leaves for passages, question and answer."""
-    longest = lm.config.max_len
-    return min(longest, args.context or longest) - args.prompt_length
-
-
 def recall_at_input(questions: Sequence[Question], packed: list, dropped: int) -> dict:
     """What reaches the LM: recall as in `recalls`, passages a question, and the dropped ones."""
     read = [replace(q, found=kept) for q, kept in zip(questions, packed)]
     n, known = len(read), [q for q in read if q.positives]
     table = {"answer": sum(any(books.answer_hits(q)) for q in read) / n}
     if known:
-        table["gold"] = sum(any(p in q.positives for p in q.found) for q in known) / len(known)
+        table["gold"] = sum(any(books.gold_hits(q)) for q in known) / len(known)
     return table | {"passages": sum(map(len, packed)) / n, "dropped": dropped}
 
 
@@ -345,8 +339,9 @@ class Reader(recurse.Around):
 
     def packed(self, questions: list[Question]) -> list[str]:
         """What the LM reads of the questions."""
-        left = context(self.args, self.lm)
-        return write_inputs(self.args, self.tokenizer, left, questions)[0]
+        args = self.args
+        left = recurse.positions_left(vars(args), self.lm.config, args.prompt_length)
+        return pack_inputs(args, self.tokenizer, left, questions)[0]
 
     def read_back(self, examples: list) -> list:
         """Put the passages before the questions of examples of data.py."""
@@ -408,6 +403,6 @@ def time_reader(task, adapter, book: Book) -> dict[str, float]:
             value = stage(value)
             seconds[name] = (time.perf_counter() - begin) / len(rows)
     share = seconds["re-rank"] / sum(seconds.values())
-    stages = ", ".join(f"{name} {1000 * value:.1f}" for name, value in seconds.items())
-    show(f"milliseconds a question: {stages}; re-ranking takes {100 * share:.0f} %")
+    times = ", ".join(f"{name} {1000 * value:.1f}" for name, value in seconds.items())
+    show(f"milliseconds a question: {times}; re-ranking takes {100 * share:.0f} %")
     return seconds | {"share of re-ranking": share}

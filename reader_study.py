@@ -3,8 +3,8 @@
 Counterparts of tables 2 and 3 of Levine et al. 2022, "Standing on the Shoulders of Giant Frozen
 Language Models", on the embedded world, and the controls that the paper leaves out. GROUPS lists
 the runs, the most important first. study.py makes them, in runs/reader. Rows that differ only in
-the prompt or the LM read the same ranked passages, those of one run's seed 0. So a deviation over
-seeds, and an interval, is that of the prompt alone: it knows no other halves and no other
+the prompt or the LM read the same ranked passages, those of one run's seed 0. So deviations over
+seeds and intervals are those of training the prompt, not of the choice of halves or of training
 re-rankers. New questions to such a run are searched and not re-ranked.
 
     python reproduce.py reader --plan       the cost sheet
@@ -21,9 +21,9 @@ from show import show, show_table
 import train
 from cost import conduct
 from data import json_lines
-from openbook import SPLITS
 from runs import read_predictions
 from study import Job, Row, Study, cell, show_orderings
+from world import SPLITS
 
 # The runs
 
@@ -235,8 +235,7 @@ def show_places(study: Study) -> dict:
                 places[record["id"]] = hits.index(True) if any(hits) else PLACES
             scores = [[] for _ in range(PLACES + 1)]
             for row in read_predictions(job.folder):
-                if row["id"] in places:  # not a dev question
-                    scores[places[row["id"]]].append(row["em"])
+                scores[places[row["id"]]].append(row["em"])
             results[name] = [
                 [round(100 * sum(s) / len(s), 1) if s else None, len(s)] for s in scores
             ]
@@ -251,8 +250,9 @@ def show_places(study: Study) -> dict:
 def show_titles(study: Study) -> dict:
     """Print how many of the first passages are about the person of the question, for seed 0.
 
-    These have the title of a passage with the answer. And of the wrong answers to questions with a
-    right one among the first 5: how many stand in passages about others alone.
+    These have the title of a passage with the answer. It also counts the wrong answers to questions
+    whose right one is in the first 5 passages, and how many of these wrong ones stand in passages
+    about other people alone.
     """
     results, table = {}, []
     for name in SEARCHED:
@@ -262,7 +262,7 @@ def show_titles(study: Study) -> dict:
             answers = {row["id"]: row for row in read_predictions(job.folder)}
             own, first, wrong, others = [], [], 0, 0
             for record in ranked_test(name, job):
-                titles = {passages[key]["title"] for key in record["positives"]}
+                titles = {passage["title"] for passage in record["positive_ctxs"]}
                 places = record["ctxs"][:PLACES]
                 found = [passages[place["id"]] for place in places]
                 hits = [passage["title"] in titles for passage in found]
@@ -276,6 +276,6 @@ def show_titles(study: Study) -> dict:
             results[name] = [*shares, wrong, others]
             table.append([name, *shares, wrong, others])
     if table:
-        columns = ["", "the first, %", f"of the first {PLACES}, %", "wrong answers", "of others"]
+        columns = ["", "the first, %", f"of the first {PLACES}, %", "wrong", "only of others"]
         show_table("passages about the person of the question, and wrong answers", columns, table)
     return {"titles": results}

@@ -348,7 +348,7 @@ def route(
     check_stack(stack)
     if math.isnan(threshold):
         raise ValueError("--threshold: nan is no number")
-    first = first_pass(stack, tokenizer, ids, prefix, *rest, mean=mean)
+    first = predict_first_pass(stack, tokenizer, ids, prefix, *rest, mean=mean)
     answers, unsure = [answer for answer, _ in first], [value < threshold for _, value in first]
     rows = [b for b, more in enumerate(unsure) if more]
     asked = [ids[b] for b in rows]
@@ -367,7 +367,7 @@ def check_stack(stack) -> None:
         raise ValueError("only a run of neural_recursion has a first pass that can answer")
 
 
-def first_pass(stack, tokenizer, ids, prefix=None, *rest, mean: bool = False) -> list:
+def predict_first_pass(stack, tokenizer, ids, prefix=None, *rest, mean: bool = False) -> list:
     """What `predict` returns for the frozen LM alone: (answer, log-probability) pairs."""
     prefix = stack.prefix_of(0, prefix)
     return predict(stack.lm, tokenizer, ids, prefix, *rest, mean=mean, logprobs=True)
@@ -401,7 +401,7 @@ def candidates(
 
     The temperature is 1, over the whole vocabulary. prefix: None or one for all. `rank` states how
     the samples are merged and ordered. An answer ends with an eos of the LM or at stops[b] ("" for
-    none). Without a tokenizer a text is the list of its token ids, and there are no stops.
+    none). Without a tokenizer a text is its token ids, and there are no stops.
 
     A batch has at most max_tokens positions: for each question n times (prefix + longest question +
     max_new_tokens), as if no two samples agreed. The random numbers of a question depend on `seed`,
@@ -410,9 +410,9 @@ def candidates(
     """
     stops, ranked = stops or [""] * len(ids), [[]] * len(ids)
     before = prefix_lengths(prefix, 1)[0]
-    widths = [before + len(row) + max_new_tokens for row in ids]
-    by_length = sorted(range(len(ids)), key=lambda b: widths[b])
-    for batch in batches(by_length, [n] * len(ids), widths, max_tokens, max_tokens):
+    parts = [(before, len(row), max_new_tokens) for row in ids]
+    by_length = sorted(range(len(ids)), key=lambda b: parts[b])
+    for batch in batches(by_length, [n] * len(ids), parts, max_tokens, max_tokens):
 
         def ended(i: int, tokens: list[int], batch=batch) -> bool:
             stop = stops[batch[i]]
@@ -424,6 +424,11 @@ def candidates(
         for b, samples in zip(batch, found):
             ranked[b] = rank(samples, eos, tokenizer, stops[b])
     return ranked
+
+
+def positions_left(args: dict, config, P: int) -> int:
+    """The positions of the LM's context, or of --context, that a prompt of P vectors leaves."""
+    return min(config.max_len, args.get("context") or config.max_len) - P
 
 
 def question_seed(seed: int, ids: list[int]) -> int:
@@ -441,7 +446,7 @@ def rank(samples: list[Sample], eos, tokenizer=None, stop: str = "") -> list[Can
     merged = {}
     for number, sample in enumerate(samples):
         ids = drop_eos(sample.ids, eos)
-        text = str(ids) if tokenizer is None else tokenizer.decode(ids)
+        text = tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids))
         text = " ".join(text[: find_stop(text, stop)].split())
         same = merged.get(text, Candidate(text, sample.logprob, 0, number))
         best = max(same.logprob, sample.logprob)

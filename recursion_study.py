@@ -263,13 +263,13 @@ def answer_by_difficulty(line: list[str]) -> dict:
 def best_threshold(run: str, examples: list[data.Example]) -> float:
     """The threshold of `recurse.route` with the highest EM; of equal ones the lowest."""
     asked = audit.arguments(load_run(run), examples)
-    pairs = recurse.first_pass(*asked)
+    pairs = recurse.predict_first_pass(*asked)
     answers, confidence = [answer for answer, _ in pairs], [logprob for _, logprob in pairs]
     scored = (metrics.score(examples, texts) for texts in (answers, predict(*asked)))
     first, second = ([row["em"] for row in rows] for rows in scored)
     costs = [1.0] * len(examples)
-    curve = audit.routing_curve(first, second, confidence, costs, costs)
-    threshold = max(curve, key=lambda row: row["em"])["threshold"]
+    routing = audit.routing_curve(first, second, confidence, costs, costs)
+    threshold = max(routing, key=lambda row: row["em"])["threshold"]
     return 1.0 if threshold is None else threshold  # a log-probability is 0 at most
 
 
@@ -461,10 +461,10 @@ def draw(figure, results: dict) -> None:
     candidates.plot(n, read, marker="o", label="EM after reading them")
     candidates.plot(n, majority, marker="o", label="the most frequent one")
     candidates.set(xlabel="candidates", ylabel="test EM", xscale="log")
-    curve = results.get("passes", {"curve": []})["curve"]
+    routing = results.get("passes", {"curve": []})["curve"]
     for axes, x in zip(below, ("passes", "operations")):
         for key, label in (("oracle", "oracle"), ("em", "by confidence"), ("random", "at random")):
-            axes.plot([r[x] for r in curve], [100 * r[key] for r in curve], label=label)
+            axes.plot([r[x] for r in routing], [100 * r[key] for r in routing], label=label)
         axes.set(xlabel=f"{x} for a question", ylabel="test EM")
     by_passes, by_operations = below
     for values, style, label, reads in (

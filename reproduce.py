@@ -41,7 +41,7 @@ from prompt_study import prompt_study
 from questions import prepare
 from reader_study import readers
 from recursion_study import recursion
-from runs import ASSETS, finished
+from runs import ASSETS, arguments, finished
 from study import write_rows
 from transfer_study import soft_transfer
 
@@ -172,7 +172,7 @@ def trained(args, method: str, flags: list[str], files: dict, out: Path) -> floa
     line += ["--steps", args.steps, "--batch-size", 16, "--out", out, "--resume"]
     line += ["--model", args.model] if args.model else []
     line, record = [str(word) for word in line], finished(out)
-    said = vars(train.parse(line))
+    said = arguments(train.parse(line))  # paths as run.json has them
     keys = ("model", "steps", "batch_size", "lr", "prompt_length", "max_new_tokens")
     if not record or any(record["arguments"][key] != said[key] for key in keys):
         record = train.main(line)
@@ -246,28 +246,30 @@ def parser() -> Parser:
     """The commands and their flags."""
     parser = Parser(prog="reproduce.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="experiment", required=True)
-    flags = [cli.MODEL, cli.WORLD, ("--out", str, "runs", "folder for the runs that it needs")]
+    shared = [cli.MODEL, cli.WORLD, ("--out", str, "runs", "folder for the runs that it needs")]
     for name, experiment in EXPERIMENTS.items():
         summary = experiment.__doc__.split("\n")[0]
         command = commands.add_parser(name, help=summary)
-        cli.add_flags(command, name, *flags, *FLAGS[name])
+        cli.add_flags(command, name, *([] if name == "docs" else shared), *FLAGS[name])
     return parser
 
 
 def is_part(args) -> bool:
     """Whether flags make less of an experiment than the record in results/ holds."""
     defaults = {row[0][2:].replace("-", "_"): row[2] for row in FLAGS[args.experiment]}
-    flags = ("only", "count", "steps", "seeds", "source_steps", "target_steps", "examples")
+    flags = ("only", "count", "steps", "seeds", "encoder_steps", "top", "context")
+    flags += ("source_steps", "target_steps", "examples")
     return any(getattr(args, f, None) != defaults.get(f) for f in flags)
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Run one experiment. Returns what results/NAME.json holds."""
     args = parser().parse_args(sys.argv[1:] if argv is None else argv)
-    name = args.experiment + ("" if args.world_seed == 1 else f"-world-{args.world_seed}")
-    name += f"-{Path(args.model).name}" if args.model else ""
-    name += f"-{Path(args.data).resolve().name}" if getattr(args, "data", None) else ""
-    name += "-int8" if getattr(args, "base_dtype", None) else ""
+    name, given = args.experiment, vars(args).get
+    name += "" if given("world_seed", 1) == 1 else f"-world-{args.world_seed}"
+    name += f"-{Path(args.model).name}" if given("model") else ""
+    name += f"-{Path(args.data).resolve().name}" if given("data") else ""
+    name += "-int8" if given("base_dtype") else ""
     name += "-part" if is_part(args) else ""
     file = Path("results") / f"{name}.json"
     start, record = time.perf_counter(), {"arguments": vars(args).copy()}

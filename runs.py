@@ -118,7 +118,7 @@ def find(path: str | list[str], folder: str | Path, record: dict) -> str | list[
     """Return the first of `places` that exists, or else the path itself. Of a list: of each."""
     if isinstance(path, list):
         return [find(one, folder, record) for one in path]
-    return [*filter(os.path.exists, places(path, folder, record)), path][0]
+    return next(filter(os.path.exists, places(path, folder, record)), path)
 
 
 def find_encoder(folder: str | Path, record: dict) -> str:
@@ -212,7 +212,7 @@ class Run:
         return self
 
     def take_lock(self) -> None:
-        """Make the folder and lock it. FileExistsError if another run of a command holds it."""
+        """Make the folder and lock it. FileExistsError if another process holds it."""
         import fcntl
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -363,9 +363,9 @@ def read_record(folder: str | Path) -> dict:
     """Return run.json as a dict. FileNotFoundError if there is none, ValueError if it is no record.
 
     Keys: command, arguments, folder, versions, hardware, resumed, trained_parameters, the keys of
-    HASHES, weights_before, weights_after, step, score, seconds, tokens_per_second, padding,
-    results, question_format. Versions and hardware are those of the start. If a run was resumed
-    with others, resumed is the list of these.
+    HASHES, weights_before, weights_after, lr, step, score, seconds, tokens_per_second, padding,
+    results, question_format, and some of single methods, as candidates. Versions and hardware are
+    those of the start. If a run was resumed with others, resumed is the list of these.
     """
     path = Path(folder) / "run.json"
     if not path.is_file():
@@ -488,8 +488,8 @@ def _set_eos(folder: Path, record: dict, lm: LM) -> None:
 def read_predictions(folder: str | Path) -> list[dict]:
     """Return the records of predictions.jsonl in file order. `eval.score` describes them.
 
-    FileNotFoundError if there is no file. ValueError, with file and line, if a line is no such
-    record or repeats the task and id of another.
+    FileNotFoundError if there is no file. ValueError, with file and line, if a line is no record
+    with a task and an id, or repeats those of another.
     """
     path = Path(folder) / "predictions.jsonl"
     if not path.is_file():

@@ -9,7 +9,7 @@
     Parser(prog="train.py")                          a bad flag is one line and status 2
     processor()                                      the CPU, as run.json names it
     COUNT, SEED, number_type(float, 0)               types of flags
-    run_program("train.py", main)                    so is any other bad input
+    run_program("train.py", main)                    bad input is one line and status 2, too
 
 A closed terminal, a pipe without a reader or a full disk never ends a run. Only if the line is the
 result that was asked for is it an error.
@@ -199,7 +199,8 @@ class Parser(argparse.ArgumentParser):
 def run_program(program: str, main: Callable[[], object], resumes: bool = False):
     """Run `main` and return its result. Bad input prints one line and exits with 2.
 
-    SIGINT and SIGTERM exit with 130. resumes: the program has the flag --resume.
+    SIGINT exits with 130. So does SIGTERM in a training, where fit.py turns it into SIGINT's
+    exception. resumes: the program has the flag --resume.
     """
     from safetensors import SafetensorError
 

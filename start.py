@@ -65,10 +65,9 @@ def load_task(args, lm: LM, tokenizer: Tokenizer, examples: dict | None = None) 
             raise ValueError(f"--placement after_bos: {args.method} cannot; only prompt_tuning can")
         P += 1  # BOS is read with the prompt
         tokenizer = recurse.without_bos(tokenizer)
-    context = min(lm.config.max_len, getattr(args, "context", None) or lm.config.max_len)
-    left = context - P  # for a question and its answer
+    left = recurse.positions_left(vars(args), lm.config, P)  # for a question and its answer
     if left < 2:
-        raise ValueError(f"--prompt-length {P} leaves {left} of the LM's context of {context}")
+        raise ValueError(f"--prompt-length {P} leaves {left} of the LM's context of {left + P}")
     if examples is None:
         examples = {split: load_split(args, split) for split in ("train", "dev", "test")}
     check_targets(tokenizer, examples["train"], lm.config.eos)
@@ -145,7 +144,8 @@ def load_split(args, split: str) -> list[data.Example]:
         files = sorted(Path(path).glob(f"*-{split}.jsonl"))
         if not files:
             raise ValueError(f"--{split} {path}: holds no file TASK-{split}.jsonl")
-        return [example for file in files for example in data.read(file)]
+        tasks = {file: file.name.removesuffix(f"-{split}.jsonl") for file in files}
+        return [replace(e, task=e.task or tasks[file]) for file in files for e in data.read(file)]
     if path:
         return data.read(path)
     if args.train:

@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 import data
 import eval as metrics
 import world
-from checkpoints import atomic_write, read_json, write_json
+from checkpoints import read_json, write_json, write_lines
 from runs import Run, read_predictions, read_record
 
 SLICES = ("all", "one-hop", "two-hop", "two-hop-person")
@@ -260,6 +260,7 @@ class Study:
         except (ValueError, OSError, SafetensorError, SystemExit) as error:
             if in_use(job.folder):  # another process was a moment faster
                 return False
+            job.folder.mkdir(parents=True, exist_ok=True)
             reason = "see above" if isinstance(error, SystemExit) else str(error)
             write_json(job.folder / "failed.json", {"error": reason})
             show(f"{job.folder}: {reason}; delete its failed.json to try again", "stderr")
@@ -302,12 +303,11 @@ def write_rows(file: Path, rows: list[dict]) -> None:
             f"{file}: holds other questions than --world-seed and --count say; choose another --out"
         )
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(file) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+    write_lines(file, rows)
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a process holds the lock of a run's folder."""
+    """Whether a process holds the lock of a run's folder, which is made if it is missing."""
     try:
         with Run(folder, {}):
             return False
@@ -372,7 +372,7 @@ def em(record: dict, split: str, part: str) -> float | None:
 
 
 def curve(study: Study, name: str) -> list[list[float]]:
-    """Steps and dev score along the training of seed 0."""
+    """Steps and dev score along the training of the first seed that is finished."""
     points = []
     for job in study.finished(name)[:1]:
         records = [record for _, record in data.json_lines(job.folder / "metrics.jsonl")]

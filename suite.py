@@ -41,7 +41,7 @@ TYPES = {  # relation of a person: what kind of thing its object is
 # Parts of examples
 
 
-def stranger(cast: Cast) -> str:
+def any_person(cast: Cast) -> str:
     """A person of the cast, each as often as another."""
     return cast.rng.choice(cast.world.people)
 
@@ -100,7 +100,7 @@ def news_topic(cast: Cast) -> dict:
 def question_type(cast: Cast) -> dict:
     """What kind of thing does the question ask for?"""
     relation = cast.rng.choice(list(TYPES))
-    return {"text": cast.ask(stranger(cast), relation), "label": TYPES[relation]}
+    return {"text": cast.ask(any_person(cast), relation), "label": TYPES[relation]}
 
 
 def subject_type(cast: Cast) -> dict:
@@ -124,7 +124,7 @@ def sentence_pairs(cast: Cast) -> dict:
 
 def sentence_nli(cast: Cast) -> dict:
     """Does the claim follow from two facts?"""
-    label, person = cast.rng.randrange(2), stranger(cast)
+    label, person = cast.rng.randrange(2), any_person(cast)
     relations = some_relations(cast, person, 2)
     hypothesis = cast.claim(person, relations[0], true=label == 1)
     cast.rng.shuffle(relations)
@@ -133,7 +133,7 @@ def sentence_nli(cast: Cast) -> dict:
 
 def three_way_nli(cast: Cast) -> dict:
     """False, unknown or true: an unknown claim is about a relation that the text leaves out."""
-    label, person = cast.rng.randrange(3), stranger(cast)
+    label, person = cast.rng.randrange(3), any_person(cast)
     *relations, left_out = some_relations(cast, person, 3)
     about = left_out if label == 1 else relations[0]
     hypothesis = cast.claim(person, about, true=label > 0)
@@ -143,7 +143,7 @@ def three_way_nli(cast: Cast) -> dict:
 
 def record_nli(cast: Cast) -> dict:
     """Does the claim agree with a record?"""
-    label, person = cast.rng.randrange(2), stranger(cast)
+    label, person = cast.rng.randrange(2), any_person(cast)
     relations = some_relations(cast, person, 3)
     record = record_table(person, cast.world.facts[person], relations)
     hypothesis = cast.claim(person, cast.rng.choice(relations), true=label == 1)
@@ -155,7 +155,7 @@ def record_nli(cast: Cast) -> dict:
 
 def gist(cast: Cast) -> dict:
     """One fact among asides."""
-    person = stranger(cast)
+    person = any_person(cast)
     relations = some_relations(cast, person, 1)
     text = passage_text(passage(cast, person, relations, asides=2))
     return {"text": text, "answer": summary(cast, person, relations)}
@@ -163,7 +163,7 @@ def gist(cast: Cast) -> dict:
 
 def profile(cast: Cast) -> dict:
     """A text about one person as name, job and home."""
-    person = stranger(cast)
+    person = any_person(cast)
     facts = cast.world.facts[person]
     relations = ["profession", "lives_in", cast.rng.choice(("hobby", "instrument", "born_in"))]
     cast.rng.shuffle(relations)
@@ -179,7 +179,7 @@ def minutes(cast: Cast) -> dict:
 
 def record_to_text(cast: Cast) -> dict:
     """A record as sentences."""
-    person = stranger(cast)
+    person = any_person(cast)
     relations = some_relations(cast, person, 3)
     record = record_table(person, cast.world.facts[person], relations)
     return {"record": record, "answer": summary(cast, person, relations)}
@@ -187,7 +187,7 @@ def record_to_text(cast: Cast) -> dict:
 
 def triple_to_text(cast: Cast) -> dict:
     """A fact as a sentence."""
-    person = stranger(cast)
+    person = any_person(cast)
     (relation,) = some_relations(cast, person, 1)
     answer = summary(cast, person, [relation])
     obj, relation = cast.world.facts[person][relation], relation.replace("_", " ")
@@ -199,7 +199,7 @@ def triple_to_text(cast: Cast) -> dict:
 
 def people_trivia(cast: Cast) -> dict:
     """Nothing to read: the LM has read of these people. The splits are those of the world."""
-    person = stranger(cast)
+    person = any_person(cast)
     return asked(cast, person) | {"split": cast.world.split[person]}
 
 
@@ -218,7 +218,7 @@ def asked(cast: Cast, subject: str, relation: str = "") -> dict:
 
 def passage_qa(cast: Cast) -> dict:
     """A question about one passage."""
-    person = stranger(cast)
+    person = any_person(cast)
     relations = some_relations(cast, person, 2)
     text = passage_text(passage(cast, person, relations, asides=1))
     return {"passage": text} | asked(cast, person, relations[0])
@@ -235,7 +235,7 @@ def two_passage_qa(cast: Cast) -> dict:
 
 def record_qa(cast: Cast) -> dict:
     """A question about a record."""
-    person = stranger(cast)
+    person = any_person(cast)
     relations = some_relations(cast, person, 4)
     record = record_table(person, cast.world.facts[person], relations)
     return {"record": record} | asked(cast, person, cast.rng.choice(relations))
@@ -243,7 +243,7 @@ def record_qa(cast: Cast) -> dict:
 
 def passage_choice(cast: Cast) -> dict:
     """The wrong options are objects of the same relation."""
-    person = stranger(cast)
+    person = any_person(cast)
     relations = some_relations(cast, person, 2)
     text = passage_text(passage(cast, person, relations))
     return {"passage": text} | asked_with_options(cast, person, relations[0])
@@ -251,7 +251,7 @@ def passage_choice(cast: Cast) -> dict:
 
 def people_choice(cast: Cast) -> dict:
     """Nothing to read, and two options. The splits are those of the world."""
-    person = stranger(cast)
+    person = any_person(cast)
     (relation,) = some_relations(cast, person, 1)
     example = asked_with_options(cast, person, relation, wrong=1)
     return example | {"split": cast.world.split[person]}
@@ -278,7 +278,7 @@ def story_end(cast: Cast) -> dict:
 
 def fact_completion(cast: Cast) -> dict:
     """A sentence without its last words. One option is of the right kind."""
-    person = stranger(cast)
+    person = any_person(cast)
     relation = cast.rng.choice(list(TYPES))
     wordings = RELATIONS["person"][relation][0]
     wording = cast.rng.choice([w for w in wordings if w.endswith((" {o}.", " {an_o}."))])

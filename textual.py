@@ -21,8 +21,8 @@ The prompts of the first round do not depend on the number of candidates, so a r
 another run (--stages-from). With --pause the filler stands behind the question in every stage, and
 with --pause-trained each stage has vectors of its own.
 
-Needs filler.py, recurse.py, rerank.py, adapters.py, data.py, eval.py and checkpoints.py. train.py
-passes its Task and trains.
+Needs filler.py, recurse.py, rerank.py, adapters.py, data.py, eval.py, checkpoints.py, parallel.py
+and show.py. train.py passes its Task and trains.
 
     python train.py --method textual_recursion
 """
@@ -42,7 +42,7 @@ from adapters import load_adapter
 from checkpoints import write_lines
 from data import encode_prompts
 from filler import Filler
-from recurse import Around, Candidate, candidates, text_with
+from recurse import Around, Candidate, candidates, positions_left, text_with
 from rerank import cross_fit, progress
 
 QUESTIONS_IN_FILE = 128  # a kill costs at most the candidates of so many questions
@@ -55,16 +55,17 @@ def with_candidates(tokenizer, examples, ranked, left: int, max_new_tokens: int,
     after  the filler that will follow every example
     Of candidates that do not fit beside the answer, the last ones are left out.
     """
+
+    def length(text: str) -> int:
+        return len(encode_prompts(tokenizer, [text])[0])
+
     longer, left_out = [], 0
     for e, kept in zip(examples, ranked, strict=True):
         answers = encode_prompts(tokenizer, [f" {text}" for text in (e.target, *e.options)])
         # + 1 for another split after the input, + 1 for EOS, - 1: the last token is not read.
         limit = left - max(max_new_tokens - 1, *(len(ids) + 1 for ids in answers))
         kept = list(kept)
-        while kept:
-            (ids,) = encode_prompts(tokenizer, [text_with(e.input, kept) + after])
-            if len(ids) <= limit:
-                break
+        while kept and length(text_with(e.input, kept) + after) > limit:
             kept.pop()
             left_out += 1
         longer.append(replace(e, input=text_with(e.input, kept)))
@@ -82,7 +83,7 @@ class TextualRecursion(Around):
         super().__init__(lm)
         self.tokenizer, self.filler = filler.tokenizer, filler.text
         self.stages = stages  # (LM, prefix) of p1, p2, ..., one for each round
-        self.args = args  # candidates, max_new_tokens, stop, seed, eval_tokens
+        self.args = args  # candidates, context, max_new_tokens, stop, seed, eval_tokens
 
     @classmethod
     def load(cls, folder: Path, lm, filler: Filler, args: dict) -> "TextualRecursion":
@@ -102,7 +103,7 @@ class TextualRecursion(Around):
         for stage in self.stages:
             ids = encode_prompts(self.tokenizer, [e.input + after for e in asked])
             ranked = self.sample(examples, ids, stage)
-            left = self.config.max_len - stage[1].size
+            left = positions_left(self.args, self.config, stage[1].size)
             asked, _ = with_candidates(self.tokenizer, examples, ranked, left, new, after)
         return asked
 
@@ -142,23 +143,23 @@ def score_candidates(examples, ranked: list[list[Candidate]], n: int) -> dict:
     return means(everything) | {"tasks": {task: means(rows) for task, rows in tasks.items()}}
 
 
-def sample_rounds(task, train_prompt: Callable) -> tuple:
+def sample_rounds(task, train_stage: Callable) -> tuple:
     """Train and sample in as many rounds as --rounds says.
 
-    train_prompt(task, name, before) -> (SoftPrompt, its Filler) trains them in the folder `name` of
+    train_stage(task, name, before) -> (SoftPrompt, its Filler) trains them in the folder `name` of
     the run, or loads them if they are trained already; they start as those of `before`, if there
     are any. Returns (the task with candidates in its questions, the last such pair, the scores of
     each round, the half "A" or "B" of each training question or None).
     """
     asked, prompts, rounds = task, {}, []
     for number in range(1, task.args.rounds + 1):
-        ranked, halves = sample_round(task, asked, number, prompts, train_prompt)
-        asked, scores = read_candidates(task, ranked)
+        ranked, halves = sample_round(task, asked, number, prompts, train_stage)
+        asked, scores = add_candidates(task, ranked)
         rounds.append(scores)
     return asked, prompts[""], rounds, halves
 
 
-def sample_round(task, asked, number: int, prompts: dict, train_prompt: Callable) -> tuple:
+def sample_round(task, asked, number: int, prompts: dict, train_stage: Callable) -> tuple:
     """Train the prompts of one round on `asked`, and sample candidates for every question.
 
     `prompts` holds those of the round before, which this round replaces: under "a" and "b" the
@@ -171,7 +172,7 @@ def sample_round(task, asked, number: int, prompts: dict, train_prompt: Callable
         name = next(names)
         part = half_of(asked, rows) if name else asked
         folder = f"p{number}-{name}" if name else f"p{number}"
-        prompts[name] = train_prompt(part, folder, prompts.get(name))
+        prompts[name] = train_stage(part, folder, prompts.get(name))
         return name
 
     def sample(name: str, rows, split: str = "train") -> list[list]:
@@ -261,11 +262,12 @@ def write_candidates(path: Path, examples: list[data.Example], ranked: list[list
     write_lines(path, lines)
 
 
-def read_candidates(task, ranked: dict[str, list]) -> tuple:
-    """(the task with the candidates in its questions, how good these are in each split)."""
+def add_candidates(task, ranked: dict[str, list]) -> tuple:
+    """Returns (the task with the candidates in its questions, how good these are in each split).
+    Prints how good they are."""
     args, filler, config = task.args, task.filler, task.filler.around(task.lm).config
     eos = config.eos[0] if config.eos else None
-    left, tokens, scores = config.max_len - args.prompt_length, {}, {}
+    left, tokens, scores = positions_left(vars(args), config, args.prompt_length), {}, {}
     for split, examples in task.examples.items():
         longer, left_out = with_candidates(
             filler.tokenizer, examples, ranked[split], left, args.max_new_tokens, filler.text

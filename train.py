@@ -220,6 +220,7 @@ def train_adapter(task, trained: nn.Module, hashed=None, batch_at=None, after_st
     frozen = None if trained is lm else lm
     trained = task.filler.beside(trained)
 
+    # `cache` is set below, when the folder is this run's: the states of the first pass, or None.
     def loss_of(batch: data.Batch) -> Tensor:
         if cache is None:
             model, prefix = compose(task, adapter, "train", batch.rows)  # in each step: it changes
@@ -254,7 +255,7 @@ def train_adapter(task, trained: nn.Module, hashed=None, batch_at=None, after_st
         if args.lr is None:
             show(f"learning rate {recipe.lr:.3g}, by the size of the LM")
         record["question_format"] = asks_questions(task)
-        cache, batch_at = first_pass(task), batch_at or batches(task)
+        cache, batch_at = cache_first_pass(task), batch_at or batches(task)
         record |= fit(run, recipe, trained, batch_at, loss_of, evaluate, save, None, after_step)
         return finish(task, run, record, adapter)
 
@@ -308,7 +309,7 @@ def asks_questions(task: start.Task) -> bool:
 def finish(task: start.Task, run: Run, record: dict, adapter) -> dict:
     """Answer and score dev and test, show examples, and complete the record, which is returned."""
     args = task.args
-    with autocast(Recipe.from_args(args)):
+    with autocast(args):
         splits = [split for split in ("dev", "test") if task.tokens[split]]
         predictions = {split: predict_split(task, adapter, split) for split in splits}
     rows = predictions.get("test") or predictions.get("dev") or []
@@ -329,7 +330,7 @@ def finish(task: start.Task, run: Run, record: dict, adapter) -> dict:
     return record
 
 
-def first_pass(task: start.Task) -> recurse.FirstPass | None:
+def cache_first_pass(task: start.Task) -> recurse.FirstPass | None:
     """The cache of the first pass over the training questions. Prints its size.
 
     None if something trained comes before it, if no question is read twice, or if the states
@@ -342,7 +343,8 @@ def first_pass(task: start.Task) -> recurse.FirstPass | None:
     if args.pause_trained or not reads_again:
         return None
     cache = recurse.FirstPass(task.lm, texts)
-    size = cache.positions * task.lm.config.dim * (2 if args.dtype == "bfloat16" else 4) / 1e9
+    small = args.dtype == "bfloat16" and args.device == "cpu"  # CUDA's autocast norms in float32
+    size = cache.positions * task.lm.config.dim * (2 if small else 4) / 1e9
     line = f"first pass: {cache.positions:,} positions of {len(texts):,} texts, {size:.3f} GB"
     if size > args.cache_first_pass:
         show(f"{line}, more than --cache-first-pass {args.cache_first_pass}: computed in each step")
@@ -469,7 +471,7 @@ def check_flags(args: argparse.Namespace) -> None:
     adapter = args.method in SHARDED and args.tune == "prompt" and not args.per_task
     if args.shard and not (adapter and args.base_dtype is None and not args.compile):
         raise ValueError("--shard: for one adapter around a frozen LM, not int8, not compiled")
-    if args.shard and parallel.asked() == 1:
+    if args.shard and parallel.launched() == 1:
         raise ValueError("--shard: needs processes: torchrun --nproc-per-node 2 train.py ...")
 
 

@@ -58,8 +58,10 @@ def similarity(a, b, kind: str = "per_token", lm=None) -> float:
 
     ValueError if the prompts have different shapes.
     """
-    if kind not in KINDS or (kind == "neurons" and lm is None):
-        raise ValueError(f"similarity {kind!r} is not one of {', '.join(KINDS)}, or needs an LM")
+    if kind not in KINDS:
+        raise ValueError(f"similarity {kind!r} is not one of {', '.join(KINDS)}")
+    if kind == "neurons" and lm is None:
+        raise ValueError("similarity 'neurons' needs an LM")
     if kind == "neurons":
         a, b = (activated_neurons(lm, prompt)[None] for prompt in (a, b))
     elif a.shape != b.shape:
@@ -177,10 +179,10 @@ def search_table(scores: dict, baselines: dict, rankings: dict, ks: list[int]) -
     baselines  {target: score without transfer};  rankings {target: what `search` returned}
 
     A row holds the mean over targets of the best-of-top-k score and of its relative error
-    reduction, and the fractions of the search eliminated and of the oracle's gain kept. If there is
-    one score, the same score chooses the best source and is averaged, as in the paper. So a part of
-    its gain is chance. If there are several, the scores on the other parts choose the source whose
-    score on a part is averaged. If the oracle gains nothing, the fraction kept is None.
+    reduction, and the fractions of the search eliminated and of the oracle's gain kept (None if the
+    oracle gains nothing). With one score per source, the best source is chosen by the score that is
+    averaged, as in the paper. So a part of its gain is chance. With several, the source for each
+    part is chosen by the scores on the other parts.
     """
 
     def best(target: str, k: int) -> float:
@@ -218,9 +220,12 @@ def silhouette(similarities, labels) -> float:
     """Mean silhouette (Rousseeuw 1987) of tasks in the groups `labels`; distance 1 - similarity.
 
     `similarities` is (n, n). 1: groups far apart; 0: no groups. A task alone in its group counts 0.
+    ValueError if there is one group.
     `permutation_test(partial(silhouette, similarities), labels)` says whether chance explains it.
     """
     names, group = np.unique(labels, return_inverse=True)
+    if len(names) < 2:
+        raise ValueError("a silhouette needs two groups or more")
     member = np.eye(len(names))[group]  # (n, groups)
     sums, sizes = (1 - np.asarray(similarities)) @ member, member.sum(0)
     own = np.arange(len(group)), group
@@ -407,7 +412,7 @@ def add_own_flags(command, name: str) -> None:
         each = ("--each", bool, False, "a prompt per file, in OUT/TASK")
         text = "step of the task embedding; 0: none (paper: 10,000)"
         step = ("--keep-at", natural, 100, text)
-        length = ("--seq-len", count, 64, "tokens in a window of running text")
+        length = ("--seq-len", cli.number_type(int, 2), 64, "tokens in a window of running text")
         cli.add_flags(command, "source", each, limit, step, length)
     if name == "continue":
         command.add_argument(

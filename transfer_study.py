@@ -10,9 +10,9 @@ study.py makes all of them, in runs/transfer, the most important first.
     python reproduce.py transfer --data FOLDER --model HuggingFaceTB/SmolLM2-135M
 
 The last command does it with tasks that are given. FOLDER holds a file TASK-train.jsonl of each. A
-task with a TASK-test.jsonl is a target, the others are sources. Of a source 2,000 lines are used,
-of a target --examples and --count, drawn at random. Prompts are deep, too, with the default rate of
-the LM, which --flags may change.
+task with a TASK-test.jsonl is a target, the others are sources. It trains on 2,000 random lines of
+a source and on --examples of a target, and tests on --count. These prompts are deep, too. Their
+rate is the default of the LM, unless --flags names another.
 
 Several processes can share the work: start the second command once for each core, each time with
 OMP_NUM_THREADS=1. On a GPU, add --flags="--dtype float32". Rows of the larger LM need it in
@@ -81,7 +81,7 @@ TUNE = "train.py --method fine_tuning --lr 1e-3 --batch-size 16 --eval-every 100
 LARGER = "--model {pretrained}/lm2"
 
 
-def files(target: str) -> str:
+def file_flags(target: str) -> str:
     """The flags with a target's files."""
     return f"--train {{few}}/{target}-train.jsonl --test {{few}}/{target}-test.jsonl"
 
@@ -92,9 +92,9 @@ def groups(sources=SOURCES, targets=TARGETS, continued=promptability_study.GROUP
         "sources": [
             Row(f"source-{s}", f"{SOURCE} --train {{suite}}/{s}-train.jsonl", 3) for s in sources
         ],
-        "targets": [Row(f"scratch-to-{t}", f"{TARGET} {files(t)}", 3) for t in targets],
+        "targets": [Row(f"scratch-to-{t}", f"{TARGET} {file_flags(t)}", 3) for t in targets],
         "pairs": [
-            Row(f"{s}-to-{t}", f"{TARGET} {files(t)} --init {{out}}/source-{s}-0")
+            Row(f"{s}-to-{t}", f"{TARGET} {file_flags(t)} --init {{out}}/source-{s}-0")
             for s in sources
             for t in targets
         ],
@@ -103,7 +103,7 @@ def groups(sources=SOURCES, targets=TARGETS, continued=promptability_study.GROUP
             Row("text", f"{SOURCE} --train {{suite}}/documents.jsonl"),
         ],
         "generic transfer": [
-            Row(f"{name}-to-{t}", f"{TARGET} {files(t)} --init {{out}}/{name}-{{seed}}", seeds)
+            Row(f"{name}-to-{t}", f"{TARGET} {file_flags(t)} --init {{out}}/{name}-{{seed}}", seeds)
             for name, seeds in (("mixture", 3), ("text", 1))
             for t in targets
         ],
@@ -166,7 +166,7 @@ def targeted_transfer(sources: list[str], targets: list[str]) -> list[Row]:
     for t in targets:
         for name in transfer_tables.TARGETED:
             init = f"--init {{out}}/{name}-for-{t}-0/out"
-            rows.append(Row(f"{name}-to-{t}", f"{TARGET} {files(t)} {init}"))
+            rows.append(Row(f"{name}-to-{t}", f"{TARGET} {file_flags(t)} {init}"))
     return rows
 
 
@@ -176,9 +176,9 @@ def baselines(targets: list[str], end: str, model: str) -> list[Row]:
     rows = [Row(f"multitask{end}", f"{TUNE} {{source_steps}} --train {{suite}} {model}")]
     for t in targets:
         rows += [
-            Row(f"longer{end}-to-{t}", f"{DEEP} {STEPS} {{both_steps}} {files(t)} {model}"),
-            Row(f"tuned{end}-to-{t}", f"{TUNE} {{target_steps}} {files(t)} {model}"),
-            Row(f"multitask{end}-to-{t}", f"{TUNE} {{target_steps}} {files(t)} {start}"),
+            Row(f"longer{end}-to-{t}", f"{DEEP} {STEPS} {{both_steps}} {file_flags(t)} {model}"),
+            Row(f"tuned{end}-to-{t}", f"{TUNE} {{target_steps}} {file_flags(t)} {model}"),
+            Row(f"multitask{end}-to-{t}", f"{TUNE} {{target_steps}} {file_flags(t)} {start}"),
         ]
     return rows
 
@@ -188,8 +188,8 @@ def shallow(targets: list[str]) -> list[Row]:
     start, init = f"{SHALLOW} {STEPS} {{target_steps}}", "--init {out}/mixture-shallow-0"
     rows = [Row("mixture-shallow", MIXTURE.replace(DEEP, SHALLOW))]
     for t in targets:
-        rows.append(Row(f"scratch-shallow-to-{t}", f"{start} {files(t)}"))
-        rows.append(Row(f"mixture-shallow-to-{t}", f"{start} {files(t)} {init}"))
+        rows.append(Row(f"scratch-shallow-to-{t}", f"{start} {file_flags(t)}"))
+        rows.append(Row(f"mixture-shallow-to-{t}", f"{start} {file_flags(t)} {init}"))
     return rows
 
 
@@ -197,8 +197,8 @@ def larger(targets: list[str]) -> list[Row]:
     """The rows of figure 1 on the larger LM."""
     rows, init = [Row("mixture-larger", f"{MIXTURE} {LARGER}")], "--init {out}/mixture-larger-0"
     for t in targets:
-        rows.append(Row(f"scratch-larger-to-{t}", f"{TARGET} {files(t)} {LARGER}"))
-        rows.append(Row(f"mixture-larger-to-{t}", f"{TARGET} {files(t)} {LARGER} {init}"))
+        rows.append(Row(f"scratch-larger-to-{t}", f"{TARGET} {file_flags(t)} {LARGER}"))
+        rows.append(Row(f"mixture-larger-to-{t}", f"{TARGET} {file_flags(t)} {LARGER} {init}"))
     return rows + baselines(targets, "-larger", LARGER)
 
 

@@ -176,10 +176,10 @@ def similarities(study: Study, tasks: list[str]) -> tuple[dict, dict]:
     return matrices(None), matrices(1)
 
 
-def show_search(study: Study, scores: dict, near: dict, tasks: list[str]) -> dict:
+def show_search(study: Study, scores: dict, toward: dict, tasks: list[str]) -> dict:
     """Print what a search of the k nearest sources keeps, and how similarity predicts transfer.
 
-    scores: see `pair_scores`. near: {kind: (tasks, tasks)}, rows with the embeddings of targets.
+    scores: see `pair_scores`. toward: {kind: (tasks, tasks)}, rows with the embeddings of targets.
     """
     targets, sources = list(scores), list(next(iter(scores.values())))
     n, scratch = len(sources), method_scores(study, "scratch")
@@ -190,7 +190,7 @@ def show_search(study: Study, scores: dict, near: dict, tasks: list[str]) -> dic
     rows = [[s, *(f"{100 * gain:+.1f}" for gain in row)] for s, row in zip(sources, gains)]
     names = map(suite.starred, targets)
     show_table("score minus that from scratch, in points", ["source", *names], rows)
-    rankings, correlation = show_similarities(means, near, tasks, sources)
+    rankings, correlation = show_similarities(means, toward, tasks, sources)
     if len(targets) > 1:
         rankings["others' scores"] = {
             t: ranked(sources, np.mean([means[u] for u in targets if u != t], 0)) for t in targets
@@ -230,7 +230,7 @@ def show_search(study: Study, scores: dict, near: dict, tasks: list[str]) -> dic
     return {"baseline": base, "search": search, "seeds": row, "correlation": correlation}
 
 
-def show_similarities(means: dict, near: dict, tasks: list[str], sources: list[str]) -> tuple:
+def show_similarities(means: dict, toward: dict, tasks: list[str], sources: list[str]) -> tuple:
     """Print the similarities of sources and targets, and how they predict the score.
 
     means: {target: score of each source}. Returns {kind: {target: ranked sources}} and {kind:
@@ -238,7 +238,7 @@ def show_similarities(means: dict, near: dict, tasks: list[str], sources: list[s
     """
     rankings, correlation, lines, targets = {}, {}, [], list(means)
     names = [*map(suite.starred, targets)]
-    for kind, matrix in near.items():
+    for kind, matrix in toward.items():
         values = {t: [matrix[tasks.index(t), tasks.index(s)] for s in sources] for t in targets}
         rows = [[s, *(f"{values[t][i]:+.3f}" for t in targets)] for i, s in enumerate(sources)]
         show_table(f"similarity, {kind}", ["source", *names], rows)
@@ -296,10 +296,10 @@ def mean_correlation(x: list[list[float]], y: list[list[float]]) -> tuple[float,
     return r(order), transfer.permutation_test(lambda o: abs(r(o)), order, 2000)[1]
 
 
-def show_nearest(study: Study, scores: dict, near: dict, tasks: list[str]) -> list[dict]:
+def show_nearest(study: Study, scores: dict, toward: dict, tasks: list[str]) -> list[dict]:
     """Print whether the most similar source is a better start than none, and than a random one.
 
-    scores, near: see `show_search`. A random source scores the mean of all of them, the nearest
+    scores, toward: see `show_search`. A random source scores the mean of all of them, the nearest
     included. All test examples count alike, whatever their target. A pair is one training, and the
     interval does not know how trainings differ.
     """
@@ -309,7 +309,7 @@ def show_nearest(study: Study, scores: dict, near: dict, tasks: list[str]) -> li
         "from scratch": np.concatenate([scratch[t] for t in scores], 1),
         "a random source": np.concatenate(means)[None],
     }
-    for kind, matrix in near.items():
+    for kind, matrix in toward.items():
         found = []
         for target, by_source in scores.items():
             to = matrix[tasks.index(target)]

@@ -67,11 +67,11 @@ def verify(folder: str | Path) -> dict[str, str]:
     for name, how in differs.items():
         show(f"{folder}/{name}: {how}", result=True)
     where = f" ({'; '.join(other)})" if other else ""
-    equal = "the answers are equal, and numbers to 0.1 %" if other else "no bit differs"
-    if differs and other:
-        show(f"{folder}: trained and answered again{where}: numbers were compared to 0.1 %")
     if not differs:
+        equal = "the answers are equal, and numbers to 0.1 %" if other else "no bit differs"
         show(f"{folder}: trained and answered again{where}: {equal}", result=True)
+    elif other:
+        show(f"{folder}: trained and answered again{where}: numbers were compared to 0.1 %")
     return differs
 
 

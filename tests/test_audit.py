@@ -152,7 +152,7 @@ def test_a_question_takes_all_passes_if_the_first_is_not_sure(stack, shots):
     rest = (6, None, ["w7", "", "", ""])  # new tokens, options, stops
     alone = predict(lm, tokenizer, QUESTIONS, stack.prefix_of(0, prefix), *rest)
     whole = predict(stack, tokenizer, QUESTIONS, prefix, *rest)
-    pairs = recurse.first_pass(stack, tokenizer, QUESTIONS, prefix, *rest)
+    pairs = recurse.predict_first_pass(stack, tokenizer, QUESTIONS, prefix, *rest)
     assert [a for a, _ in pairs] == alone != whole
     logprobs = [logprob for _, logprob in pairs]
     answer = tokenizer.encode(pairs[3][0]).ids
@@ -191,7 +191,7 @@ def test_ask_and_score_take_the_threshold(place):
     stack, prefix, tokenizer, _ = load_run(place / "neural")
     ids, options, prefix = prepare(stack, tokenizer, data.read(file), prefix, 4)
     stops = ["\n"] * 5
-    pairs = recurse.first_pass(stack, tokenizer, ids, prefix, 4, options, stops)
+    pairs = recurse.predict_first_pass(stack, tokenizer, ids, prefix, 4, options, stops)
     middle = sorted(logprob for _, logprob in pairs)[2]
     names = [e.input[3:-4] for e in data.read(file)]
     answers = metrics.main(["ask", *flags, f"--threshold={middle}", *names])
@@ -254,7 +254,7 @@ def test_passes_of_a_run_with_filler(place, tmp_path):
     model, prefix, tokenizer, _ = load_run(folder)
     ids, options, prefix = prepare(model, tokenizer, data.read(place / "dev.jsonl"), prefix, 4)
     rest = (prefix, 4, options, ["\n"] * 5)
-    answers = [a for a, _ in recurse.first_pass(model, tokenizer, ids, *rest)]
+    answers = [a for a, _ in recurse.predict_first_pass(model, tokenizer, ids, *rest)]
     lengths = [len(data.encode_prompts(tokenizer, [f" {text}"])[0]) for text in answers]
     costs = [audit.operations(model.lm, len(row), A) for row, A in zip(ids, lengths)]
     assert math.isclose(result["curve"][0]["operations"], np.mean(costs))

@@ -130,6 +130,13 @@ def test_labelled_texts_become_examples_of_a_prompted_task(tmp_path):
         convert.prompted(asked, "{q}", "answer", "0={choices[8]} | 1={choices[9]}")
     with pytest.raises(ValueError, match="reviews.jsonl:3: label is -1, which --choices has no"):
         convert.prompted(reviews, "{text}", "label", "1=a|0=b")
+    with pytest.raises(ValueError, match="asked.jsonl:2: a list is too short for --template"):
+        convert.prompted(asked, "{choices[2]}", "q")
+    (tmp_path / "p3.jsonl").write_text(
+        '{"inputs_pretokenized": "a", "targets_pretokenized": "b"}\n'
+    )
+    pretokenized = "{inputs_pretokenized}", "targets_pretokenized"
+    assert convert.prompted(tmp_path / "p3.jsonl", *pretokenized) == [{"input": "a", "target": "b"}]
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="empty.jsonl: holds no examples"):
         convert.prompted(str(tmp_path / "empty.jsonl"), "{q}", "q")

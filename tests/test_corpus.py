@@ -46,7 +46,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path, text, monkeypatch, size, 
     def encode(texts):
         return [SimpleNamespace(ids=[0, size - 1]) for _ in texts]
 
-    tokenizer = SimpleNamespace(get_vocab_size=lambda: size, encode_batch_fast=encode)
+    tokenizer = SimpleNamespace(get_vocab=lambda: {"x": size - 1}, encode_batch_fast=encode)
     monkeypatch.setattr(corpus, "hash_tokenizer", lambda _: "")
     stored = token_file(text, tokenizer, None, tmp_path / "tokens")
     assert stored.tokens.dtype == dtype and stored.tokens.tolist() == [0, size - 1] * len(TEXTS)

@@ -11,6 +11,7 @@ import pytest
 
 import data
 import eval as evaluation  # not the built-in function
+from checkpoints import write_lines
 from eval import (
     average_relative_gain,
     compare,
@@ -370,6 +371,9 @@ def test_compare_prints_the_table_of_the_docstring(tmp_path, capsys):
 def test_one_task_is_not_listed_twice(tmp_path):
     run = write_run(tmp_path / "a", score([example("0")], ["Paris"]))
     assert [row["task"] for row in compare(run, run, iters=10)] == [None, None]
+    write_lines(tmp_path / "predictions.jsonl", [{"task": "", "id": "7", "input": "q", "em": 1.0}])
+    with pytest.raises(ValueError, match="the prediction of '7' has no answers"):
+        compare(run, tmp_path)
 
 
 def test_a_question_is_one_also_with_spaces_behind_it():

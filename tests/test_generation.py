@@ -354,6 +354,17 @@ def test_batches_keep_a_budget_of_tokens_options_included(
     assert {rows for rows, _ in seen} == {1}
 
 
+def test_a_batch_is_as_wide_as_its_longest_parts(make_lm, tokenizer, monkeypatch):
+    """Long prefixes before short questions, and none before long ones, as wide in sum."""
+    lm = make_lm()
+    ids, prefix = [[5] * 2, [6] * 22] * 3, [lm.read(vectors(lm, 20)), None] * 3
+    for options in (None, [[[7]], [[8] * 9]] * 3):
+        seen = rows_and_positions(lm, monkeypatch)
+        predict(lm, tokenizer, ids, prefix, 4, options, max_tokens=150)
+        assert max(rows * positions for rows, positions in seen) <= 150
+        assert max(rows for rows, _ in seen) > 1
+
+
 def test_options_are_scored_in_parts_alike(lm):
     prefix = lm.read(vectors(lm, 3))
     for max_rows in (1, 2, 3, 100):

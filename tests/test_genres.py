@@ -82,7 +82,7 @@ def test_qa_documents_ask_for_one_fact_and_answer_it(world, documents):
         for question in RELATIONS[world.kind[subject]][relation][1]
     }
     rows = [row for split in SPLITS for row in world.questions(split)]
-    two_hop = {genres.question_line(row["question"]) for row in rows if row["hops"] == 2}
+    two_hop = {data.question_text(row["question"]) for row in rows if row["hops"] == 2}
     for document in documents:
         if document["genre"] == "qa":
             assert document["text"] in known
@@ -187,8 +187,8 @@ def test_claims_are_right_when_their_passage_says_so(world):
 
 def test_questions_are_written_as_the_methods_ask_them():
     asked = data.question_text("Who taught Anna Teller ?")
-    assert genres.question_line("Who taught Anna Teller ?") == asked
-    assert genres.question_line("Who taught Anna Teller?", "Max Low") == f"{asked} Max Low"
+    assert genres.question_line("Who taught Anna Teller ?", "Max Low") == f"{asked} Max Low"
+    assert genres.question_line("Who taught Anna Teller", "Max Low") == f"{asked} Max Low"
 
 
 def test_records_agree_with_their_sentences_and_with_the_facts(world, cast):

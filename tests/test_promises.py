@@ -27,7 +27,7 @@ TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["train", "audit", "prompt_audit"], 9),
     **dict.fromkeys(["pretrain", "promptability", "plan"], 10),
     **dict.fromkeys(["bench_attention", "bench_retrieval"], 10),
-    **dict.fromkeys(["bench_train", "bench_generate"], 10),
+    **dict.fromkeys(["bench_train", "bench_generate", "bench_processes"], 10),
     **dict.fromkeys(["bench", "transfer", "promptability_study"], 11),
     **dict.fromkeys(["recursion_study", "reader_study", "prompt_study", "transfer_tables"], 12),
     "transfer_study": 13,
@@ -37,7 +37,7 @@ FILES = sorted(ROOT.glob("*.py"))
 TREES = {path.stem: ast.parse(path.read_text()) for path in FILES}
 CORE = {"torch", "numpy", "tokenizers", "safetensors"}
 DEVELOPMENT = {"contest": {"transformers"}, "attention": {"triton"}}  # not required
-DEVELOPMENT |= {"bench_train": {"peft", "transformers"}, "bench_generate": {"transformers"}}
+DEVELOPMENT |= {"bench_train": {"peft", "transformers"}, "bench_processes": {"transformers"}}
 DEVELOPMENT["bench_retrieval"] = {"bm25s", "rank_bm25", "sentence_transformers"}
 README = (ROOT / "README.md").read_text()
 each_file = pytest.mark.parametrize("name", TREES)

@@ -110,7 +110,7 @@ def adapted(toy, parts):
 
 
 def thirds(batch):
-    return [pt.select(batch, range(i, i + 3)) for i in (0, 3, 6)]
+    return [batch.part(range(i, i + 3)) for i in (0, 3, 6)]
 
 
 def test_fomaml_is_the_gradient_after_the_prompt_has_adapted():
@@ -138,7 +138,7 @@ def test_reptile_is_the_way_from_the_start_to_the_end():
 def test_the_same_support_is_the_first_half_of_the_batch():
     toy, batch = Toy(), batch_of(8, 1)
     found, _ = gradients(toy, fomaml, [batch], inner_steps=3, support="same")
-    support, query = pt.select(batch, range(4)), pt.select(batch, range(4, 8))
+    support, query = batch.part(range(4)), batch.part(range(4, 8))
     phi, _ = adapted(toy, [support] * 3)
     for g, part in zip(found, toy.slope(query, phi)):
         torch.testing.assert_close(g, part)

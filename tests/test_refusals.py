@@ -133,6 +133,7 @@ LM --train little.jsonl --dev ''                        | one document | --dev
 LM --train latin.txt                                    | latin.txt:1: not UTF-8 text
 LM --train blank.txt                                    | blank.txt: holds no text
 BERT --seq-len 31                                       | --seq-len 31 | can read
+BERT --seq-len 1                                        | --seq-len
 CONNECTOR --seq-len 97                                  | --seq-len 97 | can read
 CONNECTOR --composition magic                           | magic
 CONNECTOR --composition lm_connector --passes 3         | --passes 3 | neural_recursion

@@ -239,7 +239,7 @@ def test_the_threshold_is_the_best_one_on_dev(monkeypatch):
     for name, function in patch.items():
         monkeypatch.setattr(recursion_study, name, function)
     monkeypatch.setattr(recursion_study.audit, "arguments", lambda loaded, examples: ())
-    monkeypatch.setattr(recursion_study.recurse, "first_pass", lambda *rest: first)
+    monkeypatch.setattr(recursion_study.recurse, "predict_first_pass", lambda *rest: first)
     threshold = recursion_study.best_threshold("run", examples)
     assert [c < threshold for c in sure] == [False, False, False, True, True, True]
 

@@ -1,6 +1,5 @@
 """Textual recursion: candidates, how they are merged and read back, and its stages."""
 
-import json
 import math
 
 import pytest
@@ -39,7 +38,7 @@ def test_candidates_are_ordered_by_the_models_own_probability(make_lm):
         assert sum(c.count for c in row) <= 40 and len({c.text for c in row}) == len(row) > 1
         assert [c.logprob for c in row] == sorted((c.logprob for c in row), reverse=True)
         for c in row[:3]:
-            answer = json.loads(c.text)
+            answer = list(map(int, c.text.split()))
             answer += [] if len(answer) == 16 else [2]
             expected = naive_score(lm, ids, answer, prompt)
             assert math.isclose(c.logprob, expected, abs_tol=1e-3)
@@ -149,7 +148,7 @@ def test_samples_are_drawn_at_temperature_1(make_lm):
     probabilities = lm.logits(lm(lm.embed(torch.tensor([ids]))))[0, -1].softmax(-1)
     for c in row:
         if c.count > 100:
-            (token,) = json.loads(c.text)
+            token = int(c.text)
             p = probabilities[token].item()
             assert abs(c.count / 4000 - p) < 4 * math.sqrt(p * (1 - p) / 4000)
             assert math.isclose(c.logprob, math.log(p), abs_tol=1e-4)
@@ -339,6 +338,24 @@ def test_without_cross_fitting_and_with_two_rounds(place, tmp_path):
     assert folders == {"p1", "p2", "candidates"} and len(record["candidates"]) == 2
     answers = [row["prediction"] for row in read_predictions(tmp_path / "run")]
     ask = ["ask", "--run", str(tmp_path / "run"), "--max-new-tokens", "4"]
+    assert metrics.main([*ask, *(f"where was {n} born" for n, _ in HOMES[:5])]) == answers
+
+
+def test_candidates_leave_what_the_context_of_a_run_leaves(place, tmp_path, monkeypatch):
+    """--context bounds the questions with their candidates, in training and when asked later."""
+    longest, tokenize = [], data.tokenize
+
+    def counted(*args, **more):
+        rows = tokenize(*args, **more)
+        longest.append(max((len(row.input) for row in rows), default=0))
+        return rows
+
+    monkeypatch.setattr(data, "tokenize", counted)
+    flags = f"{FLAGS} --no-cross-fit --candidates 8 --max-new-tokens 4 --prompt-length 2"
+    record = run(command(place, "textual_recursion", tmp_path / "run", f"{flags} --context 30"))
+    assert record["candidates"][0]["dev"]["left_out"] > 0 and max(longest) <= 28
+    ask = ["ask", "--run", str(tmp_path / "run"), "--max-new-tokens", "4"]
+    answers = [row["prediction"] for row in read_predictions(tmp_path / "run")]
     assert metrics.main([*ask, *(f"where was {n} born" for n, _ in HOMES[:5])]) == answers
 
 
