@@ -13,8 +13,8 @@
                                         attention.py beside PyTorch's attention, shape by shape
     python bench.py retrieval           BM25 and re-ranking beside bm25s and sentence-transformers
 
-bench_train.py and bench_generate.py describe the workloads, contest.py the columns: "by operations"
-is its operations_ratio, and "of rate" its share.
+bench_train.py, bench_generate.py and bench_processes.py describe the workloads, contest.py the
+columns: "by operations" is its operations_ratio, and "of rate" its share.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import torch
 
 import bench_attention
 import bench_generate
+import bench_processes
 import bench_retrieval
 import bench_train
 import cli
@@ -35,7 +36,7 @@ import plan
 import start
 from contest import Contest, Setting, measure
 
-WORKLOADS = bench_train.WORKLOADS | bench_generate.WORKLOADS
+WORKLOADS = bench_train.WORKLOADS | bench_generate.WORKLOADS | bench_processes.WORKLOADS
 COMMANDS = {"plan": plan, "attention": bench_attention, "retrieval": bench_retrieval}
 COLUMNS = ["workload", "ours", "peer", "ratio", "by operations", "floor", "of rate", "tokens/s"]
 COLUMNS += ["peer's", "memory", "peer's memory", "notes"]

@@ -1,4 +1,4 @@
-"""Workloads of bench.py that use an LM: generation, loading, and the start of a program.
+"""The workload of bench.py that decodes, against transformers' generate.
 
 generation  16 samples of 16 new tokens for each of 32 questions of 24 tokens, and greedy
             continuations of 32, 8 and 1 questions, against transformers' generate. Samples share
@@ -7,34 +7,21 @@ generation  16 samples of 16 new tokens for each of 32 questions of 24 tokens, a
             gets them as embeddings, padded on the left. Then a neural recursion, which no peer
             generates with: transformers reads with its LM twice. On a GPU also without the graph of
             replay.py.
-loading     `LM.from_pretrained` and a first token against transformers, on a checkpoint of 1.1 GB,
-            each time in a fresh process: seconds, and the peak of the memory beyond that of Python
-            and the libraries, divided by the size of the weights.
-startup     `train.py --help` against the import of transformers and PEFT
 """
 
-import json
-import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import contest
 import generate
-from contest import Contest, Setting, decoding, llama
+from contest import Contest, Setting, decoding, llama, peer_step
 from model import LM
 from recurse import Stack, new_connector
 from runs import ASSETS
 
 LLAMA_100M = llama(32_000, 768, 12, 12, 1792, max_len=1024)
-LLAMA_1GB = llama(32_000, 1024, 16, 16, 2816, max_len=1024, tied=False)
 
 # Generation
 
@@ -66,22 +53,6 @@ def generation(setting: Setting) -> Iterator[Contest]:
                 peers["ours, without a graph"] = without_graph(ours)
             same = how in ("greedy", "mixed prompts")  # not samples, nor the LM without Connector
             yield Contest(setting, title, lm, ours, peers, rows * new, rows, same)
-
-
-def peer_step(peer, ids: Tensor, new: int, n: int = 1, **inputs: Tensor) -> Callable:
-    """`decoding` by transformers. Neither stops at an eos or narrows what it samples from."""
-    options = {"do_sample": False}
-    if n > 1:
-        options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
-        options["num_return_sequences"] = n
-    options |= {"max_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}
-    inputs = inputs or {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-    @torch.no_grad()
-    def step() -> list[list[int]]:
-        return peer.generate(**inputs, **options)[:, -new:].tolist()
-
-    return step
 
 
 def without_graph(step: Callable) -> Callable:
@@ -131,82 +102,4 @@ def mixed_steps(lm: LM, peer, ids: Tensor, new: int, prompts: list[Tensor]):
     return ours, peer_step(peer, ids, new, inputs_embeds=x, attention_mask=mask)
 
 
-# Loading
-
-
-def loading(setting: Setting) -> Iterator[dict]:
-    """A checkpoint stored in float32, and one stored in bf16."""
-    with tempfile.TemporaryDirectory() as folder:
-        lm = LM(contest.TINY if setting.tiny else LLAMA_1GB)
-        size = 4 * sum(p.numel() for p in lm.parameters())
-        whos = ("ours", "peer") if find_spec("transformers") else ("ours",)
-        for dtype in (torch.float32, torch.bfloat16):
-            path = Path(folder) / str(dtype)
-            lm.save(path, dtype)
-            rounds = [
-                {who: alone(who, path, setting.device) for who in whos}
-                for _ in range(setting.runs + 1)
-            ][1:]  # the first fills the page cache
-            stored = str(dtype).removeprefix("torch.")
-            row = {"workload": f"load {size / 1e9:.2f} GB stored in {stored}, and a first token"}
-            row |= row_of(rounds, "transformers")
-            for who in whos:
-                row[f"{who}_peak_over_weights"] = max(r[who]["peak"] for r in rounds) / size
-            yield row
-
-
-def alone(who: str, folder: Path, device: str) -> dict:
-    """Load in a fresh process. Returns {"seconds", "peak"}; peak is in bytes, beyond what the
-    process held before."""
-    code = f"import bench_generate; bench_generate.load_alone({who!r}, {str(folder)!r}, {device!r})"
-    return json.loads(contest.in_new_process(code))
-
-
-def load_alone(who: str, folder: str, device: str) -> None:
-    """What `alone` starts: prints its result."""
-    ids = torch.tensor([[1]], device=device)  # a GPU has started before the time is taken
-    if who == "peer":  # so that this import counts neither as time nor as memory
-        import transformers.models.llama.modeling_llama  # noqa: F401
-        from transformers import AutoModelForCausalLM  # noqa: F401
-
-    def step() -> None:
-        if who == "ours":
-            decoding(LM.from_pretrained(folder, device), ids, 1)()
-        else:
-            peer_step(contest.load_peer(folder, device=device), ids, 1)()
-
-    before = contest.memory("VmRSS")
-    contest.reset_peak()
-    seconds = contest.timed(step, device)
-    print(json.dumps({"seconds": seconds, "peak": contest.memory("VmHWM") - before}))
-
-
-def startup(setting: Setting) -> Iterator[dict]:
-    """The seconds until `train.py --help` has ended."""
-    peers = [name for name in ("transformers", "peft") if find_spec(name)]
-    code = {"peft": "import peft", "transformers": "from transformers import AutoModelForCausalLM"}
-    commands = {"ours": [Path(__file__).parent / "train.py", "--help"]}
-    if peers:
-        commands["peer"] = ["-c", "; ".join(code[name] for name in peers)]
-
-    def start(arguments: list) -> float:
-        command = [sys.executable, *arguments]
-        return contest.timed(lambda: subprocess.run(command, check=True, capture_output=True))
-
-    rounds = [
-        {who: {"seconds": start(arguments)} for who, arguments in commands.items()}
-        for _ in range(setting.runs + 1)
-    ][1:]
-    yield {"workload": "start of train.py --help"} | row_of(rounds, f"import {' and '.join(peers)}")
-
-
-def row_of(rounds: list[dict], peer: str) -> dict:
-    """The times of rounds of fresh processes, as in the rows of contest.py."""
-    if "peer" not in rounds[0]:
-        ours = [r["ours"]["seconds"] for r in rounds]
-        return {"seconds": statistics.median(ours), "missing": ["transformers"]}
-    pairs = [(r["ours"]["seconds"], r["peer"]["seconds"]) for r in rounds]
-    return {"peer": peer} | contest.compare(pairs)
-
-
-WORKLOADS = {f.__name__: f for f in (generation, loading, startup)}
+WORKLOADS = {"generation": generation}

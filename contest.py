@@ -167,6 +167,22 @@ def decoding(model, ids: torch.Tensor, new: int, n: int = 1, prefix=None) -> Cal
     return step
 
 
+def peer_step(peer, ids: torch.Tensor, new: int, n: int = 1, **inputs: torch.Tensor) -> Callable:
+    """`decoding` by transformers. Neither stops at an eos or narrows what it samples from."""
+    options = {"do_sample": False}
+    if n > 1:
+        options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+        options["num_return_sequences"] = n
+    options |= {"max_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}
+    inputs = inputs or {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    @torch.no_grad()
+    def step() -> list[list[int]]:
+        return peer.generate(**inputs, **options)[:, -new:].tolist()
+
+    return step
+
+
 def difference(ours, theirs) -> dict:
     """How far two losses are apart, or the share of lists of tokens that are identical."""
     if isinstance(ours, float):
@@ -245,10 +261,10 @@ def layer_products(lm: LM, rows: int, dtype: torch.dtype) -> tuple[Callable, int
 
     multiply()
     products = 2 * rows * times * sum(weight.numel() for weight in weights)
-    return replay(multiply) if times > 1 else multiply, products
+    return captured(multiply) if times > 1 else multiply, products
 
 
-def replay(run: Callable) -> Callable:
+def captured(run: Callable) -> Callable:
     """A function that launches the kernels of run() on a GPU again, all of them at once."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bench
-import bench_generate
+import bench_processes
 import contest
 from contest import TINY, Contest, Setting
 from model import LM
@@ -117,10 +117,18 @@ def test_every_contestant_steps_once_in_each_round():
 
 def test_loading_and_the_start_are_measured_in_processes_of_their_own(monkeypatch, capsys):
     alone = {"ours": {"seconds": 1.0, "peak": 6e6}, "peer": {"seconds": 3.0, "peak": 9e6}}
-    monkeypatch.setattr(bench_generate, "alone", lambda who, *_: alone[who])
+    monkeypatch.setattr(bench_processes, "alone", lambda who, *_: alone[who])
     for row in rows_of(capsys, "loading"):
         assert row["ratio"] == 3.0
         assert row["peer_peak_over_weights"] == 1.5 * row["ours_peak_over_weights"]
+
+
+def test_a_training_beside_busy_processes_and_text_are_measured(monkeypatch, capsys):
+    monkeypatch.setattr(bench_processes.os, "cpu_count", lambda: 1)
+    (row,) = rows_of(capsys, "busy")
+    assert row["peer"] == "1 busy processes" and row["seconds"] > 0 and row["peer_seconds"] > 0
+    for row in rows_of(capsys, "text"):
+        assert row["seconds"] > 0 and row["peak"] >= 0
 
 
 def test_a_table_has_a_cell_for_each_column(capsys):
