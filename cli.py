@@ -164,6 +164,7 @@ def add_open_book_flags(parser) -> None:
     whole, pools = number_type(int, 0), ["cls", "mean"]
     rate = "reader: of re-rankers (paper: 1e-5); if not given 2e-3, with --encoder 1e-4"
     twice = "compute each block twice in training, to save memory"
+    order = "reader: the re-ranker's score (paper), or its sum with the search's, weighted on dev"
     add_flags(
         parser,
         "open book: retriever, reranker, reader",
@@ -183,6 +184,7 @@ def add_open_book_flags(parser) -> None:
         ("--tune", ["prompt", "lm"], "prompt", "reader: what learns; lm: the whole LM"),
         ("--shared-encoder", bool, False, "retriever: one BERT for questions and passages"),
         ("--no-rerank", bool, False, "reader: leave the passages in the order of the search"),
+        ("--sort-by", ["reranker", "both"], "reranker", order),
         ("--checkpoint-activations", bool, False, twice),
     )
 

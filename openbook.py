@@ -270,22 +270,29 @@ class Search:
         return self.dense(questions, depth), [self.bm25.search(q, depth) for q in questions]
 
     def choose_weight(self, dev: Sequence[Question]) -> dict:
-        """Choose the factor of BM25's scores by recall@5 on dev, among powers of two times
-        std(dense scores) / std(BM25 scores). (Spider: 1 to 9, by recall@100.)"""
+        """Choose the factor of BM25's scores on dev. (Spider: 1 to 9, by recall@100.)"""
         if not dev:
             raise ValueError("--search hybrid: there are no dev questions to tune its weight on")
-        dense, sparse = self.both([q.question for q in dev], TUNED_AT)
+        both = self.both([q.question for q in dev], TUNED_AT)
+        return choose_weight(dev, [self.passages] * len(dev), *both)
 
-        def deviation(lists: list[Found]) -> float:
-            return float(np.std([score for found in lists for _, score in found]))
 
-        def hits(row: int, found: Found) -> bool:
-            return any(books.answer_hits(with_found(dev[row], self.passages, found[:TUNED_AT])))
+def choose_weight(dev: Sequence[Question], passages: Sequence, firsts, seconds) -> dict:
+    """Choose the factor of the second scores by recall@5 on dev, among powers of two times
+    std(first scores) / std(second scores). passages[i] are those of which either list of question i
+    names rows. Second scores that are all equal get no weight."""
 
-        unit = deviation(dense) / max(deviation(sparse), 1e-9)
-        weights = [unit * 2.0**power for power in (0, -1, 1, -2, 2, -3, 3)]
-        weight, share = tune_weight(dense, sparse, hits, weights)
-        return {"weight": weight, "spread": unit, f"recall@{TUNED_AT} on dev": share}
+    def deviation(lists: list[Found]) -> float:
+        return float(np.std([score for found in lists for _, score in found] or [0.0]))
+
+    def hits(row: int, found: Found) -> bool:
+        return any(books.answer_hits(with_found(dev[row], passages[row], found[:TUNED_AT])))
+
+    spread = deviation(seconds)
+    unit = deviation(firsts) / spread if spread else 0.0
+    weights = [unit * 2.0**power for power in (0, -1, 1, -2, 2, -3, 3)]
+    weight, share = tune_weight(firsts, seconds, hits, weights)
+    return {"weight": weight, "spread": unit, f"recall@{TUNED_AT} on dev": share}
 
 
 def retrieve(args, book: Book, folder: Path) -> Book:
@@ -313,19 +320,27 @@ def cut_found(questions: Sequence[Question], top: int) -> list[Question]:
     return [replace(q, found=q.found[:top], scores=q.scores[:top]) for q in questions]
 
 
-def sort_found(questions: Sequence[Question], scores: Sequence[list[float]]) -> list[Question]:
-    """The questions with their found passages in descending score."""
+def sort_found(questions: Sequence[Question], scores: Sequence, weight=0.0) -> list[Question]:
+    """The questions with their found passages in descending score, which is the given one plus
+    `weight` times that of the search."""
     ranked = []
     for q, values in zip(questions, scores, strict=True):
-        order = np.argsort(-np.array(values), kind="stable").tolist()
-        ranked.append(with_found(q, q.found, [(row, values[row]) for row in order]))
+        total = np.array(values) + weight * np.array(q.scores)
+        order = np.argsort(-total, kind="stable").tolist()
+        ranked.append(with_found(q, q.found, [(row, float(total[row])) for row in order]))
     return ranked
 
 
-def rerank_found(questions: Sequence[Question], encoder: CrossEncoder) -> list[Question]:
-    """The questions with their found passages sorted by the re-ranker."""
+def rerank_found(questions: Sequence[Question], encoder: CrossEncoder, weight=0.0):
+    """The questions with their found passages sorted by the re-ranker, as in `sort_found`."""
     scores = encoder.score_all([q.question for q in questions], [q.found for q in questions])
-    return sort_found(questions, [values.tolist() for values in scores])
+    return sort_found(questions, [values.tolist() for values in scores], weight)
+
+
+def choose_mixture(dev: Sequence[Question], scores: Sequence[list[float]]) -> dict:
+    """Choose the weight of `sort_found` on dev questions, with the scores of a re-ranker."""
+    lists = [(list(enumerate(new)), list(enumerate(q.scores))) for q, new in zip(dev, scores)]
+    return choose_weight(dev, [q.found for q in dev], *zip(*lists))
 
 
 def needs_search(args, book: Book, question: Question) -> bool:

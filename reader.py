@@ -10,6 +10,8 @@ stages lie below the folder of the run, and --resume goes on in the one that was
     scores/a-train            how the re-ranker of half A scores the passages of half B
     scores/a-own              and how it scores those of half A, for comparison
     ranked/SPLIT.jsonl        the passages sorted by these scores
+    mixed/SPLIT.jsonl         the passages sorted by the sum of these scores and the search's, times
+                              the weight in mixed.json, which dev chose; what --sort-by both reads
 
 The run itself is a prompt (or with --tune lm an LM), trained on the questions behind the passages
 that fit the LM's context. A re-ranker sorts the passages of its own training questions better than
@@ -47,6 +49,7 @@ from openbook import (
     Search,
     base_encoder,
     check_reranker,
+    choose_mixture,
     encoder_folder,
     find_dual,
     recalls,
@@ -95,15 +98,26 @@ def rank(args, book: Book, folder: Path, train: Callable) -> tuple[Book, dict]:
         scores, halves, _ = cross_fit(training, train_fn, score_fn, args.seed, key=half_key)
         info["halves"] = "".join(halves)
         info["cross-fitting"] = compare_halves(args, training, scores, halves, score_fn)
-    ranked = {"train": sort_found(training, scores)}
+    scores = {"train": scores}
     for split in ("dev", "test"):
-        ranked[split] = sort_found(questions[split], score_fn("all", questions[split], split))
+        scores[split] = score_fn("all", questions[split], split)
+    weights = {"ranked": 0.0}
+    if questions["dev"]:
+        info["mixture"] = choose_mixture(questions["dev"], scores["dev"])
+        weights["mixed"] = info["mixture"]["weight"]
+    orders = {
+        name: {split: sort_found(questions[split], scores[split], weight) for split in scores}
+        for name, weight in weights.items()
+    }
     if parallel.first():
-        for split, part in ranked.items():
-            write_found(folder / "ranked" / f"{split}.jsonl", part)
+        for name, order in orders.items():
+            for split, part in order.items():
+                write_found(folder / name / f"{split}.jsonl", part)
+        if questions["dev"]:
+            write_json(folder / "mixed.json", info["mixture"])
     info["format"] = str(models["all"].format)
     show(f"re-ranker: {info['format']}")
-    return replace(book, questions=ranked), info
+    return replace(book, questions=orders["mixed" if args.sort_by == "both" else "ranked"]), info
 
 
 def half_key(question: Question) -> str:
@@ -222,7 +236,11 @@ def check(args, book: Book) -> list[str | Path]:
     if not reads:
         return [*encoders, base_encoder(args)]
     if args.no_rerank:
+        if args.sort_by == "both":
+            raise ValueError("--sort-by both: with --no-rerank there is one score")
         return encoders
+    if args.sort_by == "both" and not book.questions["dev"]:
+        raise ValueError("--sort-by both: there are no dev questions to tune its weight on")
     if args.reranker:
         check_reranker(encoder_folder(args.reranker))
     keys = set(map(half_key, book.questions["train"]))
@@ -300,7 +318,7 @@ class Reader(recurse.Around):
     def __init__(self, lm, tokenizer, args: Namespace, folder: Path):
         super().__init__(lm)
         self.tokenizer, self.args, self.folder = tokenizer, args, folder
-        self.search = self.encoder = None
+        self.search, self.encoder, self.weight = None, None, 0.0  # weight: of the search's scores
 
     @classmethod
     def load(cls, folder: Path, lm, tokenizer, record: dict, device: str) -> "Reader":
@@ -325,6 +343,8 @@ class Reader(recurse.Around):
         if not args.no_rerank:
             path = encoder_folder(args.reranker or self.folder / "reranker")
             self.encoder = CrossEncoder.from_pretrained(path, args.device, args.encoder_len)
+            if getattr(args, "sort_by", "reranker") == "both":  # earlier runs have no such flag
+                self.weight = read_json(self.folder / "mixed.json")["weight"]
 
     def retrieved(self, questions: list[Question]) -> list[Question]:
         """The questions with what the search finds."""
@@ -335,7 +355,7 @@ class Reader(recurse.Around):
         """The questions with their passages in the re-ranker's order."""
         if self.encoder is None:
             return questions
-        return rerank_found(questions, self.encoder)
+        return rerank_found(questions, self.encoder, self.weight)
 
     def packed(self, questions: list[Question]) -> list[str]:
         """What the LM reads of the questions."""

@@ -30,7 +30,7 @@ from world import SPLITS
 READER, CLOSED = "train.py --method reader", "train.py --method reader --top 0"
 SEARCH = f"{READER} --retriever {{out}}/retriever-0 --search"
 DENSE, HYBRID = f"{SEARCH} dense", f"{SEARCH} hybrid"
-SEARCHED = {  # runs that search: command
+SEARCHED = {  # runs that search: command. --sort-by reranker is the default
     "bm25-reranked": READER,
     "bm25": f"{READER} --no-rerank",
     "hybrid-reranked": HYBRID,
@@ -39,6 +39,7 @@ SEARCHED = {  # runs that search: command
     "dense": f"{DENSE} --no-rerank",
     "not-cross-fitted": f"{READER} --reranker {{out}}/bm25-reranked-0/reranker",
 }
+MIXED = {f"{kind}-mixed": f"{kind}-reranked" for kind in ("bm25", "dense", "hybrid")}
 PLACES = 5  # show_places has a column for each of the first 5 places
 LARGER, TUNED, SHORT = "--model {pretrained}/lm2", "--tune lm", "--context {short}"
 
@@ -49,14 +50,17 @@ def searched(name: str, seeds: int = 1) -> Row:
 
 
 def ranking(run: str) -> str:
-    """The folder in a run of SEARCHED with what its LM reads, in order."""
-    return "retrieved" if "--no-rerank" in SEARCHED[run] else "ranked"
+    """Where a run of SEARCHED or MIXED has what its LM reads, in order: a run's name, a folder."""
+    if run in MIXED:  # as --sort-by both would read it
+        return f"{MIXED[run]}-0/mixed"
+    return f"{run}-0/" + ("retrieved" if "--no-rerank" in SEARCHED[run] else "ranked")
 
 
 def reads(name: str, run: str, flags: str = "", seeds: int = 1) -> Row:
-    """A row that reads what a run of SEARCHED has retrieved and ranked."""
-    place = f"{{out}}/{run}-0"
-    files = " ".join(f"--{split} {place}/{ranking(run)}/{split}.jsonl" for split in SPLITS)
+    """A row that reads what a run has retrieved and ranked; see `ranking`."""
+    order = ranking(run)
+    place = f"{{out}}/{order.split('/')[0]}"
+    files = " ".join(f"--{split} {{out}}/{order}/{split}.jsonl" for split in SPLITS)
     command = f"{READER} --no-rerank --passages {place}/passages.jsonl {files} {flags}"
     return Row(name, command, seeds)
 
@@ -70,6 +74,12 @@ GROUPS = {
         searched("dense-reranked"),
         searched("hybrid"),
         searched("dense"),
+    ],
+    "the scores of re-ranker and search, added": [
+        reads("bm25-mixed", "bm25-mixed", seeds=3),
+        reads("hybrid-mixed", "hybrid-mixed"),
+        reads("dense-mixed", "dense-mixed"),
+        reads("short-bm25-mixed", "bm25-mixed", SHORT, 3),
     ],
     "without cross-fitting": [searched("not-cross-fitted", 3)],
     "half the context": [
@@ -93,6 +103,11 @@ ORDERINGS = [  # the claim is that the first row has the higher EM
     ("BM25: re-ranked > as found", "bm25-reranked", "bm25"),
     ("dense: re-ranked > as found", "dense-reranked", "dense"),
     ("hybrid: re-ranked > as found", "hybrid-reranked", "hybrid"),
+    ("BM25: both scores > as found", "bm25-mixed", "bm25"),
+    ("BM25: both scores > re-ranker's alone", "bm25-mixed", "bm25-reranked"),
+    ("dense: both scores > as found", "dense-mixed", "dense"),
+    ("hybrid: both scores > as found", "hybrid-mixed", "hybrid"),
+    ("half the context: both scores > as found", "short-bm25-mixed", "short-bm25"),
     ("hybrid > BM25", "hybrid", "bm25"),
     ("hybrid > BM25, both re-ranked", "hybrid-reranked", "bm25-reranked"),
     ("cross-fitted > not", "bm25-reranked", "not-cross-fitted"),
@@ -158,7 +173,7 @@ def report(study: Study) -> dict:
 def show_search(study: Study) -> dict:
     """Print how often the first 1, 5, 20 ... passages hold an answer, as found or re-ranked."""
     results, table = {}, []
-    for name in SEARCHED:
+    for name in (*SEARCHED, *MIXED):
         for job in study.finished(name)[:1]:
             found = job.record()["passages"]
             results[name] = {split: found[split] for split in ("dev", "test")}
@@ -215,8 +230,8 @@ def show_reranker(study: Study) -> dict:
 
 
 def ranked_test(name: str, job: Job) -> list[dict]:
-    """The test questions of a run of SEARCHED, each with its passages as the LM gets them."""
-    path = job.folder / ranking(name) / "test.jsonl"
+    """The test questions of a run, each with its passages as the LM gets them."""
+    path = job.folder.parent / ranking(name) / "test.jsonl"
     return [record for _, record in json_lines(path)]
 
 
@@ -227,7 +242,7 @@ def show_places(study: Study) -> dict:
     and the LM reads what fits of the ranking.)
     """
     results, table = {}, []
-    for name in ("bm25", "bm25-reranked"):
+    for name in ("bm25", "bm25-reranked", "bm25-mixed"):
         for job in study.finished(name)[:1]:
             places = {}
             for record in ranked_test(name, job):
@@ -255,10 +270,10 @@ def show_titles(study: Study) -> dict:
     about other people alone.
     """
     results, table = {}, []
-    for name in SEARCHED:
+    for name in (*SEARCHED, *MIXED):
         for job in study.finished(name)[:1]:
-            book = json_lines(job.folder / "passages.jsonl")
-            passages = {record["id"]: record for _, record in book}
+            folder = job.folder.parent / ranking(name).split("/")[0]
+            passages = {p["id"]: p for _, p in json_lines(folder / "passages.jsonl")}
             answers = {row["id"]: row for row in read_predictions(job.folder)}
             own, first, wrong, others = [], [], 0, 0
             for record in ranked_test(name, job):

@@ -2,6 +2,7 @@
 matrix rate and memory are what they are called."""
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import bench
 import bench_processes
 import contest
+import train
 from contest import TINY, Contest, Setting
 from model import LM
 
@@ -124,9 +126,23 @@ def test_loading_and_the_start_are_measured_in_processes_of_their_own(monkeypatc
 
 
 def test_a_training_beside_busy_processes_and_text_are_measured(monkeypatch, capsys):
-    monkeypatch.setattr(bench_processes.os, "cpu_count", lambda: 1)
+    original, others = subprocess.Popen, []
+
+    def popen(command):
+        others.append(original(command))
+        return others[-1]
+
+    def start(arguments):
+        assert train.parse(list(map(str, arguments[1:]))).steps == 2
+        return 1.0 + sum(other.poll() is None for other in others)
+
+    monkeypatch.setattr(bench_processes.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(bench_processes.subprocess, "Popen", popen)
+    monkeypatch.setattr(bench_processes, "start", start)
     (row,) = rows_of(capsys, "busy")
-    assert row["peer"] == "1 busy processes" and row["seconds"] > 0 and row["peer_seconds"] > 0
+    assert (row["peer"], row["seconds"], row["peer_seconds"]) == ("2 busy processes", 1.0, 3.0)
+    assert len(others) == 4 and all(other.poll() is not None for other in others)
+    monkeypatch.undo()
     for row in rows_of(capsys, "text"):
         assert row["seconds"] > 0 and row["peak"] >= 0
 

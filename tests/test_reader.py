@@ -31,6 +31,7 @@ import openbook
 import passages as books
 import reader
 import train
+from checkpoints import read_json
 from fit import target_loss
 from generate import predict
 from passages import Passage, read_questions
@@ -173,9 +174,50 @@ def test_the_record_compares_a_re_ranker_on_its_own_half_and_on_the_other(shelf,
     assert compared["own half"]["gold"]["1"] == 1.0 and compared["held-out half"]["gold"]["1"] == 0
     assert openbook.recalls(ranked.questions["train"])["gold"]["1"] == 0  # what the prompt reads
     assert openbook.recalls(ranked.questions["dev"])["gold"]["1"] == 1.0  # the re-ranker of all
+    assert read_json(tmp_path / "mixed.json") == info["mixture"]
     args.no_cross_fit = True
     ranked, info = reader.rank(args, book, tmp_path / "b", lambda name, known: ByHeart(known))
     assert openbook.recalls(ranked.questions["train"])["gold"]["1"] == 1.0 and "halves" not in info
+
+
+@pytest.mark.parametrize("search", [1.0, 0.0])
+def test_scores_of_search_and_re_ranker_are_added(shelf, make_lm, tmp_path, search):
+    """The search knows the person, the re-ranker the kind of fact. With a weight that dev chose,
+    both find the passage, also for a new question. Without scores of a search one is alone."""
+    names = ["Anna", "Boris", "Clara"]
+    book = [Passage(n, f"{n} {fact}", f"{n}{i}") for n in names for i, fact in enumerate("xy")]
+    asked = books.Question("where was Boris born", ["Boris x"], [book[2]], found=book)
+    asked = books.replace(asked, scores=[search * (p.title == "Boris") for p in book])
+
+    class Kind:
+        format = "kind"
+
+        def score_all(self, asked, lists):
+            return [torch.tensor([4.0 * p.text.endswith("x") for p in ps]) for ps in lists]
+
+    args = train.parse(line(shelf, "reader", tmp_path, "--no-cross-fit --sort-by both")[1:])
+    parts = dict.fromkeys(("train", "dev", "test"), [asked])
+    ranked, info = reader.rank(args, openbook.Book(book, parts), tmp_path, lambda *_: Kind())
+    first = "Boris x" if search else "Anna x"
+    assert {q.found[0].text for part in ranked.questions.values() for q in part} == {first}
+    alone, mixed = (
+        read_questions(tmp_path / name / "test.jsonl", book)[0] for name in ("ranked", "mixed")
+    )
+    assert alone.found[0].text == "Anna x" and mixed.found == ranked.questions["test"][0].found
+    chain = reader.Reader(make_lm(), None, args, tmp_path)
+    chain.encoder, chain.weight = Kind(), info["mixture"]["weight"]
+    assert chain.ranked([asked])[0].found == mixed.found and (chain.weight > 0) == bool(search)
+
+
+def test_a_reader_of_both_scores_answers_as_it_did(shelf, tmp_path):
+    folder = tmp_path / "run"
+    record = run(line(shelf, "reader", folder, "--sort-by both"))
+    mixed = read_questions(folder / "mixed" / "dev.jsonl", BOOK)
+    assert openbook.recalls(mixed) == record["passages"]["dev"]["re-ranked"]
+    asked = [books.bare_question(e.input) for e in data.read(shelf / "ask-dev.jsonl")]
+    answers = [row["prediction"] for row in read_predictions(folder)]
+    ask = ["ask", "--run", str(folder), "--max-new-tokens", "4", *asked]
+    assert metrics.main(ask) == answers
 
 
 def answered(question, passages):
@@ -392,6 +434,8 @@ READS --search dense --retriever {}/lm/model | model_type is neither bert nor dp
 READS --reranker {}/bert                  | bert/model: an encoder alone
 READS --reranker {}/lm/model              | model_type is neither bert nor dpr
 OWN --passages {}/result.json             | result.json: 1 questions are too few to cut
+READS --no-rerank --sort-by both          | --sort-by both: with --no-rerank
+OWN --passages {}/book.jsonl --train {}/one.jsonl --sort-by both | --sort-by both: there are no dev questions
 OWN --passages {}/bare.json               | bare.json: holds no passages
 OWN --passages {}/bare.json --test {}/one.jsonl | bare.json is cut | --test need
 OWN --passages {}/book.jsonl              | book.jsonl is a book: --train names the questions

@@ -13,6 +13,7 @@ import reader_study
 import reproduce
 import train
 from checkpoints import write_lines
+from passages import read_passages, read_questions
 from reader_study import GROUPS, ORDERINGS, SEARCHED, ReaderStudy, reads, searched
 from study import Row
 
@@ -21,6 +22,7 @@ KEPT = [
     searched("not-cross-fitted"),
     reads("larger-bm25-reranked", "bm25-reranked", reader_study.LARGER),
     reads("tuned-bm25-reranked", "bm25-reranked", reader_study.TUNED),
+    reads("bm25-mixed", "bm25-mixed"),
     Row("closed-book", reader_study.CLOSED),
 ]
 
@@ -58,7 +60,7 @@ def test_runs_share_passages_and_none_is_made_twice(reproduces, tmp_path):
     """An absent LM leaves its row out. Both seeds and the tuned LM read the same passages."""
     results, made = reproduces()
     own = ["bm25-reranked-0", "bm25-reranked-1", "not-cross-fitted-0", "tuned-bm25-reranked-0"]
-    assert sorted(made) == sorted([*own, "closed-book-0"])
+    assert sorted(made) == sorted([*own, "closed-book-0", "bm25-mixed-0"])
     assert results["missing"] == {"larger-bm25-reranked-0": "what it starts from is missing"}
     records = {n: json.loads((tmp_path / "runs/reader" / n / "run.json").read_text()) for n in own}
     first, second, whole, tuned = (records[name] for name in own)
@@ -72,7 +74,11 @@ def test_runs_share_passages_and_none_is_made_twice(reproduces, tmp_path):
     assert stored["runs"]["closed-book"][0]["results"] != {}
     assert stored["cross-fitting"]["held-out half"]["answer"].keys() == {"1", "5"}
     found = {row["claim"]: row["seeds"] for row in results["orderings"]}
-    assert found == {"cross-fitted > not": [2, 1], "within 3 points of fine-tuning": [2, 1]}
+    both = {"BM25: both scores > re-ranker's alone": [1, 2]}
+    assert found == both | {"cross-fitted > not": [2, 1], "within 3 points of fine-tuning": [2, 1]}
+    mixed, place = results["search"]["bm25-mixed"]["test"], tmp_path / "runs/reader/bm25-reranked-0"
+    order = read_questions(place / "mixed/test.jsonl", read_passages(place / "passages.jsonl"))
+    assert mixed["retrieved"] == openbook.recalls(order)
     (tmp_path / "lm2").symlink_to(first["arguments"]["model"])
     again, made = reproduces("--only larger")
     assert made == ["larger-bm25-reranked-0"] and again["missing"] == {}
@@ -91,11 +97,13 @@ def test_em_counts_by_the_place_of_the_first_answer(tmp_path):
     hits = {"a": [0, 1, 1], "b": [1, 0], "c": [0, 0, 0, 0, 0, 1], "d": [], "e": [0, 1]}
     rows = [{"id": q, "ctxs": [{"has_answer": bool(hit)} for hit in hits[q]]} for q in hits]
     answers = [{"id": q, "task": "", "em": float(q in "ac")} for q in hits]
-    (tmp_path / "retrieved").mkdir()
-    write_lines(tmp_path / "retrieved/test.jsonl", rows)
-    write_lines(tmp_path / "predictions.jsonl", answers)
-    jobs = {"bm25": [argparse.Namespace(folder=tmp_path)], "bm25-reranked": []}
-    found = reader_study.show_places(argparse.Namespace(finished=jobs.get))["places"]
+    run = tmp_path / "bm25-0"
+    (run / "retrieved").mkdir(parents=True)
+    write_lines(run / "retrieved/test.jsonl", rows)
+    write_lines(run / "predictions.jsonl", answers)
+    jobs = {"bm25": [argparse.Namespace(folder=run)]}
+    study = argparse.Namespace(finished=lambda name: jobs.get(name, []))
+    found = reader_study.show_places(study)["places"]
     assert found == {"bm25": [[0, 1], [50, 2], *[[None, 0]] * 3, [50, 2]]}
 
 
@@ -114,12 +122,13 @@ def test_passages_about_the_person_and_answers_that_stand_in_those_about_others(
         for q, order in ranked.items()
     ]
     answers = [{"id": q, "task": "", "prediction": said[q], "em": float(q == "b")} for q in said]
-    (tmp_path / "retrieved").mkdir()
-    write_lines(tmp_path / "retrieved/test.jsonl", rows)
-    write_lines(tmp_path / "predictions.jsonl", answers)
-    write_lines(tmp_path / "passages.jsonl", book)
+    run = tmp_path / "bm25-0"
+    (run / "retrieved").mkdir(parents=True)
+    write_lines(run / "retrieved/test.jsonl", rows)
+    write_lines(run / "predictions.jsonl", answers)
+    write_lines(run / "passages.jsonl", book)
     study = argparse.Namespace(
-        finished=lambda name: [argparse.Namespace(folder=tmp_path)] if name == "bm25" else []
+        finished=lambda name: [argparse.Namespace(folder=run)] if name == "bm25" else []
     )
     # first: b; of 9 passages 6; wrong with the answer there: a and c, of which a is about Boris
     assert reader_study.show_titles(study)["titles"] == {"bm25": [25.0, 66.7, 2, 1]}
@@ -144,8 +153,10 @@ def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
         assert run.context == (128 if "short" in job.row.name else 256)
         if run.passages:
             source = re.sub("^(larger-|short-)?(tuned-)?", "", job.row.name)
-            assert run.passages == f"{tmp_path}/{source}-0/passages.jsonl"
-            assert run.test.split("/")[-2] == ("retrieved", "ranked")["d" in source], run.test
+            order = "mixed" if "mixed" in source else "ranked" if "d" in source else "retrieved"
+            run_of = source.replace("mixed", "reranked")
+            assert run.passages == f"{tmp_path}/{run_of}-0/passages.jsonl"
+            assert run.test == f"{tmp_path}/{run_of}-0/{order}/test.jsonl"
 
 
 def test_costs_are_of_the_stages_that_a_run_has(tmp_path):
