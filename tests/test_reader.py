@@ -435,7 +435,7 @@ READS --reranker {}/bert                  | bert/model: an encoder alone
 READS --reranker {}/lm/model              | model_type is neither bert nor dpr
 OWN --passages {}/result.json             | result.json: 1 questions are too few to cut
 READS --no-rerank --sort-by both          | --sort-by both: with --no-rerank
-OWN --passages {}/book.jsonl --train {}/one.jsonl --sort-by both | --sort-by both: there are no dev questions
+OWN --passages {}/book.jsonl --train {}/one.jsonl --sort-by both | there are no dev questions
 OWN --passages {}/bare.json               | bare.json: holds no passages
 OWN --passages {}/bare.json --test {}/one.jsonl | bare.json is cut | --test need
 OWN --passages {}/book.jsonl              | book.jsonl is a book: --train names the questions
