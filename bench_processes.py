@@ -4,8 +4,8 @@ loading  `LM.from_pretrained` and a first token against transformers, on an LM o
          stored in float32 and in bf16: seconds, and the peak of the memory beyond that of Python
          and the libraries, over the size of float32 weights
 startup  `train.py --help` against the import of transformers and PEFT
-busy     40 steps of the default command with their loading, alone and beside a busy process for
-         each core, which stands in the columns of a peer
+busy     40 steps of neural recursion, with their loading and 64 answers; the columns of a peer have
+         the time beside one busy process for each core
 text     10 MB and 100 MB of text turned into the file of tokens that pretrain.py reads: seconds,
          and the peak of the memory
 """
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 import contest
+import genres
 import world
 from checkpoints import load_tokenizer, write_lines
 from contest import Setting, decoding, llama, peer_step
@@ -107,12 +108,13 @@ def startup(setting: Setting) -> Iterator[dict]:
 
 def busy(setting: Setting) -> Iterator[dict]:
     """The seconds of a short training, alone and beside a busy process for each core."""
-    cores, number = os.cpu_count(), count()
+    cores, number = len(os.sched_getaffinity(0)), count()
     with tempfile.TemporaryDirectory() as folder:
         few = str(Path(folder) / "few.jsonl")
         write_lines(few, world.make(1).questions("dev")[:32])
         steps = 2 if setting.tiny else 40
-        flags = ["--dev", few, "--test", few, *(["--train", few] if setting.tiny else [])]
+        flags = ["--device", setting.device, "--dev", few, "--test", few]
+        flags += ["--train", few] if setting.tiny else []
 
         def train() -> float:
             out = f"{folder}/run-{next(number)}"
@@ -128,10 +130,10 @@ def busy(setting: Setting) -> Iterator[dict]:
 
 def beside(processes: int, run: Callable):
     """What run() returns while so many other processes compute without a pause."""
-    others = [
-        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)
-    ]
+    endless, others = [sys.executable, "-c", "while True: pass"], []
     try:
+        for _ in range(processes):
+            others.append(subprocess.Popen(endless))
         return run()
     finally:
         for other in others:
@@ -155,10 +157,10 @@ def text(setting: Setting) -> Iterator[dict]:
 
 
 def write_text(path: Path, size: int) -> None:
-    """Write `size` letters of the world's questions as documents, over and over."""
-    questions = [question["question"] for question in world.make(1).questions("train")]
-    document = "\n".join(questions[:40]) + "\n\n"
-    path.write_text((document * (size // len(document) + 1))[:size], encoding="utf-8")
+    """Write `size` letters: 3,000 documents of the world, about 1 MB, over and over."""
+    documents = genres.documents(world.make(1), 3000)
+    text = "".join(f"{document['text']}\n\n" for document in documents)
+    path.write_text((text * (size // len(text) + 1))[:size], encoding="utf-8")
 
 
 def tokenise_alone(path: str, folder: str) -> None:

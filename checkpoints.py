@@ -385,7 +385,7 @@ def resolve(path_or_hub_id: str | Path, files: list[str] = HUB_FILES) -> Path:
     path = Path(path_or_hub_id)
     if path.is_dir():
         return path
-    is_hub_id = len(path.parts) == 2 and not str(path_or_hub_id).startswith((".", path.root or "/"))
+    is_hub_id = len(path.parts) == 2 and not str(path_or_hub_id).startswith((".", "/"))
     if not is_hub_id or path.parent.exists():  # runs/x beside a folder runs is a mistyped path
         raise FileNotFoundError(f"{path}: no such checkpoint folder")
     from huggingface_hub import snapshot_download

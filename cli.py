@@ -164,7 +164,7 @@ def add_open_book_flags(parser) -> None:
     whole, pools = number_type(int, 0), ["cls", "mean"]
     rate = "reader: of re-rankers (paper: 1e-5); if not given 2e-3, with --encoder 1e-4"
     twice = "compute each block twice in training, to save memory"
-    order = "reader: the re-ranker's score (paper), or its sum with the search's, weighted on dev"
+    order = "reader: by the re-ranker's score (paper), or by it and the search's, weighted on dev"
     add_flags(
         parser,
         "open book: retriever, reranker, reader",

@@ -42,13 +42,18 @@ def token_file(
     tokens, starts = (Path(folder) / f"{name}.{what}" for what in ("tokens", "starts"))
     largest = max(tokenizer.get_vocab().values(), default=0)
     dtype = np.dtype(np.uint16 if largest < 2**16 else np.int32)
-    if tokens.is_file() and starts.is_file():
+    if tokens.is_file() and starts.is_file() and is_whole(tokens, starts, dtype):
         show(f"{path}: its tokens are in {tokens}")
     elif parallel.first():
         write_tokens(path, tokenizer, vocab_size, tokens, starts, dtype)
     parallel.wait()
     stored = np.memmap(tokens, dtype, mode="r")
     return data.Corpus(stored, np.fromfile(starts, np.int64))
+
+
+def is_whole(tokens: Path, starts: Path, dtype) -> bool:
+    """Whether the tokens are as many as the starts say. An earlier program chose other types."""
+    return tokens.stat().st_size == dtype.itemsize * np.fromfile(starts, np.int64)[-1]
 
 
 def cache_name(path: str | Path, tokenizer: Tokenizer, vocab_size: int | None) -> str:

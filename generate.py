@@ -407,7 +407,7 @@ def predict(
     parts = list(zip(prefix_lengths(prefix, len(ids)), map(len, ids), max_new))
     rows = [max(1, len(choices)) for choices in options]
     groups = {}  # (whether it has options, its stop): the questions, the shortest first
-    for b in sorted(range(len(ids)), key=lambda b: sum(parts[b])):
+    for b in sorted(range(len(ids)), key=lambda b: parts[b]):
         groups.setdefault((bool(options[b]), "" if options[b] else stops[b]), []).append(b)
     answers: list = [("", 0.0)] * len(ids)
     for (chooses, stop), group in groups.items():
@@ -459,8 +459,8 @@ def drop_eos(ids: list[int], eos) -> list[int]:
 def batches(order: list[int], rows, parts, max_rows: int, max_tokens: int) -> Iterator[list[int]]:
     """Cuts the questions `order` into batches of at most max_rows rows and max_tokens positions.
 
-    Question b has rows[b] rows, and parts[b] are the lengths of its prefix, text and answer. A row
-    is as wide as the longest of each. A question that exceeds a limit is a batch of its own.
+    Question b has rows[b] rows; parts[b] are the lengths of its prefix, text and answer. A row is
+    as wide as the longest of the three together. What exceeds a limit alone is a batch of its own.
     """
     batch, count, longest = [], 0, (0, 0, 0)
     for b in order:

@@ -279,20 +279,23 @@ class Search:
 
 def choose_weight(dev: Sequence[Question], passages: Sequence, firsts, seconds) -> dict:
     """Choose the factor of the second scores by recall@5 on dev, among powers of two times
-    std(first scores) / std(second scores). passages[i] are those of which either list of question i
-    names rows. Second scores that are all equal get no weight."""
+    std(first scores) / std(second scores). passages[i] are those that the rows in both lists of
+    question i number. If a question has 5 or fewer, recall@1 decides. Second scores that are all
+    equal get no weight."""
 
     def deviation(lists: list[Found]) -> float:
         return float(np.std([score for found in lists for _, score in found] or [0.0]))
 
+    k = TUNED_AT if max(map(len, firsts)) > TUNED_AT else 1
+
     def hits(row: int, found: Found) -> bool:
-        return any(books.answer_hits(with_found(dev[row], passages[row], found[:TUNED_AT])))
+        return any(books.answer_hits(with_found(dev[row], passages[row], found[:k])))
 
     spread = deviation(seconds)
     unit = deviation(firsts) / spread if spread else 0.0
     weights = [unit * 2.0**power for power in (0, -1, 1, -2, 2, -3, 3)]
     weight, share = tune_weight(firsts, seconds, hits, weights)
-    return {"weight": weight, "spread": unit, f"recall@{TUNED_AT} on dev": share}
+    return {"weight": weight, "spread": unit, f"recall@{k} on dev": share}
 
 
 def retrieve(args, book: Book, folder: Path) -> Book:

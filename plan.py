@@ -193,8 +193,8 @@ def count(module: nn.Module) -> int:
 
 
 def optimizer_memory(optimizer: str, trained: nn.Module) -> int:
-    """Bytes of the moments: two of an entry with AdamW, one with Adafactor; Muon
-    has one of linear weights and two of the rest."""
+    """Bytes of the moments: AdamW has two for each entry, Adafactor one, and
+    Muon one for those of linear weights and two for the rest."""
     entries, linear = count(trained), sum(p.numel() for p in linear_weights(trained))
     moments = {"adamw": 2 * entries, "adafactor": entries, "muon": 2 * entries - linear}
     return 4 * moments[optimizer]

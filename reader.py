@@ -10,8 +10,8 @@ stages lie below the folder of the run, and --resume goes on in the one that was
     scores/a-train            how the re-ranker of half A scores the passages of half B
     scores/a-own              and how it scores those of half A, for comparison
     ranked/SPLIT.jsonl        the passages sorted by these scores
-    mixed/SPLIT.jsonl         the passages sorted by the sum of these scores and the search's, times
-                              the weight in mixed.json, which dev chose; what --sort-by both reads
+    mixed/SPLIT.jsonl         sorted by these scores plus the search's times the weight that dev
+                              chose, which is in mixed.json; --sort-by both reads them
 
 The run itself is a prompt (or with --tune lm an LM), trained on the questions behind the passages
 that fit the LM's context. A re-ranker sorts the passages of its own training questions better than
@@ -68,7 +68,8 @@ QUESTIONS_IN_FILE = 128  # a kill costs at most the scores of so many questions
 
 
 def rank(args, book: Book, folder: Path, train: Callable) -> tuple[Book, dict]:
-    """Sort the passages of every question by a re-ranker. Returns the book and what is recorded.
+    """Sort the passages of every question by a re-ranker, alone and with the search. Returns the
+    book, in the order that --sort-by names, and what is recorded.
 
     train(name, questions of each split) -> CrossEncoder trains one in the folder `name`, or loads
     it if it is trained already. --reranker names one for all questions. Otherwise the training
@@ -241,6 +242,8 @@ def check(args, book: Book) -> list[str | Path]:
         return encoders
     if args.sort_by == "both" and not book.questions["dev"]:
         raise ValueError("--sort-by both: there are no dev questions to tune its weight on")
+    if args.sort_by == "both" and any(q.found for part in book.questions.values() for q in part):
+        raise ValueError("--sort-by both: the scores of a given result are of another search")
     if args.reranker:
         check_reranker(encoder_folder(args.reranker))
     keys = set(map(half_key, book.questions["train"]))

@@ -20,7 +20,7 @@ from show import show, show_table
 
 import train
 from cost import conduct
-from data import json_lines
+from passages import Question, answer_hits, read_passages, read_questions
 from runs import read_predictions
 from study import Job, Row, Study, cell, show_orderings
 from world import SPLITS
@@ -49,19 +49,18 @@ def searched(name: str, seeds: int = 1) -> Row:
     return Row(name, SEARCHED[name], seeds)
 
 
-def ranking(run: str) -> str:
-    """Where a run of SEARCHED or MIXED has what its LM reads, in order: a run's name, a folder."""
-    if run in MIXED:  # as --sort-by both would read it
-        return f"{MIXED[run]}-0/mixed"
-    return f"{run}-0/" + ("retrieved" if "--no-rerank" in SEARCHED[run] else "ranked")
+def ranking(name: str) -> tuple[str, str]:
+    """The run that has ranked the passages of a row of SEARCHED or MIXED, and its folder."""
+    if name in MIXED:  # as --sort-by both would read them
+        return f"{MIXED[name]}-0", "mixed"
+    return f"{name}-0", "retrieved" if "--no-rerank" in SEARCHED[name] else "ranked"
 
 
-def reads(name: str, run: str, flags: str = "", seeds: int = 1) -> Row:
-    """A row that reads what a run has retrieved and ranked; see `ranking`."""
-    order = ranking(run)
-    place = f"{{out}}/{order.split('/')[0]}"
-    files = " ".join(f"--{split} {{out}}/{order}/{split}.jsonl" for split in SPLITS)
-    command = f"{READER} --no-rerank --passages {place}/passages.jsonl {files} {flags}"
+def reads(name: str, row: str, flags: str = "", seeds: int = 1) -> Row:
+    """A row that reads the passages of another one as it does."""
+    run, folder = ranking(row)
+    files = " ".join(f"--{split} {{out}}/{run}/{folder}/{split}.jsonl" for split in SPLITS)
+    command = f"{READER} --no-rerank --passages {{out}}/{run}/passages.jsonl {files} {flags}"
     return Row(name, command, seeds)
 
 
@@ -229,10 +228,11 @@ def show_reranker(study: Study) -> dict:
     return results
 
 
-def ranked_test(name: str, job: Job) -> list[dict]:
-    """The test questions of a run, each with its passages as the LM gets them."""
-    path = job.folder.parent / ranking(name) / "test.jsonl"
-    return [record for _, record in json_lines(path)]
+def ranked_test(name: str, job: Job) -> list[Question]:
+    """The test questions of a row, each with its passages as the LM gets them."""
+    run, folder = ranking(name)
+    place = job.folder.parent / run
+    return read_questions(place / folder / "test.jsonl", read_passages(place / "passages.jsonl"))
 
 
 def show_places(study: Study) -> dict:
@@ -245,9 +245,9 @@ def show_places(study: Study) -> dict:
     for name in ("bm25", "bm25-reranked", "bm25-mixed"):
         for job in study.finished(name)[:1]:
             places = {}
-            for record in ranked_test(name, job):
-                hits = [passage["has_answer"] for passage in record["ctxs"][:PLACES]]
-                places[record["id"]] = hits.index(True) if any(hits) else PLACES
+            for q in ranked_test(name, job):
+                hits = answer_hits(q)[:PLACES]
+                places[q.id] = hits.index(True) if any(hits) else PLACES
             scores = [[] for _ in range(PLACES + 1)]
             for row in read_predictions(job.folder):
                 scores[places[row["id"]]].append(row["em"])
@@ -272,20 +272,16 @@ def show_titles(study: Study) -> dict:
     results, table = {}, []
     for name in (*SEARCHED, *MIXED):
         for job in study.finished(name)[:1]:
-            folder = job.folder.parent / ranking(name).split("/")[0]
-            passages = {p["id"]: p for _, p in json_lines(folder / "passages.jsonl")}
             answers = {row["id"]: row for row in read_predictions(job.folder)}
             own, first, wrong, others = [], [], 0, 0
-            for record in ranked_test(name, job):
-                titles = {passage["title"] for passage in record["positive_ctxs"]}
-                places = record["ctxs"][:PLACES]
-                found = [passages[place["id"]] for place in places]
-                hits = [passage["title"] in titles for passage in found]
+            for q in ranked_test(name, job):
+                titles, found = {p.title for p in q.positives}, q.found[:PLACES]
+                hits = [passage.title in titles for passage in found]
                 own, first = own + hits, first + hits[:1]
-                answer = answers[record["id"]]
-                if answer["em"] == 0 and any(place["has_answer"] for place in places):
+                answer = answers[q.id]
+                if answer["em"] == 0 and any(answer_hits(q)[:PLACES]):
                     wrong += 1
-                    said = [h for h, p in zip(hits, found) if answer["prediction"] in p["text"]]
+                    said = [h for h, p in zip(hits, found) if answer["prediction"] in p.text]
                     others += bool(said) and not any(said)
             shares = [round(100 * sum(hits) / len(hits), 1) for hits in (first, own)]
             results[name] = [*shares, wrong, others]

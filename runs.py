@@ -192,7 +192,8 @@ class Run:
         if self.arguments.get("method") != "reader":
             free.append("encoder_lr")  # only a reader reads it, and its default was another one
         for key, value in self.arguments.items():
-            before = record["arguments"].get(key, value)  # an earlier program lacks some flags
+            earlier = {"sort_by": "reranker"}.get(key, value)  # what programs without the flag did
+            before = record["arguments"].get(key, earlier)
             words = key == "init" and (is_word(key, before) or is_word(key, value))
             if key in PATHS and PATHS[key] in record and not words:
                 continue  # a path is a hint; start_record compares the hashes

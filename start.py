@@ -144,8 +144,12 @@ def load_split(args, split: str) -> list[data.Example]:
         files = sorted(Path(path).glob(f"*-{split}.jsonl"))
         if not files:
             raise ValueError(f"--{split} {path}: holds no file TASK-{split}.jsonl")
-        tasks = {file: file.name.removesuffix(f"-{split}.jsonl") for file in files}
-        return [replace(e, task=e.task or tasks[file]) for file in files for e in data.read(file)]
+        examples, sources = [example for file in files for example in data.read(file)], {}
+        for e in examples:  # as data.read checks those of one file
+            if (e.task, e.id) in sources:
+                raise ValueError(f"{e.source}: the id {e.id} is taken by {sources[e.task, e.id]}")
+            sources[e.task, e.id] = e.source
+        return examples
     if path:
         return data.read(path)
     if args.train:

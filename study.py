@@ -260,7 +260,6 @@ class Study:
         except (ValueError, OSError, SafetensorError, SystemExit) as error:
             if in_use(job.folder):  # another process was a moment faster
                 return False
-            job.folder.mkdir(parents=True, exist_ok=True)
             reason = "see above" if isinstance(error, SystemExit) else str(error)
             write_json(job.folder / "failed.json", {"error": reason})
             show(f"{job.folder}: {reason}; delete its failed.json to try again", "stderr")

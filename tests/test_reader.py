@@ -182,31 +182,44 @@ def test_the_record_compares_a_re_ranker_on_its_own_half_and_on_the_other(shelf,
 
 @pytest.mark.parametrize("search", [1.0, 0.0])
 def test_scores_of_search_and_re_ranker_are_added(shelf, make_lm, tmp_path, search):
-    """The search knows the person, the re-ranker the kind of fact. With a weight that dev chose,
-    both find the passage, also for a new question. Without scores of a search one is alone."""
-    names = ["Anna", "Boris", "Clara"]
-    book = [Passage(n, f"{n} {fact}", f"{n}{i}") for n in names for i, fact in enumerate("xy")]
-    asked = books.Question("where was Boris born", ["Boris x"], [book[2]], found=book)
-    asked = books.replace(asked, scores=[search * (p.title == "Boris") for p in book])
+    """The search knows the person, the re-ranker the kind of fact. Only with four times the weight
+    that the spread says are the answers in the first five. Equal scores of a search have none."""
+    names, asked = ["Boris", "Anna"], []
+    book = [Passage(n, f"{n} {k}{i}", f"{n}{k}{i}") for n in names for k in "xy" for i in range(6)]
+    for name in names:  # the lists differ: rows of one are not those of the other
+        found = [*book[6:], *book[:6]] if name == "Anna" else book
+        scores = [search * (1 if p.title == name else -9 * (p.text[-2] == "y")) for p in found]
+        positive = next(p for p in book if p.text == f"{name} x5")
+        question = books.Question(f"where was {name} born", [f"{name} x5"], [positive])
+        asked.append(books.replace(question, found=found, scores=scores))
 
     class Kind:
+        """Knows the kind x, and in it likes the wrong person's passages a little more."""
+
         format = "kind"
 
         def score_all(self, asked, lists):
-            return [torch.tensor([4.0 * p.text.endswith("x") for p in ps]) for ps in lists]
+            return [
+                torch.tensor([4.0 * (p.text[-2] == "x") + (p.title not in q) for p in ps])
+                + torch.tensor([0.01 * (p.text[-1] == "5") for p in ps])
+                for q, ps in zip(asked, lists)
+            ]
 
     args = train.parse(line(shelf, "reader", tmp_path, "--no-cross-fit --sort-by both")[1:])
-    parts = dict.fromkeys(("train", "dev", "test"), [asked])
+    parts = dict.fromkeys(("train", "dev", "test"), asked)
     ranked, info = reader.rank(args, openbook.Book(book, parts), tmp_path, lambda *_: Kind())
-    first = "Boris x" if search else "Anna x"
-    assert {q.found[0].text for part in ranked.questions.values() for q in part} == {first}
-    alone, mixed = (
-        read_questions(tmp_path / name / "test.jsonl", book)[0] for name in ("ranked", "mixed")
+    chosen, first = info["mixture"], [q.found[0] for q in ranked.questions["test"]]
+    assert [q.positives[0] == p for q, p in zip(asked, first)] == [bool(search)] * 2
+    alone, mixed = (read_questions(tmp_path / n / "test.jsonl", book) for n in ("ranked", "mixed"))
+    assert not any(q.positives[0] in q.found[:5] for q in alone)
+    assert [q.found for q in mixed] == [q.found for q in ranked.questions["test"]]
+    assert chosen["recall@5 on dev"] == search
+    assert (
+        chosen["weight"] == pytest.approx(4 * chosen["spread"]) and (chosen["weight"] > 0) == search
     )
-    assert alone.found[0].text == "Anna x" and mixed.found == ranked.questions["test"][0].found
     chain = reader.Reader(make_lm(), None, args, tmp_path)
-    chain.encoder, chain.weight = Kind(), info["mixture"]["weight"]
-    assert chain.ranked([asked])[0].found == mixed.found and (chain.weight > 0) == bool(search)
+    chain.encoder, chain.weight = Kind(), chosen["weight"]
+    assert [q.found for q in chain.ranked(asked)] == [q.found for q in mixed]
 
 
 def test_a_reader_of_both_scores_answers_as_it_did(shelf, tmp_path):
@@ -435,6 +448,7 @@ READS --reranker {}/bert                  | bert/model: an encoder alone
 READS --reranker {}/lm/model              | model_type is neither bert nor dpr
 OWN --passages {}/result.json             | result.json: 1 questions are too few to cut
 READS --no-rerank --sort-by both          | --sort-by both: with --no-rerank
+OWN --passages {}/result.json --train {}/a.jsonl --dev {}/a.jsonl --sort-by both | a given result
 OWN --passages {}/book.jsonl --train {}/one.jsonl --sort-by both | there are no dev questions
 OWN --passages {}/bare.json               | bare.json: holds no passages
 OWN --passages {}/bare.json --test {}/one.jsonl | bare.json is cut | --test need
@@ -467,6 +481,7 @@ FILES = {
     "stranger.jsonl": '{"question": "zed", "answer": ["b"]}\n',
     "one.jsonl": '{"question": "where was Anna born", "answer": ["Velmor"]}\n',
     "mute.jsonl": '{"question": "q", "answer": [], "positive_ctxs": [{"text": "x"}]}\n',
+    "a.jsonl": '{"question": "a", "answer": ["b"]}\n',
     "lost.jsonl": '{"question": "where was Anna born", "answer": ["nowhere"]}\n',
     "result.json": '[{"question": "a", "answers": ["b"], "ctxs": [{"text": "c", "score": "1"}]}]',
     "bare.json": json.dumps([{"question": f"q{i}", "answers": ["b"]} for i in range(5)]),

@@ -94,13 +94,18 @@ def test_a_row_waits_for_the_passages_it_reads(reproduces, tmp_path):
 
 
 def test_em_counts_by_the_place_of_the_first_answer(tmp_path):
+    book = [{"id": "0", "text": "no"}, {"id": "1", "text": "yes"}]
     hits = {"a": [0, 1, 1], "b": [1, 0], "c": [0, 0, 0, 0, 0, 1], "d": [], "e": [0, 1]}
-    rows = [{"id": q, "ctxs": [{"has_answer": bool(hit)} for hit in hits[q]]} for q in hits]
+    rows = [
+        {"id": q, "question": q, "answers": ["yes"], "ctxs": [{"id": h} for h in hits[q]]}
+        for q in hits
+    ]
     answers = [{"id": q, "task": "", "em": float(q in "ac")} for q in hits]
     run = tmp_path / "bm25-0"
     (run / "retrieved").mkdir(parents=True)
     write_lines(run / "retrieved/test.jsonl", rows)
     write_lines(run / "predictions.jsonl", answers)
+    write_lines(run / "passages.jsonl", book)
     jobs = {"bm25": [argparse.Namespace(folder=run)]}
     study = argparse.Namespace(finished=lambda name: jobs.get(name, []))
     found = reader_study.show_places(study)["places"]
@@ -114,11 +119,8 @@ def test_passages_about_the_person_and_answers_that_stand_in_those_about_others(
     ranked = {"a": ["p2", "p0"], "b": ["p0", "p1"], "c": ["p2", "p0", "p1"], "d": ["p2", "p1"]}
     said = {"a": "Bolt", "b": "Acme", "c": "tea", "d": "Bolt"}  # only b is right
     rows = [
-        {
-            "id": q,
-            "positive_ctxs": [book[0]],
-            "ctxs": [{"id": p, "has_answer": p == "p0"} for p in order],
-        }
+        {"id": q, "question": q, "answers": ["Acme"], "positives": ["p0"]}
+        | {"ctxs": [{"id": p} for p in order]}
         for q, order in ranked.items()
     ]
     answers = [{"id": q, "task": "", "prediction": said[q], "em": float(q == "b")} for q in said]
