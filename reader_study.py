@@ -79,6 +79,8 @@ GROUPS = {
         reads("hybrid-mixed", "hybrid-mixed"),
         reads("dense-mixed", "dense-mixed"),
         reads("short-bm25-mixed", "bm25-mixed", SHORT, 3),
+        reads("short-hybrid-mixed", "hybrid-mixed", SHORT),
+        reads("short-hybrid", "hybrid", SHORT),
     ],
     "without cross-fitting": [searched("not-cross-fitted", 3)],
     "half the context": [
@@ -107,6 +109,7 @@ ORDERINGS = [  # the claim is that the first row has the higher EM
     ("dense: both scores > as found", "dense-mixed", "dense"),
     ("hybrid: both scores > as found", "hybrid-mixed", "hybrid"),
     ("half the context: both scores > as found", "short-bm25-mixed", "short-bm25"),
+    ("the same, hybrid", "short-hybrid-mixed", "short-hybrid"),
     ("hybrid > BM25", "hybrid", "bm25"),
     ("hybrid > BM25, both re-ranked", "hybrid-reranked", "bm25-reranked"),
     ("cross-fitted > not", "bm25-reranked", "not-cross-fitted"),

@@ -155,7 +155,8 @@ def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
         assert run.context == (128 if "short" in job.row.name else 256)
         if run.passages:
             source = re.sub("^(larger-|short-)?(tuned-)?", "", job.row.name)
-            order = "mixed" if "mixed" in source else "ranked" if "d" in source else "retrieved"
+            orders = {"mixed": "mixed", "reranked": "ranked", "fitted": "ranked"}
+            order = orders.get(source.split("-")[-1], "retrieved")
             run_of = source.replace("mixed", "reranked")
             assert run.passages == f"{tmp_path}/{run_of}-0/passages.jsonl"
             assert run.test == f"{tmp_path}/{run_of}-0/{order}/test.jsonl"
