@@ -30,7 +30,7 @@ def small_tiles(monkeypatch):
     """Tiles of 16 queries and 16 keys, and few programs: short rows have several tiles, and a
     program sums the gradient of a shared prefix over several rows."""
     monkeypatch.setattr(attention, "TILES", dict.fromkeys(attention.TILES, (16, 16, 2)))
-    monkeypatch.setattr(attention, "FLOAT32", (16, 16, 2))
+    monkeypatch.setattr(attention, "FLOAT32_TILES", (16, 16, 2))
     monkeypatch.setattr(attention, "PROGRAMS", 8)
 
 
@@ -93,7 +93,7 @@ def test_output_and_gradients_equal_plain_attention(small_tiles, name):
 @pytest.mark.parametrize("tile", [(32, 16, 2), (16, 32, 2)], ids=str)
 @pytest.mark.parametrize("name", ["shared", "ragged", "window"])
 def test_tiles_may_have_more_queries_or_more_keys(small_tiles, monkeypatch, name, tile):
-    monkeypatch.setattr(attention, "FLOAT32", tile)
+    monkeypatch.setattr(attention, "FLOAT32_TILES", tile)
     check(*SHAPES[name])
 
 

@@ -419,7 +419,7 @@ def test_files_that_cannot_be_read_are_named(save, tmp_path, monkeypatch):
     (folder / "config.json").unlink()
     refused(FileNotFoundError, "no config.json", LM.from_pretrained, folder)
     monkeypatch.chdir(tmp_path)  # tied/nowhere could be a hub id, but the folder tied exists
-    for path in ("./nowhere", "../no/where", folder / "nowhere", "tied/nowhere"):
+    for path in ("./nowhere", "./no/where", "../no/where", folder / "nowhere", "tied/nowhere"):
         refused(FileNotFoundError, "no such checkpoint folder", LM.from_pretrained, path)
 
 

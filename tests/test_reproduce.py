@@ -440,6 +440,12 @@ def test_costs_follow_the_operations_and_the_finished_runs(tmp_path):
     assert after["left"] < after["seconds"] and before["left"] == before["seconds"]
 
 
+@pytest.mark.parametrize("flags", ["reader --top 3", "reader --context 9", "transfer --count 5"])
+def test_less_of_an_experiment_has_a_record_of_its_own(flags):
+    assert reproduce.is_part(reproduce.parser().parse_args(flags.split()))
+    assert not reproduce.is_part(reproduce.parser().parse_args(flags.split()[:1]))
+
+
 def test_headroom_is_measured_once_and_does_not_cut_long_answers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tasks = {name: suite.TASKS[name] for name in ("people_trivia", "record_to_text")}

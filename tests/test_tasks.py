@@ -457,6 +457,10 @@ def test_a_run_on_a_folder_of_tasks_follows_the_protocol(place, tmp_path, capsys
     assert "ranked by the mean of their log-probabilities" in out and "overall" in out
     with pytest.raises(ValueError, match="holds no file TASK-dev.jsonl"):
         run(command(place, method, tmp_path / "no", f"--train {folder} --dev {place}"))
+    for name in ("a", "b"):  # a run's predictions would have the id twice
+        write_lines(folder / f"{name}-test.jsonl", [{"input": "x", "target": "y", "id": "1"}])
+    with pytest.raises(ValueError, match="b-test.jsonl:1: the id 1 is taken by .*a-test.jsonl:1"):
+        run(command(place, method, tmp_path / "no", f"--train {folder} --test {folder}"))
 
 
 def test_a_mixture_goes_on_with_the_same_templates_only(place, tmp_path):
