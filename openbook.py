@@ -4,7 +4,7 @@
     book = retrieve(args, book, folder)          every question with the passages that were found
     recalls(book.questions["dev"])               how often an answer is among the first 1, 5, 20
 
-Needs retrieve.py, passages.py, genres.py and what these need.
+Needs retrieve.py, passages.py, questions.py, genres.py and what these need.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ import world
 from checkpoints import read_json, read_tensors, resolve, write_json, write_lines
 from families import bert_from_hf
 from passages import Passage, Question, with_found
+from questions import check_unique
 from rerank import CrossEncoder, find_format
 from retrieve import (
     BM25,
@@ -127,19 +128,14 @@ def split_questions(questions: list[Question], seed: int) -> dict[str, list[Ques
     return {"dev": order[:tenth], "test": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
 
 
-def check_questions(questions: Iterable[Question], answered: bool) -> list[Question]:
+def check_questions(questions: Sequence[Question], answered: bool) -> list[Question]:
     """Return the questions, spelt by books.bare_question. ValueError if an id occurs twice.
 
     answered: leave out questions without an answer, which a reader cannot be scored on.
     """
-    kept, sources = [], {}
-    for q in questions:
-        if (q.task, q.id) in sources:
-            raise ValueError(f"{q.source}: the id {q.id} is taken by {sources[q.task, q.id]}")
-        sources[q.task, q.id] = q.source
-        if q.answers or not answered:
-            kept.append(replace(q, question=books.bare_question(q.question)))
-    return kept
+    check_unique(questions)
+    kept = [q for q in questions if q.answers or not answered]
+    return [replace(q, question=books.bare_question(q.question)) for q in kept]
 
 
 def take_results(question: Question, results: dict[str, Question], path: str) -> Question:

@@ -147,6 +147,15 @@ def prepare(
     return ids, options, prefix
 
 
+def check_unique(items) -> None:
+    """ValueError if two examples or questions have one task and id, as data.read says of a file."""
+    sources = {}
+    for item in items:
+        if (key := (item.task, item.id)) in sources:
+            raise ValueError(f"{item.source}: the id {item.id} is taken by {sources[key]}")
+        sources[key] = item.source
+
+
 def check_length(example, ids: list[int], new: int, left: int) -> None:
     """ValueError if an example without options and `new` tokens exceed what the context leaves."""
     if not example.options and len(ids) + new - 1 > left:  # the last new token is never read

@@ -34,7 +34,7 @@ from filler import FILE, Filler
 from int8 import quantize
 from model import LM
 from prompts import TaskPrompts
-from questions import check_answers, check_length, check_targets, hash_tokenizer
+from questions import check_answers, check_length, check_targets, check_unique, hash_tokenizer
 from runs import ASSETS, HASHES, Run, arguments, finished, names_file
 
 SUITE = "suite"  # --train suite
@@ -144,11 +144,8 @@ def load_split(args, split: str) -> list[data.Example]:
         files = sorted(Path(path).glob(f"*-{split}.jsonl"))
         if not files:
             raise ValueError(f"--{split} {path}: holds no file TASK-{split}.jsonl")
-        examples, sources = [example for file in files for example in data.read(file)], {}
-        for e in examples:  # as data.read checks those of one file
-            if (e.task, e.id) in sources:
-                raise ValueError(f"{e.source}: the id {e.id} is taken by {sources[e.task, e.id]}")
-            sources[e.task, e.id] = e.source
+        examples = [example for file in files for example in data.read(file)]
+        check_unique(examples)
         return examples
     if path:
         return data.read(path)
