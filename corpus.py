@@ -2,10 +2,10 @@
 
     corpus = token_file("text.jsonl", tokenizer, vocab_size, "runs/tokens")
 
-The text is read, tokenised and written in parts of 64 documents, so 1 GB of it takes no more
-memory than 1 MB. (A document must fit in memory a few dozen times.) The file's name is a hash of
-the text, the tokenizer and the vocabulary: the next run that reads the same finds it. Delete the
-folder to have its space back.
+The text is read, tokenised and written in parts of 32 documents, so 1 GB of it takes no more
+memory than 1 MB. (A line must fit in memory a few times.) The file's name is a hash of the text,
+the tokenizer and the vocabulary: the next run that reads the same finds it. Delete the folder to
+have its space back.
 
     HASH.tokens   the tokens, end to end: two bytes each if the vocabulary allows it, else four
     HASH.starts   eight bytes each: where every document starts, and the end

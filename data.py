@@ -65,6 +65,8 @@ class Example:
 
 P3_KEYS = dict(inputs_pretokenized="input", targets_pretokenized="target", answer_choices="options")
 BOM = "\ufeff"  # byte order mark
+LETTERS = 2**15  # a longer document counts as several: tokenizers need a hundred bytes a letter
+PIECE = re.compile(rf"[\s\S]{{1,{LETTERS}}}(?=\s|\Z)|[\s\S]{{1,{LETTERS}}}")
 ONE_VALUE = re.compile(rb'(\xef\xbb\xbf)?\s*(\[|\{\s*("version"[^,]*,\s*)?"data"\s*:\s*\[)')
 
 
@@ -114,8 +116,7 @@ def parse_record(record: dict, source: str) -> Example:
     record = _clean(record)
     if "question" in record:
         text, answers = record["question"], record.get("answer", record.get("answers"))
-        if isinstance(answers, str):
-            answers = [answers]
+        answers = [answers] if isinstance(answers, str) else answers
         target = answers[0] if isinstance(answers, list) and answers else None
     else:
         text, target = record.get("input"), record.get("target")
@@ -175,7 +176,7 @@ def _is_text(value) -> bool:
 
 
 def read_texts(path: str | Path) -> Iterator[str]:
-    """Yield the documents of a .txt file (between blank lines) or of a JSONL file, one at a time.
+    """Yield the documents of a .txt file (between blank lines) or a JSONL file, long ones in parts.
 
     If the first line of a JSONL file is an example, all must be, and a document is the input, a
     space and the target. FileNotFoundError if there is no such file, ValueError if it has no text.
@@ -183,21 +184,22 @@ def read_texts(path: str | Path) -> Iterator[str]:
     parse = _paragraphs if Path(path).suffix.lower() == ".txt" else _json_texts
     document = None
     for document in parse(path):
-        yield document
+        yield from PIECE.findall(document)
     if document is None:
         raise ValueError(f"{path}: holds no text")
 
 
 def _paragraphs(path: str | Path) -> Iterator[str]:
-    lines = []
+    lines, letters = [], 0
     with open(path, "rb") as file:
         for number, line in enumerate(chain(file, [b""]), 1):  # the end is like a blank line
             line = decode_utf8(line, f"{path}:{number}")
+            if lines and (not line.strip() or letters + len(line) > LETTERS):
+                yield "".join(lines).strip()
+                lines, letters = [], 0
             if line.strip():
                 lines.append(line)
-            elif lines:
-                yield "".join(lines).strip()
-                lines = []
+                letters += len(line)
 
 
 def _json_texts(path: str | Path) -> Iterator[str]:
@@ -370,8 +372,7 @@ class Batch:
 
     def to(self, device) -> "Batch":
         """Return a copy with the tensors on `device`."""
-        ids, lengths, targets = (t.to(device) for t in (self.ids, self.lengths, self.targets))
-        return Batch(ids, lengths, targets, self.rows)
+        return Batch(*(t.to(device) for t in (self.ids, self.lengths, self.targets)), self.rows)
 
     def part(self, rows: Sequence[int]) -> "Batch":
         """Return some rows of it, without the padding that only others need."""
@@ -447,10 +448,9 @@ def encode_texts(texts: Iterable[str], tokenizer: Tokenizer, vocab_size=None) ->
 
 
 def encode_parts(texts: Iterable[str], tokenizer: Tokenizer, vocab_size=None):
-    """Tokenise 64 documents at a time: tokenizers need a hundred bytes for each letter. Yields the
-    tokens of these documents, end to end, as an array, and a list of their lengths."""
+    """Yield the tokens of 32 documents at a time, end to end, and a list of their lengths."""
     texts = iter(texts)
-    while part := list(islice(texts, 64)):
+    while part := list(islice(texts, 32)):
         documents = [e.ids for e in tokenizer.encode_batch_fast(part)]
         tokens = np.fromiter(chain.from_iterable(documents), dtype=np.int32)
         check_vocabulary(tokens, tokenizer, vocab_size)

@@ -116,11 +116,12 @@ print(len(text.tokens), peak() - before)
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    """3 MB of text: at once, they would take more than 100 MB while they are tokenised."""
+    """3 MB of text: at once, they would take more than 300 MB while they are tokenised. The last
+    third is one line, and the third before it is one document."""
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
     with open(tmp_path / "text.txt", "w") as file:
-        for i in range(3):
-            file.write("\n\n".join(f"{i} {j} {text}" for j, text in enumerate(TEXTS * 25)) + "\n\n")
+        for i, end in enumerate(("\n\n", "\n", " ")):
+            file.write(end.join(f"{i} {j} {text}" for j, text in enumerate(TEXTS * 25)) + "\n\n")
     assert (tmp_path / "text.txt").stat().st_size > 3e6
     command = [sys.executable, "-c", MEASURE, tmp_path]
     out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -129,6 +130,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 
 
 def test_pretraining_keeps_the_tokens_beside_its_runs(tmp_path, text, capsys):
+    text.write_text("".join(text.read_text().splitlines(keepends=True)[:30]))
     flags = f"connector --train {text} --dev {text} --connector-layers 1 --seq-len 16"
     flags += " --batch-size 2 --steps 1 --device cpu --out"
     for name in ("a", "b"):

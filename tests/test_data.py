@@ -242,6 +242,15 @@ def test_texts_are_read_from_three_kinds_of_file(tmp_path):
     assert list(data.read_texts(examples)) == ["Q: why?\nA: so"]
 
 
+def test_a_long_document_becomes_several_at_the_ends_of_words(tmp_path):
+    for word in ("some words", "x" * data.LETTERS):
+        text = f" {word}" * 9000 if " " in word else f"{word}{word} y"
+        parts = list(data.read_texts(write(tmp_path / "a.jsonl", {"text": text})))
+        assert "".join(parts) == text and max(map(len, parts)) <= data.LETTERS
+        assert len(parts) == -(-len(text) // data.LETTERS)
+        assert "x" in text or all(part.startswith((" some", " words")) for part in parts)
+
+
 def test_bad_text_files_raise(tmp_path):
     for name, lines, message in (
         ("a.jsonl", [{"text": 3}], "^a.jsonl:1: "),

@@ -50,10 +50,26 @@ def run_short(command: str, more: str) -> None:
     importlib.import_module(program.removesuffix(".py")).main([*words, *flags])
 
 
-def test_the_commands_of_the_documents_run(tmp_path, monkeypatch, capsys):
-    """In the order of the pages. The tutorial comes first: it makes the files."""
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The current folder, of commands that know of a small suite and of a small open book."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "assets").symlink_to(documents.ROOT / "assets")
+    monkeypatch.setattr(genres, "library", lambda place: small_world())
+    names, rows = ("food_reviews", "goods_reviews", "news_topic", "staff_reviews"), suite.rows
+    tasks = {name: suite.TASKS[name] for name in (*names, "gist", "record_nli")}
+    monkeypatch.setattr(suite, "TASKS", tasks)
+    sizes = {"train": 8, "dev": 2, "test": 2}
+
+    def few(place, name, split):
+        return rows(place, name, split, sizes[split])
+
+    monkeypatch.setattr(suite, "rows", few)
+    return tmp_path
+
+
+def test_the_commands_of_the_documents_run(place, capsys):
+    """In the order of the pages. The tutorial comes first: it makes the files."""
     ran = 0
     for name in ("TUTORIAL.md", "README.md"):
         for block in documents.read_blocks(documents.ROOT / name):
@@ -80,25 +96,19 @@ README_COMMANDS = [
 ]
 
 
-def make_files(monkeypatch) -> None:
-    """The files and runs in the current folder that README's commands start from."""
-    monkeypatch.setattr(genres, "library", lambda place: small_world())
-    names, rows = ("food_reviews", "gist", "record_nli", "staff_reviews"), suite.rows
-    monkeypatch.setattr(suite, "TASKS", {name: suite.TASKS[name] for name in names})
-    monkeypatch.setattr(suite, "rows", lambda place, name, split: rows(place, name, split, 8))
+def make_files(place: Path) -> None:
+    """The files and runs that README's commands start from."""
     run_short("python world.py --out world", "")
     files = "--train world/questions-train.jsonl --dev world/questions-dev.jsonl --out runs"
     run_short("python train.py --method neural_recursion", f"{files}/neural_recursion")
     run_short("python train.py --method prompt_tuning", f"{files}/prompt")
-    documents.make_stand_ins(Path("."), count=8)
+    documents.make_stand_ins(place, count=8)
 
 
 @pytest.mark.filterwarnings("ignore:.* cannot be scored as right")
-def test_the_other_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
+def test_the_other_commands_of_the_readme_run(place, capsys):
     """In the order of the page. What it takes for granted has a small stand-in."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "assets").symlink_to(documents.ROOT / "assets")
-    make_files(monkeypatch)
+    make_files(place)
     for command in README_COMMANDS:
         if folder := documents.out_folder(command):  # of the same command with other flags
             shutil.rmtree(folder, ignore_errors=True)
