@@ -120,6 +120,7 @@ def cells(row: dict) -> list[str]:
             ("identical", "identical:", ".0%"),
             ("ours_peak_over_weights", "peak over weights", ".2f"),
             ("peer_peak_over_weights", "the peer's", ".2f"),
+            ("outside", "not forward and backward", ".1%"),
         )
         if key in row
     ]

@@ -4,8 +4,10 @@ loading  `LM.from_pretrained` and a first token against transformers, on an LM o
          stored in float32 and in bf16: seconds, and the peak of the memory beyond that of Python
          and the libraries, over the size of float32 weights
 startup  `train.py --help` against the import of transformers and PEFT
-busy     40 steps of neural recursion, with their loading and 64 answers; the columns of a peer have
-         the time beside one busy process for each core
+busy     40 steps of neural recursion, with their loading and 64 answers. The columns of a peer have
+         the time beside one busy process for each core; and, alone, with threads that wait in a
+         busy loop for as long as OpenMP lets them
+step     a step of neural recursion, and the share of its time that is not forward and backward
 text     10 MB and 100 MB of text turned into the file of tokens that pretrain.py reads: seconds,
          and the peak of the memory
 """
@@ -16,7 +18,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -24,7 +28,9 @@ from pathlib import Path
 import torch
 
 import contest
+import fit
 import genres
+import train
 import world
 from checkpoints import load_tokenizer, write_lines
 from contest import Setting, decoding, llama, peer_step
@@ -34,6 +40,7 @@ from runs import ASSETS
 
 LLAMA_1GB = llama(32_000, 1024, 16, 16, 2816, max_len=1024, tied=False)
 TRAIN = Path(__file__).parent / "train.py"
+SPINS = "300000"  # what GNU's OpenMP takes if nothing is set; show.py sets 1,000
 
 # Loading
 
@@ -116,16 +123,18 @@ def busy(setting: Setting) -> Iterator[dict]:
         flags = ["--device", setting.device, "--dev", few, "--test", few]
         flags += ["--train", few] if setting.tiny else []
 
-        def train() -> float:
+        def run(**environment: str) -> float:
             out = f"{folder}/run-{next(number)}"
             command = [TRAIN, "--method", "neural_recursion", "--steps", str(steps), *flags]
-            return start([*command, "--out", out])
+            return start([*command, "--out", out], **environment)
 
-        rounds = [
-            {"ours": {"seconds": train()}, "peer": {"seconds": beside(cores, train)}}
-            for _ in range(setting.runs)
+        times = [
+            (run(), beside(cores, run), run(GOMP_SPINCOUNT=SPINS)) for _ in range(setting.runs)
         ]
-    yield {"workload": f"{steps} steps of train.py"} | row_of(rounds, f"{cores} busy processes")
+    whats = {f"{cores} busy processes": "", "threads that spin longer": ", alone"}
+    for place, (what, more) in enumerate(whats.items(), 1):
+        rounds = [{"ours": {"seconds": t[0]}, "peer": {"seconds": t[place]}} for t in times]
+        yield {"workload": f"{steps} steps of train.py{more}"} | row_of(rounds, what)
 
 
 def beside(processes: int, run: Callable):
@@ -141,13 +150,49 @@ def beside(processes: int, run: Callable):
             other.wait()
 
 
+def step(setting: Setting) -> Iterator[dict]:
+    """The share of a training step that is not forward and backward, in a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        few = str(Path(folder) / "few.jsonl")
+        write_lines(few, world.make(1).questions("dev")[:16])
+        line = f"--method neural_recursion --dev {few} --test {few} --out {folder}/run "
+        line += f"--train {few} --steps 7" if setting.tiny else "--steps 40"
+        arguments = [*line.split(), "--device", setting.device]
+        code = f"import bench_processes; bench_processes.step_alone({arguments!r})"
+        found = json.loads(contest.in_new_process(code))
+    yield {"workload": "a step of train.py"} | found
+
+
+def step_alone(arguments: list[str]) -> None:
+    """What `step` starts: prints {"seconds", "outside"}, of the steps after the fifth."""
+    times = {"take_step": [], "mean_gradient": []}
+
+    def timed(name: str) -> Callable:
+        original = getattr(fit, name)
+
+        def call(*given):
+            began = time.perf_counter()
+            result = original(*given)
+            times[name].append(time.perf_counter() - began)
+            return result
+
+        return call
+
+    fit.take_step, fit.mean_gradient = timed("take_step"), timed("mean_gradient")
+    with redirect_stdout(sys.stderr):
+        train.main(arguments)
+    whole, inside = (seconds[5:] for seconds in times.values())
+    share = 1 - sum(inside) / sum(whole)
+    print(json.dumps({"seconds": statistics.median(whole), "outside": share}))
+
+
 # Text
 
 
 def text(setting: Setting) -> Iterator[dict]:
     """Tokens of text files, in fresh processes."""
     with tempfile.TemporaryDirectory() as folder:
-        for size in (10_000, 20_000) if setting.tiny else (10_000_000, 100_000_000):
+        for size in (10_000,) if setting.tiny else (10_000_000, 100_000_000):
             path = Path(folder) / f"{size}.txt"
             write_text(path, size)
             arguments = f"{str(path)!r}, {f'{folder}/tokens-{size}'!r}"
@@ -175,10 +220,10 @@ def tokenise_alone(path: str, folder: str) -> None:
 # What they share
 
 
-def start(arguments: list) -> float:
+def start(arguments: list, **environment: str) -> float:
     """Seconds until a Python process has ended."""
-    command = [sys.executable, *arguments]
-    return contest.timed(lambda: subprocess.run(command, check=True, capture_output=True))
+    command, env = [sys.executable, *arguments], os.environ | environment
+    return contest.timed(lambda: subprocess.run(command, check=True, capture_output=True, env=env))
 
 
 def row_of(rounds: list[dict], peer: str) -> dict:
@@ -190,4 +235,4 @@ def row_of(rounds: list[dict], peer: str) -> dict:
     return {"peer": peer} | contest.compare(pairs)
 
 
-WORKLOADS = {f.__name__: f for f in (loading, startup, busy, text)}
+WORKLOADS = {f.__name__: f for f in (loading, startup, busy, step, text)}

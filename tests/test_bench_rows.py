@@ -132,17 +132,21 @@ def test_a_training_beside_busy_processes_and_text_are_measured(monkeypatch, cap
         others.append(original(command))
         return others[-1]
 
-    def start(arguments):
+    def start(arguments, **environment):
         assert train.parse(list(map(str, arguments[1:]))).steps == 2
-        return 1.0 + sum(other.poll() is None for other in others)
+        spins = 4.0 * ("GOMP_SPINCOUNT" in environment)
+        return 1.0 + spins + sum(other.poll() is None for other in others)
 
     monkeypatch.setattr(bench_processes.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(bench_processes.subprocess, "Popen", popen)
     monkeypatch.setattr(bench_processes, "start", start)
-    (row,) = rows_of(capsys, "busy")
+    row, alone = rows_of(capsys, "busy")
     assert (row["peer"], row["seconds"], row["peer_seconds"]) == ("2 busy processes", 1.0, 3.0)
+    assert (alone["seconds"], alone["peer_seconds"]) == (1.0, 5.0)
     assert len(others) == 4 and all(other.poll() is not None for other in others)
     monkeypatch.undo()
+    (row,) = rows_of(capsys, "step")
+    assert row["seconds"] > 0 and 0 < row["outside"] < 1
     for row in rows_of(capsys, "text"):
         assert row["seconds"] > 0 and row["peak"] >= 0
 
