@@ -11,10 +11,9 @@
                                         what this command of train.py would need: see plan.py
     python bench.py attention --device cuda
                                         attention.py beside PyTorch's attention, shape by shape
-    python bench.py retrieval           BM25 and re-ranking beside bm25s and sentence-transformers
 
-bench_train.py, bench_generate.py and bench_processes.py describe the workloads, contest.py the
-columns: "by operations" is its operations_ratio, and "of rate" its share.
+bench_train.py, bench_generate.py, bench_processes.py and bench_retrieval.py describe the workloads,
+contest.py the columns: "by operations" is its operations_ratio, and "of rate" its share.
 """
 
 import argparse
@@ -37,7 +36,8 @@ import start
 from contest import Contest, Setting, measure
 
 WORKLOADS = bench_train.WORKLOADS | bench_generate.WORKLOADS | bench_processes.WORKLOADS
-COMMANDS = {"plan": plan, "attention": bench_attention, "retrieval": bench_retrieval}
+WORKLOADS |= bench_retrieval.WORKLOADS
+COMMANDS = {"plan": plan, "attention": bench_attention}
 COLUMNS = ["workload", "ours", "peer", "ratio", "by operations", "floor", "of rate", "tokens/s"]
 COLUMNS += ["peer's", "memory", "peer's memory", "notes"]
 
@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None):
                 else:
                     show_row(cells(row), result=True)
     if missing:
-        text = f"not installed: {', '.join(sorted(missing))} (pip install -r requirements-dev.txt)"
+        text = f"not installed: {', '.join(sorted(missing))} (pip install -r requirements-dev.txt "
+        text += "sentence-transformers numba)"
         show(text, "stderr")
     return rows
 
@@ -120,6 +121,7 @@ def cells(row: dict) -> list[str]:
             ("identical", "identical:", ".0%"),
             ("ours_peak_over_weights", "peak over weights", ".2f"),
             ("peer_peak_over_weights", "the peer's", ".2f"),
+            ("score_difference", "scores differ by", ".0e"),
             ("outside", "not forward and backward", ".1%"),
         )
         if key in row

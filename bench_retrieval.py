@@ -1,40 +1,35 @@
-"""Retrieval and re-ranking beside the peers, in one run: BM25 and the cross-encoder.
+"""Workloads of bench.py: search and re-ranking of passages.
 
-bm25    indexing, and the 100 best passages of each question, against bm25s (numpy, and numba if it
-        is installed) and rank_bm25. All get the same words. bm25s has the same formula, so its
-        lists must be the same. rank_bm25 has another one (Okapi), and scores every passage in
-        Python.
-rerank  passages a second against CrossEncoder of sentence-transformers, with the same weights, of
-        a random BERT in MiniLM's shape, on passages of many lengths
+search  BM25's index, and the 100 best passages of each question, against bm25s (numpy, and numba if
+        it is installed) and rank_bm25, on the passages of the world. All get the same words. bm25s
+        has the same formula, so its lists must be the same ("identical"). rank_bm25 has another one
+        (Okapi), and scores every passage in Python.
+rerank  passages of many lengths against CrossEncoder of sentence-transformers, with the same
+        weights, of a random BERT in MiniLM's shape
 
-pip install -r requirements-dev.txt sentence-transformers numba
-python bench.py retrieval                      on the passages of the embedded world
-python bench.py retrieval --passages psgs_w100.tsv --questions nq-dev.jsonl
+    pip install -r requirements-dev.txt sentence-transformers numba
+    python bench.py --only search --only rerank
 
-Each row is our time, the peer's, and how many times ours it is. Memory is the peak beyond what the
-process held before, each in a process of its own.
+Tokens a second are questions a second, or passages. Memory is the peak beyond what the process held
+before, each in a process of its own.
 """
 
 import json
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
-
-from show import Parser, show
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-import cli
+import genres
+import world
 from checkpoints import write_json
-from contest import in_new_process, memory, reset_peak
-from openbook import load_book
+from contest import Setting, compare, in_new_process, memory, reset_peak, timed
 from rerank import Bert, BertConfig, CrossEncoder
 from retrieve import BM25, split_words
 
@@ -42,13 +37,6 @@ MINILM = dict(dim=384, n_layers=6, n_heads=12, hidden_dim=1536, max_len=512)
 TINY = dict(dim=16, n_layers=1, n_heads=2, hidden_dim=32, max_len=128)
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TOP = 100
-
-
-def timed(function: Callable, argument) -> tuple[float, object]:
-    """Seconds that function(argument) takes, and what it returns."""
-    start = time.perf_counter()
-    result = function(argument)
-    return time.perf_counter() - start, result
 
 
 # BM25
@@ -97,32 +85,48 @@ PEERS = {  # name: (packages, index function, whether its formula is ours)
 }
 
 
-def bm25_rows(texts: list[str], questions: list[str], runs: int):
-    """Yield a row for each peer."""
+def search(setting: Setting) -> Iterator[dict]:
+    """Rows of the index and of the search for each peer."""
+    texts, questions = passages(setting)
     ours_peak = peak("ours", texts, questions)
     for name, (packages, index, same_formula) in PEERS.items():
         if missing := [package for package in packages if find_spec(package) is None]:
-            show(f"bm25 against {name}: {', '.join(missing)} is not installed")
+            yield {"workload": f"BM25 against {name}", "missing": missing}
             continue
-        seconds = {key: [] for key in ("index", "peer index", "search", "peer search")}
         index(texts)(questions[:1])  # numba compiles
-        for _ in range(runs):
-            for who, make in (("", index_ours), ("peer ", index)):
-                spent, search = timed(make, texts)
-                seconds[f"{who}index"].append(spent)
-                spent, found = timed(search, questions)
-                seconds[f"{who}search"].append(spent)
-                if not who:
-                    expected = found
-        row = {"workload": f"bm25, {len(texts):,} passages, against {name}"}
-        row |= {key: statistics.median(values) for key, values in seconds.items()}
-        row["index ratio"] = row["peer index"] / row["index"]
-        row["search ratio"] = row["peer search"] / row["search"]
-        row["queries per second"] = len(questions) / row["search"]
-        row["peak"], row["peer peak"] = ours_peak, peak(name, texts, questions)
+        indexing, searching = [], []
+        for _ in range(setting.runs):
+            (ours, expected), (theirs, found) = (
+                measure(make, texts, questions) for make in (index_ours, index)
+            )
+            indexing.append((ours[0], theirs[0]))
+            searching.append((ours[1], theirs[1]))
+        row = {"workload": f"BM25 index of {len(texts):,} passages", "peer": name}
+        yield row | compare(indexing)
+        row = {"workload": f"BM25, {len(questions):,} questions", "peer": name} | compare(searching)
+        row["tokens_per_second"] = len(questions) / row["seconds"]
+        row["peer_tokens_per_second"] = len(questions) / row["peer_seconds"]
+        row["peak"], row["peer_peak"] = ours_peak, peak(name, texts, questions)
         if same_formula:
-            row["equal lists"] = sum(map(same_list, expected, *found)) / len(questions)
+            row["identical"] = sum(map(same_list, expected, *found)) / len(questions)
         yield row
+
+
+def passages(setting: Setting) -> tuple[list[str], list[str]]:
+    """The passages of the world as texts, and the test questions about them."""
+    book, questions = genres.library(world.make(1))
+    texts = [f"{passage['title']} {passage['text']}" for passage in book]
+    asked = [question["question"] for question in questions["test"]]
+    return (texts[:200], asked[:3]) if setting.tiny else (texts, asked)
+
+
+def measure(make: Callable, texts: list[str], questions: list[str]) -> tuple[list[float], object]:
+    """The seconds of an index and of its search, and what it finds."""
+    start = time.perf_counter()
+    ask = make(texts)
+    middle = time.perf_counter()
+    found = ask(questions)
+    return [middle - start, time.perf_counter() - middle], found
 
 
 def same_list(ours: list, rows: list[int], scores: list[float]) -> bool:
@@ -204,56 +208,29 @@ def scores_of_peer(folder: str) -> Callable:
 SCORERS = {"re-rank": scores_ours, "re-rank, peer": scores_of_peer}
 
 
-def rerank_rows(texts: list[str], questions: list[str], runs: int, tiny: bool):
-    """Yield the row of the cross-encoder."""
+def rerank(setting: Setting) -> Iterator[dict]:
+    """The row of the cross-encoder."""
     if find_spec("sentence_transformers") is None:
-        show("rerank: sentence-transformers is not installed")
+        yield {"workload": "re-ranking", "missing": ["sentence_transformers"]}
         return
+    texts, questions = passages(setting)
     rng, asked = np.random.default_rng(0), []
-    for question in questions[: 2 if tiny else 8]:
-        lengths = rng.integers(1, 9, 10 if tiny else 50)  # texts joined: ragged, as passages are
+    for question in questions[: 2 if setting.tiny else 8]:
+        lengths = rng.integers(1, 9, 10 if setting.tiny else 50)  # texts joined: ragged
         asked.append((question, [" ".join(rng.choice(texts, length)) for length in lengths]))
     with tempfile.TemporaryDirectory() as folder:
-        write_random_encoder(Path(folder), texts, TINY if tiny else MINILM)
+        write_random_encoder(Path(folder), texts, TINY if setting.tiny else MINILM)
         sides = [score_with(folder) for score_with in SCORERS.values()]
         peaks = [peak(name, folder, asked) for name in SCORERS]
     scores, theirs = (side(asked) for side in sides)  # this is also the warm-up
-    seconds = [[timed(side, asked)[0] for side in sides] for _ in range(runs)]
-    row = {"workload": f"rerank {len(scores)} passages"}
-    row["score difference"] = (np.abs(scores - theirs).max() / scores.std()).item()  # in deviations
-    row["score"], row["peer score"] = (statistics.median(side) for side in zip(*seconds))
-    row["ratio"] = statistics.median(b / a for a, b in seconds)
-    row["passages per second"] = len(scores) / row["score"]
-    row["peak"], row["peer peak"] = peaks
+    seconds = [tuple(timed(lambda s=s: s(asked)) for s in sides) for _ in range(setting.runs)]
+    row = {"workload": f"re-rank {len(scores)} passages", "peer": "sentence-transformers"}
+    row |= compare(seconds)
+    row["score_difference"] = (np.abs(scores - theirs).max() / scores.std()).item()  # in deviations
+    row["tokens_per_second"] = len(scores) / row["seconds"]
+    row["peer_tokens_per_second"] = len(scores) / row["peer_seconds"]
+    row["peak"], row["peer_peak"] = peaks
     yield row
 
 
-def main(argv: list[str]) -> list[dict]:
-    """Measure, print and return the rows."""
-    parser = Parser(prog="bench.py retrieval", description=__doc__.split("\n")[0])
-    cli.add_flags(
-        parser,
-        "retrieval",
-        ("--passages", str, None, "passages to search; those of the embedded world if not given"),
-        ("--questions", str, None, "the questions to ask, if passages are given"),
-        ("--runs", cli.COUNT, 5, "timed pairs of a row"),
-        cli.WORLD,
-        ("--tiny", bool, False, "a small part, which measures nothing"),
-    )
-    args = parser.parse_args(argv)
-    args.train, args.seed = args.questions, 0
-    args.dev = args.test = None
-    args.method = "retriever"  # which questions load_book keeps
-    torch.manual_seed(0)
-    book = load_book(args)
-    texts = [f"{p.title} {p.text}" for p in book.passages]
-    asked = book.questions["test"] or book.questions["train"]
-    questions = [q.question for q in asked][: 3 if args.tiny else 1000]
-    texts = texts[:200] if args.tiny else texts
-    rows = []
-    found = bm25_rows(texts, questions, args.runs)
-    for row in chain(found, rerank_rows(texts, questions, args.runs, args.tiny)):
-        rows.append(row)
-        values = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
-        show(json.dumps(values), result=True)
-    return rows
+WORKLOADS = {f.__name__: f for f in (search, rerank)}

@@ -299,4 +299,4 @@ def test_documented_commands_parse(monkeypatch):
     assert len(commands) > 100 and {"eval.py", "audit.py", "bench.py", "reproduce.py"} <= known
     for command in commands:
         assert parses(monkeypatch, command), command
-    assert not parses(monkeypatch, "python bench.py retrieval --colour red")
+    assert not parses(monkeypatch, "python bench.py attention --colour red")
