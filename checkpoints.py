@@ -96,18 +96,18 @@ def write_checkpoint(
     They are written to {folder}.unfinished, which is then renamed. FileExistsError if `folder`
     exists. With `replace` it is removed first; a kill then leaves only {folder}.unfinished.
     """
-    folder = Path(folder)
-    if folder.exists() and not replace:
+    if Path(folder).exists() and not replace:
         raise FileExistsError(f"{folder} exists; choose another folder")
-    unfinished = folder.with_name(folder.name + ".unfinished")
+    unfinished = Path(f"{Path(folder)}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed process
-    unfinished.mkdir(parents=True)
-    write_json(unfinished / "config.json", config_to_hf(fields, dtype))
-    published = {name: t.to(dtype).contiguous() for name, t in to_hf(tensors, fields).items()}
-    write_tensors(unfinished / "model.safetensors", published)
-    if tokenizer is not None:
-        with atomic_write(unfinished / "tokenizer.json") as path:
-            tokenizer.save(str(path))
+    try:
+        write_encoder(unfinished, config_to_hf(fields, dtype), to_hf(tensors, fields), dtype)
+        if tokenizer is not None:
+            with atomic_write(unfinished / "tokenizer.json") as path:
+                tokenizer.save(str(path))
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
 

@@ -304,10 +304,11 @@ def explain_disk_errors(run: Run, state: State):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"{run.folder}: no checkpoint after step {state.step}: {error}; the one before it is "
-            "kept, and --resume goes on from it"
-        ) from None
+        after = "there is none before it, and --resume starts from the first step"
+        if run.state_path.is_file():
+            after = "the one before it is kept, and --resume goes on from it"
+        message = f"{run.folder}: no checkpoint after step {state.step}: {error}; {after}"
+        raise OSError(message) from None
 
 
 def mean_gradient(recipe: Recipe, loss_of, batches: list[Batch]) -> float:

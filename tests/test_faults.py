@@ -65,35 +65,43 @@ def scores(record):
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 
 
-@pytest.mark.parametrize("method", [*METHODS, *train.OPEN_BOOK, *TRANSFER])
+TRAININGS = [*METHODS, *train.OPEN_BOOK, *TRANSFER]
+
+
+@pytest.mark.parametrize("method", TRAININGS)
 def test_a_killed_run_resumes_to_the_same_bits(request, shelf, tmp_path, processes, method):
-    """By turns inside the write of a checkpoint, and by any signal at a random moment. One folder
-    is killed again and again; if it is finished, it starts anew."""
+    """By turns inside the write of a checkpoint, and at a random moment, where the signals take
+    turns too: each method begins with another one. One folder is killed again and again; if it is
+    finished, it starts anew."""
     whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(method)
     started = time.monotonic()
     record = run(line_of(shelf, method, whole))
     seconds = time.monotonic() - started
     kills, again = request.config.getoption("kills"), line_of(shelf, method, killed, "--resume")
-    survived = {True: 0, False: 0}  # inside a write, and at a random moment
-    for attempt in range(20 * kills):
-        if sum(survived.values()) == kills:
+    survived = {True: [], False: []}  # the signals inside a write, and at a random moment
+    for _ in range(20 * kills):
+        if sum(map(len, survived.values())) == kills:
             break
-        inside = attempt % 2 == 0
+        inside = len(survived[True]) <= len(survived[False])
+        turn = TRAININGS.index(method) + len(survived[False])
+        sent = signal.SIGKILL if inside else SIGNALS[turn % len(SIGNALS)]
         process = processes.start(again, dies_in=rng.randrange(WRITES) if inside else None)
         deadline = time.monotonic() + rng.random() * seconds
         while not inside and time.monotonic() < deadline and process.running():
             time.sleep(0.002)
-        sent = signal.SIGKILL if inside else rng.choice(SIGNALS)
         if not inside and process.running():
             os.kill(process.pid, sent)
         status, errors = process.end()
         assert status in (0, -sent) or (status == 130 and sent != signal.SIGKILL), errors
         assert status != 130 or len(errors.splitlines()) == 1, errors
-        survived[inside] += status != 0
-        if status == 0:
+        if status != 0:
+            survived[inside].append(sent.name)
+        else:
             same_runs(whole, killed)
             shutil.rmtree(killed)
-    assert sum(survived.values()) == kills
+    inside, random_moment = survived.values()
+    assert (len(inside), len(random_moment)) == ((kills + 1) // 2, kills // 2)
+    assert len(set(random_moment)) == min(len(random_moment), len(SIGNALS))
     first = killed / INNER.get(method, "")
     if (first / "metrics.jsonl").is_file() and not finished(first):  # one is, if killed late
         with open(first / "metrics.jsonl", "a") as file:
@@ -108,7 +116,7 @@ def test_a_killed_run_resumes_to_the_same_bits(request, shelf, tmp_path, process
                 run(again)
     assert scores(run(again)) == scores(record)
     same_runs(whole, killed)
-    kinds = f"{survived[True]} inside a write, {survived[False]} at a random moment"
+    kinds = f"{len(inside)} inside a write, {' '.join(random_moment)} at a random moment"
     print(f"{method}: {kills} of {kills} kills survived ({kinds}), 0 bits differ")
 
 
@@ -143,26 +151,34 @@ def test_two_processes_on_one_folder(place, tmp_path, processes):
     same_runs(tmp_path / "whole", out)
 
 
-FAULTS = {"a full disk": {"bytes": 30_000}, "a read-only folder": {"unprivileged": True}}
+FULL = {"bytes": 30_000}
+FAULTS = {
+    "a full disk": ("neural_recursion", FULL, "the one before it is kept, and --resume goes on"),
+    "a disk full from the start": ("fine_tuning", FULL, "there is none before it, and --resume"),
+    "a read-only folder": ("neural_recursion", {"unprivileged": True}, "Permission denied"),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_cannot_be_written_is_one_line_and_the_last_checkpoint_stays(
     place, tmp_path, monkeypatch, processes, fault
 ):
-    out = tmp_path / "run"
-    die_at_5(monkeypatch, command(place, "neural_recursion", out))
-    before = (out / "state.safetensors").read_bytes()
-    assert len(before) > FAULTS["a full disk"]["bytes"]
-    out.chmod(0o555 if fault == "a read-only folder" else 0o755)
-    process = processes.start(command(place, "neural_recursion", out, "--resume"), **FAULTS[fault])
-    status, errors = process.end()
+    out, (method, limits, message) = tmp_path / "run", FAULTS[fault]
+    state, line = out / "state.safetensors", command(place, method, out, "--resume")
+    if fault != "a disk full from the start":
+        die_at_5(monkeypatch, command(place, method, out))
+        assert state.stat().st_size > FULL["bytes"]
+    before = state.read_bytes() if state.is_file() else None
+    if fault == "a read-only folder":
+        out.chmod(0o555)
+    status, errors = processes.start(line, **limits).end()
     out.chmod(0o755)
     assert status == 2 and len(errors.splitlines()) == 1 and str(out) in errors, errors
-    assert (out / "state.safetensors").read_bytes() == before
+    assert message in errors, errors
+    assert (state.read_bytes() if state.is_file() else None) == before
     assert not list(out.glob("*.unfinished"))
-    run(command(place, "neural_recursion", out, "--resume"))
-    run(command(place, "neural_recursion", tmp_path / "whole"))
+    run(line)
+    run(command(place, method, tmp_path / "whole"))
     same_runs(tmp_path / "whole", out)
 
 
@@ -198,10 +214,10 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_goes_on(
 # Verify
 
 
-@pytest.mark.parametrize("method", ["neural_recursion", "pretrain_connector"])
-def test_a_run_that_is_verified_gives_its_own_bits_again(place, tmp_path, capsys, method):
+def test_a_run_that_is_verified_gives_its_own_bits_again(place, tmp_path, capsys):
+    """One of pretrain.py. The next test has one of train.py."""
     out = tmp_path / "run"
-    run(command(place, method, out))
+    run(command(place, "pretrain_connector", out))
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert verify(out) == {} and "no bit differs" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files

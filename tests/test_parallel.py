@@ -7,14 +7,18 @@ import socket
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run as torchrun
 from forks import ROOT, forks
 from tiny_runs import (
     METHODS,
+    OBJECTIVES,
     command,
     die_at_5,
     make_shelf,
@@ -61,6 +65,33 @@ def two(tmp_path_factory):
         yield call
 
 
+def watch_divide(monkeypatch) -> dict[str, set]:
+    """{function: the numbers of items that `parallel.divide` gets with it} in this process."""
+    calls, divide = defaultdict(set), parallel.divide
+
+    def watched(function, items):
+        calls[function.__qualname__.replace("<locals>.", "")].add(len(items))
+        return divide(function, items)
+
+    monkeypatch.setattr(parallel, "divide", watched)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def one(shelf, tmp_path_factory):
+    """one(method, flags) -> (the run of one process, what it divides). Equal runs are made once."""
+
+    @cache
+    def make(method, flags):
+        folder = tmp_path_factory.mktemp("one") / "run"
+        with pytest.MonkeyPatch.context() as patch:
+            divided = watch_divide(patch)
+            run(line_of(shelf, method, folder, flags))
+        return folder, divided
+
+    return make
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -96,17 +127,30 @@ def assert_same_training(one: Path, other: Path, rel: float = 2e-4) -> None:
         assert all(torch.allclose(a[name], b[name], rtol=0.02, atol=2e-3) for name in a)
 
 
+# Of 8 questions in batches of 7 the last batch has one row, and one process has none.
+UNEVEN = ("prompt_tuning", "id_pt", "textual_recursion", "neural_recursion")
+UNEVEN = dict.fromkeys(UNEVEN, "--batch-size 7")
+ANSWER, SCORE = "predict_split.answer", "RerankerTraining.evaluate.score"
+DIVIDED = {  # what processes divide besides the rows of a batch, and of how many items
+    **dict.fromkeys(METHODS, {ANSWER: {5}}),
+    **dict.fromkeys(OBJECTIVES, {"train_on_text.evaluate.<lambda>": {36}}),
+    "textual_recursion": {ANSWER: {5}, "sample_split.sample": {4, 5}},
+    "retriever": {"DualEncoder.encode_questions": {4}, "DualEncoder.encode_passages": {12, 16}},
+    "reranker": {SCORE: {4}},
+    "reader": {SCORE: {4}, "score_split.score": {4, 5}, ANSWER: {4}},
+}
+
+
 @pytest.mark.parametrize("method", [*METHODS, *train.OPEN_BOOK])
-def test_two_processes_train_as_one(shelf, tmp_path, two, method):
-    """Of 8 questions in batches of 7 the last batch has one row, and one process has none."""
-    flags = "--batch-size 7" if method in ("prompt_tuning", "id_pt", "neural_recursion") else ""
-    run(line_of(shelf, method, tmp_path / "one", flags))
-    ends = two(line_of(shelf, method, tmp_path / "two", flags))
+def test_two_processes_train_as_one(shelf, tmp_path, one, two, method):
+    alone, divided = one(method, UNEVEN.get(method, ""))
+    assert divided == DIVIDED[method]
+    ends = two(line_of(shelf, method, tmp_path / "two", UNEVEN.get(method, "")))
     assert ends == [(0, ""), (0, "")], ends
     rel = 0.02 if method == "pretrain_bert" else 2e-4  # its dropout draws other masks
-    assert_same_training(tmp_path / "one", tmp_path / "two", rel)
+    assert_same_training(alone, tmp_path / "two", rel)
     assert read_record(tmp_path / "two")["hardware"]["processes"] == 2
-    assert "processes" not in read_record(tmp_path / "one")["hardware"]
+    assert "processes" not in read_record(alone)["hardware"]
 
 
 def test_prompts_of_tasks_that_one_process_has_not_seen(shelf, tmp_path, two):
@@ -120,24 +164,24 @@ def test_prompts_of_tasks_that_one_process_has_not_seen(shelf, tmp_path, two):
     assert history(tmp_path / "one")["loss"] == pytest.approx(history(tmp_path / "two")["loss"])
 
 
-SHARDED = {
-    "deep_prompt": "",
-    "id_pt": "",
-    "textual_recursion": "--batch-size 7",
-    "neural_recursion": "--passes 3 --cache-first-pass 0",
-    "reader": "--checkpoint-activations",
+SHARDED = {  # flags of the run, and of the sharded one alone
+    "deep_prompt": ("", ""),
+    "id_pt": (UNEVEN["id_pt"], ""),
+    "textual_recursion": (UNEVEN["textual_recursion"], ""),
+    "neural_recursion": ("--passes 3 --cache-first-pass 0", ""),
+    "reader": ("", "--checkpoint-activations"),
 }
 
 
 @pytest.mark.parametrize("method", SHARDED)
-def test_a_sharded_lm_trains_as_a_whole_one(shelf, tmp_path, two, method):
-    flags = SHARDED[method]
-    run(line_of(shelf, method, tmp_path / "one", flags))
-    ends = two(line_of(shelf, method, tmp_path / "two", f"{flags} --shard"))
+def test_a_sharded_lm_trains_as_a_whole_one(shelf, tmp_path, one, two, method):
+    flags, more = SHARDED[method]
+    alone, _ = one(method, flags)
+    ends = two(line_of(shelf, method, tmp_path / "two", f"{flags} {more} --shard"))
     assert ends == [(0, ""), (0, "")], ends
-    assert_same_training(tmp_path / "one", tmp_path / "two")
-    one, other = read_record(tmp_path / "one"), read_record(tmp_path / "two")
-    assert one["weights_before"] == other["weights_before"] == other["weights_after"]
+    assert_same_training(alone, tmp_path / "two")
+    record, other = read_record(alone), read_record(tmp_path / "two")
+    assert record["weights_before"] == other["weights_before"] == other["weights_after"]
 
 
 PROBE = """
@@ -146,9 +190,13 @@ import torch
 import parallel
 from model import LM
 parallel.start("cpu")
+def ten_times(part):
+    own.extend(part)
+    return [10 * i for i in part]
 for n in range(5):
-    items = list(range(n))
-    assert parallel.divide(lambda part: [10 * i for i in part], items) == [10 * i for i in items]
+    items, own = list(range(n)), []
+    assert parallel.divide(ten_times, items) == [10 * i for i in items]
+    assert own == items[parallel.rank() :: 2]
 assert parallel.any_of(parallel.rank() == 1) and not parallel.any_of(False)
 lm = LM.from_pretrained(sys.argv[1])
 whole = sum(p.numel() * p.element_size() for p in lm.parameters())
@@ -167,8 +215,8 @@ with open(sys.argv[2] + os.environ["RANK"], "w") as file:
 """
 
 
-def test_results_keep_their_order_and_each_process_holds_half_of_a_lm(shelf, tmp_path, two):
-    """The half also after a step has gathered all of it."""
+def test_each_process_computes_and_holds_half_and_results_keep_their_order(shelf, tmp_path, two):
+    """Half of the items, and half of an LM, also after a step has gathered all of it."""
     (tmp_path / "probe.py").write_text(PROBE)
     line = [tmp_path / "probe.py", shelf / "lm/model", tmp_path / "held"]
     assert two(line) == [(0, ""), (0, "")]
@@ -177,20 +225,20 @@ def test_results_keep_their_order_and_each_process_holds_half_of_a_lm(shelf, tmp
         assert all(part == pytest.approx(whole / 2, rel=0.02) for part in parts)
 
 
-def test_a_run_of_one_process_resumes_with_two(shelf, tmp_path, two, monkeypatch):
+def test_a_run_of_one_process_resumes_with_two(shelf, tmp_path, one, two, monkeypatch):
     line = line_of(shelf, "lm_connector", tmp_path / "run")
     die_at_5(monkeypatch, line)
     assert two([*line, "--resume"]) == [(0, "")] * 2
-    run(line_of(shelf, "lm_connector", tmp_path / "whole"))
-    assert_same_training(tmp_path / "whole", tmp_path / "run")
+    assert_same_training(one("lm_connector", "")[0], tmp_path / "run")
     (now,) = read_record(tmp_path / "run")["resumed"]
     assert now["hardware"]["processes"] == 2
 
 
 def test_a_killed_worker_ends_the_others_and_one_process_resumes(shelf, tmp_path):
-    """Of two that torchrun started. The one process repeats the steps since the checkpoint."""
+    """Of two that torchrun started. The one process repeats the steps since the checkpoint. At a
+    constant rate, the first 40 steps of 300 are those of a run of 40."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    long = "--steps 300 --eval-every 5 --eval-limit 2"
+    long = "--steps 300 --eval-every 20 --eval-limit 2 --schedule constant --warmup 0"
     line = line_of(shelf, "lm_connector", killed, long)
     call = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     call += ["--nproc-per-node", "2", *line]
@@ -204,15 +252,17 @@ def test_a_killed_worker_ends_the_others_and_one_process_resumes(shelf, tmp_path
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 5)
     assert "results" not in read_record(killed)
     assert run([*line, "--resume"])["results"]["dev"]["n"] == 5
-    run(line_of(shelf, "lm_connector", whole, long))
+    run(line_of(shelf, "lm_connector", whole, f"{long} --steps 40"))
     a, b = history(whole)["loss"], history(killed)["loss"]
-    assert len(a) == len(b) == 300 and a[:40] == pytest.approx(b[:40], rel=1e-2)
+    assert len(b) == 300 and len(a) == 40 and a == pytest.approx(b[:40], rel=1e-2)
 
 
-def test_two_processes_score_a_file_as_one(shelf, tmp_path, two):
-    run(line_of(shelf, "textual_recursion", tmp_path / "run"))
-    line = f"eval.py score {shelf}/train.jsonl --run {tmp_path}/run --out {tmp_path}"
+def test_two_processes_score_a_file_as_one(shelf, tmp_path, one, two, monkeypatch):
+    alone, _ = one("textual_recursion", UNEVEN["textual_recursion"])
+    line = f"eval.py score {shelf}/train.jsonl --run {alone} --out {tmp_path}"
+    divided = watch_divide(monkeypatch)
     score(f"{line}/one".split()[1:])
+    assert divided["answer.answer_part"] == {8}
     assert two(f"{line}/two".split()) == [(0, "")] * 2
     assert read_predictions(tmp_path / "one") == read_predictions(tmp_path / "two")
 
@@ -227,23 +277,22 @@ def test_two_processes_warn_once_and_of_all_questions(shelf, tmp_path, two):
     assert errors.count("\n") == 1
 
 
-def test_the_torchrun_commands_of_the_readme_run(shelf, tmp_path, two, monkeypatch):
-    """With a few steps. The last one is started by torchrun, and scores as one process does."""
-    lines = [
-        line.split()[3:] for line in README.splitlines() if line.startswith("torchrun --nproc")
-    ]
-    *trains, (dashes, program, *words) = lines
-    monkeypatch.chdir(tmp_path)
+def test_the_torchrun_commands_of_the_readme_run(shelf, tmp_path, two):
+    """With a few steps, and as torchrun reads them. The last one scores as one process does."""
+    lines = [line.split()[1:] for line in README.splitlines() if line.startswith("torchrun --")]
+    read = map(torchrun.parse_args, lines)
+    *trains, words = [[line.training_script, *line.training_script_args] for line in read]
     for train_line, out in zip(trains, ("recursion", "mine"), strict=True):
         flags = command(shelf, train_line[2], tmp_path / "runs" / out)[3:]
         assert two([*train_line, *flags]) == [(0, "")] * 2
-    (tmp_path / "test.jsonl").symlink_to(shelf / "train.jsonl")
-    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*call, dashes, ROOT / program, *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(Path("scores/mine/score.json").read_text())["hardware"]["processes"] == 2
-    score([*words, "--out", "scores/one"])
-    assert read_predictions(Path("scores/mine")) == read_predictions(Path("scores/one"))
+    paths = {name: str(tmp_path / name) for name in ("runs/mine", "scores/mine")}
+    paths["test.jsonl"] = str(shelf / "train.jsonl")
+    words = [paths.get(word, word) for word in words]
+    assert two(words) == [(0, "")] * 2
+    scores = tmp_path / "scores"
+    assert json.loads((scores / "mine/score.json").read_text())["hardware"]["processes"] == 2
+    score([*words[1:], "--out", str(scores / "one")])
+    assert read_predictions(scores / "mine") == read_predictions(scores / "one")
 
 
 REFUSED = {

@@ -54,6 +54,7 @@ values = st.recursive(
 )
 keys = st.sampled_from(["question", "input", "target", "answer", "answers", "options", "id"])
 sizes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=40)
+TOKENIZER = data.train_tokenizer(["the cat sat on the mat, and then the rat"], 280)
 
 
 # Readers
@@ -91,7 +92,12 @@ def test_bytes_are_read_or_refused_by_name(tmp_path_factory, content):
             assert "bytes.jsonl:" in str(error)
 
 
-# Batches
+# Tokens and batches
+
+
+@holds(st.text(st.characters(codec="utf-8"), max_size=40))
+def test_tokens_decode_to_their_text(text):
+    assert TOKENIZER.decode(TOKENIZER.encode(text).ids) == text
 
 
 def examples_of(lengths):
