@@ -375,7 +375,7 @@ def kv_width(lm) -> int:
 
 def read_adapter_config(folder: str | Path) -> dict:
     """adapter_config.json as a dict. FileNotFoundError or ValueError names the file."""
-    from checkpoints import read_json
+    from families import COUNT, NUMBER, TEXT, check_keys, read_json
 
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
@@ -385,6 +385,7 @@ def read_adapter_config(folder: str | Path) -> dict:
     config = read_json(path)
     if "peft_type" not in config:
         raise ValueError(f"{path}: has no key peft_type")
+    check_keys(path, config, {"peft_type": TEXT, "num_virtual_tokens": COUNT, "scale": NUMBER})
     return config
 
 
@@ -419,9 +420,8 @@ def check_kind(folder: str | Path, config: dict, supported: tuple[str, ...]) -> 
     """ValueError unless peft_type is one of `supported`."""
     kind = config["peft_type"]
     if kind not in supported:
-        raise ValueError(
-            f"{folder}: peft_type {kind!r} is not supported; supported: {', '.join(supported)}"
-        )
+        known = f"supported: {', '.join(supported)}"
+        raise ValueError(f"{folder}: peft_type {kind!r} is not supported; {known}")
 
 
 def check_base(folder: str | Path, config: dict, lm) -> None:
@@ -434,10 +434,8 @@ def check_base(folder: str | Path, config: dict, lm) -> None:
             stacklevel=3,
         )
     elif stored != lm.fingerprint():
-        raise ValueError(
-            f"{folder}: was trained on another base "
-            f"(fingerprint {str(stored)[:12]}..., this LM's is {lm.fingerprint()[:12]}...)"
-        )
+        differs = f"fingerprint {str(stored)[:12]}..., this LM's is {lm.fingerprint()[:12]}..."
+        raise ValueError(f"{folder}: was trained on another base ({differs})")
     if dim != width:
         raise ValueError(f"{folder}: made for an LM of width {dim}, this one's is {width}")
 
@@ -486,11 +484,12 @@ def empty_generator(folder, config: dict, lm, tensors: dict, encoder) -> PromptG
 
 def empty_connector(folder: str | Path, config: dict, lm) -> Connector | Connectors:
     """A Connector, or Connectors, of the shape that a config states. ValueError if it has none."""
+    from families import LAYERS, check_value
+
     n, passes, count = (config.get(k) for k in ("connector_layers", "passes", "connectors"))
     residual = config.get("residual") is True
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"{folder}: connector_layers is {n!r}, not a number of layers")
-    fits = isinstance(passes, int) and passes >= 3 and count in (1, passes - 1)
+    check_value(folder, "connector_layers", n, LAYERS)
+    fits = isinstance(passes, int) and 3 <= passes <= 10_000 and count in (1, passes - 1)
     if passes is not None and not fits:
         raise ValueError(f"{folder}: passes is {passes!r} and connectors is {count!r}")
     every = [Connector(lm.new_layers(n), residual=residual) for _ in range(count or 1)]

@@ -69,7 +69,7 @@ def show_rates(rows: list[dict]) -> None:
 
 def asked_questions(folder: str | Path) -> tuple[list[data.Example], list[dict]]:
     """The questions of a run's predictions.jsonl as examples, and its lines."""
-    rows, examples = read_predictions(folder), []
+    rows, examples = read_predictions(folder, ("input", "answers", "prediction", "em")), []
     if not rows:
         raise ValueError(f"{folder}/predictions.jsonl: no predictions")
     for number, row in enumerate(rows, 1):
@@ -89,8 +89,8 @@ def ask_again(args: argparse.Namespace) -> tuple:
 def arguments(loaded: tuple, examples: list[data.Example]) -> tuple:
     """The arguments of `predict` with which a run answers examples. `loaded` is of load_run."""
     model, prefix, tokenizer, record = loaded
-    new, stop = record["arguments"]["max_new_tokens"], record["arguments"]["stop"]
-    stops = metrics.stops(examples, stop)
+    new = record["arguments"].get("max_new_tokens", 16)
+    stops = metrics.stops(examples, record["arguments"].get("stop"))
     ids, options, prefix = prepare(model, tokenizer, examples, prefix, new, stops=stops)
     return model, tokenizer, ids, prefix, new, options, stops
 
@@ -116,7 +116,7 @@ def scores_on(examples: Sequence, folders: Sequence[str | Path]) -> list[dict]:
     """
     rows, first = [], None
     for folder in folders:
-        scores = {(r["task"], str(r["id"])): r["em"] for r in read_predictions(folder)}
+        scores = {(r["task"], str(r["id"])): r["em"] for r in read_predictions(folder, ("em",))}
         missing = [e for e in examples if (e.task, e.id) not in scores]
         if missing:
             raise ValueError(f"{folder}: was not tested on id {missing[0].id!r}")

@@ -296,7 +296,8 @@ def compare(run_a, run_b, iters: int = 10_000, seed: int = 0) -> list[dict]:
     """
     from runs import read_predictions
 
-    records_a, records_b = read_predictions(run_a), read_predictions(run_b)
+    needed = ("input", "answers", *METRICS)
+    records_a, records_b = (read_predictions(run, needed) for run in (run_a, run_b))
     if not records_a or not records_b:
         raise ValueError(f"{run_b if records_a else run_a}/predictions.jsonl: no predictions")
     pairs = _pair(records_a, records_b, run_a, run_b)
@@ -333,18 +334,16 @@ def _notes(run_a, run_b, pairs: list[tuple[dict, dict]]) -> list[str]:
 
 def _arguments(run) -> dict:
     """Return the arguments in score.json or run.json, {} if there is neither."""
-    from checkpoints import read_json
+    from families import OBJECT, check_keys, read_json
 
-    for name in ("score.json", "run.json"):
-        if (Path(run) / name).is_file():
-            return read_json(Path(run) / name)["arguments"]
+    for path in (Path(run) / "score.json", Path(run) / "run.json"):
+        if path.is_file():
+            check_keys(path, record := read_json(path), {"arguments": OBJECT}, ["arguments"])
+            return record["arguments"]
     return {}
 
 
 def _pair(records_a: list[dict], records_b: list[dict], run_a, run_b) -> list[tuple[dict, dict]]:
-    for record, run in [*((r, run_a) for r in records_a), *((r, run_b) for r in records_b)]:
-        if missing := {"input", "answers", "em", "f1"} - record.keys():
-            raise ValueError(f"{run}: the prediction of {record['id']!r} has no {min(missing)}")
     a, b = ({(r["task"], r["id"]): r for r in part} for part in (records_a, records_b))
     alone = [key for key in [*a, *b] if key not in a or key not in b]
     if alone:

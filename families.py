@@ -20,48 +20,55 @@ from pathlib import Path
 
 import torch
 
-# Every key of config.json that is read, and its allowed values
+# Kinds of values in JSON files
 COUNT = "a positive whole number"
 COUNT_OR_NULL = "a positive whole number or null"
 WHOLE = "a whole number from 0"
+LAYERS = "a number of layers from 1 to 10,000"
 NUMBER = "a number"
 POSITIVE = "a positive number"
+SHARE = "a number from 0 to 1"
 SWITCH = "true or false"
+TEXT = "a text"
+ID = "a text or a whole number"
+TEXTS = "a list of at least one text"
+FILES = "a text, a list of texts or null"
+IDS = "a list of token ids or null"
+OBJECT = "an object"
+OBJECTS = "a list of objects"
 ANY = "anything"  # checked where it is used
 VALUE_CHECKS = {
     COUNT: lambda x: type(x) is int and x > 0,  # isinstance would accept true
     COUNT_OR_NULL: lambda x: x is None or type(x) is int and x > 0,
     WHOLE: lambda x: type(x) is int and x >= 0,
+    LAYERS: lambda x: type(x) is int and 0 < x <= 10_000,
     NUMBER: lambda x: type(x) in (int, float),
     POSITIVE: lambda x: type(x) in (int, float) and 0 < x < math.inf,
+    SHARE: lambda x: type(x) in (int, float) and 0 <= x <= 1,
     SWITCH: lambda x: isinstance(x, bool),
+    TEXT: lambda x: isinstance(x, str),
+    ID: lambda x: isinstance(x, str) or type(x) is int,
+    TEXTS: lambda x: isinstance(x, list) and x and all(isinstance(text, str) for text in x),
+    FILES: lambda x: x in (None, []) or isinstance(x, str) or VALUE_CHECKS[TEXTS](x),
+    IDS: lambda x: x is None or isinstance(x, list) and all(type(i) is int and i >= 0 for i in x),
+    OBJECT: lambda x: isinstance(x, dict),
+    OBJECTS: lambda x: isinstance(x, list) and x and all(isinstance(part, dict) for part in x),
     ANY: lambda x: True,
 }
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
-KEYS = {  # key: (the field it is copied to, one of VALUE_CHECKS or the supported values)
+KEYS = {  # each key of config.json: (the field it is copied to, its kind or supported values)
     "vocab_size": ("vocab_size", COUNT),
-    "hidden_size": ("dim", COUNT),
-    "n_embd": ("dim", COUNT),
-    "d_model": ("dim", COUNT),
-    "num_hidden_layers": ("n_layers", COUNT),
-    "n_layer": ("n_layers", COUNT),
-    "num_layers": ("n_layers", COUNT),
-    "num_attention_heads": ("n_heads", COUNT),
-    "n_head": ("n_heads", COUNT),
-    "num_heads": ("n_heads", COUNT),
+    **dict.fromkeys(["hidden_size", "n_embd", "d_model"], ("dim", COUNT)),
+    **dict.fromkeys(["num_hidden_layers", "n_layer", "num_layers"], ("n_layers", LAYERS)),
+    **dict.fromkeys(["num_attention_heads", "n_head", "num_heads"], ("n_heads", COUNT)),
     "num_key_value_heads": ("n_kv_heads", COUNT_OR_NULL),  # null: n_heads
     "head_dim": ("head_dim", COUNT_OR_NULL),  # null: dim / n_heads
     "d_kv": ("head_dim", COUNT),
-    "intermediate_size": ("hidden_dim", COUNT),
+    **dict.fromkeys(["intermediate_size", "d_ff"], ("hidden_dim", COUNT)),
     "n_inner": ("hidden_dim", COUNT_OR_NULL),  # null: 4 dim
-    "d_ff": ("hidden_dim", COUNT),
-    "max_position_embeddings": ("max_len", COUNT),
-    "n_positions": ("max_len", COUNT),
-    "rms_norm_eps": ("norm_eps", NUMBER),
-    "layer_norm_eps": ("norm_eps", NUMBER),
-    "layer_norm_epsilon": ("norm_eps", NUMBER),
-    "hidden_act": ("activation", ACTIVATIONS),
-    "activation_function": ("activation", ACTIVATIONS),
+    **dict.fromkeys(["max_position_embeddings", "n_positions"], ("max_len", COUNT)),
+    **dict.fromkeys(["rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"], ("norm_eps", NUMBER)),
+    **dict.fromkeys(["hidden_act", "activation_function"], ("activation", ACTIVATIONS)),
     "tie_word_embeddings": ("tied", SWITCH),
     "attention_bias": ("qkv_bias", SWITCH),  # and o_bias
     "mlp_bias": ("mlp_bias", SWITCH),
@@ -72,8 +79,7 @@ KEYS = {  # key: (the field it is copied to, one of VALUE_CHECKS or the supporte
     "sliding_window": (None, ANY),
     "max_window_layers": (None, WHOLE),
     "layer_types": (None, ANY),
-    "quantization_config": (None, (None,)),
-    "compression_config": (None, (None,)),
+    **dict.fromkeys(["quantization_config", "compression_config"], (None, (None,))),
     "scale_attn_weights": (None, (True,)),
     "add_cross_attention": (None, (False,)),
     "type_vocab_size": ("token_types", COUNT),
@@ -169,9 +175,7 @@ class Family:
 FAMILIES = {
     # RMSNorm, gated MLP, rope, grouped heads; biases if config.json asks for them
     "llama": Family(
-        "LlamaForCausalLM",
-        LLAMA_KEYS | BIAS_KEYS | {"mlp_bias": False} | HEAD_KEYS,
-        eos=2,
+        "LlamaForCausalLM", LLAMA_KEYS | BIAS_KEYS | {"mlp_bias": False} | HEAD_KEYS, eos=2
     ),
     # Llama with a sliding window
     "mistral": Family(
@@ -241,23 +245,20 @@ FAMILIES = {
 
 
 def read_json(path: str | Path) -> dict:
-    """Return the object in a JSON file.
-
-    FileNotFoundError if it is missing, ValueError if it holds no object; both name the file.
-    """
+    """Return the object in a JSON file. FileNotFoundError or ValueError names the file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent}: no {path.name} there")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # recursion: brackets nested too deep
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__} where an object is expected")
     return value
 
 
-def check_value(path: Path, key: str, value, allowed: str | tuple) -> None:
+def check_value(path: str | Path, key: str, value, allowed: str | tuple) -> None:
     """ValueError unless `value` is of a kind in VALUE_CHECKS, or one of a tuple; it names both."""
     if isinstance(allowed, str):
         if not VALUE_CHECKS[allowed](value):
@@ -269,17 +270,24 @@ def check_value(path: Path, key: str, value, allowed: str | tuple) -> None:
         raise ValueError(f"{path}: {key} {value!r} is not supported{supported}")
 
 
-def read_keys(path: Path, raw: dict, defaults: dict) -> tuple[dict, dict]:
-    """Read and check the keys of `defaults`.
-
-    Return {field: value} for the keys that KEYS copies to a field, and {key: value} for all.
-    ValueError if a key is missing or not supported; it names the first.
-    """
-    values = {key: raw.get(key, default) for key, default in defaults.items()}
-    for key, value in values.items():
-        if value is REQUIRED:
+def check_keys(path: str | Path, record, kinds: dict, needed=()) -> None:
+    """ValueError, which begins with `path`, unless `record` is an object with the needed keys, and
+    its values are of `kinds`: {key: one of VALUE_CHECKS, or the supported values}."""
+    check_value(path, "this", record, OBJECT)
+    for key in needed:
+        if key not in record:
             raise ValueError(f"{path}: the key {key!r} is missing")
-        check_value(path, key, value, KEYS[key][1])
+    for key, kind in kinds.items():
+        if key in record:
+            check_value(path, key, record[key], kind)
+
+
+def read_keys(path: Path, raw: dict, defaults: dict) -> tuple[dict, dict]:
+    """Read and check the keys of `defaults`. Return {field: value} for those that KEYS copies to a
+    field, and {key: value} for all. ValueError names a key that is missing or not supported."""
+    needed = [key for key, default in defaults.items() if default is REQUIRED]
+    check_keys(path, raw, {key: KEYS[key][1] for key in defaults}, needed)
+    values = {key: raw.get(key, default) for key, default in defaults.items()}
     fields = {KEYS[key][0]: value for key, value in values.items() if KEYS[key][0] is not None}
     return fields, values
 
@@ -288,10 +296,8 @@ def read_keys(path: Path, raw: dict, defaults: dict) -> tuple[dict, dict]:
 
 
 def config_from_hf(path: str | Path) -> dict:
-    """Return the fields of model.Config from the config.json of one of FAMILIES.
-
-    ValueError if a key is missing or not supported; it names the key.
-    """
+    """Return the fields of model.Config from the config.json of one of FAMILIES. ValueError if a
+    key is missing or not supported; it names the key."""
     path = Path(path)
     raw = read_json(path)
     family_name = raw.get("model_type")
@@ -303,9 +309,8 @@ def config_from_hf(path: str | Path) -> dict:
     fields["n_kv_heads"] = kv_heads = fields.get("n_kv_heads") or heads
     fields["head_dim"] = head_dim = fields.get("head_dim") or dim // heads
     if heads % kv_heads or not head_dim:
-        raise ValueError(
-            f"{path}: {heads} heads of width {head_dim} cannot share {kv_heads} keys and values"
-        )
+        problem = f"{heads} heads of width {head_dim} cannot share {kv_heads} keys and values"
+        raise ValueError(f"{path}: {problem}")
     if "attention_bias" in values:
         fields["o_bias"] = fields["qkv_bias"]
     fields |= family.fixed | {"family": family_name, "bos": raw.get("bos_token_id")}
@@ -387,15 +392,12 @@ def read_rotary_dim(path: Path, fraction: float, fields: dict) -> int | None:
     family, head_dim = fields["family"], fields["head_dim"]
     in_range = VALUE_CHECKS[POSITIVE](fraction) and fraction <= 1
     if not in_range or (fraction != 1 and family != "gpt_neox"):
-        raise ValueError(
-            f"{path}: partial_rotary_factor {fraction!r} is not supported for {family}"
-        )
+        problem = f"partial_rotary_factor {fraction!r} is not supported for {family}"
+        raise ValueError(f"{path}: {problem}")
     rotated = int(head_dim * fraction)
     if rotated % 2 or not rotated:
-        raise ValueError(
-            f"{path}: of a head's {head_dim} channels {rotated} would be rotated by position, but "
-            "rope rotates pairs"
-        )
+        problem = f"of a head's {head_dim} channels {rotated} would be rotated by position"
+        raise ValueError(f"{path}: {problem}, but rope rotates pairs")
     return None if rotated == head_dim else rotated
 
 
@@ -416,16 +418,13 @@ def read_windows(path: Path, values: dict, fields: dict) -> tuple[int | None, ..
     known = ("full_attention", "sliding_attention")
     fits = isinstance(types, list) and len(types) == n_layers and all(t in known for t in types)
     if not fits:
-        raise ValueError(
-            f"{path}: layer_types {types!r} is not supported for {n_layers} layers of {family_name}"
-        )
+        problem = f"is not supported for {n_layers} layers of {family_name}"
+        raise ValueError(f"{path}: layer_types {types!r} {problem}")
     if "sliding_attention" not in types:
         return ()
     if window is None:
-        raise ValueError(
-            f"{path}: layer_types names sliding_attention, but sliding_window and "
-            "use_sliding_window set no window"
-        )
+        problem = "but sliding_window and use_sliding_window set no window"
+        raise ValueError(f"{path}: layer_types names sliding_attention, {problem}")
     return tuple(window if name == "sliding_attention" else None for name in types)
 
 
@@ -437,9 +436,8 @@ def config_to_hf(fields: dict, dtype: torch.dtype) -> dict:
     fields = fields | {"max_len": round(fields["max_len"] / stretch)}
     rotated = (fields["rotary_dim"] or fields["head_dim"]) / fields["head_dim"]
     published = {"architectures": [family.architecture], "model_type": family_name}
-    published |= keys_to_hf(
-        family.defaults, fields, {"rotary_pct": rotated} | windows_to_hf(fields)
-    )
+    values = {"rotary_pct": rotated} | windows_to_hf(fields)
+    published |= keys_to_hf(family.defaults, fields, values)
     if not fields["learned_positions"]:
         theta = "rotary_emb_base" if family_name == "gpt_neox" else "rope_theta"
         published[theta] = fields["rope_theta"]

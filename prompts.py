@@ -70,6 +70,8 @@ def load_prompts(paths: Sequence[str | Path], model=None):
         name, equals, folder = path.partition("=")
         if not equals or os.path.isdir(path):
             name, folder = Path(os.path.abspath(path)).name, path
+        if not name or not folder:
+            raise ValueError(f"--prompts {path}: a name or a folder is missing")
         if name in folders:
             raise ValueError(f"--prompts: two are called {name!r}; NAME=FOLDER gives other names")
         folders[name] = Path(folder)
@@ -383,7 +385,7 @@ def explained_questions(args: argparse.Namespace, folder: Path) -> list[str]:
         return [example.input for example, _ in read_mixed(args.input, False)][:32]
     if not (folder / "predictions.jsonl").is_file():
         raise ValueError(f"{folder}: its prompt depends on the question; --input is a file of some")
-    return [record["input"] for record in read_predictions(folder)][:32]
+    return [record["input"] for record in read_predictions(folder, ("input",))][:32]
 
 
 # The multi-task protocol
@@ -446,7 +448,7 @@ def templates_command(args: argparse.Namespace) -> dict:
     """Print and return the medians over templates of the predictions in a folder."""
     from runs import read_predictions
 
-    records = read_predictions(args.run)
+    records = read_predictions(args.run, ("prediction", "answers", *metrics.METRICS))
     if not records:
         raise ValueError(f"{args.run}/predictions.jsonl: no predictions")
     medians = template_medians(records)

@@ -266,6 +266,8 @@ def main(argv: list[str] | None = None) -> dict:
     """Run one experiment. Returns what results/NAME.json holds."""
     args = parser().parse_args(sys.argv[1:] if argv is None else argv)
     name, given = args.experiment, vars(args).get
+    if given("pretrained") and not Path(args.pretrained).is_dir():
+        raise ValueError(f"--pretrained {args.pretrained}: no such folder")
     name += "" if given("world_seed", 1) == 1 else f"-world-{args.world_seed}"
     name += f"-{Path(args.model).name}" if given("model") else ""
     name += f"-{Path(args.data).resolve().name}" if given("data") else ""

@@ -184,7 +184,7 @@ def load_index(folder: str | Path, hash: str, names: Iterable[str]) -> tuple[dic
         for name in names:
             path = Path(folder) / f"{name}.npy"
             arrays[name] = np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
-    except (ValueError, KeyError, TypeError, EOFError) as error:
+    except (ValueError, KeyError, TypeError, EOFError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
     return info, arrays
 

@@ -42,6 +42,7 @@ from torch import Tensor
 
 import parallel
 from checkpoints import atomic_write, hash_tensors, load_tokenizer, write_json, write_lines
+from families import COUNT, FILES, ID, IDS, OBJECT, OBJECTS, SHARE, TEXT, TEXTS, WHOLE, check_keys
 from filler import Filler
 from int8 import quantize
 from model import LM
@@ -55,8 +56,7 @@ ASSETS = Path(__file__).parent / "assets"  # the embedded LM and the Connectors 
 
 HASHES = {  # keys of run.json that identify what a run reads
     "data_hash": "on other data",
-    "tokens_hash": "with another tokenizer",
-    "tokenizer_hash": "with another tokenizer",
+    **dict.fromkeys(["tokens_hash", "tokenizer_hash"], "with another tokenizer"),
     "eos": "with other end tokens",
     "fingerprint": "on another LM",
     "init_hash": "from another adapter",
@@ -68,13 +68,17 @@ PATHS = {  # arguments that name files, and the hash that identifies what they h
     "tokenizer": "tokens_hash",
     "init": "init_hash",
     "encoder": "encoder_hash",
-    "passages": "data_hash",
-    "retriever": "data_hash",
-    "reranker": "data_hash",
-    "train": "data_hash",
-    "dev": "data_hash",
-    "test": "data_hash",
+    **dict.fromkeys(["passages", "retriever", "reranker"], "data_hash"),
+    **dict.fromkeys(["train", "dev", "test"], "data_hash"),
 }
+# Keys of run.json, of its arguments and of a line of predictions.jsonl, and kinds of their values
+RECORD = dict.fromkeys(["arguments", "versions", "hardware", "results"], OBJECT)
+RECORD |= {"command": TEXT, "folder": TEXT, "resumed": OBJECTS, "eos": IDS}
+ARGUMENTS = dict.fromkeys([*PATHS, "stop"], FILES) | {"pause": WHOLE, "seed": WHOLE}
+ARGUMENTS |= dict.fromkeys(["max_new_tokens", "candidates", "rounds"], COUNT)
+ARGUMENTS |= dict.fromkeys(["method", "composition", "pause_text"], TEXT)
+PREDICTION = dict.fromkeys(["task", "input", "prediction", "template", "cluster"], TEXT)
+PREDICTION |= {"id": ID, "answers": TEXTS, "em": SHARE, "f1": SHARE}
 INIT_WORDS = ("random", "vocab", "labels")  # ways to start; others are text:WORDS, vocab:SIZE
 
 
@@ -135,10 +139,8 @@ def find_encoder(folder: str | Path, record: dict) -> str:
 
 @dataclass
 class State:
-    """How far a run is, and its best parameters so far.
-
-    `save_state` stores it with the current parameters, the optimiser and the random state.
-    """
+    """How far a run is, and its best parameters so far. `save_state` stores it with the current
+    parameters, the optimiser and the random state."""
 
     step: int = 0  # finished steps
     seconds: float = 0.0  # training time
@@ -178,9 +180,8 @@ class Run:
         if not self.folder.is_dir():
             raise FileExistsError(f"--out {self.folder}: is not a folder")
         if not self.resume:
-            raise FileExistsError(
-                f"{self.folder} exists; continue it with --resume, or choose another --out"
-            )
+            advice = "continue it with --resume, or choose another --out"
+            raise FileExistsError(f"{self.folder} exists; {advice}")
         record = self.record()
         if record is None:
             # A kill at the very start leaves only these two files.
@@ -243,12 +244,13 @@ class Run:
 
     def rewind_log(self, step: int) -> list[dict]:
         """Delete the records after `step` from metrics.jsonl, and return the others."""
-        records = []
-        if self.metrics_path.is_file():
-            for line in self.metrics_path.read_bytes().splitlines():
-                with suppress(ValueError):  # a kill can cut the last line short
-                    records.append(json.loads(line))
-        records = [r for r in records if isinstance(r, dict) and r.get("step", math.inf) <= step]
+        path, records = self.metrics_path, []
+        for line in path.read_bytes().splitlines() if path.is_file() else []:
+            with suppress(ValueError, RecursionError):  # a kill can cut the last line short
+                records.append(json.loads(line))
+        for record in records:
+            check_keys(path, record, {"step": WHOLE}, ["step"])
+        records = [record for record in records if record["step"] <= step]
         if parallel.first():
             write_lines(self.metrics_path, records)
         return records
@@ -287,6 +289,9 @@ class Run:
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
             advice = f"put {self.before_path.name} in its place, or delete it to start again"
             raise ValueError(f"{self.state_path}: corrupt ({error}); {advice}") from None
+        stored = {name: tensor.shape for name, tensor in _group("trained.", tensors).items()}
+        if stored != {name: p.shape for name, p in trained.named_parameters()}:
+            raise ValueError(f"{self.state_path}: is the state of another run; it does not fit")
         trained.load_state_dict(_group("trained.", tensors))
         moments = {}
         for name, tensor in _group("optimizer.", tensors).items():
@@ -312,10 +317,8 @@ def _group(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def start_record(run: Run, trained: nn.Module, frozen: LM | None, hashes: dict) -> dict:
-    """Write run.json with all that is known before training, and return it as a dict.
-
-    `hashes` has the keys of HASHES. ValueError if the folder's run was started with others.
-    """
+    """Write run.json with all that is known before training, and return it as a dict. `hashes` has
+    the keys of HASHES. ValueError if the folder's run was started with others."""
     before = run.record() or {}
     for key, what in HASHES.items():
         if key in before and before[key] != hashes.get(key):
@@ -371,12 +374,13 @@ def read_record(folder: str | Path) -> dict:
     path = Path(folder) / "run.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no run.json, so this is not a run's folder")
+    place = f"{path}: not a run record"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record["arguments"]["method"], str):
-            raise ValueError("the method is no text")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a run record ({error!r})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} ({error})") from None
+    check_keys(place, record, RECORD, ["arguments"])
+    check_keys(place, record["arguments"], ARGUMENTS, ["method"])
     return record
 
 
@@ -448,18 +452,15 @@ def _load_frozen(folder: Path, record: dict, device: str, model: str | Path | No
     if not model and os.path.isabs(stored):
         candidates = [path for path in candidates if os.path.isdir(path)]
     if not candidates:
-        raise FileNotFoundError(
-            f"{folder}: its LM is not at {stored} any more; --model says where it is now"
-        )
+        advice = "--model says where it is now"
+        raise FileNotFoundError(f"{folder}: its LM is not at {stored} any more; {advice}")
     for path in candidates:
         lm = LM.from_pretrained(path, device)
         if record.get("fingerprint") in (None, lm.fingerprint()):
             int8 = record["arguments"].get("base_dtype") == "int8"
             return quantize(lm) if int8 else lm
-    raise ValueError(
-        f"{folder}: was trained on another LM than {path} (its fingerprint differs); --model says "
-        "where its own is"
-    )
+    problem = f"was trained on another LM than {path} (its fingerprint differs)"
+    raise ValueError(f"{folder}: {problem}; --model says where its own is")
 
 
 def _load_tokenizer(folder: Path, record: dict, lm: LM) -> Tokenizer:
@@ -471,10 +472,8 @@ def _load_tokenizer(folder: Path, record: dict, lm: LM) -> Tokenizer:
         used = without_bos(tokenizer) if args.get("placement") == "after_bos" else tokenizer
         if record.get("tokenizer_hash") in (None, hash_tokenizer(used)):
             return tokenizer
-    raise ValueError(
-        f"{folder}: was trained with another tokenizer than its LM has now (its tokenizer_hash "
-        "differs)"
-    )
+    problem = "was trained with another tokenizer than its LM has now"
+    raise ValueError(f"{folder}: {problem} (its tokenizer_hash differs)")
 
 
 def _set_eos(folder: Path, record: dict, lm: LM) -> None:
@@ -486,22 +485,24 @@ def _set_eos(folder: Path, record: dict, lm: LM) -> None:
         lm.config = replace(lm.config, eos=tuple(then))
 
 
-def read_predictions(folder: str | Path) -> list[dict]:
+def read_predictions(folder: str | Path, needed: tuple = ()) -> list[dict]:
     """Return the records of predictions.jsonl in file order. `eval.score` describes them.
 
     FileNotFoundError if there is no file. ValueError, with file and line, if a line is no record
-    with a task and an id, or repeats those of another.
+    with a task, an id and the keys `needed`, or repeats task and id of another.
     """
     path = Path(folder) / "predictions.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a run writes it when it has been tested")
     records, line_of = [], {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        place = f"{path}:{number}: not a prediction"
         try:
             record = json.loads(line)
-            key = record["task"], record["id"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: not a prediction ({error!r})") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place} ({error})") from None
+        check_keys(place, record, PREDICTION, ("task", "id", *needed))
+        key = record["task"], record["id"]
         if line_of.setdefault(key, number) != number:
             raise ValueError(f"{path}:{number}: the id {key[1]!r} is on line {line_of[key]} too")
         records.append(record)

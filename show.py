@@ -17,7 +17,6 @@ result that was asked for is it an error.
 
 import argparse
 import hashlib
-import math
 import os
 import platform
 import re
@@ -155,16 +154,22 @@ def processor() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {code}"
 
 
-def number_type(kind: type, low: float, high: float = math.inf):
-    """An argparse type: a finite number from `low` to `high`, both included."""
+# The largest number of a flag that sets no smaller one. The product of two such floats, and ten
+# times that, are numbers of float32: Adam's first step divides rates by 0.1.
+LARGEST = {int: 2**31 - 1, float: 1e15}
+
+
+def number_type(kind: type, low: float, high: float | None = None):
+    """An argparse type: a number from `low` to `high`, both included."""
+    last = LARGEST[kind] if high is None else high
 
     def convert(text: str):
         value = kind(text)
-        if low <= value <= high and value < math.inf:
+        if low <= value <= last:
             return value
-        if high < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        raise argparse.ArgumentTypeError(f"{text} is not a number from {low} up")
+        if high is None and not value > last:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} up")
+        raise argparse.ArgumentTypeError(f"{text} is not between {low} and {last}")
 
     convert.__name__ = kind.__name__  # argparse puts it into its messages
     return convert
@@ -172,6 +177,8 @@ def number_type(kind: type, low: float, high: float = math.inf):
 
 COUNT = number_type(int, 1)
 SEED = number_type(int, 0, 2**63 - 1)
+# Arguments that may be empty texts. Any other is a mistake, such as --model "$UNSET".
+MAY_BE_EMPTY = {"stop", "pause_text", "choices", "only", "flags", "question", "text"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -182,13 +189,20 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options, allow_abbrev=False, formatter_class=formatter)
 
     def parse_known_args(self, args: list[str] | None = None, namespace=None):
-        """Parse the flags. An argument that is not UTF-8 is an error."""
+        """Parse the flags. One that is not UTF-8 is an error, or one that must not be empty."""
         args = sys.argv[1:] if args is None else args
         for text in args:
             # Python reads bytes that are not UTF-8 as these letters.
             if any("\ud800" <= letter <= "\udfff" for letter in text):
                 self.error(f"the argument {text!a} is not UTF-8 text")
-        return super().parse_known_args(args, namespace)
+        found, unknown = super().parse_known_args(args, namespace)
+        for key, value in vars(found).items():
+            empty = value == "" or isinstance(value, list) and "" in value
+            if empty and key not in MAY_BE_EMPTY:
+                flag = f"--{key.replace('_', '-')}"
+                given = any(text.partition("=")[0] == flag for text in args)
+                self.error(f"argument {flag if given else key}: an empty text")
+        return found, unknown
 
     def error(self, message: str):
         """Print the message after the program's name, and exit with status 2."""
@@ -197,7 +211,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_program(program: str, main: Callable[[], object], resumes: bool = False):
-    """Run `main` and return its result. Bad input prints one line and exits with 2.
+    """Run `main` and return its result. Bad input, or too little memory, is one line and status 2.
 
     SIGINT exits with 130. So does SIGTERM in a training, where fit.py turns it into SIGINT's
     exception. resumes: the program has the flag --resume.
@@ -216,6 +230,10 @@ def run_program(program: str, main: Callable[[], object], resumes: bool = False)
         advice = "; the same command with --resume goes on from the last checkpoint"
         show_error(program, f"stopped{advice if resumes else ''}")
         sys.exit(130)
-    except (ValueError, OSError, SafetensorError) as error:
-        show_error(program, str(error))
+    except (ValueError, OSError, SafetensorError, MemoryError, RuntimeError) as error:
+        memory = isinstance(error, MemoryError) or "allocate memory" in str(error)
+        memory = memory or type(error).__name__ == "OutOfMemoryError"  # of torch, on a GPU
+        if isinstance(error, RuntimeError) and not memory:
+            raise
+        show_error(program, f"out of memory: {error}" if memory else str(error))
         sys.exit(2)

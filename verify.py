@@ -30,7 +30,8 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoints import read_json
-from runs import find, names_file, read_record
+from families import COUNT, check_keys
+from runs import RECORD, find, names_file, read_record
 
 ROOT = Path(__file__).parent
 STATE, BEFORE = "state.safetensors", "state.before.safetensors"
@@ -44,8 +45,7 @@ def verify(folder: str | Path) -> dict[str, str]:
     ValueError if the run is not finished, or if its command fails now.
     """
     folder, record = Path(folder), read_record(folder)
-    if "results" not in record:
-        raise ValueError(f"{folder}: is not finished; {record['command']} --resume goes on")
+    check_record(folder / "run.json", record)
     whole = folder.resolve().parent
     if any((whole / name).is_file() for name in ("run.json", "shots.json")):
         raise ValueError(f"{folder}: is one of the parts of {whole}, which one command makes")
@@ -73,6 +73,20 @@ def verify(folder: str | Path) -> dict[str, str]:
     elif other:
         show(f"{folder}: trained and answered again{where}: numbers were compared to 0.1 %")
     return differs
+
+
+def check_record(path: Path, record: dict) -> None:
+    """ValueError unless a run.json has what is repeated and compared here."""
+    check_keys(path, record, {}, ("command", "versions", "hardware"))
+    if "results" not in record:
+        raise ValueError(f"{path.parent}: is not finished; {record['command']} --resume goes on")
+    if not record["command"].startswith("python "):
+        raise ValueError(f"{path}: command is {record['command']!r}, not python PROGRAM ...")
+    check_keys(path, record, {}, ("step", "score"))
+    check_keys(path, record["arguments"], {}, ["device"])
+    for part in (record, *record.get("resumed", [])):
+        check_keys(path, part, RECORD, ("versions", "hardware"))
+        check_keys(path, part["hardware"], {"threads": COUNT, "processes": COUNT}, ["threads"])
 
 
 def repeat(folder: Path, record: dict, copy: Path) -> subprocess.CompletedProcess:

@@ -372,7 +372,7 @@ def test_one_task_is_not_listed_twice(tmp_path):
     run = write_run(tmp_path / "a", score([example("0")], ["Paris"]))
     assert [row["task"] for row in compare(run, run, iters=10)] == [None, None]
     write_lines(tmp_path / "predictions.jsonl", [{"task": "", "id": "7", "input": "q", "em": 1.0}])
-    with pytest.raises(ValueError, match="the prediction of '7' has no answers"):
+    with pytest.raises(ValueError, match="predictions.jsonl:1: .* 'answers' is missing"):
         compare(run, tmp_path)
 
 

@@ -10,6 +10,9 @@ import subprocess
 import sys
 from dataclasses import replace
 
+from show import run_program
+
+import numpy
 import pytest
 import torch
 from conftest import words_tokenizer
@@ -31,6 +34,7 @@ SHORT = {
     "PROMPT": f"{TRAIN} prompt_tuning",
     "TEXTUAL": f"{TRAIN} textual_recursion --candidates 2",
     "LM": f"pretrain.py lm {TEXT} --context 96 --vocab-size 300",
+    "LONE": f"pretrain.py lm --out new --steps 1 --device cpu {SHAPE} --context 96",
     "BERT": f"pretrain.py bert {TEXT} --context 32 --model lm/model",
     "CONNECTOR": f"pretrain.py connector {TEXT[: TEXT.index(' --dim')]} --model lm/model",
 }
@@ -44,6 +48,13 @@ RECUR --colour red                                      | --colour
 RECUR --steps 0                                         | --steps
 RECUR --lr -1                                           | --lr
 RECUR --lr nan                                          | --lr
+RECUR --lr 1e300                                        | --lr: 1e300 is not between 0 and
+RECUR --threads 100000                                  | --threads: 100000 is not between 1 and
+RECUR --steps 99999999999999999999                      | --steps | between 1 and 2147483647
+RECUR --connector-layers 100000                         | --connector-layers | 1 and 10000
+RECUR --passes 100000                                   | --passes | between 2 and 10000
+TRAIN id_pt --encoder-prompt 1000000000000              | --encoder-prompt | 1 and 10000
+TRAIN deep_prompt --reparam-dim 1000000000000           | --reparam-dim | is not between 1 and
 RECUR --device cuda                                     | --device cuda
 RECUR --attention fused                                 | --attention fused needs --device cuda
 RECUR --model nowhere/at/all                            | nowhere
@@ -76,8 +87,17 @@ TRAIN training_free --init connector                    | --init | training_free
 RECUR --init vocab                                      | --init vocab | neural_recursion
 RECUR --init text:words                                 | --init text:words | neural_recursion
 RECUR --init nothing                                    | --init nothing
-RECUR --init ''                                         | --init ''
-PROMPT --init ''                                        | --init ''
+RECUR --init ''                                         | --init: an empty text
+PROMPT --init=                                          | --init: an empty text
+RECUR --model ''                                        | --model: an empty text
+RECUR --tokenizer ''                                    | --tokenizer: an empty text
+RECUR --train ''                                        | --train: an empty text
+TRAIN id_pt --encoder ''                                | --encoder: an empty text
+transfer.py source --train train.jsonl '' --out new     | --train: an empty text
+eval.py mixed --prompts '' --input dev.jsonl            | --prompts: an empty text
+eval.py mixed --prompts =mine --input dev.jsonl         | --prompts =mine: a name or a folder
+eval.py mixed --prompts mine= --input dev.jsonl         | --prompts mine=: a name or a folder
+eval.py templates ''                                    | argument run: an empty text
 PROMPT --init text:                                     | --init 'text:'
 RECUR --eval-limit 0                                    | --eval-limit | 0 is not a number from 1 up
 RECUR --eval-tokens 0                                   | --eval-tokens
@@ -94,7 +114,7 @@ RECUR --out /dev/full --resume                          | --out /dev/full: is no
 RECUR --out run --resume --stop .                       | --stop
 RECUR --train unknown.jsonl --model word | unknown.jsonl:2: | 'w5 town'
 RECUR --train words.jsonl --dev unknown.jsonl --model word | unknown.jsonl:2: | 'w5 town'
-RECUR --train words.jsonl --dev '' --test unknown.jsonl --model word | unknown.jsonl:2: | 'w5 town'
+RECUR --train words.jsonl --dev words.jsonl --test unknown.jsonl --model word | unknown.jsonl:2:
 RECUR --train special.jsonl                             | special.jsonl:1: | x<|endoftext|>y
 RECUR --dev lines.jsonl                                 | lines.jsonl:1: | holds '\n' | --stop
 RECUR --test dev.jsonl --stop n                         | dev.jsonl:2: | holds 'n' | --stop
@@ -129,7 +149,8 @@ LM --dim 6                                              | --dim 6
 LM --seq-len 97                                         | --seq-len 97 | can read
 LM --train little.jsonl                                 | too few for one window of
 LM --dev little.jsonl                                   | held-out text | too few
-LM --train little.jsonl --dev ''                        | one document | --dev
+LONE --train little.jsonl                               | one document | --dev
+LM --context 99999999999999999999                       | --context | is not between 8 and
 LM --train latin.txt                                    | latin.txt:1: not UTF-8 text
 LM --train blank.txt                                    | blank.txt: holds no text
 BERT --seq-len 31                                       | --seq-len 31 | can read
@@ -222,6 +243,13 @@ eval.py score dev.jsonl --out run                       | run/predictions.jsonl 
 eval.py score dev.jsonl --out /dev/null/x               | Not a directory | /dev/null/x
 eval.py score dev.jsonl --model lm/model --threshold 0  | neural_recursion
 eval.py ask --run run --threshold nan who               | --threshold
+eval.py explain                                         | run
+eval.py explain nowhere                                 | nowhere: no adapter_config.json
+eval.py explain run                                     | run: neural_recursion trains more than a
+eval.py explain mine --top 0                            | --top | 0 is not a number from 1 up
+eval.py explain mine --model replaced                   | another LM than replaced | --model
+eval.py templates                                       | run
+eval.py templates nowhere                               | nowhere/predictions.jsonl: no such file
 
 audit.py                                                | command
 audit.py hard run                                       | --out
@@ -268,6 +296,7 @@ convert.py dev.jsonl new --to prompted --template {question} --label answer | de
 convert.py dev.jsonl new --to prompted --template {question} --label q --choices a | --choices: 'a'
 reproduce.py transfer --data nowhere                    | --data nowhere: no such folder
 reproduce.py transfer --data .                          | --data .: needs a source
+reproduce.py recursion --pretrained nowhere --plan      | --pretrained nowhere: no such folder
 rerank.py                                               | folder
 rerank.py nowhere                                       | nowhere
 rerank.py lm/model                                      | config.json: model_type
@@ -304,6 +333,8 @@ ROWS += [  # a value of 5,000 letters is not shown in full
         ("bench.py plan --method fine_tuning --model LETTERS", "File name too long"),
         ("eval.py score dev.jsonl --model LETTERS", "File name too long"),
         ("eval.py score dev.jsonl --out LETTERS", "File name too long"),
+        ("eval.py explain LETTERS", "File name too long"),
+        ("eval.py templates LETTERS", "File name too long"),
         ("eval.py ask --run run LETTERS", "eval.py ask: 'aaa", "aaa': ", "context"),
         ("train.py --method LETTERS", "--method: invalid choice: 'aaa", " ... ", "training_free"),
         ("pretrain.py LETTERS", "objective: invalid choice: 'aaa", " ... "),
@@ -441,8 +472,8 @@ def snapshot(folder):
     return {path: path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("line, words", [(line, words) for line, *words in ROWS])
-def test_bad_input_is_one_line_and_status_2(bad, monkeypatch, capsys, line, words):
+def is_refused(bad, monkeypatch, capsys, line, words):
+    """Run a line of a table. Bad input is one line that holds the words, and changes no file."""
     first, _, rest = line.partition(" ")
     name, *arguments = shlex.split(f"{SHORT.get(first, first)} {rest}")
     monkeypatch.chdir(bad)
@@ -458,6 +489,181 @@ def test_bad_input_is_one_line_and_status_2(bad, monkeypatch, capsys, line, word
     # world.py names its folder in full, and a run's record its data.
     assert str(bad) not in message or name == "world.py" or "compare" in arguments
     assert snapshot(bad) == before
+
+
+@pytest.mark.parametrize("line, words", [(line, words) for line, *words in ROWS])
+def test_bad_input_is_one_line_and_status_2(bad, monkeypatch, capsys, line, words):
+    is_refused(bad, monkeypatch, capsys, line, words)
+
+
+DEEP = "[" * 100_000  # Python's reader of JSON gives up on it
+SCORED = {"task": "a", "id": "1", "input": "x", "answers": ["b"], "prediction": "c"}
+SCORED |= {"em": 1.0, "f1": 1.0}
+RESUME = "RECUR --out run --resume"
+# File | its text, or keys of its object that change, or another file | command line | words
+SPOILT = [
+    *(
+        ("run/run.json", DEEP, line, "run/run.json: not a run record (maximum recursion")
+        for line in (
+            "runs.py verify run",
+            "eval.py ask --run run who",
+            "generate.py run who",
+            RESUME,
+        )
+    ),
+    (
+        "run/run.json",
+        '{"arguments": {"method": "a"}, "results": {}}',
+        "runs.py verify run",
+        "command",
+    ),
+    ("run/run.json", {"command": ""}, "runs.py verify run", "run/run.json: command is '', not"),
+    ("run/run.json", {"resumed": "x"}, RESUME, "run/run.json: | resumed is 'x', not a list of"),
+    (
+        "run/run.json",
+        {"resumed": [{}]},
+        "runs.py verify run",
+        "run/run.json: | 'versions' is missing",
+    ),
+    (
+        "run/run.json",
+        {"hardware": {}},
+        "runs.py verify run",
+        "run/run.json: | 'threads' is missing",
+    ),
+    (
+        "run/run.json",
+        {"eos": "x"},
+        "eval.py ask --run run who",
+        "run/run.json: | eos is 'x', not a",
+    ),
+    *(
+        (
+            "run/run.json",
+            {"arguments": {key: value}},
+            "eval.py ask --run run who",
+            f"{key} is {value!r}",
+        )
+        for key, value in {"pause": "two", "max_new_tokens": "many", "model": 5, "stop": 5}.items()
+    ),
+    (
+        "run/state.safetensors",
+        "mine/state.safetensors",
+        RESUME,
+        "run/state.safetensors: | another run",
+    ),
+    (
+        "run/metrics.jsonl",
+        '{"step": "two"}',
+        RESUME,
+        "run/metrics.jsonl: step is 'two', not a whole",
+    ),
+    ("run/adapter_config.json", DEEP, "adapters.py run", "run/adapter_config.json: not valid JSON"),
+    (
+        "mine/adapter_config.json",
+        DEEP,
+        "eval.py explain mine",
+        "mine/adapter_config.json: not valid",
+    ),
+    (
+        "mine/adapter_config.json",
+        {"num_virtual_tokens": "4"},
+        "eval.py ask --run mine who",
+        "mine/adapter_config.json: num_virtual_tokens is '4', not a positive whole number",
+    ),
+    (
+        "run/adapter_config.json",
+        {"connector_layers": 10**9},
+        "eval.py ask --run run who",
+        "run: connector_layers is 1000000000, not a number of layers from 1 to 10,000",
+    ),
+    ("lm/model/config.json", DEEP, "generate.py lm/model who", "config.json: not valid JSON"),
+    (
+        "lm/model/config.json",
+        {"num_hidden_layers": 10**9},
+        "generate.py lm/model who",
+        "lm/model/config.json: num_hidden_layers is 1000000000, not a number of layers from 1 to",
+    ),
+    (
+        "fewer/score.json",
+        "{}",
+        "eval.py compare fewer fewer",
+        "fewer/score.json: the key 'arguments'",
+    ),
+    (
+        "fewer/score.json",
+        '{"arguments": [1]}',
+        "eval.py compare fewer fewer",
+        "arguments is [1], not an",
+    ),
+    *(
+        ("fewer/predictions.jsonl", text, f"eval.py {line}", f"fewer/predictions.jsonl:1: | {word}")
+        for line in ("compare fewer run", "templates fewer")
+        for text, word in (
+            (DEEP, "maximum recursion"),
+            (json.dumps(SCORED | {"task": []}), "task is [], not a text"),
+            (json.dumps(SCORED | {"id": []}), "id is [], not a text or a whole number"),
+            (json.dumps(SCORED | {"em": {}}), "em is {}, not a number from 0 to 1"),
+            (json.dumps(SCORED | {"em": "high"}), "em is 'high', not"),
+            (json.dumps(SCORED | {"em": float("nan")}), "em is nan, not"),
+            (json.dumps(SCORED | {"prediction": None}), "prediction is None, not a text"),
+            (json.dumps(SCORED | {"answers": 7}), "answers is 7, not a list of"),
+        )
+    ),
+    (
+        "fewer/predictions.jsonl",
+        '{"task": "a", "id": 1}',
+        "eval.py templates fewer",
+        "'prediction' is mis",
+    ),
+]
+
+
+def change(path, new):
+    """Write a text, the bytes of another file, or the object in a file with other keys."""
+    if isinstance(new, dict):
+        old = json.loads(path.read_text())
+        new = {key: old[key] | value if key == "arguments" else value for key, value in new.items()}
+        new = json.dumps(old | new)
+    elif new.endswith(".safetensors"):
+        return path.write_bytes((path.parent.parent / new).read_bytes())
+    path.write_text(new + "\n")
+
+
+@pytest.mark.parametrize("file, new, line, words", SPOILT, ids=map(str, range(len(SPOILT))))
+def test_a_file_of_a_run_with_other_values_is_named(
+    bad, monkeypatch, capsys, file, new, line, words
+):
+    path = bad / file
+    before = path.read_bytes() if path.is_file() else None
+    change(path, new)
+    try:
+        is_refused(bad, monkeypatch, capsys, line, words.split("|"))
+    finally:
+        path.unlink() if before is None else path.write_bytes(before)
+
+
+MEMORY = {
+    "torch": lambda: torch.empty(2**60),
+    "numpy": lambda: numpy.empty(2**50),
+    "a GPU": lambda: fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")),
+    "Python": lambda: fail(MemoryError()),
+}
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize("case", MEMORY)
+def test_too_little_memory_is_one_line(capsys, case):
+    with pytest.raises(SystemExit) as stop:
+        run_program("train.py", MEMORY[case])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.startswith("train.py: out of memory: ")
+    assert len(message.splitlines()) == 1
+    with pytest.raises(RuntimeError, match="shapes"):  # not hidden
+        run_program("train.py", lambda: fail(RuntimeError("shapes do not fit")))
 
 
 def test_every_program_is_in_the_table():
