@@ -124,6 +124,14 @@ def test_bf16_runs_through_with_frozen_weights_in_bf16(place, tmp_path, monkeypa
         assert lm.embed_tokens.weight.dtype == whole
 
 
+def test_compile_is_asked_for_the_layers_of_the_lm(place, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *part, **how: asked.append((part, how)))
+    start.load_lm(arguments(place, "connector_lm"))
+    lm, _ = start.load_lm(arguments(place, "connector_lm", "--compile"))
+    assert asked == [((lm.layers,), {"dynamic": True})]
+
+
 def test_a_frozen_lm_that_changes_is_reported(place, tmp_path, monkeypatch):
     lm, tokenizer = start.load_lm(arguments(place, "connector_lm"))
     real = train.fit
@@ -307,20 +315,21 @@ def test_held_out_text_is_not_trained_on(tmp_path):
 
 
 ENCODERS = {
-    "pretrain_encoder": (T5Encoder, ["<extra_id_0>", "<extra_id_31>"], 300),
-    "pretrain_bert": (Bert, ["[CLS]", "[SEP]", "[MASK]"], 1200),
+    "pretrain_encoder": (T5Encoder, ["<extra_id_0>", "<extra_id_31>"], 60),
+    "pretrain_bert": (Bert, ["[CLS]", "[SEP]", "[MASK]"], 120),
 }
 
 
 @pytest.mark.parametrize("method", ENCODERS)
 def test_encoders_learn_and_leave_published_folders(place, tmp_path, method):
-    """One sentence with six names: little to guess. The tokenizer is the LM's and more."""
+    """One sentence with six names, twice in every window: little to guess. The tokenizer is the
+    LM's and more."""
     kind, names, steps = ENCODERS[method]
     lines = [{"text": f"{name} was born in Velmor."} for name in PEOPLE[:6] * 10]
     text = write_lines(tmp_path / "text.jsonl", lines)
-    flags = f"--train {text} --dev {text} --lr 0.005 --batch-size 12 --dim 32 --steps"
+    flags = f"--train {text} --dev {text} --lr 0.02 --batch-size 12 --dim 32 --seq-len 14 --steps"
     run(command(place, "pretrain_lm", tmp_path / "lm", f"{flags} 1"))
-    flags = f"{flags} {steps} --eval-every 100 --model {tmp_path}/lm/model"
+    flags = f"{flags} {steps} --eval-every 30 --model {tmp_path}/lm/model"
     record = run(command(place, method, tmp_path / "run", flags))
     words, tokenizer = (load_tokenizer(f / "model") for f in (tmp_path / "lm", tmp_path / "run"))
     size = kind.from_pretrained(tmp_path / "run" / "model").config.vocab_size
@@ -329,7 +338,7 @@ def test_encoders_learn_and_leave_published_folders(place, tmp_path, method):
     assert tokenizer.encode("Anna was born").ids == words.encode("Anna was born").ids
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     losses = [-line["score"] for line in lines if "score" in line]
-    assert len(losses) == steps // 100
+    assert len(losses) == steps // 30
     assert record["results"]["dev"]["loss"] == min(losses) < 1.2  # by frequency it would be 2.2
 
 
