@@ -408,7 +408,10 @@ def load_task(args: Namespace, lm: LM, tokenizer, examples: dict) -> start.Task:
 
 def new_prompt(task: start.Task) -> nn.Module:
     """The prompt that training starts from; with --deep keys and values of every layer."""
-    deep = task.args.method == "deep_prompt"
+    deep, folder = task.args.method == "deep_prompt", start.init_folder(task.args)
+    if not deep and folder and (folder / "adapter_config.json").is_file():
+        if adapters.read_adapter_config(folder)["peft_type"] == "PREFIX_TUNING":
+            raise ValueError(f"--init {folder} holds a deep prompt, which needs --deep")
     return start.start_deep_prompt(task) if deep else start.start_prompt(task)
 
 

@@ -11,9 +11,9 @@ embedding, which is a prompt after a few steps, finds the ones to try.
 The first command trains a prompt for each task of a folder. Without --each it trains one prompt on
 a mixture of its files. A file of running text, among others or alone, is learned as a prefix LM:
 each window is cut at a random token, and the LM predicts the second part from the first. If --task
-is a file, `search` first trains a prompt on it with the flags of the library, here in runs/news.
---average writes the average of the best prompts, weighted by similarity. For a top-k mixture, run
-`source` on the files of the k best sources and of the target.
+is a file, `search` first trains a prompt on it with the flags of the library, in --out or here in
+runs/news. --average writes the average of the best prompts, weighted by similarity. For a top-k
+mixture, run `source` on the files of the k best sources and of the target.
 
 `continue` and `few-shot` are in promptability.py. A run leaves the folder that runs.py describes.
 """
@@ -345,9 +345,14 @@ def search_command(args: Namespace) -> list[tuple[str, float]]:
     """Rank the prompts of a library for a task; write the average of the best if asked to."""
     if args.average and Path(args.average).exists():
         raise FileExistsError(f"{args.average} exists; choose another --average")
+    if not Path(args.task).exists():
+        raise FileNotFoundError(f"--task {args.task}: no such file or folder")
     lm = LM.from_pretrained(args.model or ASSETS / "lm") if args.kind == "neurons" else None
     task = embed_file(args) if Path(args.task).is_file() else args.task
     ranking = search(task, args.library, args.kind, lm)
+    if args.average and args.top_k > len(ranking):
+        problem = f"exceeds the {len(ranking)} sources in {args.library}"
+        raise ValueError(f"--top-k {args.top_k} {problem}")
     for name, value in ranking:
         show(f"{value:+.4f}  {name}")
     if args.average:
@@ -358,17 +363,23 @@ def search_command(args: Namespace) -> list[tuple[str, float]]:
 def embed_file(args: Namespace) -> Path:
     """Train the prompt of the file --task with the flags of the library's first run, but a new
     seed: prompts of one seed are alike because they start from the same vectors. Returns the
-    folder, which is beside the library. A run that is finished there is not made again."""
+    folder: --out, or if not given TASK beside the library. A finished run is not made again."""
     records = [read_json(path) for path in sorted(Path(args.library).glob("*/run.json"))]
     flags = records[0]["arguments"] if records else {}
     if "keep_at" not in flags:
         where = "holds no run of `transfer.py source` to train --task like"
         raise ValueError(f"{args.library}: {where}; give --task the folder of a run")
-    out = Path(args.library).parent / promptability.task_name(args.task)
+    beside = Path(args.library).parent / promptability.task_name(args.task)
+    out = beside if args.out is None else Path(args.out)
     seed = 1 + max(record["arguments"]["seed"] for record in records)
     like = Namespace(**flags | {"seed": seed}, program="transfer.py", resume=True)
     argv = [*shlex.split(records[0]["command"])[2:], "--seed", str(seed)]
-    source(one_run(like, argv, {"train": [args.task]}, out))
+    try:
+        source(one_run(like, argv, {"train": [args.task]}, out))
+    except (FileExistsError, ValueError) as error:
+        if not str(error).startswith(f"{out} "):  # a fault of the file, not of the folder
+            raise
+        raise type(error)(f"{error}; choose another --out") from None
     return out
 
 
@@ -404,6 +415,7 @@ def add_own_flags(command, name: str) -> None:
     if name == "search":
         command.add_argument("--library", required=True, help="folder of the source prompts' runs")
         command.add_argument("--task", required=True, help="the target's file, or its prompt's run")
+        command.add_argument("--out", help="folder of a file's prompt; TASK beside the library")
         command.add_argument("--average", help="new folder for the average of the best prompts")
         k = ("--top-k", count, 3, "how many prompts are averaged (paper: 3)")
         kind = ("--kind", list(KINDS), KINDS[0], "of similarity; neurons reads the LM")

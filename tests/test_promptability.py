@@ -136,11 +136,14 @@ def test_reptile_is_the_way_from_the_start_to_the_end():
 
 
 def test_the_same_support_is_the_first_half_of_the_batch():
+    """Without inner steps there is no support, and the query is the whole batch."""
     toy, batch = Toy(), batch_of(8, 1)
     found, _ = gradients(toy, fomaml, [batch], inner_steps=3, support="same")
     support, query = batch.part(range(4)), batch.part(range(4, 8))
     phi, _ = adapted(toy, [support] * 3)
-    for g, part in zip(found, toy.slope(query, phi)):
+    whole, _ = gradients(Toy(), fomaml, [batch], inner_steps=0, support="same")
+    expected = [*toy.slope(query, phi), *toy.slope(batch, thetas(toy))]
+    for g, part in zip([*found, *whole], expected):
         torch.testing.assert_close(g, part)
 
 
@@ -293,6 +296,8 @@ def test_a_deep_prompt_trains_and_starts_few_shot_prompts(runs, tmp_path, varian
     assert (trained.table() != start).all()
     flags = f"--deep --lr 0 --model {base_of(runs, tmp_path / 'run').folder} --init {tmp_path}/run"
     run(few_shot(runs, tmp_path / "few", flags))
+    with pytest.raises(ValueError, match="run holds a deep prompt, which needs --deep"):
+        run(few_shot(runs, tmp_path / "new", flags.removeprefix("--deep")))
     tuned = load_file(tmp_path / "few" / "car.is" / "adapter_model.safetensors")
     assert torch.equal(tuned["prompt_embeddings"], trained.table())
 
@@ -326,6 +331,8 @@ def test_held_out_clusters_are_not_trained_on(place, tmp_path, capsys):
         args.train = transfer.expand(args.train, "train")
         return [group[0].task for group in pt.read_tasks(args)]
 
+    names = "sentence completion,natural language inference,coreference resolution"
+    assert {*pt.HELD_OUT} == {*names.split(","), "word sense disambiguation"}
     assert tasks("") == ["car", "car", "hat", "hat"]  # two templates each
     assert tasks("--hold-out b") == ["car", "car", "end", "end"]
     assert len(tasks("--hold-out")) == 6
@@ -373,6 +380,10 @@ def test_few_shot_tunes_on_stored_examples_and_pools_the_predictions(runs, tmp_p
     shots = json.loads((tmp_path / "a" / "shots.json").read_text())
     assert all(len(set(ids)) == 5 for ids in shots.values())
     assert {int(id.split("-")[1]) % 2 for id in shots["car.paint"]} == {1}  # of this template
+    assert max(int(id.split("-")[1]) for id in shots["car.paint"]) > 9, "the first five"
+    other = transfer.parse(few_shot(runs, tmp_path, "--shots-seed 5")[1:])
+    _, _, chosen, _ = next(pt.few_shot_splits(other))
+    assert {example.id for example in chosen} != set(shots["car.is"])
     rows = read_lines(tmp_path / "a" / "predictions.jsonl")
     assert len(rows) == 12 and all(row["prediction"] in COLOURS for row in rows)
     gains = []

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from functools import partial
 
 import numpy as np
@@ -37,9 +38,12 @@ def source(place, out, files="suite/car-train.jsonl", flags=""):
 
 @pytest.fixture(scope="module")
 def library(place):
-    """Prompts of the three tasks, each with its embedding."""
-    out = place / "library"
-    run(source(place, out, "suite", f"--each --dev {place}/suite"))
+    """Prompts of the three tasks, each with its embedding. The LM is loaded once for all."""
+    out, load, loaded = place / "library", transfer.start.load_lm, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer.start, "load_lm", lambda args: loaded.append(args) or load(args))
+        run(source(place, out, "suite", f"--each --dev {place}/suite"))
+    assert len(loaded) == 1
     return out
 
 
@@ -133,6 +137,14 @@ def test_search_for_a_file_trains_its_prompt_like_the_library(place, library, tm
     assert "step     6 of 6" in capsys.readouterr().out
     assert run(f"{line} --kind average_tokens".split()) == ranking
     assert "step     6 of 6" not in capsys.readouterr().out
+    before = contents(place)  # another file with the same folder, or with that of the library
+    for name, problem in (("car", "started on other data"), ("library", "not a run's folder")):
+        other = shutil.copy(place / "suite/hat-train.jsonl", tmp_path / f"{name}-train.jsonl")
+        line = f"transfer.py search --library {library} --task {other}"
+        with pytest.raises((ValueError, OSError), match=f"{name} .*{problem}.*; choose .*--out"):
+            run(line.split())
+    assert run(f"{line} --out {tmp_path}/own".split()) == search(tmp_path / "own", library)
+    assert contents(place) == before
 
 
 def test_the_weighted_average_of_one_source_is_that_source():
@@ -211,6 +223,7 @@ def test_p_counts_every_permutation_of_three():
     assert r == pytest.approx(np.corrcoef([1, 2, 3], [1, 2, 9])[0, 1])
     assert p == pytest.approx(1 / 3, abs=0.03)
     assert transfer.pearson([1, 2, 3], [9, 2, 1], iters=10)[0] < 0
+    assert transfer.pearson(range(9), range(9), iters=9)[1] == 1 / 10, "the one seen counts too"
     assert transfer.pearson([1, 2, 3], [4, 4, 4], iters=10) == (0.0, 1.0)
 
 
@@ -319,11 +332,15 @@ def test_bad_input_is_refused_by_name(place, library, tmp_path, monkeypatch):
     before = {path for path in tmp_path.rglob("*")}
     task = f"--task {library}/car"
     for line, error in {
-        f"search --library {library} --task {tmp_path}/no": "no: no adapter_config.json",
+        f"search --library {library} --task {tmp_path}/no": "--task .*/no: no such file or folder",
+        f"search --library {library} --task {place}/suite": "suite: no adapter_config.json",
         f"search --library {other} {task}": "x: its base LM is",
         f"search --library {longer} {task}": r"x: the prompt is \(5, 32\)",
         f"search --library {late} {task}": "x: its step is 9, that of .*car is 2",
         f"search --library {library} {task} --average {library}": "library exists",
+        f"search --library {library} {task} --average {tmp_path}/new --top-k 3": (
+            "--top-k 3 exceeds the 2 sources in .*library"
+        ),
         f"search --library {other} --task {place}/text.txt": "other: holds no run of",
     }.items():
         with pytest.raises((ValueError, OSError), match=error):

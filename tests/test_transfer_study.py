@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from tiny_runs import make_place, read_lines, suite_rows, write_lines
 
 import fit
@@ -142,7 +143,20 @@ def test_similarities_are_means_over_pairs_of_different_seeds(done):
             pairs = [(a[i], other[j]) for i, j in ((0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1))]
             mean = np.mean([transfer.similarity(x, y, kind) for x, y in pairs])
             assert results["similarities"][kind][0][column] == pytest.approx(mean, abs=1e-4)
+            mean = np.mean([transfer.similarity(x, other[0], kind) for x in a[1:]])
+            toward = results["of search"][kind][0][column]
+            assert toward == pytest.approx(mean, abs=1e-4), "a transfer starts from seed 0"
     assert set(results["similarities"]) == set(transfer.KINDS)
+
+
+def test_the_nearest_sources_are_those_of_the_most_similar_embeddings(done):
+    runs = done[0] / "runs/transfer"
+    sources = [str(runs / f"source-{name}-{seed}") for name in SOURCES for seed in (0, 1)]
+    target = str(runs / "scratch-to-record_nli-2")
+    embedding, *others = (transfer.read_prompt(f"{run}/embedding") for run in (target, *sources))
+    near = {run: transfer.similarity(embedding, other) for run, other in zip(sources, others)}
+    best = sorted(near, key=near.get)[:-4:-1]
+    assert transfer_study.nearest(3, target, sources) == [(run, near[run]) for run in best]
 
 
 def test_the_gain_of_a_row_is_its_mean_over_datasets_of_means_over_templates(done):
@@ -189,6 +203,42 @@ def test_parts_of_unequal_templates_still_average_to_the_gain():
     assert np.array_equal(promptability_study.relative_gains([turned], chance), parts)
 
 
+def one_run(right):
+    """Of 40 examples of a task, `right` are right. Of 40 of another, which is at chance, half."""
+    parts = (("story_end", right), ("same_sense", 20))
+    return {
+        (task, f"test-{i}-is"): {"template": "is", "em": int(i < count)}
+        for task, count in parts
+        for i in range(40)
+    }
+
+
+CHANCE = dict.fromkeys(one_run(0), 0.5)
+
+
+def test_a_claim_of_promptability_is_that_its_first_row_gains_more():
+    names = {name for _, *pair in promptability_study.CLAIMS for name in pair}
+    right = {name: 5 + i for i, name in enumerate(sorted(names))}
+    found, plain = {name: [one_run(count)] for name, count in right.items()}, 0
+    words = {"none": "none", "T0": "t0", "LM and prompt": "mtl", "prompt alone": "ppt"}
+    words |= {"Reptile": "reptile", "FOMAML": "fomaml"}
+    pattern = r"(zero|16)-shot: ([^,>]+) > ([^,>]+)(, equal steps)?"
+    for line in promptability_study.show_claims(found, CHANCE):
+        a, b = (right[name] for name in line["rows"])
+        share = 1 if line["slice"] == "those that can be learnt" else 1 / 2
+        assert line["difference"] == pytest.approx(share * (a - b) / 20)
+        if (match := re.fullmatch(pattern, line["claim"])) and {*match.group(2, 3)} <= {*words}:
+            end = {"zero": "zero", "16": "few"}[match[1]]
+            assert line["rows"] == [f"{words[match[part]]}-{end}" for part in (2, 3)]
+            plain += 1
+    assert plain >= 20
+
+
+def test_a_row_is_at_the_floor_if_its_interval_reaches_chance():
+    found = {name: [one_run(n)] for name, n in (("sure", 38), ("may be", 22), ("no", 3))}
+    assert promptability_study.at_the_floor(found, CHANCE) == ["may be", "no"]
+
+
 def test_the_templates_of_an_example_are_one_example(tmp_path):
     """The bootstrap must not take the same question in two wordings for two."""
     ems, rows = {"x": (1, 0, 0), "y": (1, 1, 0)}, []
@@ -209,6 +259,10 @@ def test_nearest_tasks_are_neighbours_in_the_order_of_the_heatmap():
     near = np.array([[1, 0, 0.9, 0.1], [0, 1, 0.2, 0.8], [0.9, 0.2, 1, 0], [0.1, 0.8, 0, 1.0]])
     order = transfer_tables.leaf_order(near)
     assert {frozenset(order[:2]), frozenset(order[2:])} == {frozenset({0, 2}), frozenset({1, 3})}
+    near = np.eye(5)  # 0 and 1 are a group; by its mean 3 is next, by its maximum 2, else 4
+    near[0, 1:], near[1, 3:] = (0.9, 0.8, 0.7, 0.45), (0.3, 0.4)
+    near = np.maximum(near, near.T)
+    assert transfer_tables.leaf_order(near) == [0, 1, 3, 4, 2]
 
 
 def test_a_random_search_keeps_what_chance_keeps():
@@ -246,6 +300,92 @@ def test_a_library_without_any_gain_is_valid_json(tmp_path, capsys):
     assert kept == [None] * 4 and json.loads(json.dumps(results, allow_nan=False)) is not None
     printed = capsys.readouterr().out
     assert printed.count(" | - |") == 4 and "nan" not in printed and "of the gain" not in printed
+
+
+# A study by hand: the score of a method is the same for all examples of all seeds
+
+LEVELS = {"scratch": 0.5, "mixture": 0.62, "text": 0.41}
+LEVELS |= {"longer": 0.55, "tuned": 0.58, "multitask": 0.66}
+WORDS = {"from scratch": "scratch", "transfer from a mixture": "mixture"}
+WORDS |= {"transfer from text": "text", "longer prompt tuning": "longer"}
+WORDS |= {"tuning of the LM": "tuned", "multi-task tuning of the LM": "multitask"}
+BEST, SECOND, WORST = 0.9, 0.7, 0.2  # scores of a target from three sources
+
+
+@pytest.fixture
+def by_hand(monkeypatch):
+    """(study, scores of its pairs, similarities, tasks). The nearest source is the best one for
+    seven targets, and the second for two."""
+
+    def test_scores(_, name):
+        method, target = name.split("-to-")
+        level = 0.5 if target in suite.AT_CHANCE else LEVELS.get(method)
+        return [dict.fromkeys("abcde", level)] * 2 if method in LEVELS else []
+
+    monkeypatch.setattr(transfer_tables, "test_scores", test_scores)
+    sources, targets = ["food_reviews", "news_topic", "subject_type"], transfer_study.TARGETS
+    tasks, scores = [*sources, *targets], {}
+    near = np.zeros((len(tasks), len(tasks)))
+    for i, target in enumerate(targets):
+        order = [sources[(i + k) % 3] for k in range(3)]
+        levels = dict(zip(order, (BEST, SECOND, WORST)))
+        scores[target] = {name: np.full(5, levels[name]) for name in sources}
+        if i < 2:
+            order[:2] = order[1::-1]
+        near[tasks.index(target), [tasks.index(name) for name in order]] = 0.6, 0.4, 0.1
+    rows = [SimpleNamespace(name=f"scratch-to-{target}") for target in targets]
+    study = SimpleNamespace(groups={"targets": rows})
+    return study, scores, {"per_token": near, "neurons": -near}, tasks
+
+
+def test_a_claim_is_that_its_first_method_scores_higher(by_hand):
+    claims = transfer_tables.show_claims(by_hand[0])
+    assert len(claims) == 2 * 6
+    for line in claims:
+        a, b = (LEVELS[WORDS[name]] for name in line["claim"].split(" > "))
+        share = 1 if line["slice"] == "those that can be learnt" else 6 / 9
+        assert line["difference"] == pytest.approx(share * (a - b))
+        assert line["verdict"] == ("holds" if a > b else "does not hold")
+
+
+def test_the_nearest_source_is_compared_with_none_and_with_the_mean_source(by_hand):
+    found = {r["claim"]: r["difference"] for r in transfer_tables.show_nearest(*by_hand)}
+    mean = (BEST + SECOND + WORST) / 3
+    for kind, nearest in (("per_token", (7 * BEST + 2 * SECOND) / 9), ("neurons", WORST)):
+        assert found[f"nearest, {kind} > from scratch"] == pytest.approx(nearest - 0.5)
+        assert found[f"nearest, {kind} > a random source"] == pytest.approx(nearest - mean)
+
+
+def test_a_search_by_what_predicts_the_score_needs_few_sources(by_hand, monkeypatch, capsys):
+    """Of 200 random orders none is as good, and all are as good as the worst one."""
+    _, scores, toward, tasks = by_hand
+    monkeypatch.setattr(transfer, "pearson", lambda *rest: (0.0, 1.0))
+    results = transfer_tables.show_search(*by_hand)
+    first, worst = (results["search"][kind][0] for kind in toward)
+    assert first["gain_kept"] == pytest.approx(1 - 2 * (BEST - SECOND) / (9 * (BEST - 0.5)))
+    assert (first["p"], worst["p"]) == (1 / 201, 1)
+    printed = capsys.readouterr().out
+    assert "per_token: 80 % of the gain needs 1 of 3 sources" in printed
+    assert "per_token: 90 % of the gain needs 2 of 3 sources" in printed
+    pairs = {t: {s: part[s].mean() for s in part} for t, part in scores.items()}
+    results |= {"pairs": pairs, "tasks": tasks, "of search": toward, "leaf order": tasks}
+    figure, near = Figure(), {"average_tokens": toward["per_token"]}
+    transfer_tables.draw(figure, results | {"similarities": near})
+    image = figure.subfigs[0].axes[0].images[0]
+    gains = [[100 * (score - 0.5) for score in part.values()] for part in pairs.values()]
+    assert np.allclose(image.get_array(), gains)
+    red, _, blue, _ = image.cmap(image.norm(30))
+    assert blue > red, "a gain is blue"
+
+
+def test_families_are_the_clusters_of_the_suite(by_hand):
+    """Two reviews are near each other, and three topics. Seven tasks are alone in their family."""
+    tasks = by_hand[3]
+    clusters = [suite.TASKS[name].cluster for name in tasks]
+    near = np.array([[0.9 * (a == b) for b in clusters] for a in clusters])
+    np.fill_diagonal(near, 1)
+    found = transfer_tables.show_families({"per_token": near}, tasks)["per_token"]
+    assert found["silhouette"] == pytest.approx(0.9 * 5 / 12) and found["p"] < 0.01
 
 
 # Given tasks
@@ -325,11 +465,12 @@ def whole_study(tmp_path) -> TransferStudy:
 
 
 def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
-    whole = whole_study(tmp_path)
+    whole, runs = whole_study(tmp_path), {}
     assert len(whole.rows) == sum(map(len, whole.groups.values()))
     for job in whole.plan():
         if job.trains or job.program == "transfer.py":
             run = whole.programs[job.program].parse(whole.line(job))
+            runs[job.row.name] = run
             assert (run.seed, run.dtype) == (job.seed, "bfloat16")
             assert run.out == str(job.answers)
         for name in re.findall(r"\{out\}/([\w-]+)-\d+", job.command):
@@ -341,6 +482,20 @@ def test_every_row_is_a_command_and_every_name_is_one_row(tmp_path):
         assert {f"{method}-to-{t}" for t in transfer_study.TARGETS} <= whole.rows.keys()
     pairs = [name for name in whole.rows if name.split("-to-")[0] in transfer_study.SOURCES]
     assert len(pairs) == len(transfer_study.SOURCES) * len(transfer_study.TARGETS) >= 96
+    args = whole.args
+    both = args.source_steps + args.target_steps
+    for name, steps in (("longer", both), ("scratch", args.target_steps)):
+        for target in transfer_study.TARGETS:
+            assert runs[f"{name}-to-{target}"].steps == steps
+            assert runs[f"{name}-larger-to-{target}"].steps == steps
+    plain, meta = (args.steps, 16, 4), (args.steps, 64, 4)  # a step reads 64 examples, or 256
+    expected = {"t0": plain, "ppt": plain, "mtl": plain, "reptile": meta, "fomaml": meta}
+    expected |= {"reptile-small": (args.steps, 64, 1)}
+    expected |= dict.fromkeys(("t0-long", "mtl-long"), (3 * args.steps, 16, 4))
+    for name, numbers in expected.items():
+        run = runs[name]
+        assert (run.steps, run.batch_size, run.grad_accum) == numbers, name
+        assert run.variant == name.split("-")[0]
 
 
 def test_the_plan_fits_two_cores_for_three_hours(tmp_path, monkeypatch, capsys):
