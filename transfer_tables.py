@@ -56,6 +56,7 @@ def tables(study: Study) -> dict:
         near, toward = similarities(study, tasks)
         pairs = {t: {s: float(v.mean()) for s, v in part.items()} for t, part in scores.items()}
         results |= {"pairs": pairs, "tasks": tasks}
+        results["leaf order"] = show_clusters(near["average_tokens"], tasks)
         results["similarities"] = {kind: near[kind].round(4).tolist() for kind in near}
         results["of search"] = {kind: toward[kind].round(4).tolist() for kind in toward}
         results |= show_search(study, scores, toward, tasks)
@@ -343,6 +344,18 @@ def leaf_order(near: np.ndarray) -> list[int]:
     return groups[0]
 
 
+def show_clusters(near: np.ndarray, tasks: list[str]) -> list[str]:
+    """Print the similarity of all tasks in percent, neighbours of a dendrogram side by side, as in
+    figure 4. Returns the tasks in this order."""
+    order = leaf_order(near)
+    rows = []
+    for n, i in enumerate(order, 1):
+        rows.append([f"{n} {tasks[i]}", *(f"{100 * value:.0f}" for value in near[i, order])])
+    columns = ["", *range(1, len(order) + 1)]
+    show_table("similarity, average tokens, clustered, in percent", columns, rows)
+    return [tasks[i] for i in order]
+
+
 def draw(figure, results: dict) -> None:
     """Draw the heatmaps of transfer and of similarity, and below one against the other."""
     scores, base, tasks = results["pairs"], results["baseline"], results["tasks"]
@@ -351,8 +364,8 @@ def draw(figure, results: dict) -> None:
     targets, sources = list(scores), list(next(iter(scores.values())))
     above, below = figure.subfigures(2, 1)
     gain, similar = above.subplots(1, 2)
-    order = leaf_order(average)  # as in figure 4
-    names, clustered = [tasks[i] for i in order], "similarity, average tokens, clustered"
+    names, clustered = results["leaf order"], "similarity, average tokens, clustered"
+    order = [tasks.index(name) for name in names]
     change = np.array([[100 * (scores[t][s] - base[t]) for s in sources] for t in targets])
     largest = max(np.abs(change).max(), 1e-9)
     for axes, matrix, x, y, title, limits in (
