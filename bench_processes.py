@@ -40,7 +40,7 @@ from runs import ASSETS
 
 LLAMA_1GB = llama(32_000, 1024, 16, 16, 2816, max_len=1024, tied=False)
 TRAIN = Path(__file__).parent / "train.py"
-SPINS = "300000"  # what GNU's OpenMP takes if nothing is set; show.py sets 1,000
+SPINS = "300000"  # what GNU's OpenMP takes if nothing is set; show.py sets 4,000
 
 # Loading
 

@@ -56,7 +56,7 @@ def test_waiting_threads_sleep_before_torch_is_loaded(program, arguments):
     if program == "world.py":  # needs no torch
         assert at_torch(program, arguments).startswith("usage: world.py")
     else:
-        assert at_torch(program, arguments) == "torch: 1000\n"
+        assert at_torch(program, arguments) == "torch: 4000\n"
 
 
 @pytest.mark.parametrize("program", ["train.py", "generate.py"])
