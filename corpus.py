@@ -61,7 +61,7 @@ def cache_name(path: str | Path, tokenizer: Tokenizer, vocab_size: int | None) -
     with open(path, "rb") as file:
         text = hashlib.file_digest(file, "sha256").hexdigest()
     is_txt = Path(path).suffix.lower() == ".txt"
-    known = [text, is_txt, hash_tokenizer(tokenizer), vocab_size]
+    known = [text, is_txt, data.LETTERS, hash_tokenizer(tokenizer), vocab_size]
     return hashlib.sha256(repr(known).encode()).hexdigest()
 
 

@@ -62,9 +62,12 @@ def test_the_same_text_is_tokenised_once(tmp_path, text, monkeypatch):
     others = [(data.train_tokenizer(TEXTS, 300), 400), (TOKENIZER, 500)]
     for tokenizer, vocab_size in others:
         token_file(text, tokenizer, vocab_size, tmp_path / "tokens")
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "LETTERS", 20)  # where long documents are cut counts too
+        token_file(text, TOKENIZER, 400, tmp_path / "tokens")
     text.write_text(text.read_text() + json.dumps({"text": "one more"}))
     assert len(token_file(text, TOKENIZER, 400, tmp_path / "tokens").starts) == len(TEXTS) + 2
-    assert len(list((tmp_path / "tokens").iterdir())) == 2 * 4
+    assert len(list((tmp_path / "tokens").iterdir())) == 2 * 5
 
 
 def test_a_bad_text_leaves_nothing(tmp_path, text):

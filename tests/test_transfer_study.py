@@ -263,6 +263,7 @@ def test_nearest_tasks_are_neighbours_in_the_order_of_the_heatmap():
     near[0, 1:], near[1, 3:] = (0.9, 0.8, 0.7, 0.45), (0.3, 0.4)
     near = np.maximum(near, near.T)
     assert transfer_tables.leaf_order(near) == [0, 1, 3, 4, 2]
+    assert transfer_tables.show_clusters(near, [*"abcde"]) == [*"abdec"]
 
 
 def test_a_random_search_keeps_what_chance_keeps():
