@@ -21,12 +21,13 @@ import parallel
 import passages as books
 import world
 from checkpoints import read_json, read_tensors, resolve, write_json, write_lines
-from families import bert_from_hf
+from families import OBJECT, bert_from_hf, check_keys
 from passages import Passage, Question, with_found
 from questions import check_unique
 from rerank import CrossEncoder, find_format
 from retrieve import (
     BM25,
+    POOLINGS,
     DenseIndex,
     DualEncoder,
     Found,
@@ -209,7 +210,10 @@ def find_dual(args) -> tuple[Path, Path | None, str]:
     if not (folder / "question").is_dir():
         return check_bert(folder), None, pooling
     if folder.name == "model" and record.is_file():
-        pooling = read_json(record)["arguments"]["pooling"]
+        known = read_json(record)
+        check_keys(record, known, {"arguments": OBJECT}, ["arguments"])
+        check_keys(record, known["arguments"], {"pooling": POOLINGS}, ["pooling"])
+        pooling = known["arguments"]["pooling"]
     second = check_bert(folder / "passage") if (folder / "passage").is_dir() else None
     return check_bert(folder / "question"), second, pooling
 

@@ -68,7 +68,8 @@ GROUPS = {
         *(row for name in ("t0", "ppt", "mtl", "reptile") for row in rows(name, 3)),
     ],
     "its other variants": [
-        row for name in ("fomaml", "reptile-small", "t0-long", "mtl-long") for row in rows(name)
+        *rows("fomaml", 3),
+        *(row for name in ("reptile-small", "t0-long", "mtl-long") for row in rows(name)),
     ],
     "deep prompts": [
         Row("none-deep-few", f"{SHOTS} {DEEP_LR}"),

@@ -31,6 +31,7 @@ from torch import Tensor
 from rerank import Bert, as_pair, length_batches, pad, progress, tokenise
 
 Found = list[tuple[int, float]]  # (row of the passage, score), best first
+POOLINGS = ("cls", "mean")  # of a dual encoder
 
 # BM25
 
@@ -205,7 +206,7 @@ class DualEncoder(nn.Module):
 
     def __init__(self, question: Bert, passage: Bert, tokenizer, pooling="cls", max_len: int = 256):
         super().__init__()
-        if pooling not in ("cls", "mean"):
+        if pooling not in POOLINGS:
             raise ValueError(f"pooling is cls or mean, not {pooling!r}")
         self.question, self.passage = question, passage
         self.tokenizer, self.pooling = tokenizer, pooling

@@ -79,6 +79,7 @@ ARGUMENTS |= dict.fromkeys(["max_new_tokens", "candidates", "rounds"], COUNT)
 ARGUMENTS |= dict.fromkeys(["method", "composition", "pause_text"], TEXT)
 PREDICTION = dict.fromkeys(["task", "input", "prediction", "template", "cluster"], TEXT)
 PREDICTION |= {"id": ID, "answers": TEXTS, "em": SHARE, "f1": SHARE}
+OTHER = "choose another --out"
 INIT_WORDS = ("random", "vocab", "labels")  # ways to start; others are text:WORDS, vocab:SIZE
 
 
@@ -180,14 +181,13 @@ class Run:
         if not self.folder.is_dir():
             raise FileExistsError(f"--out {self.folder}: is not a folder")
         if not self.resume:
-            advice = "continue it with --resume, or choose another --out"
-            raise FileExistsError(f"{self.folder} exists; {advice}")
+            raise FileExistsError(f"{self.folder} exists; continue it with --resume, or {OTHER}")
         record = self.record()
         if record is None:
             # A kill at the very start leaves only these two files.
             leftovers = {"lock", "run.json.unfinished"}
             if {path.name for path in self.folder.iterdir()} - leftovers:
-                raise FileExistsError(f"{self.folder} is not a run's folder (it has no run.json)")
+                raise FileExistsError(f"{self.folder} is not a run's folder (no run.json); {OTHER}")
             return
         free = ["eval_tokens", "stages_from"]  # change no result
         if self.arguments.get("method") != "reader":
@@ -200,7 +200,8 @@ class Run:
                 continue  # a path is a hint; start_record compares the hashes
             if before != value and key not in free:
                 flag = f"--{key.replace('_', '-')}"
-                raise ValueError(f"{self.folder} was started with {flag} {before}, not {value}")
+                problem = f"was started with {flag} {before}, not {value}; {OTHER}"
+                raise ValueError(f"{self.folder} {problem}")
 
     def record(self) -> dict | None:
         """Return run.json of the run that the folder holds already, or None."""
@@ -322,7 +323,7 @@ def start_record(run: Run, trained: nn.Module, frozen: LM | None, hashes: dict) 
     before = run.record() or {}
     for key, what in HASHES.items():
         if key in before and before[key] != hashes.get(key):
-            raise ValueError(f"{run.folder} was started {what} (its {key} differs)")
+            raise ValueError(f"{run.folder} was started {what} (its {key} differs); {OTHER}")
     count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     line = f"{run.arguments['method']}: {count:,} parameters trained"
     if frozen:

@@ -48,7 +48,8 @@ class Row(NamedTuple):
     """A command, which is run once for every seed."""
 
     name: str  # with the seed, the run's folder
-    # {out}: the study's folder; {pretrained}; {seed}; {dev}, {test}: files; {long}: steps; names
+    # {out}: the study's folder; {pretrained}; {seed}; {other}: another seed; {dev}, {test}: files;
+    # {long}: steps; and the study's names
     command: str
     seeds: int = 1
     rates: str = ""  # the row whose learning rates it takes; "" for the command's default
@@ -68,7 +69,8 @@ class Job:
     @property
     def command(self) -> str:
         """The row's command for this seed."""
-        return self.row.command.replace("{seed}", str(self.seed))
+        other = 0 if self.seed else 1
+        return self.row.command.replace("{seed}", f"{self.seed}").replace("{other}", f"{other}")
 
     @property
     def program(self) -> str:

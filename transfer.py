@@ -231,7 +231,9 @@ def silhouette(similarities, labels) -> float:
     own = np.arange(len(group)), group
     a = (sums[own] - (1 - np.diag(similarities))) / np.maximum(sizes[group] - 1, 1)
     b = np.where(member == 1, np.inf, sums / sizes).min(1)
-    return float(np.where(sizes[group] > 1, (b - a) / np.maximum(a, b), 0.0).mean())
+    width = np.maximum(a, b)  # 0 if all tasks of both groups are the same
+    width = np.where((sizes[group] > 1) & (width > 0), width, np.inf)
+    return float(((b - a) / width).mean())
 
 
 def pearson(x, y, iters: int = 10_000) -> tuple[float, float]:
@@ -374,12 +376,7 @@ def embed_file(args: Namespace) -> Path:
     seed = 1 + max(record["arguments"]["seed"] for record in records)
     like = Namespace(**flags | {"seed": seed}, program="transfer.py", resume=True)
     argv = [*shlex.split(records[0]["command"])[2:], "--seed", str(seed)]
-    try:
-        source(one_run(like, argv, {"train": [args.task]}, out))
-    except (FileExistsError, ValueError) as error:
-        if not str(error).startswith(f"{out} "):  # a fault of the file, not of the folder
-            raise
-        raise type(error)(f"{error}; choose another --out") from None
+    source(one_run(like, argv, {"train": [args.task]}, out))
     return out
 
 

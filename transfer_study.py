@@ -32,7 +32,8 @@ A target has 64 training examples, the same for all seeds, and no dev examples. 
 once, after its last step, on 75 examples in four templates each. Scores are F1, which is accuracy
 where an example has options. A task embedding is the prompt after KEEP steps. Two embeddings that
 are compared come from different seeds, because those of one seed start from the same vectors: seed
-0 of a source, whose prompt the transfer starts from, meets seeds 1 and 2 of a target.
+0 of a source, whose prompt the transfer starts from, meets seeds 1 and 2 of a target. The average
+and the mixture of the nearest sources are made anew for each seed, from the sources of that seed.
 """
 
 import hashlib
@@ -156,17 +157,18 @@ def given_groups(given: dict) -> dict[str, list[Row]]:
 
 def targeted_transfer(sources: list[str], targets: list[str]) -> list[Row]:
     """What is made of the sources nearest to each target, and the prompts that start from it."""
-    library = " ".join(f"{{out}}/source-{s}-0" for s in sources)
+    library = " ".join(f"{{out}}/source-{s}-{{seed}}" for s in sources)
     rows = []
     for t in targets:
-        for name, more in (("average", ""), ("top-mixture", f"--file {{few}}/{t}-train.jsonl")):
+        mixture = f"--file {{few}}/{t}-train.jsonl --seed {{seed}}"
+        for name, more in (("average", ""), ("top-mixture", mixture)):
             for k in transfer_tables.NEAREST:
-                command = f"{name} {k} {{out}}/scratch-to-{t}-1 {library} {more}"
-                rows.append(Row(f"{name}-{k}-for-{t}", command))
+                command = f"{name} {k} {{out}}/scratch-to-{t}-{{other}} {library} {more}"
+                rows.append(Row(f"{name}-{k}-for-{t}", command, 3))
     for t in targets:
         for name in transfer_tables.TARGETED:
-            init = f"--init {{out}}/{name}-for-{t}-0/out"
-            rows.append(Row(f"{name}-to-{t}", f"{TARGET} {file_flags(t)} {init}"))
+            init = f"--init {{out}}/{name}-for-{t}-{{seed}}/out"
+            rows.append(Row(f"{name}-to-{t}", f"{TARGET} {file_flags(t)} {init}", 3))
     return rows
 
 
@@ -276,14 +278,14 @@ def top_mixture(line: list[str]) -> dict:
     """Train a prompt on the target's examples and those of the k sources most similar to it.
 
     `line` is [k, the target's run, the sources' runs, "--file", the target's training examples,
-    "--out", folder].
+    "--seed", the mixture's, "--out", folder].
     """
-    k, target, *sources, _, file, _, out = line
+    k, target, *sources, _, file, _, seed, _, out = line
     best = nearest(int(k), target, sources)
     flags = [read_json(Path(run) / "run.json")["arguments"] for run, _ in best]
     first, files = flags[0], [path for one in flags for path in one["train"]]
     words = [*DEEP.split()[1:], "--steps", first["steps"], "--keep-at", 0]
-    words += ["--train", *files, file, "--limit", LIMIT, "--out", out]
+    words += ["--train", *files, file, "--limit", LIMIT, "--seed", seed, "--out", out]
     words += ["--model", first["model"]] if first["model"] else []
     words += ["--device", first["device"], "--dtype", first["dtype"]]
     transfer.main([str(word) for word in words])

@@ -82,6 +82,10 @@ def check_record(path: Path, record: dict) -> None:
         raise ValueError(f"{path.parent}: is not finished; {record['command']} --resume goes on")
     if not record["command"].startswith("python "):
         raise ValueError(f"{path}: command is {record['command']!r}, not python PROGRAM ...")
+    try:
+        shlex.split(record["command"])
+    except ValueError as error:
+        raise ValueError(f"{path}: command {record['command']!r}: {error}") from None
     check_keys(path, record, {}, ("step", "score"))
     check_keys(path, record["arguments"], {}, ["device"])
     for part in (record, *record.get("resumed", [])):

@@ -417,6 +417,10 @@ def test_a_reader_searches_with_a_trained_dual_encoder(shelf, dual, tmp_path, mo
         assert other["recall@1 on dev"] < 1 == chosen["recall@5 on dev"] and weight > 0
     for q, found in zip(questions, dense):
         assert q.found == [BOOK[row] for row, _ in found[:3]]
+    args.retriever = str(shutil.copytree(dual, tmp_path / "dual"))
+    (tmp_path / "dual/run.json").write_text(json.dumps({"arguments": {"pooling": ["mean"]}}))
+    with pytest.raises(ValueError, match="run.json: pooling .*mean.* is not supported"):
+        openbook.load_dual(args)
 
 
 def test_an_index_of_other_passages_is_refused(shelf, whole, tmp_path):

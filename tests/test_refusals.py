@@ -518,6 +518,12 @@ SPOILT = [
         "command",
     ),
     ("run/run.json", {"command": ""}, "runs.py verify run", "run/run.json: command is '', not"),
+    (
+        "run/run.json",
+        {"command": "python train.py '"},
+        "runs.py verify run",
+        "run/run.json: command | No closing quotation",
+    ),
     ("run/run.json", {"resumed": "x"}, RESUME, "run/run.json: | resumed is 'x', not a list of"),
     (
         "run/run.json",

@@ -210,6 +210,7 @@ def test_silhouette_and_its_permutation_test():
     assert silhouette(near, labels) == pytest.approx(naive_silhouette(1 - near, labels))
     with pytest.raises(ValueError, match="two groups or more"):
         silhouette(near, ["a"] * len(near))
+    assert silhouette(np.ones((4, 4)), [0, 0, 1, 1]) == 0
     value, p = transfer.permutation_test(partial(silhouette, near), labels, iters=400)
     assert value == pytest.approx(silhouette(near, labels)) and p < 0.02
     random = np.corrcoef(rng.normal(size=(9, 20)))
