@@ -40,10 +40,11 @@ ANSWER = 8  # tokens with a loss at the end of each text
 
 
 def prompt(setting: Setting) -> Iterator[Contest]:
-    """Prompt tuning, by length of prompt and text and by vocabulary."""
+    """Prompt tuning, by length of prompt and text and by vocabulary; with --model only T = 64."""
     for source in setting.sources(SMALL, WIDE):
         lm, peer = setting.pair(source)
-        lengths = [(4, 12)] if setting.tiny else product((20, 100), (32, 64, 256))
+        texts = (64,) if setting.model else (32, 64, 256)
+        lengths = [(4, 12)] if setting.tiny else product((20, 100), texts)
         for P, T in lengths:
             yield tuning(setting, "prompt_tuning", lm, peer, soft_prompt(setting, lm, P), P, T)
 

@@ -54,6 +54,8 @@ def done(tmp_path_factory):
         patch.setattr(transfer_study.genres, "documents", lambda *rest: texts)
         continued = {title: kept(rows) for title, rows in promptability_study.GROUPS.items()}
         groups = transfer_study.groups(SOURCES, TARGETS, continued)
+        title = "targeted transfer"
+        groups[title] = [row for row in groups[title] if "-9-" not in row.name]
         patch.setattr(transfer_study, "GROUPS", groups)
         patch.chdir(folder)
         line = f"transfer --model {place}/lm/model --pretrained {place} {FLAGS}"
@@ -83,13 +85,17 @@ def test_a_targets_prompt_starts_from_its_sources(done):
         ("food_reviews-to-record_nli-0", "source-food_reviews-0"),
         ("mixture-to-record_nli-2", "mixture-2"),
         ("average-3-to-record_nli-0", "average-3-for-record_nli-0/out"),
-        ("top-mixture-3-to-record_nli-0", "top-mixture-3-for-record_nli-0/out"),
+        ("top-mixture-3-to-record_nli-1", "top-mixture-3-for-record_nli-1/out"),
     ):
         record = read_json(runs / name / "run.json")
         assert record["arguments"]["init"] == str(runs / start)
-    mixed = read_json(runs / "top-mixture-3-for-record_nli-0/out/run.json")["arguments"]["train"]
-    names = {path.split("/")[-1] for path in mixed}
-    assert names == {f"{t}-train.jsonl" for t in [*SOURCES, "record_nli"]}
+    mixed = read_json(runs / "top-mixture-3-for-record_nli-1/out/run.json")["arguments"]
+    names = {path.split("/")[-1] for path in mixed["train"]}
+    assert names == {f"{t}-train.jsonl" for t in [*SOURCES, "record_nli"]} and mixed["seed"] == 1
+    made = read_json(runs / "top-mixture-3-for-record_nli-1/result.json")
+    assert "scratch-to-record_nli-0 " in made["command"]  # its own seed would be too alike
+    best = {name.split("/")[-1] for name, _ in made["results"]["best"]}
+    assert best == {f"source-{name}-1" for name in SOURCES}
     multitask = read_json(runs / "multitask-to-record_nli-0/run.json")["arguments"]["model"]
     assert multitask == str(runs / "multitask-0/model")
 
