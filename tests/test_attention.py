@@ -68,20 +68,20 @@ def check(shape, lengths=None, window=None):
 SHAPES = {  # (B, H, K, T, P, D, rows of the prefix), lengths, window
     "one token": ((2, 2, 2, 1, 0, 16, 0), None, None),
     "one token behind a prefix": ((2, 2, 1, 1, 20, 16, 1), None, None),
-    "no prefix, several tiles": ((2, 2, 2, 35, 0, 16, 0), None, None),
+    "no prefix, several tiles": ((2, 1, 1, 35, 0, 16, 0), None, None),
     "an empty prefix": ((2, 2, 2, 5, 0, 16, 1), None, None),
-    "shared": ((3, 2, 2, 18, 21, 16, 1), None, None),
+    "shared": ((3, 1, 1, 18, 21, 16, 1), None, None),
     "shared, grouped, as long as a tile": ((5, 4, 1, 9, 16, 12, 1), None, None),
-    "shared, several rows in a program": ((5, 2, 2, 9, 33, 16, 1), None, None),
+    "shared, several rows in a program": ((5, 1, 1, 9, 33, 16, 1), None, None),
     "one for each row": ((3, 2, 1, 18, 5, 20, 3), None, None),
     "ragged": ((3, 4, 2, 10, 40, 16, 3), [40, 0, 7], None),
-    "ragged, padding within a tile": ((3, 2, 2, 10, 48, 16, 3), [48, 0, 20], None),
-    "shared and ragged": ((3, 2, 2, 10, 20, 16, 1), [20, 0, 1], None),
+    "ragged, padding within a tile": ((3, 1, 1, 10, 48, 16, 3), [48, 0, 20], None),
+    "shared and ragged": ((3, 1, 1, 10, 20, 16, 1), [20, 0, 1], None),
     "shared with padding": ((2, 2, 2, 10, 20, 16, 1), [3], None),
     "window": ((2, 2, 1, 40, 20, 16, 1), None, 7),
-    "window from the last key of a tile": ((2, 2, 2, 18, 20, 16, 1), None, 6),
+    "window from the last key of a tile": ((2, 1, 1, 18, 20, 16, 1), None, 6),
     "window of one": ((2, 2, 2, 18, 3, 16, 1), None, 1),
-    "window, ragged": ((2, 2, 2, 18, 40, 16, 2), [40, 5], 20),
+    "window, ragged": ((2, 1, 1, 18, 40, 16, 2), [40, 5], 20),
 }
 
 
