@@ -432,8 +432,8 @@ def reranker_loss(
 
 def loss_parts(lengths: Tensor, groups: Tensor) -> list[Tensor]:
     """The rows that `reranker_loss` reads together: the positives, and others of similar length."""
-    rows = groups[:, 1:][groups[:, 1:] >= 0]
-    return [groups[:, 0], *(part for part in rows[lengths[rows].argsort()].split(32) if len(part))]
+    rows, n = groups[:, 1:][groups[:, 1:] >= 0], 32 if lengths.is_cuda else 16  # few: less padding
+    return [groups[:, 0], *(part for part in rows[lengths[rows].argsort()].split(n) if len(part))]
 
 
 # Cross-fitting and packing
