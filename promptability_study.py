@@ -42,6 +42,7 @@ VARIANTS = {
 }
 SHOTS = "transfer.py few-shot --train {held} --test {held} --prompt-length 10 --seed {seed}"
 SHALLOW_LR, DEEP_LR = "--lr 0.1", "--deep --lr 0.03"  # of the few-shot prompts
+DEEP = ("mtl", "ppt", "reptile", "fomaml", "reptile-small", "mtl-long")
 TEMPLATES, TEST = 2, 50  # of each held-out task; test examples of each template
 
 
@@ -74,7 +75,7 @@ GROUPS = {
     "deep prompts": [
         Row("none-deep-few", f"{SHOTS} {DEEP_LR}"),
         Row("t0-deep-few", f"{SHOTS} --model {{out}}/t0-{{seed}}/model {DEEP_LR}"),
-        *(row for name in ("mtl", "ppt", "reptile", "fomaml") for row in rows(name, deep=True)),
+        *(row for name in DEEP for row in rows(name, deep=True)),
     ],
 }
 CLAIMS = [  # the claim is that the first row has the higher average relative gain
@@ -111,11 +112,37 @@ CLAIMS = [  # the claim is that the first row has the higher average relative ga
     ("zero-shot, deep: LM and prompt > prompt alone", "mtl-deep-zero", "ppt-deep-zero"),
     ("zero-shot, deep: LM and prompt > Reptile", "mtl-deep-zero", "reptile-deep-zero"),
     ("zero-shot, deep: LM and prompt > FOMAML", "mtl-deep-zero", "fomaml-deep-zero"),
+    (
+        "zero-shot, deep: LM and prompt, 3x the steps > Reptile",
+        "mtl-long-deep-zero",
+        "reptile-deep-zero",
+    ),
+    (
+        "zero-shot, deep: LM and prompt > Reptile, equal examples",
+        "mtl-deep-zero",
+        "reptile-small-deep-zero",
+    ),
+    (
+        "zero-shot, deep: LM and prompt, 3x the steps > FOMAML",
+        "mtl-long-deep-zero",
+        "fomaml-deep-zero",
+    ),
     ("16-shot, deep: LM and prompt > none", "mtl-deep-few", "none-deep-few"),
     ("16-shot, deep: LM and prompt > T0", "mtl-deep-few", "t0-deep-few"),
     ("16-shot, deep: LM and prompt > prompt alone", "mtl-deep-few", "ppt-deep-few"),
     ("16-shot, deep: LM and prompt > Reptile", "mtl-deep-few", "reptile-deep-few"),
     ("16-shot, deep: LM and prompt > FOMAML", "mtl-deep-few", "fomaml-deep-few"),
+    (
+        "16-shot, deep: LM and prompt, 3x the steps > Reptile",
+        "mtl-long-deep-few",
+        "reptile-deep-few",
+    ),
+    (
+        "16-shot, deep: LM and prompt > Reptile, equal examples",
+        "mtl-deep-few",
+        "reptile-small-deep-few",
+    ),
+    ("16-shot, deep: LM and prompt, 3x the steps > FOMAML", "mtl-long-deep-few", "fomaml-deep-few"),
 ]
 
 

@@ -123,11 +123,10 @@ def read_embedding(folder: str | Path, lm=None) -> tuple:
     folder = Path(folder)
     kept = folder / "embedding"
     kept = kept if kept.is_dir() else folder
-    config = adapters.read_adapter_config(kept)
+    config, table = adapters.read_adapter_config(kept), read_prompt(kept)
     facts = {"its base LM": config.get("fingerprint"), "its step": config.get("step")}
-    if lm is not None:
-        return adapters.load_adapter(kept, lm)(), facts
-    return read_prompt(kept), facts
+    facts["the prompt"] = tuple(table.shape)
+    return table if lm is None else adapters.load_adapter(kept, lm)(), facts
 
 
 def load_library(folder: str | Path, task=None, lm=None) -> dict[str, Tensor]:
@@ -142,15 +141,12 @@ def load_library(folder: str | Path, task=None, lm=None) -> dict[str, Tensor]:
     if not found:
         raise ValueError(f"{folder}: holds no folder of a prompt; `transfer.py source` makes them")
     first, library = task or found[0], {}
-    embedding, facts = read_embedding(first, lm)
+    _, facts = read_embedding(first, lm)
     for path in found:
         library[path.name], other = read_embedding(path, lm)
         for what, value in facts.items():
             if other[what] != value:
                 raise ValueError(f"{path}: {what} is {other[what]}, that of {first} is {value}")
-        if isinstance(embedding, Tensor) and library[path.name].shape != embedding.shape:
-            a, b = tuple(library[path.name].shape), tuple(embedding.shape)
-            raise ValueError(f"{path}: the prompt is {a}, that of {first} is {b}")
     return library
 
 
@@ -276,8 +272,11 @@ def text_windows(path: str, task: start.Task) -> list[data.TokenizedExample]:
 
 
 def is_text(path: str) -> bool:
-    """Whether a file holds running text instead of examples."""
-    return Path(path).suffix.lower() == ".txt" or all("text" in r for _, r in data.records(path))
+    """Whether a file holds running text instead of examples, which may have a key "text", too."""
+    if Path(path).suffix.lower() == ".txt":
+        return True
+    keys = {"text", "question", "input", "inputs_pretokenized"}
+    return all(keys & record.keys() == {"text"} for _, record in data.records(path))
 
 
 def source(args: Namespace) -> dict:
@@ -286,7 +285,8 @@ def source(args: Namespace) -> dict:
     for run in runs.values():  # a folder that cannot be written is refused before any training
         cli.check_and_seed(run)
     lm, tokenizer = start.load_lm(args)
-    records = {name: source_prompt(run, lm, tokenizer) for name, run in runs.items()}
+    tasks = {name: source_task(run, lm, tokenizer) for name, run in runs.items()}  # all are read
+    records = {name: source_prompt(*task) for name, task in tasks.items()}
     return records if args.each else records[""]
 
 
@@ -317,16 +317,24 @@ def one_run(args: Namespace, argv: list[str], files: dict, out: Path) -> Namespa
     return Namespace(**vars(args) | {"dev": [], "test": []} | files | own)
 
 
-def source_prompt(args: Namespace, lm: LM, tokenizer) -> dict:
-    """Train a prompt on the files of --train, and keep the one after step --keep-at apart."""
+def source_task(args: Namespace, lm: LM, tokenizer) -> tuple[start.Task, list]:
+    """The task of the files of --train, and the tokens of each file."""
     if args.keep_at > args.steps:
         raise ValueError(f"--keep-at {args.keep_at} exceeds --steps {args.steps}; 0 keeps none")
-    torch.manual_seed(args.seed)
     texts = [path for path in args.train if is_text(path)]
+    for path in texts:
+        show(f"{path}: running text")
     parts = [data.read(path) for path in args.train if path not in texts]
     task = load_task(args, lm, tokenizer, {"train": sum(parts, [])} | read_dev_and_test(args))
     tasks = pieces(task.tokens["train"], parts) + [text_windows(path, task) for path in texts]
     task.tokens["train"] = sum(tasks, [])  # all of them identify the run
+    return task, tasks
+
+
+def source_prompt(task: start.Task, tasks: list[list[data.TokenizedExample]]) -> dict:
+    """Train a prompt on a mixture of tasks, and keep the one after step --keep-at apart."""
+    args, lm = task.args, task.lm
+    torch.manual_seed(args.seed)
     prompt = promptability.new_prompt(task)
 
     def batch_at(number: int) -> data.Batch:
@@ -350,11 +358,10 @@ def search_command(args: Namespace) -> list[tuple[str, float]]:
     if not Path(args.task).exists():
         raise FileNotFoundError(f"--task {args.task}: no such file or folder")
     lm = LM.from_pretrained(args.model or ASSETS / "lm") if args.kind == "neurons" else None
-    task = embed_file(args) if Path(args.task).is_file() else args.task
+    task = embed_file(args, lm) if Path(args.task).is_file() else args.task
     ranking = search(task, args.library, args.kind, lm)
     if args.average and args.top_k > len(ranking):
-        problem = f"exceeds the {len(ranking)} sources in {args.library}"
-        raise ValueError(f"--top-k {args.top_k} {problem}")
+        raise ValueError(f"--top-k {args.top_k} exceeds the {len(ranking)} of {args.library}")
     for name, value in ranking:
         show(f"{value:+.4f}  {name}")
     if args.average:
@@ -362,19 +369,21 @@ def search_command(args: Namespace) -> list[tuple[str, float]]:
     return ranking
 
 
-def embed_file(args: Namespace) -> Path:
+def embed_file(args: Namespace, lm: LM | None) -> Path:
     """Train the prompt of the file --task with the flags of the library's first run, but a new
     seed: prompts of one seed are alike because they start from the same vectors. Returns the
     folder: --out, or if not given TASK beside the library. A finished run is not made again."""
     records = [read_json(path) for path in sorted(Path(args.library).glob("*/run.json"))]
-    flags = records[0]["arguments"] if records else {}
-    if "keep_at" not in flags:
+    records = [r for r in records if "keep_at" in r.get("arguments", {})]
+    if not records:
         where = "holds no run of `transfer.py source` to train --task like"
         raise ValueError(f"{args.library}: {where}; give --task the folder of a run")
-    beside = Path(args.library).parent / promptability.task_name(args.task)
+    load_library(args.library, None, lm)  # refuses before any training
+    beside = Path(args.library).resolve().parent / promptability.task_name(args.task)
     out = beside if args.out is None else Path(args.out)
     seed = 1 + max(record["arguments"]["seed"] for record in records)
-    like = Namespace(**flags | {"seed": seed}, program="transfer.py", resume=True)
+    own = {"seed": seed, "program": "transfer.py", "resume": True}
+    like = Namespace(**records[0]["arguments"] | own)
     argv = [*shlex.split(records[0]["command"])[2:], "--seed", str(seed)]
     source(one_run(like, argv, {"train": [args.task]}, out))
     return out
@@ -388,9 +397,11 @@ def write_average(out: str | Path, library: str | Path, best: list[tuple[str, fl
     folders = [Path(library) / name for name, _ in best]
     prompt = weighted_average([read_prompt(f) for f in folders], [value for _, value in best])
     config = adapters.read_adapter_config(folders[0]) | {"averaged": dict(best)}
-    Path(out).mkdir(parents=True)
-    write_tensors(Path(out) / "adapter_model.safetensors", {"prompt_embeddings": prompt})
-    write_json(Path(out) / "adapter_config.json", config)
+    unfinished = Path(f"{out}.unfinished")  # a kill leaves no other folder
+    unfinished.mkdir(parents=True, exist_ok=True)
+    write_tensors(unfinished / "adapter_model.safetensors", {"prompt_embeddings": prompt})
+    write_json(unfinished / "adapter_config.json", config)
+    unfinished.rename(out)
 
 
 WU = {"schedule": "constant", "optimizer": "adafactor", "weight_decay": 0.0}  # Wu et al. 2022

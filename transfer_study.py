@@ -158,27 +158,27 @@ def given_groups(given: dict) -> dict[str, list[Row]]:
 def targeted_transfer(sources: list[str], targets: list[str]) -> list[Row]:
     """What is made of the sources nearest to each target, and the prompts that start from it."""
     library = " ".join(f"{{out}}/source-{s}-{{seed}}" for s in sources)
-    rows = []
+    made, transferred = [], []
     for t in targets:
-        mixture = f"--file {{few}}/{t}-train.jsonl --seed {{seed}}"
+        mixture = f"--file {{few}}/{t}-train.jsonl --seed {{seed}} --flags {{flags}}"
         for name, more in (("average", ""), ("top-mixture", mixture)):
             for k in transfer_tables.NEAREST:
+                seeds = 3 if k == transfer_tables.NEAREST[0] else 1
                 command = f"{name} {k} {{out}}/scratch-to-{t}-{{other}} {library} {more}"
-                rows.append(Row(f"{name}-{k}-for-{t}", command, 3))
-    for t in targets:
-        for name in transfer_tables.TARGETED:
-            init = f"--init {{out}}/{name}-for-{t}-{{seed}}/out"
-            rows.append(Row(f"{name}-to-{t}", f"{TARGET} {file_flags(t)} {init}", 3))
-    return rows
+                made.append(Row(f"{name}-{k}-for-{t}", command, seeds))
+                command = f"{TARGET} {file_flags(t)} --init {{out}}/{name}-{k}-for-{t}-{{seed}}/out"
+                transferred.append(Row(f"{name}-{k}-to-{t}", command, seeds))
+    return made + transferred
 
 
 def baselines(targets: list[str], end: str, model: str) -> list[Row]:
     """Prompt tuning as long as source and target together, and tuning of the LM."""
     start = f"--model {{out}}/multitask{end}-0/model"
     rows = [Row(f"multitask{end}", f"{TUNE} {{source_steps}} --train {{suite}} {model}")]
+    longer = f"{DEEP} {STEPS} {{both_steps}} {model}"
     for t in targets:
         rows += [
-            Row(f"longer{end}-to-{t}", f"{DEEP} {STEPS} {{both_steps}} {file_flags(t)} {model}"),
+            Row(f"longer{end}-to-{t}", f"{longer} {file_flags(t)}", 1 if end else 3),
             Row(f"tuned{end}-to-{t}", f"{TUNE} {{target_steps}} {file_flags(t)} {model}"),
             Row(f"multitask{end}-to-{t}", f"{TUNE} {{target_steps}} {file_flags(t)} {start}"),
         ]
@@ -278,17 +278,16 @@ def top_mixture(line: list[str]) -> dict:
     """Train a prompt on the target's examples and those of the k sources most similar to it.
 
     `line` is [k, the target's run, the sources' runs, "--file", the target's training examples,
-    "--seed", the mixture's, "--out", folder].
+    "--seed", the mixture's, "--flags", more for the training, "--out", folder].
     """
-    k, target, *sources, _, file, _, seed, _, out = line
+    k, target, *sources, _, file, _, seed, _, more, _, out = line
     best = nearest(int(k), target, sources)
     flags = [read_json(Path(run) / "run.json")["arguments"] for run, _ in best]
     first, files = flags[0], [path for one in flags for path in one["train"]]
     words = [*DEEP.split()[1:], "--steps", first["steps"], "--keep-at", 0]
     words += ["--train", *files, file, "--limit", LIMIT, "--seed", seed, "--out", out]
     words += ["--model", first["model"]] if first["model"] else []
-    words += ["--device", first["device"], "--dtype", first["dtype"]]
-    transfer.main([str(word) for word in words])
+    transfer.main([str(word) for word in [*words, *more.split()]])
     return {"best": best}
 
 
@@ -312,6 +311,7 @@ def make_study(args, folder: Path) -> TransferStudy:
     programs["top-mixture"] = SimpleNamespace(main=top_mixture)
     names = {
         "out": folder,
+        "flags": args.flags,
         "pretrained": args.pretrained,
         "suite": folder / "suite",
         "few": folder / "few",

@@ -14,6 +14,7 @@ from tiny_runs import contents, die_at_5, make_suite, run, same_runs
 import adapters
 import data
 import fit
+import recurse
 import transfer
 from model import LM
 from runs import load_run
@@ -308,6 +309,11 @@ def test_text_and_tasks_mix(place, tmp_path):
     assert a["tokens_hash"] != b["tokens_hash"]
     prompts = [transfer.read_prompt(tmp_path / name) for name in "ab"]
     assert not torch.equal(*prompts)
+    assert transfer.is_text(place / "text.txt") and not transfer.is_text(place / files.split()[0])
+    lines = ['{"text": "so"}', '{"text": "so", "input": "is it", "target": "so"}']
+    for line, kind in zip(lines, (True, False)):  # examples may keep the text that they come from
+        (tmp_path / "lines.jsonl").write_text(f"{line}\n{line}\n")
+        assert transfer.is_text(tmp_path / "lines.jsonl") == kind
 
 
 def test_a_killed_source_run_resumes_to_the_bit(place, tmp_path, monkeypatch):
@@ -326,30 +332,38 @@ def test_a_killed_source_run_resumes_to_the_bit(place, tmp_path, monkeypatch):
 def test_bad_input_is_refused_by_name(place, library, tmp_path, monkeypatch):
     lm = LM.from_pretrained(place / "lm" / "model")
     prompt, longer_prompt = (adapters.SoftPrompt(torch.ones(n, 32)) for n in (4, 5))
-    other, longer, late = (tmp_path / name for name in ("other", "longer", "late"))
+    other, longer, late, deep = (tmp_path / name for name in ("other", "longer", "late", "deep"))
+    adapters.save_adapter(deep / "x", adapters.DeepPrompt(lm.read(torch.ones(4, 32))), lm, step=2)
+    connector = recurse.new_connector(lm, "neural_recursion", 1)
+    adapters.save_adapter(tmp_path / "connectors" / "x", connector, lm, step=2)
     adapters.save_adapter(other / "x", prompt, LM(lm.config), step=2)
     adapters.save_adapter(longer / "x", longer_prompt, lm, step=2)
     adapters.save_adapter(late / "x", prompt, lm, step=9)
     before = {path for path in tmp_path.rglob("*")}
-    task = f"--task {library}/car"
+    task, neurons = f"--task {library}/car", f"--kind neurons --model {place}/lm/model"
     for line, error in {
         f"search --library {library} --task {tmp_path}/no": "--task .*/no: no such file or folder",
         f"search --library {library} --task {place}/suite": "suite: no adapter_config.json",
         f"search --library {other} {task}": "x: its base LM is",
         f"search --library {longer} {task}": r"x: the prompt is \(5, 32\)",
         f"search --library {late} {task}": "x: its step is 9, that of .*car is 2",
+        f"search --library {deep} {task} {neurons}": r"x: the prompt is \(4, 128\)",
+        f"search --library {tmp_path}/connectors {task} {neurons}": "x: not a prompt",
+        f"search --library {library} --task {place}/text.txt --kind neurons": "on another base",
         f"search --library {library} {task} --average {library}": "library exists",
         f"search --library {library} {task} --average {tmp_path}/new --top-k 3": (
-            "--top-k 3 exceeds the 2 sources in .*library"
+            "--top-k 3 exceeds the 2 of .*library"
         ),
         f"search --library {other} --task {place}/text.txt": "other: holds no run of",
     }.items():
         with pytest.raises((ValueError, OSError), match=error):
             transfer.main(line.split())
-    out = tmp_path / "new"
+    out, bad = tmp_path / "new", place / "bad-train.jsonl"
+    bad.write_text('{"input": "is it", "target": "so"}\n{"input": 1}\n')
     for files, flags, error in (
         ("text.txt", "--seq-len 400", "--seq-len 400"),
         ("suite", f"--each --dev {place}/suite/car-dev.jsonl", "--dev needs as many files as"),
+        ("suite/car-train.jsonl bad-train.jsonl", "--each", "bad-train.jsonl:2"),
         ("suite/car-train.jsonl suite/car-train.jsonl", "--each", "another file has the name car"),
         ("suite/car-train.jsonl", f"--out {library}/car", "car exists"),
         ("suite/car-train.jsonl", f"--init {longer}/x", "--prompt-length 5"),
