@@ -33,7 +33,8 @@ dropout (T5: 0.1), an input that exceeds the context is refused instead of cut, 
 second moments are not factored.
 
 A run's folder holds the trained LM in model/, and its prompt. Few-shot tuning at the paper's
-learning rate of 0.001 moves a number of the prompt by at most 0.1 in 100 steps. The default is 0.1.
+learning rate of 0.001 moves the numbers of the prompt by at most 0.1 in 100 steps (root mean
+square). The default is 0.1.
 """
 
 from argparse import Namespace

@@ -10,7 +10,7 @@ A step of most variants reads 64 examples (paper: 4,096), four batches of one ta
 Reptile split a task's batch into eight parts of 8: seven inner steps and the query. So their steps
 read 256, four times as many, like the paper's Reptile. `reptile-small` reads one task a step.
 `mtl-long` and `t0-long` take three times the steps: about FOMAML's time, and two thirds of
-Reptile's. The optimiser is AdamW (paper: Adafactor). A prompt alone has the rate of the few-shot
+Reptile's. The optimiser is Adafactor, as in the paper. A prompt alone has the rate of the few-shot
 prompts, 0.1. Where the LM is trained it is 3e-4 (paper: 1e-3), the best of 1e-4, 3e-4 and 1e-3 for
 T0, in one seed, by the zero-shot gain on dev examples of the nine tasks.
 
