@@ -11,7 +11,7 @@ stages lie below the folder of the run, and --resume goes on in the one that was
     scores/a-own              and how it scores those of half A, for comparison
     ranked/SPLIT.jsonl        the passages sorted by these scores
     mixed/SPLIT.jsonl         sorted by these scores plus the search's times the weight that dev
-                              chose, which is in mixed.json; --sort-by both reads them
+                              chose, which is in mixed.json; the order of --sort-by both
 
 The run itself is a prompt (or with --tune lm an LM), trained on the questions behind the passages
 that fit the LM's context. A re-ranker sorts the passages of its own training questions better than
