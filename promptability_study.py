@@ -78,6 +78,22 @@ GROUPS = {
         *(row for name in DEEP for row in rows(name, deep=True)),
     ],
 }
+
+
+def deep_claims(shots: str, part: str) -> list[tuple[str, str, str]]:
+    """The claims on multi-task training of an LM and a deep prompt, for one kind of score."""
+    rows = {  # the claim, without what it is on: its rows
+        " > prompt alone": ("mtl", "ppt"),
+        " > Reptile": ("mtl", "reptile"),
+        " > FOMAML": ("mtl", "fomaml"),
+        ", 3x the steps > Reptile": ("mtl-long", "reptile"),
+        " > Reptile, equal examples": ("mtl", "reptile-small"),
+        ", 3x the steps > FOMAML": ("mtl-long", "fomaml"),
+    }
+    start, end = f"{shots}, deep: LM and prompt", f"-deep-{part}"
+    return [(f"{start}{claim}", f"{a}{end}", f"{b}{end}") for claim, (a, b) in rows.items()]
+
+
 CLAIMS = [  # the claim is that the first row has the higher average relative gain
     ("zero-shot: T0 > none", "t0-zero", "none-zero"),
     ("zero-shot: LM and prompt > none", "mtl-zero", "none-zero"),
@@ -109,40 +125,10 @@ CLAIMS = [  # the claim is that the first row has the higher average relative ga
     ("zero-shot: shallow > deep, LM and prompt", "mtl-zero", "mtl-deep-zero"),
     ("16-shot: deep > shallow, LM and prompt", "mtl-deep-few", "mtl-few"),
     ("16-shot: deep > shallow, the LM as it is", "none-deep-few", "none-few"),
-    ("zero-shot, deep: LM and prompt > prompt alone", "mtl-deep-zero", "ppt-deep-zero"),
-    ("zero-shot, deep: LM and prompt > Reptile", "mtl-deep-zero", "reptile-deep-zero"),
-    ("zero-shot, deep: LM and prompt > FOMAML", "mtl-deep-zero", "fomaml-deep-zero"),
-    (
-        "zero-shot, deep: LM and prompt, 3x the steps > Reptile",
-        "mtl-long-deep-zero",
-        "reptile-deep-zero",
-    ),
-    (
-        "zero-shot, deep: LM and prompt > Reptile, equal examples",
-        "mtl-deep-zero",
-        "reptile-small-deep-zero",
-    ),
-    (
-        "zero-shot, deep: LM and prompt, 3x the steps > FOMAML",
-        "mtl-long-deep-zero",
-        "fomaml-deep-zero",
-    ),
+    *deep_claims("zero-shot", "zero"),
     ("16-shot, deep: LM and prompt > none", "mtl-deep-few", "none-deep-few"),
     ("16-shot, deep: LM and prompt > T0", "mtl-deep-few", "t0-deep-few"),
-    ("16-shot, deep: LM and prompt > prompt alone", "mtl-deep-few", "ppt-deep-few"),
-    ("16-shot, deep: LM and prompt > Reptile", "mtl-deep-few", "reptile-deep-few"),
-    ("16-shot, deep: LM and prompt > FOMAML", "mtl-deep-few", "fomaml-deep-few"),
-    (
-        "16-shot, deep: LM and prompt, 3x the steps > Reptile",
-        "mtl-long-deep-few",
-        "reptile-deep-few",
-    ),
-    (
-        "16-shot, deep: LM and prompt > Reptile, equal examples",
-        "mtl-deep-few",
-        "reptile-small-deep-few",
-    ),
-    ("16-shot, deep: LM and prompt, 3x the steps > FOMAML", "mtl-long-deep-few", "fomaml-deep-few"),
+    *deep_claims("16-shot", "few"),
 ]
 
 

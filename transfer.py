@@ -397,7 +397,7 @@ def write_average(out: str | Path, library: str | Path, best: list[tuple[str, fl
     folders = [Path(library) / name for name, _ in best]
     prompt = weighted_average([read_prompt(f) for f in folders], [value for _, value in best])
     config = adapters.read_adapter_config(folders[0]) | {"averaged": dict(best)}
-    unfinished = Path(f"{out}.unfinished")  # a kill leaves no other folder
+    unfinished = Path(f"{Path(out)}.unfinished")  # a kill leaves no other folder
     unfinished.mkdir(parents=True, exist_ok=True)
     write_tensors(unfinished / "adapter_model.safetensors", {"prompt_embeddings": prompt})
     write_json(unfinished / "adapter_config.json", config)

@@ -113,7 +113,7 @@ def test_the_search_command_writes_an_average_that_a_run_starts_from(
     place, library, tmp_path, kind
 ):
     out, flags = tmp_path / "average", f"--kind {kind} --model {place}/lm/model --top-k 2"
-    line = f"transfer.py search --library {library} --task {library}/car --average {out} {flags}"
+    line = f"transfer.py search --library {library} --task {library}/car --average {out}/ {flags}"
     ranking = run(line.split())
     prompts = [transfer.read_prompt(library / name) for name, _ in ranking]
     expected = weighted_average(prompts, [value for _, value in ranking])
