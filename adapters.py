@@ -109,7 +109,7 @@ class CrossBlock(nn.Module):
     number of heads. Its number of parameters fits an MLP of 4 W, where Perceiver IO has one of W.)
     """
 
-    ADDED = 0.3  # scale of what is added. It starts at zero and stays smaller than x, of unit scale
+    ADDED = 0.3  # scale of what is added to x: zero at first, and always less than x's unit scale
 
     def __init__(self, width: int, cross: bool = False):
         super().__init__()
@@ -239,29 +239,6 @@ def from_text(length: int, table: Tensor, tokenizer: Tokenizer, text, generator=
     return torch.cat([table[ids].detach().float().cpu(), rest])
 
 
-def from_file(length: int, table: Tensor, path: str | Path) -> Tensor:
-    """The vectors of the soft prompt in folder `path`, without BOS: their shape is (length, C)."""
-    vectors = read_prompt(path)
-    if (Path(path) / "adapter_config.json").is_file():  # another kind may have vectors that fit
-        config = read_adapter_config(path)
-        check_kind(path, config, ("PROMPT_TUNING", "P_TUNING"))
-        vectors = vectors[1:] if is_after_bos(path, config) else vectors
-    shape, expected = tuple(vectors.shape), (length, table.shape[1])
-    if shape != expected:
-        raise ValueError(f"{path}: the prompt is {shape}, not {expected}")
-    return vectors
-
-
-def read_prompt(folder: str | Path) -> Tensor:
-    """The rows of a stored prompt, float32. ValueError if the folder holds another adapter."""
-    from checkpoints import read_tensors
-
-    tensors = read_tensors(Path(folder) / "adapter_model.safetensors")
-    if set(tensors) != {"prompt_embeddings"}:
-        raise ValueError(f"{folder}: not a prompt (its tensors: {', '.join(sorted(tensors)[:3])})")
-    return tensors["prompt_embeddings"].float()
-
-
 def random_like(prefix, scale: float = 1.0, generator=None):
     """Keys and values from normal(0, scale) in the shape of `prefix` (P-tuning v2: scale 1)."""
     shapes = [[t.shape for t in pair] for pair in prefix.layers]
@@ -389,6 +366,9 @@ def read_adapter_config(folder: str | Path) -> dict:
     return config
 
 
+KINDS = ("PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_GENERATOR", "CONNECTOR")
+
+
 def load_adapter(folder: str | Path, lm, encoder=None) -> nn.Module:
     """The adapter in `folder`, on the LM's device, trainable. A generator needs its encoder.
 
@@ -398,10 +378,10 @@ def load_adapter(folder: str | Path, lm, encoder=None) -> nn.Module:
     from checkpoints import check_tensors, read_tensors
 
     config = read_adapter_config(folder)
-    # The kind is checked first: another kind's width may mean something else.
-    check_kind(folder, config, ("PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_GENERATOR", "CONNECTOR"))
-    check_base(folder, config, lm)
     kind, device = config["peft_type"], lm.embed_tokens.weight.device
+    if kind not in KINDS:  # checked first: another kind's width may mean something else
+        raise ValueError(f"{folder}: peft_type {kind!r} is not supported; {', '.join(KINDS)} are")
+    check_base(folder, config, lm)
     if kind == "PROMPT_TUNING":
         return load_soft_prompt(folder, config, lm).to(device)
     tensors = read_tensors(Path(folder) / "adapter_model.safetensors")
@@ -414,14 +394,6 @@ def load_adapter(folder: str | Path, lm, encoder=None) -> nn.Module:
     check_tensors(tensors, {name: p.shape for name, p in adapter.named_parameters()}, folder)
     adapter.load_state_dict(tensors)
     return adapter.to(device)
-
-
-def check_kind(folder: str | Path, config: dict, supported: tuple[str, ...]) -> None:
-    """ValueError unless peft_type is one of `supported`."""
-    kind = config["peft_type"]
-    if kind not in supported:
-        known = f"supported: {', '.join(supported)}"
-        raise ValueError(f"{folder}: peft_type {kind!r} is not supported; {known}")
 
 
 def check_base(folder: str | Path, config: dict, lm) -> None:
@@ -442,9 +414,21 @@ def check_base(folder: str | Path, config: dict, lm) -> None:
 
 def load_soft_prompt(folder: str | Path, config: dict, lm) -> SoftPrompt:
     """The prompt that `save_adapter` or PEFT wrote."""
-    after, rows = is_after_bos(folder, config), config.get("num_virtual_tokens", 0)
-    vectors = from_file(rows - after, lm.embed_tokens.weight, folder)
-    return SoftPrompt(vectors, bos_vector(lm) if after else None)
+    vectors, after = read_prompt(folder), is_after_bos(folder, config)
+    shape, expected = tuple(vectors.shape), (config.get("num_virtual_tokens", 0), lm.config.dim)
+    if shape != expected:
+        raise ValueError(f"{folder}: the prompt is {shape}, not {expected}")
+    return SoftPrompt(vectors[1:], bos_vector(lm)) if after else SoftPrompt(vectors)
+
+
+def read_prompt(folder: str | Path) -> Tensor:
+    """The rows of a stored prompt, float32. ValueError if the folder holds another adapter."""
+    from checkpoints import read_tensors
+
+    tensors = read_tensors(Path(folder) / "adapter_model.safetensors")
+    if set(tensors) != {"prompt_embeddings"}:
+        raise ValueError(f"{folder}: not a prompt (its tensors: {', '.join(sorted(tensors)[:3])})")
+    return tensors["prompt_embeddings"].float()
 
 
 def is_after_bos(folder: str | Path, config: dict) -> bool:

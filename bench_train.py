@@ -26,11 +26,11 @@ from torch import Tensor
 
 from adapters import DeepPrompt, PromptGenerator, SoftPrompt
 from contest import Contest, Setting, decoding, llama
-from fit import adamw
+from data import IGNORE_INDEX, Batch
+from fit import adamw, target_loss
 from int8 import quantize
 from model import LM
-from reader import Checkpointed
-from recurse import COMPOSITIONS, FirstPass, Stack, new_connector
+from recurse import COMPOSITIONS, Checkpointed, FirstPass, Stack, new_connector
 from runs import ASSETS
 from t5 import T5Config, T5Encoder
 
@@ -195,30 +195,27 @@ def training_step(
 ) -> Callable:
     """Our step: compose() gives the model and the prefix before the texts `ids` (B, T), and read()
     what the model reads (B, T - 1, C), if it is not their embeddings."""
+    targets = ids[:, 1:].clone()
+    targets[:, :-ANSWER] = IGNORE_INDEX
+    lengths = torch.full((len(ids),), ids.shape[1] - 1)
+    batch = Batch(ids[:, :-1], lengths, targets, list(range(len(ids))))
 
     def step() -> float:
         trained.zero_grad()
         with setting.autocast():
             model, prefix = compose()
-            x = model.embed(ids[:, :-1]) if read is None else read()
-            h = model(x, prefix)
-            loss = answer_loss(model.logits(h[:, -ANSWER:]), ids)
+            loss = target_loss(model, prefix, batch, read and read()) / (len(ids) * ANSWER)
         loss.backward()
         return loss.item()
 
     return step
 
 
-def answer_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """The mean loss of the answers, the last tokens of ids (B, T), whose logits these are."""
-    return F.cross_entropy(logits.float().flatten(0, 1), ids[:, -ANSWER:].flatten())
-
-
 def peer_steps(setting: Setting, model: nn.Module, ids: Tensor) -> tuple[Callable, Callable]:
     """A peer's step with all its logits, as its own loss takes them, and with the answers' only.
     As in transformers' Trainer, it fills no KV cache."""
     labels = ids.clone()
-    labels[:, :-ANSWER] = -100
+    labels[:, :-ANSWER] = IGNORE_INDEX
 
     def whole() -> Tensor:
         mask = torch.ones_like(ids)
@@ -226,7 +223,8 @@ def peer_steps(setting: Setting, model: nn.Module, ids: Tensor) -> tuple[Callabl
 
     def trimmed() -> Tensor:
         kept = {"attention_mask": torch.ones_like(ids[:, :-1]), "logits_to_keep": ANSWER}
-        return answer_loss(model(input_ids=ids[:, :-1], use_cache=False, **kept).logits, ids)
+        logits = model(input_ids=ids[:, :-1], use_cache=False, **kept).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), ids[:, -ANSWER:].flatten())
 
     def step_of(loss_of: Callable) -> Callable:
         def step() -> float:
@@ -281,5 +279,5 @@ class Prepended(nn.Module):
         x = self.base.get_input_embeddings()(input_ids)
         x = torch.cat([prompts.to(x.dtype), x], dim=1)
         if labels is not None:
-            labels = F.pad(labels, (prompts.shape[1], 0), value=-100)
+            labels = F.pad(labels, (prompts.shape[1], 0), value=IGNORE_INDEX)
         return self.base(inputs_embeds=x, labels=labels, **options)

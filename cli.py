@@ -41,7 +41,7 @@ KERNELS = "fused: the kernels of attention.py, the default for a --model on CUDA
 ATTENTION = ("--attention", ["plain", "fused"], None, KERNELS)
 BASE_DTYPE = ("--base-dtype", ["int8"], None, "of the frozen LM's matrices; --dtype if not given")
 CORES = number_type(int, 1, 1024)  # torch crashes with 100,000 threads
-THREADS = ("--threads", CORES, None, "of the CPU; as many as it has cores if not given")
+THREADS = ("--threads", CORES, None, "of the CPU; if not given OMP_NUM_THREADS, else one a core")
 WORLD = ("--world-seed", int, 1, "another seed, another world; the embedded LM knows world 1")
 PROMPT = ("--prompt-length", COUNT, 20, "P of a prompt (papers: 100 to 400)")
 PASSES = ("--passes", number_type(int, 2, 10_000), 2, "passes of a neural recursion (paper: 2)")
@@ -65,8 +65,8 @@ def add_model_flags(parser) -> None:
     """The LM, what is trained around it, and where that starts."""
     init = (
         "folder of a trained adapter to start from, or random; if neither this nor --model is "
-        "given, the Connector of this method and size in assets/, if any; prompts: also vocab "
-        "(embeddings of sampled tokens, the default), vocab:SIZE (of the first SIZE tokens), "
+        "given, the Connector of this method and size in assets/, if any; prompts: also "
+        "vocab:SIZE (embeddings sampled among the first SIZE tokens; the default, with 5000), "
         "labels (of training answers), text:WORDS"
     )
     residual = "on: a Connector's output is added to what it would replace (paper: off)"
@@ -121,12 +121,13 @@ def add_data_flags(parser) -> None:
 
 def add_recursion_flags(parser) -> None:
     """How often and how the LM reads its own output."""
-    whole = "sample for training questions with a prompt that has seen them (the paper's way)"
+    whole = "sample for training questions with a prompt that has seen them (the paper's way); "
+    whole += "reader: re-rank them with a re-ranker that has seen them (the paper cross-fits)"
     add_flags(
         parser,
         "textual recursion",
         ("--candidates", COUNT, 16, "answers sampled for each question (paper: 1 to 64)"),
-        ("--rounds", COUNT, 1, "how often candidates are sampled, each time after reading"),
+        ("--rounds", COUNT, 1, "of sampling; a later one reads the candidates of the one before"),
         ("--stages-from", str, None, "a run with the same p1, to be copied and not trained again"),
         ("--no-cross-fit", bool, False, whole),
     )
@@ -136,11 +137,11 @@ def add_recursion_flags(parser) -> None:
 
 
 def add_training_flags(parser) -> None:
-    """The fields of a Recipe except device and dtype, --batch-size and --seed."""
+    """--batch-size, --seed, and the fields of a Recipe but device and dtype."""
     optimizers = ["adamw", "adafactor", "muon"]
     about = "muon: on linear layers, adamw on the rest; papers: adafactor for prompts"
-    rate = "peak (papers: 1e-5 to 4e-4; prompts: 0.03 to 0.5). None is, of a soft prompt, a "
-    rate += "quarter of the standard deviation of the LM's token embeddings; of a deep prompt, 1 "
+    rate = "peak (papers: 1e-5 to 4e-4; prompts: 0.03 to 0.5). If not given: for a soft prompt a "
+    rate += "quarter of the standard deviation of the LM's token embeddings, for a deep prompt 1 "
     rate += "over the square of its number of layers"
     add_flags(
         parser,
@@ -182,7 +183,7 @@ def add_open_book_flags(parser) -> None:
         ("--group-size", number_type(int, 2), 8, "M, passages of a question (paper: 24)"),
         ("--hard-negatives", whole, 1, "retriever: in a batch for each question (DPR: 1)"),
         ("--context", COUNT, None, "positions that the LM reads, if not its whole context"),
-        ("--max-packed", COUNT, None, "most passages that the LM reads; all that fit"),
+        ("--max-packed", COUNT, None, "most passages that the LM reads; if not given all that fit"),
         ("--tune", ["prompt", "lm"], "prompt", "reader: what learns; lm: the whole LM"),
         ("--shared-encoder", bool, False, "retriever: one BERT for questions and passages"),
         ("--no-rerank", bool, False, "reader: leave the passages in the order of the search"),

@@ -1,7 +1,7 @@
 """The training loop of the whole project, its optimisers and its loss.
 
 `fit` trains the parameters of any module. It gets batches, losses and dev scores from functions,
-so it knows no method and no data file. train.py and pretrain.py call it.
+so it knows no method and no data file. train.py, pretrain.py and encoders.py call it.
 
     from fit import Recipe, fit
     fit(run, Recipe(steps=100, lr=1e-3), adapter, batch_at, loss_of, evaluate, save)

@@ -1,7 +1,7 @@
 """Generation and scoring: prefill, sampling, n samples of one prompt, answer choices.
 
-`lm` is a model.LM or anything with its interface, such as recurse.Stack over several passes. Its
-prefix has these of model.Prefix: rows, buffer, row_lengths, select, preallocate and stack.
+`lm` is a model.LM or anything with its interface, such as recurse.Stack over several passes. Of
+its prefix these are used: rows, buffer, row_lengths, select, preallocate and stack (model.Prefix).
 
     prefill            reads every question, except its last token, into the KV cache
     sample_next_token  logits -> one token per row
@@ -16,8 +16,8 @@ the project. Dimensions as in model.py.
 
     python generate.py assets/lm "Once upon a time"
 
-continues the text and prints the mean negative log-probability of its tokens (3 s). It also takes
-the folder of a run in place of a checkpoint.
+continues the text and prints the mean negative log-probability of the tokens that it read (3 s). It
+also takes the folder of a run in place of a checkpoint.
 """
 
 if __name__ == "__main__":
@@ -135,8 +135,8 @@ def sample_next_token(logits: Tensor, temperature: float, top_k, top_p, generato
     Temperature 0 takes the most likely token. Otherwise it samples: top_k keeps only the most
     likely tokens, and top_p then keeps the fewest most likely ones whose sum reaches top_p.
     """
-    # Division by much less than 1e-20 would overflow. At 1e-20, of two logits that differ by 1e-17
-    # or more, only the larger one can be sampled.
+    # Division by less could overflow float32. At 1e-20 sampling is greedy already: of two logits
+    # that differ by 1e-17, only the larger one can be sampled.
     if temperature < 1e-20:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -286,18 +286,17 @@ def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> li
             replayed, cache = Replayed(lm, cache, source, more), None
         elif not cache.buffer or not torch.equal(source, torch.arange(R, device=device)):
             cache = cache.preallocate(source, more, len(ids) * n)
-        active, row = active[~done[row]], row[~done[row]]
-        new_row = torch.empty_like(parent)
-        new_row[kept] = torch.arange(len(kept), device=device)
-        row = new_row[row]
+        place, goes_on = torch.empty_like(parent), ~done[row]
+        place[kept] = torch.arange(len(kept), device=device)  # of a new row: its index in the cache
+        active, row = active[goes_on], place[row[goes_on]]
         token, logprob = token[kept, None], logprob[kept]
         texts = [texts[r] for r in kept.tolist()]
     return [samples[b * n : (b + 1) * n] for b in range(len(ids))]
 
 
 def order_in_place(parents: Tensor) -> Tensor:
-    """Orders new rows so that as many as can stand where their parent stood. parents (R,): the
-    rows that they continue, equal ones together. Returns (R,), the new row for each place."""
+    """Order new rows so that as many as possible keep the index of their parent: the cache then
+    copies few rows. parents (R,): the row that each continues, equal ones together. -> (R,)"""
     places = torch.arange(len(parents), device=parents.device)
     stay = parents < len(parents)
     stay[1:] &= parents[1:] != parents[:-1]  # of several children, the first
@@ -313,7 +312,7 @@ def inverse_cdf(logprobs: Tensor, row: Tensor, u: Tensor) -> Tensor:
     """
     cdf = logprobs.double().exp_().cumsum_(-1)
     cdf /= cdf[:, -1:].clone()  # exactly 1 at the end
-    # Plus r, row r lies between r and r + 1, so all rows in order are one ascending list.
+    # r is added to row r: all rows are then one ascending list, which one search serves.
     cdf += torch.arange(len(cdf), device=cdf.device)[:, None]
     return torch.searchsorted(cdf.flatten(), row + u, right=True) - row * cdf.shape[1]
 
@@ -511,7 +510,7 @@ def main(argv: list[str] | None = None) -> dict:
     whole = tokenizer.decode(ids + drop_eos(new.ids, eos))
     show(args.text + whole[len(tokenizer.decode(ids)) :], result=True)
     cost = -new.logprob / len(new.ids)
-    line = f"[{nats:.4f} nats a token for the text, {cost:.4f} for the {len(new.ids)} new tokens]"
+    line = f"[{nats:.4f} nats a token that was read, {cost:.4f} of the {len(new.ids)} new ones]"
     show(line, result=True)
     return {"ids": new.ids, "nats": nats}
 

@@ -295,8 +295,8 @@ class Prefix:
         return Prefix([(k[index], v[index]) for k, v in self.layers], lengths)
 
     def preallocate(self, index: Tensor, more: int, rows: int) -> "Prefix":
-        """Rows `index` (R,) in buffers for `rows` rows and `more` positions, which decoding writes
-        in place: extend the result only once. Buffers are reused, and rows that move are copied."""
+        """Rows `index` (R,) in buffers for `rows` rows and `more` positions, where decoding writes
+        in place: extending twice overwrites. Of a buffer only rows that change place are copied."""
         _, K, P, D = self.layers[0][0].shape
         R, moved = len(index), slice(len(index))
         if self.buffer:
@@ -363,7 +363,7 @@ def text_positions(layers: "Layers", x: Tensor, prefix: Prefix | None) -> Tensor
     shape or the prefix's number of layers is wrong or, unless it is ragged, the text too long."""
     if x.dim() != 3 or x.shape[-1] != layers.config.dim:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, T, {layers.config.dim})")
-    if prefix is not None and len(prefix.layers) != len(layers):  # a Stack's has all its parts'
+    if prefix is not None and len(prefix.layers) != len(layers):  # a Stack's has those of all parts
         raise ValueError(f"the prefix has {len(prefix.layers)} layers, expected {len(layers)}")
     T, P = x.shape[1], 0 if prefix is None else prefix.size
     if prefix is not None and prefix.rows not in (1, x.shape[0]):

@@ -27,7 +27,6 @@ from torch.utils._pytree import tree_leaves
 
 import cli
 import prompts
-import reader
 import recurse
 import start
 import train
@@ -316,7 +315,7 @@ class DryRun:
         with OperationCounter() as step:
             model, prefix = self.compose(args.batch_size, self.lengths.train_question)
             if args.checkpoint_activations:
-                model = reader.Checkpointed(model)
+                model = recurse.Checkpointed(model)
             x = model.embed(ids)
             if self.lengths.kept:  # x: the first pass's states
                 model = model.after_first(x)

@@ -127,7 +127,10 @@ def pretrain_bert(args) -> dict:
 
 
 def pretrain_connector(args) -> dict:
-    """Train a Connector to predict the next token from its place before, after or between LMs."""
+    """Train a Connector to predict the next token from its place before, after or between LMs.
+
+    Its output takes the place of its input, as in the paper. In train.py --residual says.
+    """
     lm, tokenizer = start.load_lm(args)
     text = tokenize_corpus(args, tokenizer, lm.config.vocab_size)
 

@@ -115,7 +115,7 @@ def prepare(
     `shots` are examples that stand, with their answers, before every question. If all questions
     have the same prefix, the shots are read once, here, and extend it. The text `lm.filler`, if
     there is one, stands behind every question, and behind it the tokens `lm.input_end`. A
-    TextualRecursion first adds its candidates.
+    TextualRecursion first adds its candidates, and a Reader its passages.
     ValueError, with the example's name, if an option or `max_new_tokens` do not fit the context, or
     for what `check_answers` refuses; check=False leaves that out.
     """

@@ -33,7 +33,6 @@ from show import show
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import data
 import eval as metrics
@@ -43,7 +42,6 @@ import recurse
 import rerank
 from checkpoints import read_json, write_json
 from generate import predict
-from model import rope_cos_sin, text_positions
 from openbook import (
     Book,
     Search,
@@ -67,7 +65,7 @@ QUESTIONS_IN_FILE = 128  # a kill costs at most the scores of so many questions
 # Re-ranking
 
 
-def rank(args, book: Book, folder: Path, train: Callable) -> tuple[Book, dict]:
+def rerank_splits(args, book: Book, folder: Path, train: Callable) -> tuple[Book, dict]:
     """Sort the passages of every question by a re-ranker, alone and with the search. Returns the
     book, in the order that --sort-by names, and what is recorded.
 
@@ -255,7 +253,7 @@ def check(args, book: Book) -> list[str | Path]:
 def prepare(task, book: Book, folder: Path, train: Callable) -> tuple:
     """Retrieve, re-rank and pack. Returns (the task, its questions behind passages; a record).
 
-    `task` is start.Task, with the questions of `book`. train(name, questions) as in `rank`.
+    `task` is start.Task, with the questions of `book`. train: see `rerank_splits`.
     """
     args, info = task.args, {}
     if not book.path and parallel.first():
@@ -263,7 +261,7 @@ def prepare(task, book: Book, folder: Path, train: Callable) -> tuple:
     found = ranked = retrieve(args, book, folder)
     reranks = not args.no_rerank and args.top > 0
     if reranks:
-        ranked, info = rank(args, found, folder, train)
+        ranked, info = rerank_splits(args, found, folder, train)
     tokens, left = {}, recurse.positions_left(vars(args), task.lm.config, args.prompt_length)
     for split, part in ranked.questions.items():
         part = answered(part)
@@ -374,30 +372,6 @@ class Reader(recurse.Around):
                 self.open_book()
             questions = self.ranked(self.retrieved(questions))
         return [replace(e, input=text) for e, text in zip(examples, self.packed(questions))]
-
-
-class Checkpointed(recurse.Around):
-    """An LM, with the LM's interface, that keeps one state per block for the backward pass.
-
-    The backward pass computes each block again (Chen et al. 2016, "Training Deep Nets with
-    Sublinear Memory Cost"). The loss and the gradient stay the same. Without gradients, and with
-    `keep`, the LM runs as it is.
-    """
-
-    def forward(self, x: Tensor, prefix=None, keep: bool = False):
-        """x (B, T, C) -> h (B, T, C), as in LM.forward."""
-        lm, layers = self.lm, self.lm.layers
-        if keep or not torch.is_grad_enabled():
-            return lm(x, prefix, keep)
-        x = lm.add_positions(x, prefix)
-        cos_sin = rope_cos_sin(layers.config, text_positions(layers, x, prefix))
-        for block in layers:
-
-            def run(x: Tensor, block=block) -> Tensor:
-                return block(x, cos_sin, prefix, False, layers.attend)[0]
-
-            x = checkpoint(run, x, use_reentrant=False)
-        return lm.norm(x)
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
 LM recursion: Levine et al. 2022, "Standing on the Shoulders of Giant Frozen Language Models",
 section 4.2 (neural recursion). The last hidden states of a first pass, "before translation into the
-vocabulary", go through a small trained Connector. They are read as those after the final norm. The
-Connector's output enters the first layer of a second pass in place of the embeddings.
+vocabulary" (here: after the final norm), go through a small trained Connector. The Connector's
+output enters the first layer of a second pass in place of the embeddings.
 
     neural recursion   lm(connector(lm(lm.embed(ids))))
     LM-Connector       connector(lm(lm.embed(ids)))      one pass; the Connector comes after it
@@ -21,8 +21,8 @@ layers of all of them.
 Textual recursion (section 4 of the same paper) composes two passes as text. With a prompt p1 the LM
 samples n answers, and with a prompt p2 it reads the question and these candidates.
 
-Needs adapters.py, generate.py, t5.py, parallel.py, checkpoints.py and families.py. The caller
-passes the LM.
+Needs adapters.py, generate.py, model.py, t5.py, parallel.py, checkpoints.py and families.py. The
+caller passes the LM.
 
     python train.py --method neural_recursion      trains one on the embedded world
 """
@@ -37,6 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Tokenizer, processors
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import parallel
 from adapters import (
@@ -59,6 +60,7 @@ from generate import (
     prefix_lengths,
     sample_answers,
 )
+from model import rope_cos_sin, text_positions
 from t5 import T5Encoder
 
 
@@ -78,6 +80,30 @@ class Around(nn.Module):
     def forward(self, x: Tensor, prefix=None, keep: bool = False):
         """x (B, T, C) -> (B, T, C), or with keep (output, the prefix extended by x)."""
         return self.lm(x, prefix, keep)
+
+
+class Checkpointed(Around):
+    """An LM, with the LM's interface, that keeps one state per block for the backward pass.
+
+    The backward pass computes each block again (Chen et al. 2016, "Training Deep Nets with
+    Sublinear Memory Cost"). The loss and the gradient stay the same. Without gradients, and with
+    `keep`, the LM runs as it is.
+    """
+
+    def forward(self, x: Tensor, prefix=None, keep: bool = False):
+        """x (B, T, C) -> h (B, T, C), as in LM.forward."""
+        lm, layers = self.lm, self.lm.layers
+        if keep or not torch.is_grad_enabled():
+            return lm(x, prefix, keep)
+        x = lm.add_positions(x, prefix)
+        cos_sin = rope_cos_sin(layers.config, text_positions(layers, x, prefix))
+        for block in layers:
+
+            def run(x: Tensor, block=block) -> Tensor:
+                return block(x, cos_sin, prefix, False, layers.attend)[0]
+
+            x = checkpoint(run, x, use_reentrant=False)
+        return lm.norm(x)
 
 
 class Stack(Around):
@@ -261,6 +287,11 @@ def new_connector(lm, method: str, layers: int) -> Connector:
 # Prompts
 
 
+def positions_left(args: dict, config, P: int) -> int:
+    """The positions of the LM's context, or of --context, that a prompt of P vectors leaves."""
+    return min(config.max_len, args.get("context") or config.max_len) - P
+
+
 def without_bos(tokenizer: Tokenizer) -> Tokenizer:
     """A copy of the tokenizer that adds no special tokens to a text."""
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
@@ -399,8 +430,8 @@ def candidates(
 ) -> list[list[Candidate]]:
     """Samples n answers to each of B questions, which are read once. Returns B ranked lists.
 
-    The temperature is 1, over the whole vocabulary. prefix: None or one for all. `rank` states how
-    the samples are merged and ordered. An answer ends with an eos of the LM or at stops[b] ("" for
+    The temperature is 1, over the whole vocabulary. prefix: None or one for all. `merge_samples`
+    states how they are ordered. An answer ends with an eos of the LM or at stops[b] ("" for
     none). Without a tokenizer a text is its token ids, and there are no stops.
 
     A batch has at most max_tokens positions: for each question n times (prefix + longest question +
@@ -422,13 +453,8 @@ def candidates(
         seeds = [question_seed(seed, row) for row in asked]
         found = sample_answers(lm, asked, n, seeds, prefix, max_new_tokens, eos, ended)
         for b, samples in zip(batch, found):
-            ranked[b] = rank(samples, eos, tokenizer, stops[b])
+            ranked[b] = merge_samples(samples, eos, tokenizer, stops[b])
     return ranked
-
-
-def positions_left(args: dict, config, P: int) -> int:
-    """The positions of the LM's context, or of --context, that a prompt of P vectors leaves."""
-    return min(config.max_len, args.get("context") or config.max_len) - P
 
 
 def question_seed(seed: int, ids: list[int]) -> int:
@@ -436,7 +462,7 @@ def question_seed(seed: int, ids: list[int]) -> int:
     return int.from_bytes(hashlib.sha256(repr((seed, ids)).encode()).digest()[:7], "big")
 
 
-def rank(samples: list[Sample], eos, tokenizer=None, stop: str = "") -> list[Candidate]:
+def merge_samples(samples: list[Sample], eos, tokenizer=None, stop: str = "") -> list[Candidate]:
     """Merges the samples of one question by their text, the likeliest text first.
 
     A text is cut at `stop`, and its white space becomes single spaces. Samples with the same text

@@ -190,11 +190,11 @@ class Run:
                 raise FileExistsError(f"{self.folder} is not a run's folder (no run.json); {OTHER}")
             return
         free = ["eval_tokens", "stages_from"]  # change no result
+        older = {"sort_by": "reranker"}  # what was done before there was the flag
         if self.arguments.get("method") != "reader":
             free.append("encoder_lr")  # only a reader reads it, and its default was another one
         for key, value in self.arguments.items():
-            earlier = {"sort_by": "reranker"}.get(key, value)  # what programs without the flag did
-            before = record["arguments"].get(key, earlier)
+            before = record["arguments"].get(key, older.get(key, value))
             words = key == "init" and (is_word(key, before) or is_word(key, value))
             if key in PATHS and PATHS[key] in record and not words:
                 continue  # a path is a hint; start_record compares the hashes
@@ -319,7 +319,7 @@ def _group(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def start_record(run: Run, trained: nn.Module, frozen: LM | None, hashes: dict) -> dict:
     """Write run.json with all that is known before training, and return it as a dict. `hashes` has
-    the keys of HASHES. ValueError if the folder's run was started with others."""
+    keys of HASHES. ValueError if the folder's run was started with others."""
     before = run.record() or {}
     for key, what in HASHES.items():
         if key in before and before[key] != hashes.get(key):
@@ -351,10 +351,10 @@ def finish_record(run: Run, record: dict, frozen: LM | None, results: dict) -> d
     ValueError if the weights of the frozen LM changed during the run.
     """
     record["weights_after"] = hash_tensors(parallel.Whole(frozen.state_dict())) if frozen else None
-    record["results"] = results
-    run.write_record(record)
     if record["weights_before"] != record["weights_after"]:
         raise ValueError(f"{run.folder}: the frozen LM's weights changed during the run")
+    record["results"] = results
+    run.write_record(record)
     for split, result in results.items():
         show_result(split, result)
     show(f"{run.folder}: step {record['step']} was best; {record['seconds']:.0f} s of training")

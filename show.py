@@ -16,6 +16,7 @@ result that was asked for is it an error.
 """
 
 import argparse
+import ctypes
 import hashlib
 import os
 import platform
@@ -36,6 +37,14 @@ from pathlib import Path
 # set counts. OMP_WAIT_POLICY would be overruled, so it is respected too.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "4000")
+
+# glibc gives the memory of large tensors back to the kernel as soon as they are freed, and the
+# kernel clears every page of the next ones. Kept for them, it saves a tenth of a training step, and
+# a fifth with a vocabulary of 32,000. Again, what the user has set counts.
+if not any(name.startswith("MALLOC_") for name in os.environ):
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        for option, value in (-3, 2**30), (-1, 2**31 - 1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def show(text: str, stream: str = "stdout", result: bool = False) -> None:

@@ -102,17 +102,19 @@ class TextualRecursion(Around):
         asked, after, new = examples, self.filler, self.args["max_new_tokens"]
         for stage in self.stages:
             ids = encode_prompts(self.tokenizer, [e.input + after for e in asked])
-            ranked = self.sample(examples, ids, stage)
+            ranked = sample_candidates(self.args, self.tokenizer, examples, ids, stage)
             left = positions_left(self.args, self.config, stage[1].size)
             asked, _ = with_candidates(self.tokenizer, examples, ranked, left, new, after)
         return asked
 
-    def sample(self, examples: list, ids: list[list[int]], stage) -> list[list[Candidate]]:
-        """The candidates of examples. `ids` are what the LM of a stage reads behind its prefix."""
-        args, (lm, prefix) = self.args, stage
-        stops = metrics.stops(examples, args["stop"])
-        rest = (args["max_new_tokens"], stops, args["seed"], args.get("eval_tokens", 8192))
-        return candidates(lm, ids, args["candidates"], prefix, self.tokenizer, *rest)
+
+def sample_candidates(args: dict, tokenizer, examples, ids: list[list[int]], stage) -> list[list]:
+    """The ranked candidates of each example. A stage is (LM, prefix). `ids` are what this LM reads
+    behind this prefix."""
+    lm, prefix = stage
+    stops = metrics.stops(examples, args["stop"])
+    rest = (args["max_new_tokens"], stops, args["seed"], args.get("eval_tokens", 8192))
+    return candidates(lm, ids, args["candidates"], prefix, tokenizer, *rest)
 
 
 def score_candidates(examples, ranked: list[list[Candidate]], n: int) -> dict:
@@ -227,24 +229,24 @@ def half_of(task, rows: list[int]):
 
 
 @torch.no_grad()
-def sample_split(task, asked, name: str, trained: tuple, split: str, rows) -> list[list]:
+def sample_split(task, asked, name: str, stage: tuple, split: str, rows) -> list[list]:
     """Sample candidates for the questions `rows` of a split, or read them from files that exist."""
     args, examples = task.args, task.examples[split]
     folder, ranked = Path(args.out) / "candidates" / f"{name}-{split}", []
     folder.mkdir(parents=True, exist_ok=True)
     with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        prompt, filler = trained
-        stage = filler.around(task.lm), task.lm.read(prompt())
-        recursion = TextualRecursion(task.lm, filler, [], vars(args))
+        prompt, filler = stage
+        reader = filler.around(task.lm), task.lm.read(prompt())
 
-        def sample(part: list[int]) -> list[list[Candidate]]:
+        def compute(part: list[int]) -> list[list[Candidate]]:
             ids = [asked.tokens[split][row].input for row in part]
-            return recursion.sample([examples[row] for row in part], ids, stage)
+            some = [examples[row] for row in part]
+            return sample_candidates(vars(args), filler.tokenizer, some, ids, reader)
 
         for start in progress(range(0, len(rows), QUESTIONS_IN_FILE), f"files of {split}"):
             path, part = folder / f"{start:06d}.jsonl", rows[start : start + QUESTIONS_IN_FILE]
             if not path.is_file():
-                found = sample(part) if args.shard else parallel.divide(sample, part)
+                found = compute(part) if args.shard else parallel.divide(compute, part)
                 if parallel.first():
                     write_candidates(path, [examples[row] for row in part], found)
             parallel.wait()

@@ -220,12 +220,12 @@ def train_adapter(task, trained: nn.Module, hashed=None, batch_at=None, after_st
     frozen = None if trained is lm else lm
     trained = task.filler.beside(trained)
 
-    # `cache` is set below, when the folder is this run's: the states of the first pass, or None.
+    # `cache` holds the states of the first pass, or is None. It is set once the folder is locked.
     def loss_of(batch: data.Batch) -> Tensor:
         if cache is None:
-            model, prefix = compose(task, adapter, "train", batch.rows)  # in each step: it changes
+            model, prefix = compose(task, adapter, "train", batch.rows)  # anew: it is trained
             if getattr(args, "checkpoint_activations", False):
-                model = reader.Checkpointed(model)
+                model = recurse.Checkpointed(model)
             rows = [tokens["train"][row].input for row in batch.rows]
             return target_loss(model, stack_prefixes(prefix, rows), batch)
         stack, prefix = recurse.COMPOSITIONS[args.method](lm, adapter)
@@ -466,6 +466,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--per-task: not for {args.method}, and not with --pause")
     if args.checkpoint_activations and (args.pause or args.method not in CHECKPOINTED):
         raise ValueError(f"--checkpoint-activations: not for {args.method}, nor with --pause")
+    if args.checkpoint_activations and args.compile:
+        raise ValueError("--checkpoint-activations: runs block by block, which --compile does not")
     if args.tune == "lm" and (args.init or args.method != "reader"):
         raise ValueError("--tune lm: for a reader, without --init; else --method fine_tuning")
     adapter = args.method in SHARDED and args.tune == "prompt" and not args.per_task

@@ -36,7 +36,7 @@ from generate import option_scores, predict
 from model import LM, Config
 from questions import prepare
 from rerank import Bert
-from runs import ASSETS, load_run, read_predictions
+from runs import ASSETS, finished, load_run, read_predictions
 from t5 import T5Encoder
 
 
@@ -144,6 +144,7 @@ def test_a_frozen_lm_that_changes_is_reported(place, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "fit", careless)
     with pytest.raises(ValueError, match="weights changed"):
         run(command(place, "connector_lm", tmp_path / "run"))
+    assert finished(tmp_path / "run") is None
 
 
 @pytest.mark.parametrize("limit, seed", [(1, 0), (3, 1), (99, 0)])

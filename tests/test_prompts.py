@@ -16,7 +16,6 @@ from adapters import (
     PromptGenerator,
     SoftPrompt,
     bos_vector,
-    from_file,
     from_text,
     from_vocab,
     load_adapter,
@@ -250,7 +249,6 @@ def test_a_prompt_after_bos_stands_between_bos_and_the_text(make_lm, tokenizer, 
     again = load_adapter(tmp_path, lm)
     close(again(), prompt(), 0.0)
     close(again.vectors, prompt.vectors, 0.0)
-    close(from_file(4, lm.embed_tokens.weight, tmp_path), vectors(lm, 4), 0.0)
 
 
 def test_an_lm_without_bos_has_no_place_after_it(make_lm):

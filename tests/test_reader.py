@@ -37,7 +37,7 @@ from fit import target_loss
 from generate import predict
 from passages import Passage, read_questions
 from questions import prepare
-from reader import Checkpointed
+from recurse import Checkpointed
 from rerank import CrossEncoder
 from retrieve import BM25, DenseIndex
 from runs import load_run, read_predictions, read_record
@@ -187,7 +187,7 @@ def test_the_record_compares_a_re_ranker_on_its_own_half_and_on_the_other(shelf,
             return [torch.tensor([self.score(q, p) for p in ps]) for q, ps in zip(asked, lists)]
 
     book = openbook.Book(BOOK, {"train": found, "dev": found[:2], "test": []})
-    ranked, info = reader.rank(args, book, tmp_path, lambda name, known: ByHeart(known))
+    ranked, info = reader.rerank_splits(args, book, tmp_path, lambda name, known: ByHeart(known))
     compared = info["cross-fitting"]
     assert calls[:4] == [(4, True)] * 4  # either half by its re-ranker, and by the other
     assert compared["own half"]["gold"]["1"] == 1.0 and compared["held-out half"]["gold"]["1"] == 0
@@ -195,7 +195,9 @@ def test_the_record_compares_a_re_ranker_on_its_own_half_and_on_the_other(shelf,
     assert openbook.recalls(ranked.questions["dev"])["gold"]["1"] == 1.0  # the re-ranker of all
     assert read_json(tmp_path / "mixed.json") == info["mixture"]
     args.no_cross_fit = True
-    ranked, info = reader.rank(args, book, tmp_path / "b", lambda name, known: ByHeart(known))
+    ranked, info = reader.rerank_splits(
+        args, book, tmp_path / "b", lambda name, known: ByHeart(known)
+    )
     assert openbook.recalls(ranked.questions["train"])["gold"]["1"] == 1.0 and "halves" not in info
 
 
@@ -229,7 +231,9 @@ def test_scores_of_search_and_re_ranker_are_added(shelf, make_lm, tmp_path, sear
     args = train.parse(line(shelf, "reader", tmp_path, "--no-cross-fit --sort-by both")[1:])
     asked, others = ([ask(name, s) for name in names] for s in (search, 1 - search))
     parts = {"train": others, "dev": asked, "test": asked}
-    ranked, info = reader.rank(args, openbook.Book(book, parts), tmp_path, lambda *_: Kind())
+    ranked, info = reader.rerank_splits(
+        args, openbook.Book(book, parts), tmp_path, lambda *_: Kind()
+    )
     chosen, first = info["mixture"], [q.found[0] for q in ranked.questions["test"]]
     assert [q.positives[0] == p for q, p in zip(asked, first)] == [bool(search)] * 2
     alone, mixed = (read_questions(tmp_path / n / "test.jsonl", book) for n in ("ranked", "mixed"))

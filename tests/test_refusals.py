@@ -123,6 +123,7 @@ RECUR --seed -1                                         | --seed | -1
 RECUR --out torn --resume                               | state.safetensors | corrupt
 RECUR --out spoilt --resume                             | run.json | not a run record
 PROMPT --prompt-length 90                               | train.jsonl:1 | context
+PROMPT --checkpoint-activations --compile               | --checkpoint-activations: | --compile
 PROMPT --prompt-length 600                              | --prompt-length 600 | context
 PROMPT --init connector                                 | Connector | prompt_tuning
 PROMPT --init prompt                                    | --prompt-length 90

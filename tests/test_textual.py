@@ -14,9 +14,9 @@ import textual
 import train
 from generate import Sample, predict, sample_answers
 from questions import prepare
-from recurse import Candidate, candidates, rank, text_with
+from recurse import Candidate, candidates, merge_samples, text_with
 from runs import load_run, read_predictions, read_record
-from textual import with_candidates
+from textual import sample_candidates, with_candidates
 
 FLAGS = "--candidates 3"
 
@@ -165,7 +165,7 @@ def test_equal_texts_are_one_candidate_as_likely_as_its_likeliest_tokens():
         Sample([6], -4.0),
         Sample([7, 2], -2.0),
     ]
-    ranked = rank(samples, 2, tokenizer, "w9")
+    ranked = merge_samples(samples, 2, tokenizer, "w9")
     assert ranked == [
         Candidate("w4 w5", -2.0, 2, 0),
         Candidate("w7", -2.0, 1, 5),
@@ -173,7 +173,10 @@ def test_equal_texts_are_one_candidate_as_likely_as_its_likeliest_tokens():
     ]
     letters = data.train_tokenizer([], 257)
     spaced = [Sample(letters.encode(text).ids[1:], -1.0) for text in ("  a b", " a", "b ")]
-    assert [(c.text, c.count) for c in rank(spaced, 0, letters, " ")] == [("a", 2), ("b", 1)]
+    assert [(c.text, c.count) for c in merge_samples(spaced, 0, letters, " ")] == [
+        ("a", 2),
+        ("b", 1),
+    ]
 
 
 def test_candidates_stand_in_a_line_before_the_text():
@@ -252,7 +255,8 @@ def test_candidates_for_training_come_from_a_prompt_of_the_other_half(whole):
         prompt = adapters.load_adapter(whole / f"p1-{name}", model.lm)
         examples = [data.Example(x["input"], "", tuple(x["answers"])) for x in lines]
         ids = data.encode_prompts(tokenizer, [e.input for e in examples])
-        found = model.sample(examples, ids, (model.lm, model.lm.read(prompt())))
+        stage = model.lm, model.lm.read(prompt())
+        found = sample_candidates(model.args, tokenizer, examples, ids, stage)
         texts = [[c["text"] for c in line["candidates"]] for line in lines]
         assert [[c.text for c in row] for row in found] == texts
         assert not {line["id"] for line in learnt} & sampled[name]
@@ -319,7 +323,7 @@ def test_the_last_prompt_starts_from_the_first_unless_init_says(place, tmp_path)
     def prompts(flags):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
         run(command(place, "textual_recursion", out, f"{FLAGS} --steps 1 --lr 0 {flags}"))
-        return [adapters.from_file(4, torch.ones(1, 32), out / name) for name in ("p1", ".")]
+        return [adapters.read_prompt(out / name) for name in ("p1", ".")]
 
     start, same = prompts("")
     assert torch.equal(start, same)
