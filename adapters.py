@@ -7,7 +7,7 @@
                      lm(lm.embed(ids), prefix=deep())
     PromptGenerator  computes a soft prompt from the text itself, "input-dependent prompt tuning",
                      ID-PT (Levine et al. 2022, "Standing on the Shoulders of Giant Frozen Language
-                     Models", section 2):  lm(lm.embed(ids), prefix=lm.read(generator(ids)))
+                     Models", section 2):  lm(lm.embed(ids), prefix=lm.read(generator.prompts(ids)))
     Connector        a few causal layers before, after or between passes through the LM (section 4.2
                      there):  lm(connector(lm(lm.embed(ids)))) is one composition of recurse.py
     Connectors       those between more than two passes: one for all gaps, or one for each
@@ -102,14 +102,14 @@ class DeepPrompt(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Attention of 8 heads, then an MLP four times as wide, each on normed input and added to it.
+    """Attention of 8 heads, then an MLP four times as wide: x + ADDED * f(norm(x)) each.
 
     Vectors x (B, P, W) attend to `inputs` (B, L, W), or to each other if there are none. (The block
     of Perceiver, Jaegle et al. 2021, where cross-attention has one head. The ID-PT paper states no
     number of heads. Its number of parameters fits an MLP of 4 W, where Perceiver IO has one of W.)
     """
 
-    ADDED = 0.3  # scale of what is added to x: zero at first, and always less than x's unit scale
+    ADDED = 0.3  # factor of what is added to x. That is zero at first, and x has unit scale
 
     def __init__(self, width: int, cross: bool = False):
         super().__init__()

@@ -260,11 +260,11 @@ def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> li
         else:
             logits = replayed(token)
         R, V = logits.shape
-        drawn = row * V + draw(logits, row, active, step)
+        pairs = row * V + draw(logits, row, active, step)  # (row, new token) as one number
         if graph:
-            pairs, row = drawn, torch.arange(len(drawn), device=device)
+            row = torch.arange(len(pairs), device=device)
         else:  # samples of one row that drew the same token stay one row
-            pairs, row = drawn.unique(return_inverse=True)  # the new rows, ordered by their parents
+            pairs, row = pairs.unique(return_inverse=True)  # the new rows, ordered by their parents
         parent, token = pairs // V, pairs % V  # parent: the row before
         logprob = logprob[parent] + logits[parent, token] - logits.logsumexp(-1)[parent]
         texts = [(texts[i][0], [*texts[i][1], t]) for i, t in zip(parent.tolist(), token.tolist())]
@@ -285,7 +285,7 @@ def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> li
         elif graph:
             replayed, cache = Replayed(lm, cache, source, more), None
         elif not cache.buffer or not torch.equal(source, torch.arange(R, device=device)):
-            cache = cache.preallocate(source, more, len(ids) * n)
+            cache = cache.preallocate(source, more, len(ids) * n)  # otherwise no row moves
         place, goes_on = torch.empty_like(parent), ~done[row]
         place[kept] = torch.arange(len(kept), device=device)  # of a new row: its index in the cache
         active, row = active[goes_on], place[row[goes_on]]
@@ -403,18 +403,18 @@ def predict(
     if ids:
         check_ids(ids, lm.config.vocab_size)
     check_context(lm, ids, prefix, max_new)
-    parts = list(zip(prefix_lengths(prefix, len(ids)), map(len, ids), max_new))
+    lengths = list(zip(prefix_lengths(prefix, len(ids)), map(len, ids), max_new))
     rows = [max(1, len(choices)) for choices in options]
     groups = {}  # (whether it has options, its stop): the questions, the shortest first
-    for b in sorted(range(len(ids)), key=lambda b: parts[b]):
+    for b in sorted(range(len(ids)), key=lambda b: lengths[b]):
         groups.setdefault((bool(options[b]), "" if options[b] else stops[b]), []).append(b)
     answers: list = [("", 0.0)] * len(ids)
     for (chooses, stop), group in groups.items():
-        for batch in batches(group, rows, parts, batch_size, max_tokens):
+        for batch in batches(group, rows, lengths, batch_size, max_tokens):
             prompts = [ids[b] for b in batch]
             before = [prefix[b] for b in batch] if isinstance(prefix, list) else prefix
             if chooses:  # one question's options may exceed the budget
-                width = sum(map(max, zip(*(parts[b] for b in batch))))
+                width = sum(map(max, zip(*(lengths[b] for b in batch))))
                 max_rows = max(1, min(batch_size, max_tokens // width))
                 choices = [options[b] for b in batch]
                 scores = option_scores(lm, prompts, choices, before, mean, max_rows)
@@ -455,18 +455,18 @@ def drop_eos(ids: list[int], eos) -> list[int]:
     return ids[:-1] if ids and ids[-1] in as_list(eos) else ids
 
 
-def batches(order: list[int], rows, parts, max_rows: int, max_tokens: int) -> Iterator[list[int]]:
+def batches(order: list[int], rows, lengths, max_rows: int, max_tokens: int) -> Iterator[list[int]]:
     """Cuts the questions `order` into batches of at most max_rows rows and max_tokens positions.
 
-    Question b has rows[b] rows; parts[b] are the lengths of its prefix, text and answer. A row is
+    Question b has rows[b] rows; lengths[b] are the lengths of its prefix, text and answer. A row is
     as wide as the longest of the three together. What exceeds a limit alone is a batch of its own.
     """
     batch, count, longest = [], 0, (0, 0, 0)
     for b in order:
-        count, longest = count + rows[b], tuple(map(max, longest, parts[b]))
+        count, longest = count + rows[b], tuple(map(max, longest, lengths[b]))
         if batch and (count > max_rows or count * sum(longest) > max_tokens):
             yield batch
-            batch, count, longest = [], rows[b], parts[b]
+            batch, count, longest = [], rows[b], lengths[b]
         batch.append(b)
     if batch:
         yield batch

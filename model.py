@@ -1,6 +1,6 @@
 """A decoder-only transformer that loads published checkpoints, and its KV cache.
 
-Every method of this project (train.py lists them) uses a language model (LM) through these calls:
+Every method around a language model (LM; train.py lists them) uses it through these calls:
 
     x = lm.embed(ids)            (B, T) -> (B, T, C)      token embeddings
     p = lm.read(x)               (B, T, C) -> Prefix      the KV cache of x, for what follows it
@@ -86,9 +86,9 @@ def append_kv(past: KV | None, k: Tensor, v: Tensor, buffer: KV | None = None) -
 def attend(q: Tensor, k: Tensor, v: Tensor, past: KV | None = None, lengths=None, window=None):
     """Causal attention of T text positions to themselves and to the P positions of a prefix.
 
-    q (B, H, T, D); past (1 | B, K, P, D) of the prefix; k, v (B, K, T, D) of the text. Without past
-    k, v (B, K, P + T, D) hold the prefix, then the text. This function joins past and k, v; that of
-    attention.py reads a shared past without a copy per row. lengths (1 | B,): see Prefix.
+    q (B, H, T, D); past (1 | B, K, P, D) of the prefix; k, v (B, K, T, D) of the text. Without
+    `past`, k and v (B, K, P + T, D) hold prefix and text. This function joins past and k, v, and
+    that of attention.py reads a shared past without a copy per row. lengths (1 | B,): see Prefix.
     Query t sees text positions up to t and prefix positions j >= P - lengths[b]; with a window it
     sees the last `window` of these. Returns (B, H, T, D).
     """
@@ -295,8 +295,8 @@ class Prefix:
         return Prefix([(k[index], v[index]) for k, v in self.layers], lengths)
 
     def preallocate(self, index: Tensor, more: int, rows: int) -> "Prefix":
-        """Rows `index` (R,) in buffers for `rows` rows and `more` positions, where decoding writes
-        in place: extending twice overwrites. Of a buffer only rows that change place are copied."""
+        """Rows `index` (R,) in a buffer of `rows` rows with `more` free positions, which decoding
+        fills in place: extend it once. If there is a buffer, only rows that move are copied."""
         _, K, P, D = self.layers[0][0].shape
         R, moved = len(index), slice(len(index))
         if self.buffer:

@@ -180,7 +180,7 @@ def pack_inputs(args, tokenizer, left: int, questions: Sequence[Question], targe
     texts, packed, dropped = [], [], 0
     for row, q in enumerate(questions):
         # A target takes its tokens, one more if it is split in another way behind the text, and
-        # EOS. The last of them is predicted but never read.
+        # EOS. The last of them is predicted but never read. (A BOS is counted once too often.)
         answer = len(answers[row]) + 1 if targets else 0
         limit = left - max(args.max_new_tokens - 1, answer)
         budget = max(0, limit - len(asked[row]))

@@ -11,7 +11,8 @@ output enters the first layer of a second pass in place of the embeddings.
     training-free      lm(rescale(lm(lm.embed(ids))))    no Connector; the second pass reads the
                                                          first one's output at the embeddings' scale
 
-A residual Connector, which is not in the paper, adds its output to what the output replaces above:
+A residual Connector, which is train.py's default and not in the paper, adds its output to what it
+would replace:
 
     neural recursion   lm(x + connector(lm(x)))         x = lm.embed(ids)
 
@@ -223,8 +224,7 @@ class FirstPass:
 class GeneratedPrefix:
     """The prefix of ID-PT: prefix(questions) computes it, one row for each list of token ids.
 
-    Only its length P is known before the call. `rows` and `row_lengths` are those of a shared
-    Prefix of P positions.
+    Before the call it counts as a shared Prefix of P positions, since only P is known.
     """
 
     lm: nn.Module
@@ -440,10 +440,10 @@ def candidates(
     (but other batches round log-probabilities differently). The same arguments give the same bits.
     """
     stops, ranked = stops or [""] * len(ids), [[]] * len(ids)
-    before = prefix_lengths(prefix, 1)[0]
-    parts = [(before, len(row), max_new_tokens) for row in ids]
-    by_length = sorted(range(len(ids)), key=lambda b: parts[b])
-    for batch in batches(by_length, [n] * len(ids), parts, max_tokens, max_tokens):
+    P = prefix_lengths(prefix, 1)[0]
+    lengths = [(P, len(row), max_new_tokens) for row in ids]
+    by_length = sorted(range(len(ids)), key=lambda b: lengths[b])
+    for batch in batches(by_length, [n] * len(ids), lengths, max_tokens, max_tokens):
 
         def ended(i: int, tokens: list[int], batch=batch) -> bool:
             stop = stops[batch[i]]

@@ -39,8 +39,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 
 # glibc gives the memory of large tensors back to the kernel as soon as they are freed, and the
-# kernel clears every page of the next ones. Kept for them, it saves a tenth of a training step, and
-# a fifth with a vocabulary of 32,000. Again, what the user has set counts.
+# kernel clears every page of the next ones. If it is kept, training takes 0.97 of the time, with a
+# vocabulary of 32,000 0.86, and sampling 0.74. Again, what the user has set counts.
 if not any(name.startswith("MALLOC_") for name in os.environ):
     with suppress(OSError, AttributeError, TypeError):  # another C library
         for option, value in (-3, 2**30), (-1, 2**31 - 1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD

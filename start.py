@@ -359,7 +359,7 @@ SIZES = {  # kind of adapter: (the attribute whose length is its size, the flag 
 
 def load_init(init: Path, args, lm: LM, kind: type | tuple[type, ...], encoder=None) -> nn.Module:
     """Load the adapter in folder `init`. ValueError if it is not of `kind`, or was trained for
-    another composition, number of passes or size than the flags say."""
+    another method, number of passes or size than the flags say. --residual may be another."""
     method = args.method
     if not init.is_dir():
         raise ValueError(f"--init {init} is no adapter's folder, and no way to start {method}")

@@ -62,7 +62,8 @@ def with_candidates(tokenizer, examples, ranked, left: int, max_new_tokens: int,
     longer, left_out = [], 0
     for e, kept in zip(examples, ranked, strict=True):
         answers = encode_prompts(tokenizer, [f" {text}" for text in (e.target, *e.options)])
-        # + 1 for another split after the input, + 1 for EOS, - 1: the last token is not read.
+        # + 1 for another split after the input, + 1 for EOS, - 1: the last token is not read. If
+        # the tokenizer adds BOS, it is counted here again, and one position stays free.
         limit = left - max(max_new_tokens - 1, *(len(ids) + 1 for ids in answers))
         kept = list(kept)
         while kept and length(text_with(e.input, kept) + after) > limit:

@@ -21,20 +21,22 @@ two-hop test questions, about people who occur in no training question. The froz
     retriever          nothing: it finds passages                     two BERTs
     reranker           nothing: it sorts passages                     a BERT and its heads
 
-The second column is recurse.COMPOSITIONS. By default a Connector starts from that of its method and
-size in assets/, which was pretrained on text. --residual off is the paper's form: the Connector's
-output replaces x, or lm(x), instead of being added to it. With --passes 3 the LM is run three
-times, with one Connector for both gaps or one in each. A Connector-LM whose Connector has as many
-layers as the recursion has after its first pass (--connector-layers 8 on the embedded LM) spends
-the same compute without a second pass. `--train suite` trains on the 29 prompted tasks of suite.py
-by the protocol of prompts.py, with --per-task a prompt for each of them.
+The second column, but for the last two methods, is recurse.COMPOSITIONS; a Stack adds the x. By
+default a Connector starts from that of its method and size in assets/, which was pretrained on text
+in the paper's form, --residual off: its output replaces x, or lm(x), and is not added to it. With
+--passes 3 the LM is run three times, with one Connector for both gaps or one in each. A
+Connector-LM whose Connector has as many layers as the recursion has after its first pass
+(--connector-layers 8 on the embedded LM) spends the same compute without a second pass. `--train
+suite` trains on the 29 prompted tasks of suite.py by the protocol of prompts.py, with --per-task a
+prompt for each of them.
 
     torchrun --nproc-per-node 2 train.py --method neural_recursion
 
 divides the work among processes, and with --shard the frozen LM too (parallel.py). The training
 loop is in fit.py, and what it starts from in start.py. To add a method, add a line to
-recurse.COMPOSITIONS, its name to recurse.PROMPT_METHODS or CONNECTOR_METHODS if it is one of these,
-and a function with a line in METHODS here.
+recurse.COMPOSITIONS, its name to PROMPT_METHODS or CONNECTOR_METHODS there if it trains one of
+these, a function with a line in METHODS here, and a new class of adapter to save_adapter and
+load_adapter.
 """
 
 import argparse
@@ -109,7 +111,7 @@ def textual_recursion(task: start.Task) -> dict:
     if task.args.stages_from and start.finished_stage(*stage_of(task, "p1")) is None:
         raise ValueError(f"--stages-from {task.args.stages_from}: holds no finished p1")
     with run:
-        prompt = start.start_prompt(task)
+        prompt = start.start_prompt(task)  # it is counted here; the stages make their own
         trained = task.filler.beside(prompt)
         record = start_record(run, trained, task.lm, start.hashes(task, prompt))
         asked, before, rounds, halves = textual.sample_rounds(task, train_stage)
@@ -216,9 +218,8 @@ def train_adapter(task, trained: nn.Module, hashed=None, batch_at=None, after_st
     recipe, run = Recipe.from_args(args), Run.from_args(args)
     if recipe.lr is None:
         recipe = replace(recipe, lr=default_prompt_lr(lm, trained))
-    adapter = None if trained is lm else trained
-    frozen = None if trained is lm else lm
-    trained = task.filler.beside(trained)
+    adapter, frozen = (None, None) if trained is lm else (trained, lm)
+    trained = task.filler.beside(trained)  # what `fit` trains, and more than the adapter alone
 
     # `cache` holds the states of the first pass, or is None. It is set once the folder is locked.
     def loss_of(batch: data.Batch) -> Tensor:
@@ -253,11 +254,11 @@ def train_adapter(task, trained: nn.Module, hashed=None, batch_at=None, after_st
         record = start_record(run, trained, frozen, start.hashes(hashed or task, adapter))
         record["lr"] = recipe.lr
         if args.lr is None:
-            show(f"learning rate {recipe.lr:.3g}, by the size of the LM")
+            show(f"learning rate {recipe.lr:.3g}, by the LM's embeddings or depth")
         record["question_format"] = asks_questions(task)
         cache, batch_at = cache_first_pass(task), batch_at or batches(task)
-        record |= fit(run, recipe, trained, batch_at, loss_of, evaluate, save, None, after_step)
-        return finish(task, run, record, adapter)
+        done = fit(run, recipe, trained, batch_at, loss_of, evaluate, save, after_step=after_step)
+        return finish(task, run, record | done, adapter)
 
 
 def batches(task: start.Task) -> Callable[[int], data.Batch]:
@@ -278,7 +279,7 @@ def compose(task: start.Task, adapter, split: str, rows: list[int]):
 
 def train_stage(task: start.Task, name: str, before: tuple | None) -> tuple:
     """Train a soft prompt in the folder `name` below --out, or load it if it is trained already.
-    Returns (prompt, filler), as is `before`.
+    Returns (prompt, filler). `before` is such a pair, or None.
 
     ValueError if it was trained on other questions, for example on other halves of them.
     """
@@ -382,7 +383,7 @@ def show_examples(rows: list[dict]) -> None:
 
 
 def what_recursion_adds(task: start.Task, rows: list[dict]) -> dict:
-    """A correct answer to show, if possible one that the LM alone gets wrong."""
+    """A correct answer, if there is one, and if possible one that the LM alone gets wrong."""
     rows = [row for row in rows if row["em"]][-100:] or rows[-1:]
     ids = data.encode_prompts(task.tokenizer, [row["input"] for row in rows])
     alone = predict(task.lm, task.tokenizer, ids, stops=["\n"] * len(ids))

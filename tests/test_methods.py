@@ -136,9 +136,9 @@ def test_a_frozen_lm_that_changes_is_reported(place, tmp_path, monkeypatch):
     lm, tokenizer = start.load_lm(arguments(place, "connector_lm"))
     real = train.fit
 
-    def careless(*given):
+    def careless(*given, **more):
         lm.embed_tokens.weight.data[0] += 1
-        return real(*given)
+        return real(*given, **more)
 
     monkeypatch.setattr(start, "load_lm", lambda args: (lm, tokenizer))
     monkeypatch.setattr(train, "fit", careless)

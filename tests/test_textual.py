@@ -398,9 +398,9 @@ def textual_fit(monkeypatch, fitted):
 
     state, real, log = {"die": None}, train.fit, Run.log
 
-    def fit(run_, *rest):
+    def fit(run_, *rest, **more):
         fitted.append(run_.folder)
-        return real(run_, *rest)
+        return real(run_, *rest, **more)
 
     def dies(run_, record):
         if len(fitted) == state["die"] and record["step"] == 5:
