@@ -1,4 +1,4 @@
-"""What every program shares: how its threads wait, and on which numbers it computes."""
+"""What every program shares: its threads, its memory, and on which numbers it computes."""
 
 import os
 import platform
@@ -63,6 +63,27 @@ def test_waiting_threads_sleep_before_torch_is_loaded(program, arguments):
 def test_what_the_user_says_of_threads_counts(program):
     assert at_torch(program, "--help", GOMP_SPINCOUNT="7") == "torch: 7\n"
     assert at_torch(program, "--help", OMP_WAIT_POLICY="ACTIVE") == "torch: None\n"
+
+
+# Prints how many pages the kernel clears for 64 MiB that were freed just before.
+PAGES = """
+import show, resource
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(2**26)
+    pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(pages)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back")
+def test_freed_memory_is_kept_unless_the_user_says_otherwise():
+    def pages(**environment):
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        call = dict(cwd=ROOT, env=kept | environment, capture_output=True, text=True)
+        return int(subprocess.run([sys.executable, "-c", PAGES], **call).stdout)
+
+    assert 10 * pages() < pages(MALLOC_ARENA_MAX="8")
 
 
 def test_only_a_program_that_can_resume_advises_it(capsys):
