@@ -494,7 +494,7 @@ class LM(nn.Module):
     def logits(self, h: Tensor) -> Tensor:
         """h (..., C) -> (..., V), float32."""
         table = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(h.contiguous(), table.weight).float()  # a slice of h would take twice as long
+        return F.linear(h.contiguous(), table.weight).float()  # a slice would take twice as long
 
     def new_layers(self, n: int) -> Layers:
         """n new blocks of the LM's kind for a Connector: trainable, float32, no position table."""

@@ -100,10 +100,10 @@ def test_search_ranks_by_similarity():
 
 def test_search_reads_embeddings_and_leaves_the_task_out(library):
     ranking = search(library / "car", library)
-    embedding = adapters.from_file(4, torch.zeros(1, 32), library / "car" / "embedding")
+    embedding = adapters.read_prompt(library / "car" / "embedding")
     assert {name for name, _ in ranking} == {"hat", "end"}
     for name, value in ranking:
-        other = adapters.from_file(4, torch.zeros(1, 32), library / name / "embedding")
+        other = adapters.read_prompt(library / name / "embedding")
         assert value == pytest.approx(similarity(embedding, other))
     assert ranking == sorted(ranking, key=lambda pair: -pair[1])
 
