@@ -40,6 +40,7 @@ TOKENIZER = ("--tokenizer", str, None, "tokenizer.json or its folder, if not the
 KERNELS = "fused: the kernels of attention.py, the default for a --model on CUDA with triton"
 ATTENTION = ("--attention", ["plain", "fused"], None, KERNELS)
 BASE_DTYPE = ("--base-dtype", ["int8"], None, "of the frozen LM's matrices; --dtype if not given")
+BELOW_1 = number_type(float, 0, 0.999999)
 CORES = number_type(int, 1, 1024)  # torch crashes with 100,000 threads
 THREADS = ("--threads", CORES, None, "of the CPU; if not given OMP_NUM_THREADS, else one a core")
 WORLD = ("--world-seed", int, 1, "another seed, another world; the embedded LM knows world 1")
@@ -154,7 +155,7 @@ def add_training_flags(parser) -> None:
         ("--warmup", number_type(float, 0, 1), 0.005, "fraction of the steps (paper: 0.005)"),
         ("--optimizer", optimizers, "adamw", about),
         ("--weight-decay", number_type(float, 0), 0.1, "of matrices; norms and biases have none"),
-        ("--beta2", number_type(float, 0, 1), 0.95, "of adamw (paper: 0.95; prompt tuning: 0.999)"),
+        ("--beta2", BELOW_1, 0.95, "of adamw (paper: 0.95; prompt tuning: 0.999)"),
         ("--clip", number_type(float, 1e-12), 1.0, "largest gradient norm"),
         ("--eval-every", COUNT, 200, "steps between dev scores; each writes a checkpoint"),
         ("--log-every", COUNT, 10, "steps between lines of metrics.jsonl"),

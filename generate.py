@@ -510,7 +510,8 @@ def main(argv: list[str] | None = None) -> dict:
     whole = tokenizer.decode(ids + drop_eos(new.ids, eos))
     show(args.text + whole[len(tokenizer.decode(ids)) :], result=True)
     cost = -new.logprob / len(new.ids)
-    line = f"[{nats:.4f} nats a token that was read, {cost:.4f} of the {len(new.ids)} new ones]"
+    read = "" if math.isnan(nats) else f"{nats:.4f} nats a token that was read, "
+    line = f"[{read}{cost:.4f} nats for each of the {len(new.ids)} new tokens]"
     show(line, result=True)
     return {"ids": new.ids, "nats": nats}
 

@@ -43,8 +43,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
 # vocabulary of 32,000 0.86, and sampling 0.74. Again, what the user has set counts.
 if not any(name.startswith("MALLOC_") for name in os.environ):
     with suppress(OSError, AttributeError, TypeError):  # another C library
-        for option, value in (-3, 2**30), (-1, 2**31 - 1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30) and mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, then M_TRIM_THRESHOLD
 
 
 def show(text: str, stream: str = "stdout", result: bool = False) -> None:

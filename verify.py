@@ -122,14 +122,16 @@ def changes(record: dict, again: dict) -> list[str]:
 
 
 def differences(a: Path, b: Path, tolerance: float = 0.0) -> dict[str, str]:
-    """How the files of run `a` differ in run `b`, by name."""
-    found = {}
-    for path in sorted(a.rglob("*")):
-        name, other = str(path.relative_to(a)), b / path.relative_to(a)
-        if not path.is_file() or path.name in OWN:
+    """How the files of run `a` differ in run `b`, by name. A run needs no checkpoint."""
+    found, sides = {}, [(side, path) for side in (a, b) for path in side.rglob("*")]
+    for name in sorted({str(path.relative_to(side)) for side, path in sides if path.is_file()}):
+        path, other = a / name, b / name
+        if path.name in OWN or path.name == STATE and not path.is_file():
             continue
         if not other.is_file():
             found[name] = "missing"
+        elif not path.is_file():
+            found[name] = "not in RUN"
         elif path.suffix == ".safetensors":
             ours, theirs = load_file(path), load_file(other)
             common = ours.keys() & theirs.keys()

@@ -45,6 +45,12 @@ def write(path, *lines):
     return path
 
 
+def test_a_line_of_100_megabytes_is_refused_in_one_short_line(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"question": "who", "answer": ["x"]}, "x" * 10**8)
+    with pytest.raises(ValueError, match=r"a.jsonl:2: not a line of JSON .{,60}$"):
+        data.read(path)
+
+
 def test_questions_and_inputs_are_read(tmp_path):
     question = {"question": "who wrote emma", "answer": ["Jane Austen", "Austen"], "task": "books"}
     other = {"input": "1+1=", "target": "2", "id": 7}

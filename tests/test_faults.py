@@ -29,7 +29,7 @@ from tiny_runs import (
 import train
 from promptability import VARIANTS
 from runs import finished
-from verify import verify
+from verify import differences, verify
 
 WRITES = 6  # of a short run: three checkpoints, and what is trained as often
 TRANSFER = ["transfer_source", *(f"transfer_{name}" for name in VARIANTS), "transfer_few-shot"]
@@ -191,7 +191,13 @@ def flip(data: bytes, rng) -> bytes:
     return data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :]
 
 
-@pytest.mark.parametrize("broken", [truncate, flip])
+def reword(data: bytes, rng) -> bytes:
+    """Another step in the text beside the tensors."""
+    assert data.count(b'\\"step\\": 4') == 1
+    return data.replace(b'\\"step\\": 4', b'\\"step\\": %d' % rng.randrange(4))
+
+
+@pytest.mark.parametrize("broken", [truncate, flip, reword])
 def test_a_broken_checkpoint_is_named_and_the_one_before_it_goes_on(
     place, tmp_path, monkeypatch, broken
 ):
@@ -212,6 +218,15 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_goes_on(
 
 
 # Verify
+
+
+def test_files_in_folders_and_on_one_side_differ_too(tmp_path):
+    for side in "ab":
+        (tmp_path / side / "p1").mkdir(parents=True)
+        (tmp_path / side / "p1" / "rows.jsonl").write_text(side)
+        (tmp_path / side / f"{side}.json").write_text("{}")
+    found = differences(tmp_path / "a", tmp_path / "b")
+    assert found == {"p1/rows.jsonl": "1 lines differ", "a.json": "missing", "b.json": "not in RUN"}
 
 
 def test_a_run_that_is_verified_gives_its_own_bits_again(place, tmp_path, capsys):

@@ -234,7 +234,8 @@ def test_a_run_of_one_process_resumes_with_two(shelf, tmp_path, one, two, monkey
     assert now["hardware"]["processes"] == 2
 
 
-def test_a_killed_worker_ends_the_others_and_one_process_resumes(shelf, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_that_is_ended_ends_the_other_and_one_process_resumes(shelf, tmp_path, sent):
     """Of two that torchrun started. The one process repeats the steps since the checkpoint. At a
     constant rate, the first 40 steps of 300 are those of a run of 40."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -247,7 +248,7 @@ def test_a_killed_worker_ends_the_others_and_one_process_resumes(shelf, tmp_path
     wait_for((killed / "state.safetensors").is_file, 300)
     workers = children(launcher.pid)
     assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
+    os.kill(workers[1], sent)
     assert launcher.wait(60) != 0
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 5)
     assert "results" not in read_record(killed)

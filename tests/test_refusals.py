@@ -124,6 +124,7 @@ RECUR --out torn --resume                               | state.safetensors | co
 RECUR --out spoilt --resume                             | run.json | not a run record
 PROMPT --prompt-length 90                               | train.jsonl:1 | context
 PROMPT --checkpoint-activations --compile               | --checkpoint-activations: | --compile
+PROMPT --beta2 1                                        | --beta2: 1 is not between 0 and 0.999999
 PROMPT --prompt-length 600                              | --prompt-length 600 | context
 PROMPT --init connector                                 | Connector | prompt_tuning
 PROMPT --init prompt                                    | --prompt-length 90

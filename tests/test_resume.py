@@ -331,10 +331,18 @@ def test_the_same_command_gives_the_same_run_and_another_seed_another(place, tmp
     assert all(c[key] == a[key] for key in ("data_hash", "fingerprint"))
 
 
+def test_a_second_signal_does_not_wait_for_the_step():
+    with pytest.raises(KeyboardInterrupt), loop.progress(2, 0) as (_, signals):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals == [signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the second signal was ignored")
+
+
 def test_a_resumed_run_keeps_its_command_and_its_results(place, tmp_path, monkeypatch):
     before = run(command(place, "connector_lm", tmp_path / "run"))
 
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("train.fit", stop)
