@@ -44,7 +44,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
 if not any(name.startswith("MALLOC_") for name in os.environ):
     with suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30) and mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, then M_TRIM_THRESHOLD
+        if mallopt(-3, 2**30):  # M_MMAP_THRESHOLD: up to 1 GiB. Alone, the next would do harm
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def show(text: str, stream: str = "stdout", result: bool = False) -> None:

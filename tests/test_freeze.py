@@ -274,13 +274,14 @@ def test_adapter_files_that_cannot_be_used_are_named(lm, tmp_path):
     stored("prompt", lm, tmp_path / "p")
     with pytest.raises(FileNotFoundError, match=f"no {CONFIG}"):
         load_adapter(tmp_path, lm)
-    (tmp_path / "p" / FILE).unlink()
-    with pytest.raises(FileNotFoundError, match=f"no {FILE}"):
-        load_adapter(tmp_path / "p", lm)
     with pytest.raises(TypeError, match="a Linear is not an adapter"):
         save_adapter(tmp_path / "new", torch.nn.Linear(2, 2), lm)
     assert not (tmp_path / "new").exists()
-    (tmp_path / "p" / FILE).write_bytes((tmp_path / "p" / FILE).read_bytes()[:-10])
+    whole = (tmp_path / "p" / FILE).read_bytes()
+    (tmp_path / "p" / FILE).unlink()
+    with pytest.raises(FileNotFoundError, match=f"no {FILE}"):
+        load_adapter(tmp_path / "p", lm)
+    (tmp_path / "p" / FILE).write_bytes(whole[:-10])
     with pytest.raises(ValueError, match=f"{FILE}: truncated or corrupt"):
         load_adapter(tmp_path / "p", lm)
     for text, named in {"{": "not valid JSON", "[]": "a list", "{}": "no key peft_type"}.items():

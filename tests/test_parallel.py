@@ -134,7 +134,7 @@ ANSWER, SCORE = "predict_split.answer", "RerankerTraining.evaluate.score"
 DIVIDED = {  # what processes divide besides the rows of a batch, and of how many items
     **dict.fromkeys(METHODS, {ANSWER: {5}}),
     **dict.fromkeys(OBJECTIVES, {"train_on_text.evaluate.<lambda>": {36}}),
-    "textual_recursion": {ANSWER: {5}, "sample_split.sample": {4, 5}},
+    "textual_recursion": {ANSWER: {5}, "sample_split.compute": {4, 5}},
     "retriever": {"DualEncoder.encode_questions": {4}, "DualEncoder.encode_passages": {12, 16}},
     "reranker": {SCORE: {4}},
     "reader": {SCORE: {4}, "score_split.score": {4, 5}, ANSWER: {4}},
