@@ -76,14 +76,14 @@ print(pages)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back")
 def test_freed_memory_is_kept_unless_the_user_says_otherwise():
     def pages(**environment):
         kept = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
         call = dict(cwd=ROOT, env=kept | environment, capture_output=True, text=True)
         return int(subprocess.run([sys.executable, "-c", PAGES], **call).stdout)
 
-    assert 10 * pages() < pages(MALLOC_ARENA_MAX="8")
+    glibc = platform.libc_ver()[0] == "glibc"  # others are left as they are
+    assert 10 * pages() < pages(MALLOC_ARENA_MAX="8") or not glibc
 
 
 def test_only_a_program_that_can_resume_advises_it(capsys):
