@@ -1,4 +1,4 @@
-"""What every program begins and ends with: its threads, its parser, what it prints, its errors.
+"""What every program begins and ends with: threads, memory, parser, what it prints, its errors.
 
     show("step 10")                                  a line, or nothing if nobody can read it
     show(answer, result=True)                        OSError if it cannot be written

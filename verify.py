@@ -131,7 +131,7 @@ def differences(a: Path, b: Path, tolerance: float = 0.0) -> dict[str, str]:
         if not other.is_file():
             found[name] = "missing"
         elif not path.is_file():
-            found[name] = "not in RUN"
+            found[name] = "the repeated run alone has it"
         elif path.suffix == ".safetensors":
             ours, theirs = load_file(path), load_file(other)
             common = ours.keys() & theirs.keys()
