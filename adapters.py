@@ -271,10 +271,10 @@ def token_ids(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]:
 class Connector(nn.Module):
     """n layers of the LM's own kind (`lm.new_layers(n)`), then an RMSNorm.
 
-    connector(x, prefix=None, keep=False) is called like the LM: (B, T, C) -> (B, T, C), and with
-    keep also its Prefix. The norm's gain starts at `scale`, so that at first the output has the
-    root mean square of the vectors that it replaces. (Token embeddings are 10 to 100 times smaller
-    than hidden states, and the frozen LM was not trained on larger inputs.) If `residual` is set, a
+    It is called like the LM, with the same arguments: (B, T, C) -> (B, T, C), and with keep also
+    its Prefix. The norm's gain starts at `scale`, so that at first the output has the root mean
+    square of the vectors that it replaces. (Token embeddings are 10 to 100 times smaller than
+    hidden states, and the frozen LM was not trained on larger inputs.) If `residual` is set, a
     Stack adds the output to these vectors (not in the paper).
     """
 
@@ -285,8 +285,8 @@ class Connector(nn.Module):
         nn.init.constant_(self.norm.weight, scale)
         self.to(next(layers.parameters()).device)
 
-    def forward(self, x: Tensor, prefix=None, keep: bool = False):
-        out = self.layers(x.to(self.norm.weight.dtype), prefix, keep)
+    def forward(self, x: Tensor, prefix=None, keep: bool = False, last=None):
+        out = self.layers(x.to(self.norm.weight.dtype), prefix, keep, last)
         return (self.norm(out[0]), out[1]) if keep else self.norm(out)
 
 

@@ -1,18 +1,18 @@
 """Generation and scoring: prefill, sampling, n samples of one prompt, answer choices.
 
 `lm` is a model.LM or anything with its interface, such as recurse.Stack over several passes. Of
-its prefix these are used: rows, buffer, row_lengths, select, preallocate and stack (model.Prefix).
+its prefix these are used: rows, lengths, layers, row_lengths, select and stack (model.Prefix).
 
     prefill            reads every question, except its last token, into the KV cache
     sample_next_token  logits -> one token per row
     generate           greedy continuations, or n samples of each question
     sample_answers     n samples of each question, each with random numbers of its own
-    decode             prefill, then one token per step; samples that agree so far share a row
+    decode             prefill, then one token per step; samples share the cache of their question
     option_scores      log-probabilities of answer choices; each question is read once
     predict            answers: texts, or choices among options; in batches within a memory budget
 
-Needs torch, for decoding on a GPU replay.py and model.py, and for the command line other files of
-the project. Dimensions as in model.py.
+Needs torch, for new tokens cache.py, replay.py and model.py, and for the command line other files
+of the project. Dimensions as in model.py.
 
     python generate.py assets/lm "Once upon a time"
 
@@ -129,17 +129,18 @@ def prefill(lm, ids: list[list[int]], prefix, max_new: list[int]):
     return last, lm.read(lm.embed(tokens[:, :-1]), prefix, lengths - 1)
 
 
-def sample_next_token(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
-    """One token id per row of logits (R, V).
+def sample_next_token(logits: Tensor, temperature: float, top_k, top_p, generator, row=None):
+    """A token id (R,) for each row of logits (R, V), or (S,) for each row named in row (S,).
 
     Temperature 0 takes the most likely token. Otherwise it samples: top_k keeps only the most
     likely tokens, and top_p then keeps the fewest most likely ones whose sum reaches top_p.
     """
+    row = torch.arange(len(logits), device=logits.device) if row is None else row
     # Division by less could overflow float32. At 1e-20 sampling is greedy already: of two logits
     # that differ by 1e-17, only the larger one can be sampled.
     if temperature < 1e-20:
-        return logits.argmax(-1)
-    logits = logits / temperature
+        return logits.argmax(-1)[row]
+    logits = logits if temperature == 1 else logits / temperature
     if top_k is not None:
         kth_best = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth_best, -math.inf)
@@ -147,11 +148,10 @@ def sample_next_token(logits: Tensor, temperature: float, top_k, top_p, generato
         ordered, order = logits.softmax(-1).sort(descending=True)
         outside = (ordered.cumsum(-1) - ordered) >= top_p
         logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
-    cdf = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1, dtype=torch.float64)
-    if not cdf[:, -1].isfinite().all():
-        raise ValueError("logits that are not finite")
-    u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device, generator=generator)
-    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]  # where cdf passes u
+    from cache import inverse_cdf
+
+    u = torch.rand(len(row), dtype=torch.float64, device=row.device, generator=generator)
+    return inverse_cdf(logits, row, u)
 
 
 def check_sampling(max_new_tokens, temperature, top_k, top_p, n) -> None:
@@ -189,15 +189,15 @@ def generate(
     ended   a function of the question's number and the tokens so far; True ends a continuation
 
     A question is read once, however many samples are drawn, and samples whose tokens are the same
-    so far are one row (not where replay.py decodes). Memory: the cache has space for B * n rows,
-    with 2 * K * D values per row, layer (of every part of a Stack) and position: those of the
-    prefix, of the longest question and max_new_tokens. At most the cache of the questions exists
-    beside it. A prefix that the caller keeps comes on top.
+    so far are one row (not where replay.py decodes). Memory: a position of the cache has 2 * K * D
+    values per layer (of every part of a Stack). For each question there are those of the prefix and
+    of the longest question, and max_new_tokens for each of its samples; at most the questions' are
+    there twice. A prefix that the caller keeps comes on top.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, n)
 
     def draw(logits: Tensor, row: Tensor, active: Tensor, step: int) -> Tensor:
-        return sample_next_token(logits[row], temperature, top_k, top_p, generator)
+        return sample_next_token(logits, temperature, top_k, top_p, generator, row)
 
     return decode(lm, ids, prefix, max_new_tokens, n, eos, draw, ended)
 
@@ -221,14 +221,15 @@ def sample_answers(
 
     The other arguments are those of `generate`.
     """
+    from cache import inverse_cdf
+
     check_sampling(max_new_tokens, 1.0, None, None, n)
     rngs = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: all devices alike
     numbers = [torch.rand(n, max_new_tokens, generator=rng) for rng in rngs]
     numbers = torch.cat(numbers).double()  # (B * n, max_new_tokens), in [0, 1)
 
     def draw(logits: Tensor, row: Tensor, active: Tensor, step: int) -> Tensor:
-        u = numbers[active.cpu(), step].to(logits.device)
-        return inverse_cdf(logits.log_softmax(-1), row, u)
+        return inverse_cdf(logits, row, numbers[active.cpu(), step].to(logits.device))
 
     return decode(lm, ids, prefix, max_new_tokens, n, eos, draw, ended)
 
@@ -240,12 +241,11 @@ def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> li
     draw  (logits (R, V), row (S,), active (S,), step) -> the next token (S,) of each of the S
           samples that go on: `active` holds their numbers, `row` the row of each
     """
-    token, cache = prefill(lm, ids, prefix, [max_new_tokens] * len(ids))
-    graph = False
-    if token.device.type in GRAPHS:
-        from replay import Replayed, can_replay
+    from cache import Buffered, SharedPrefix
+    from replay import Replayed, can_replay
 
-        graph = can_replay(lm, max_new_tokens)
+    token, cache = prefill(lm, ids, prefix, [max_new_tokens] * len(ids))
+    graph = token.device.type in GRAPHS and can_replay(lm, max_new_tokens)
     device, samples = token.device, [Sample([], 0.0)] * (len(ids) * n)
     eos_ids = torch.tensor(as_list(eos), dtype=torch.long, device=device)
     active = torch.arange(len(ids) * n, device=device)  # numbers of the samples that go on
@@ -266,7 +266,7 @@ def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> li
         else:  # samples of one row that drew the same token stay one row
             pairs, row = pairs.unique(return_inverse=True)  # the new rows, ordered by their parents
         parent, token = pairs // V, pairs % V  # parent: the row before
-        logprob = logprob[parent] + logits[parent, token] - logits.logsumexp(-1)[parent]
+        logprob = logprob[parent] + logits.log_softmax(-1)[parent, token]
         texts = [(texts[i][0], [*texts[i][1], t]) for i, t in zip(parent.tolist(), token.tolist())]
         done = torch.isin(token, eos_ids)
         if ended is not None:
@@ -284,7 +284,9 @@ def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> li
             replayed.keep(source)
         elif graph:
             replayed, cache = Replayed(lm, cache, source, more), None
-        elif not cache.buffer or not torch.equal(source, torch.arange(R, device=device)):
+        elif step == 0 or not torch.equal(source, torch.arange(R, device=device)):
+            if step == 0:
+                cache = (SharedPrefix if n > 1 else Buffered).of(cache)
             cache = cache.preallocate(source, more, len(ids) * n)  # otherwise no row moves
         place, goes_on = torch.empty_like(parent), ~done[row]
         place[kept] = torch.arange(len(kept), device=device)  # of a new row: its index in the cache
@@ -303,18 +305,6 @@ def order_in_place(parents: Tensor) -> Tensor:
     place = parents.clone()
     place[~stay] = places[~torch.isin(places, parents[stay])]
     return place.argsort()
-
-
-def inverse_cdf(logprobs: Tensor, row: Tensor, u: Tensor) -> Tensor:
-    """The token (S,) at which the cumulative probability of logprobs[row] passes u (S,) in [0, 1).
-
-    logprobs is (R, V); row (S,) says which of its rows each number belongs to.
-    """
-    cdf = logprobs.double().exp_().cumsum_(-1)
-    cdf /= cdf[:, -1:].clone()  # exactly 1 at the end
-    # r is added to row r: all rows are then one ascending list, which one search serves.
-    cdf += torch.arange(len(cdf), device=cdf.device)[:, None]
-    return torch.searchsorted(cdf.flatten(), row + u, right=True) - row * cdf.shape[1]
 
 
 def as_list(eos: int | list[int] | tuple[int, ...] | None) -> list[int]:

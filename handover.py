@@ -73,8 +73,8 @@ class Replaced(torch.nn.Module):
         self.connector, self.at, self.vectors = connector, at, vectors
         self.residual, self.layers = connector.residual, connector.layers
 
-    def forward(self, x: Tensor, prefix=None, keep: bool = False):
-        """As the Connector's."""
+    def forward(self, x: Tensor, prefix=None, keep: bool = False, last=None):
+        """As the Connector's, of all positions."""
         h, extended = self.connector(x, prefix, keep=True)
         first = 0 if prefix is None else prefix.size  # the position of x[:, 0]
         for i, position in enumerate(self.at):

@@ -21,7 +21,7 @@ Needs torch. Loading and saving a published folder needs checkpoints.py and fami
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KV = tuple[Tensor, Tensor]  # keys and values
+ALL = slice(None)  # positions
 
 
 @dataclass(frozen=True)
@@ -67,20 +68,12 @@ class Config:
     divide_by_depth: bool = False  # layer i divides its attention scores by i + 1
 
 
-def append_kv(past: KV | None, k: Tensor, v: Tensor, buffer: KV | None = None) -> KV:
-    """Joins past (1 | B, K, P, D) and k, v (B, K, T, D): each becomes (B, K, P + T, D). If past is
-    the beginning of a buffer (see Prefix.preallocate), k and v are written there, behind it."""
+def append_kv(past: KV | None, k: Tensor, v: Tensor) -> KV:
+    """Joins past (1 | B, K, P, D) and k, v (B, K, T, D): each becomes (B, K, P + T, D)."""
     if past is None:
         return k, v
-    if buffer is None:
-        past_k, past_v = (t.expand(len(k), -1, -1, -1) for t in past)
-        return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
-    B, P, T = k.shape[0], past[0].shape[2], k.shape[2]
-    if B != len(past[0]) or P + T > buffer[0].shape[2]:  # slices would not say so
-        raise ValueError(f"{B} rows of {P} + {T} positions do not fit the prefix's buffer")
-    for whole, new in zip(buffer, (k, v)):
-        whole[:B, :, P : P + T] = new
-    return tuple(whole[:B, :, : P + T] for whole in buffer)
+    past_k, past_v = (t.expand(len(k), -1, -1, -1) for t in past)
+    return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, past: KV | None = None, lengths=None, window=None):
@@ -149,7 +142,7 @@ def apply_rope(x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
     n = cos.shape[-1]
     if n < x.shape[-1]:
         return torch.cat([apply_rope(x[..., :n], cos_sin), x[..., n:]], -1)
-    return (x * cos + x.roll(n // 2, -1) * sin).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(n // 2, -1), sin).to(x.dtype)
 
 
 def make_norm(config: Config, width: int) -> nn.Module:
@@ -176,10 +169,11 @@ class Attention(nn.Module):
             self.q_norm = make_norm(c, c.head_dim if per_head else q_width)
             self.k_norm = make_norm(c, c.head_dim if per_head else kv_width)
 
-    def qkv(self, x: Tensor, cos_sin) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, C) -> q (B, H, T, D), k and v (B, K, T, D); q and k after norm and rope."""
+    def qkv(self, x: Tensor, cos_sin, at=ALL) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C) -> q (B, H, T, D) of the positions `at`, k and v (B, K, T, D) of all; q and k
+        after norm and rope."""
         c = self.config
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = self.q_proj(x[:, at].contiguous()), self.k_proj(x), self.v_proj(x)
         if c.qk_norm == "width":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for t in (q, k, v))
@@ -187,16 +181,22 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if c.divide_by_depth:
             q = q / (self.index + 1)
-        return apply_rope(q, cos_sin), apply_rope(k, cos_sin), v
+        at_cos_sin = cos_sin and tuple(t[..., at, :] for t in cos_sin)
+        return apply_rope(q, at_cos_sin), apply_rope(k, cos_sin), v
 
-    def forward(self, x: Tensor, cos_sin, prefix: "Prefix | None", keep: bool, attend):
-        """x (B, T, C) -> (B, T, C), and (k, v) of the text, or with keep of prefix and text."""
-        q, k, v = self.qkv(x, cos_sin)
+    def forward(self, x: Tensor, cos_sin, prefix: "Prefix | None", keep: bool, attend, at=ALL):
+        """x (B, T, C) -> (B, T, C) at the positions `at`, and (k, v) of the text, or with keep of
+        prefix and text."""
+        q, k, v = self.qkv(x, cos_sin, at)
+        before = k.shape[2] - q.shape[2]  # text positions without a query are as good as a prefix
         past, lengths = None, None
         if prefix is not None:
             past, lengths = prefix.layers[self.index], prefix.lengths
-            if keep:  # attention reads the joined keys and values, which are needed anyway
+            if keep or before or prefix.shared:  # attention reads the joined keys and values
                 (k, v), past = prefix.joined(self.index, k, v), None
+            if prefix.shared:
+                past, attend = prefix.shared[self.index], prefix.attend
+            lengths = lengths if lengths is None else lengths + before
         y = attend(q, k, v, past, lengths, self.window)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
@@ -242,9 +242,10 @@ class Block(nn.Module):
         """Keys and values of x (B, T, C). A sharded block gathers its weights for this call."""
         return self.self_attn.qkv(self.input_layernorm(x), cos_sin)[1:]
 
-    def forward(self, x: Tensor, cos_sin, prefix: "Prefix | None", keep: bool, attend):
-        """x (B, T, C) -> (B, T, C) and Attention's (k, v)."""
-        y, kv = self.self_attn(self.input_layernorm(x), cos_sin, prefix, keep, attend)
+    def forward(self, x: Tensor, cos_sin, prefix: "Prefix | None", keep: bool, attend, at=ALL):
+        """x (B, T, C) -> (B, T, C) at the positions `at`, and Attention's (k, v)."""
+        y, kv = self.self_attn(self.input_layernorm(x), cos_sin, prefix, keep, attend, at)
+        x = x[:, at]
         if self.config.post_norm:
             x = x + self.post_attention_layernorm(y)
             return x + self.post_feedforward_layernorm(self.mlp(x)), kv
@@ -262,12 +263,11 @@ class Prefix:
              prefix shared by every row of the batch, or (B, K, P, D) for one per row.
     lengths  None if every row has all P positions. Otherwise (1 | B,), and the prefix is ragged:
              row b has only the LAST lengths[b] positions, so that all rows end together.
-    buffer   the larger tensors that `layers` are views of after `preallocate`; otherwise empty
     """
 
     layers: list[KV]
     lengths: Tensor | None = None
-    buffer: list[KV] = field(default_factory=list)
+    shared = ()  # layers that several rows have in common, in cache.SharedPrefix
 
     @property
     def size(self) -> int:
@@ -285,7 +285,7 @@ class Prefix:
 
     def joined(self, i: int, k: Tensor, v: Tensor) -> KV:
         """Layer i's keys and values, followed by k and v of the text."""
-        return append_kv(self.layers[i], k, v, self.buffer[i] if self.buffer else None)
+        return append_kv(self.layers[i], k, v)
 
     def select(self, index: Tensor) -> "Prefix":
         """Rows `index` (R,) in that order. A shared prefix serves any rows and stays as it is."""
@@ -293,22 +293,6 @@ class Prefix:
             return self
         lengths = None if self.lengths is None else self.lengths[index % len(self.lengths)]
         return Prefix([(k[index], v[index]) for k, v in self.layers], lengths)
-
-    def preallocate(self, index: Tensor, more: int, rows: int) -> "Prefix":
-        """Rows `index` (R,) in a buffer of `rows` rows with `more` free positions, which decoding
-        fills in place: extend it once. If there is a buffer, only rows that move are copied."""
-        _, K, P, D = self.layers[0][0].shape
-        R, moved = len(index), slice(len(index))
-        if self.buffer:
-            moved = (index != torch.arange(R, device=index.device)).nonzero()[:, 0]
-        buffer = self.buffer or [
-            tuple(t.new_empty(rows, K, P + more, D) for t in kv) for kv in self.layers
-        ]
-        for pair, old in zip(buffer, self.layers):
-            for whole, t in zip(pair, old):
-                whole[moved, :, :P] = t[index[moved] % len(t)]
-        lengths = None if self.lengths is None else self.lengths[index % len(self.lengths)]
-        return Prefix([(k[:R, :, :P], v[:R, :, :P]) for k, v in buffer], lengths, buffer)
 
     def drop_padding(self, T: int, lengths: Tensor | None) -> "Prefix":
         """Removes the right padding of the last T positions, of which the first lengths[b] are real
@@ -382,14 +366,14 @@ class Layers(nn.ModuleList):
         super().__init__(Block(config, i) for i in range(n))
         self.config, self.attend = config, attend
 
-    def forward(self, x: Tensor, prefix: Prefix | None = None, keep: bool = False):
-        """x (B, T, C) -> (B, T, C), or with keep (output, the prefix extended by x)."""
+    def forward(self, x: Tensor, prefix: Prefix | None = None, keep: bool = False, last=None):
+        """x (B, T, C) -> (B, T, C), or with keep (output, the extended prefix); last as in LM."""
         cos_sin = rope_cos_sin(self.config, text_positions(self, x, prefix))
-        kvs = []
-        for block in self:
-            x, kv = block(x, cos_sin, prefix, keep, self.attend)
+        y, kvs = x, []
+        for block, at in zip(self, self.positions(last)):
+            y, kv = block(y, cos_sin, prefix, keep, self.attend, at)
             kvs.append(kv)
-        return (x, self.extended(prefix, kvs, x)) if keep else x
+        return (y, self.extended(prefix, kvs, x)) if keep else y
 
     def read(self, x: Tensor, prefix: Prefix | None = None) -> Prefix:
         """The prefix extended by x. The last block stops at keys and values: the rest is unused."""
@@ -403,13 +387,16 @@ class Layers(nn.ModuleList):
         kvs.append((k, v) if prefix is None else prefix.joined(len(blocks), k, v))
         return self.extended(prefix, kvs, x)
 
+    def positions(self, last: int | None) -> list[slice]:
+        """What each block computes: all positions, the last block only the last `last` ones."""
+        return [ALL] * (len(self) - 1) + [ALL if last is None else slice(-last, None)]
+
     @staticmethod
     def extended(prefix: Prefix | None, kvs: list[KV], x: Tensor) -> Prefix:
         """The prefix extended by x (B, T, C); `kvs` holds the keys and values of both."""
-        lengths, buffer = (None, []) if prefix is None else (prefix.lengths, prefix.buffer)
-        if lengths is not None:
-            lengths = lengths.expand(len(x)) + x.shape[1]
-        return Prefix(kvs, lengths, buffer)
+        if prefix is None or prefix.lengths is None:
+            return replace(prefix or Prefix([]), layers=kvs)
+        return replace(prefix, layers=kvs, lengths=prefix.lengths.expand(len(x)) + x.shape[1])
 
 
 class LM(nn.Module):
@@ -466,14 +453,15 @@ class LM(nn.Module):
         """ids (B, T) -> (B, T, C). `forward` and `read` add learned positions, if there are any."""
         return self.embed_tokens(ids)
 
-    def forward(self, x: Tensor, prefix: Prefix | None = None, keep: bool = False):
+    def forward(self, x: Tensor, prefix: Prefix | None = None, keep: bool = False, last=None):
         """x (B, T, C) -> h (B, T, C), or with keep (h, the prefix extended by x).
 
         x may be embeddings or a Connector's output. Texts of different lengths are padded on the
-        right, which needs no mask in a causal LM. ValueError if the text exceeds the context, which
-        is not checked behind a ragged prefix.
+        right, which needs no mask in a causal LM. With `last`, h is (B, last, C), of the last
+        positions only, and the last layer computes no others. ValueError if the text exceeds the
+        context, which is not checked behind a ragged prefix.
         """
-        out = self.layers(self.add_positions(x, prefix), prefix, keep)
+        out = self.layers(self.add_positions(x, prefix), prefix, keep, last)
         return (self.norm(out[0]), out[1]) if keep else self.norm(out)
 
     def add_positions(self, x: Tensor, prefix: Prefix | None) -> Tensor:

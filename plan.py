@@ -31,6 +31,7 @@ import recurse
 import start
 import train
 from adapters import Connector, DeepPrompt, PromptGenerator, SoftPrompt
+from cache import Buffered, SharedPrefix
 from checkpoints import HUB_FILES, load_tokenizer, read_config, resolve, skip_init
 from contest import FORMULAS, memory
 from families import t5_from_hf
@@ -346,7 +347,7 @@ class DryRun:
         held = self.answers(lengths.eval_question, math.ceil(rows / max(1, lengths.options)), rows)
         if args.method != "textual_recursion":
             return held
-        # Samples of which no two agree: each then has its own cache, as in recurse.candidates.
+        # Samples of which no two agree, as in recurse.candidates.
         n, question = args.candidates, max(lengths.eval_question, lengths.text - lengths.targets)
         questions = max(1, args.eval_tokens // (n * (P + question + args.max_new_tokens)))
         return max(held, self.answers(question, questions, n * questions, samples=True))
@@ -365,7 +366,10 @@ class DryRun:
                 h = model(model.embed(ids), cache.select(index))
                 token_logprobs(self.lm, h.flatten(0, 1), ids.flatten())
             else:
-                cache = cache.preallocate(index, self.args.max_new_tokens, rows)
+                cache = (SharedPrefix if samples else Buffered).of(cache)
+                cache = Buffered.preallocate(cache, index, self.args.max_new_tokens, rows)
+                if samples:
+                    cache = replace(cache, place=torch.arange(rows), width=rows // questions)
                 h, cache = model(model.embed(index[:, None]), cache, keep=True)
                 logprobs = model.logits(h[:, -1]).log_softmax(-1)
                 if samples:

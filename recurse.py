@@ -78,9 +78,9 @@ class Around(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("lm"), name)
 
-    def forward(self, x: Tensor, prefix=None, keep: bool = False):
-        """x (B, T, C) -> (B, T, C), or with keep (output, the prefix extended by x)."""
-        return self.lm(x, prefix, keep)
+    def forward(self, x: Tensor, prefix=None, keep: bool = False, last=None):
+        """As LM.forward: x (B, T, C) -> (B, T, C), or with keep (output, the extended prefix)."""
+        return self.lm(x, prefix, keep, last)
 
 
 class Checkpointed(Around):
@@ -91,17 +91,17 @@ class Checkpointed(Around):
     `keep`, the LM runs as it is.
     """
 
-    def forward(self, x: Tensor, prefix=None, keep: bool = False):
+    def forward(self, x: Tensor, prefix=None, keep: bool = False, last=None):
         """x (B, T, C) -> h (B, T, C), as in LM.forward."""
         lm, layers = self.lm, self.lm.layers
         if keep or not torch.is_grad_enabled():
-            return lm(x, prefix, keep)
+            return lm(x, prefix, keep, last)
         x = lm.add_positions(x, prefix)
         cos_sin = rope_cos_sin(layers.config, text_positions(layers, x, prefix))
-        for block in layers:
+        for block, at in zip(layers, layers.positions(last)):
 
-            def run(x: Tensor, block=block) -> Tensor:
-                return block(x, cos_sin, prefix, False, layers.attend)[0]
+            def run(x: Tensor, block=block, at=at) -> Tensor:
+                return block(x, cos_sin, prefix, False, layers.attend, at)[0]
 
             x = checkpoint(run, x, use_reentrant=False)
         return lm.norm(x)
@@ -135,10 +135,12 @@ class Stack(Around):
             return None
         first = sum(len(part.layers) for part in list(self.parts)[:i])
         own = slice(first, first + len(self.parts[i].layers))
-        return replace(prefix, layers=prefix.layers[own], buffer=prefix.buffer[own])
+        return replace(
+            prefix, **{k: v[own] for k, v in vars(prefix).items() if isinstance(v, list)}
+        )
 
-    def forward(self, x: Tensor, prefix=None, keep: bool = False):
-        """x (B, T, C) -> (B, T, C) through every part.
+    def forward(self, x: Tensor, prefix=None, keep: bool = False, last=None):
+        """x (B, T, C) -> (B, T, C) through every part, or (B, last, C) as in LM.forward.
 
         The output of a residual Connector is added to the vectors that it would otherwise replace:
         to the embeddings, or to its own input, the LM's output, if it is the last part. With keep
@@ -146,18 +148,18 @@ class Stack(Around):
         """
         extended, embeddings = [], x if self.embeddings is None else self.embeddings
         for i, part in enumerate(self.parts):
-            replaced = x if i == len(self.parts) - 1 else embeddings
-            x = part(x, self.prefix_of(i, prefix), keep)
+            ends = i == len(self.parts) - 1
+            replaced = x if ends else embeddings
+            x = part(x, self.prefix_of(i, prefix), keep, last if ends else None)
             if keep:
                 x, own = x
                 extended.append(own)
             if getattr(part, "residual", False):
-                x = replaced + x
+                x = replaced[:, -x.shape[1] :] + x
         if not keep:
             return x
         layers = [kv for own in extended for kv in own.layers]
-        buffer = [kv for own in extended for kv in own.buffer]
-        return x, replace(extended[0], layers=layers, buffer=buffer)
+        return x, replace(prefix or extended[0], layers=layers, lengths=extended[0].lengths)
 
     def read(self, x: Tensor, prefix=None, lengths: Tensor | None = None):
         """The prefix after x (T, C) or (B, T, C); lengths (B,) as in LM.read."""
@@ -174,9 +176,9 @@ class Reread(nn.Module):
         self.lm, self.scale = lm, rms(lm.embed_tokens.weight)
         self.layers = lm.layers
 
-    def forward(self, h: Tensor, prefix=None, keep: bool = False):
+    def forward(self, h: Tensor, prefix=None, keep: bool = False, last=None):
         """h (B, T, C) -> (B, T, C), and with keep the extended Prefix, as in LM.forward."""
-        return self.lm(self.scale * F.rms_norm(h, h.shape[-1:]), prefix, keep)
+        return self.lm(self.scale * F.rms_norm(h, h.shape[-1:]), prefix, keep, last)
 
 
 class FirstPass:

@@ -13,9 +13,10 @@ from tokenizers import processors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters import Connector, from_labels, from_text, from_vocab, random, rms
+from cache import Buffered, SharedPrefix
 from generate import generate, option_scores, pad
 from model import Prefix, append_kv, attend
-from recurse import CONNECTOR_METHODS, Stack, new_connector
+from recurse import CONNECTOR_METHODS, Checkpointed, Stack, new_connector
 
 FOUR = torch.tensor([QUESTIONS[3], QUESTIONS[3][::-1], QUESTIONS[0] + [1, 1], [9] * 8])
 
@@ -135,7 +136,7 @@ def test_rows_of_a_stacked_prefix_stack_again(lm):
 def test_selected_rows_continue_as_if_alone_and_preallocated_ones_in_place(lm, kind, index):
     (prefix, prompts), rows, n = before(kind, lm), torch.tensor(index), len(index)
     x, texts, prompts = lm.embed(FOUR[:n]), FOUR[:n].tolist(), [prompts[i] for i in index]
-    selected, buffered = prefix.select(rows), prefix.preallocate(rows, 8, len(rows))
+    selected, buffered = prefix.select(rows), Buffered.of(prefix).preallocate(rows, 8, len(rows))
     assert (selected is prefix) == (kind in ("empty", "shared", "padded"))  # one row serves any
     check(lm, lm(x, selected), texts, prompts)
     _, cache = lm(x[:, :5], buffered, keep=True)
@@ -144,7 +145,7 @@ def test_selected_rows_continue_as_if_alone_and_preallocated_ones_in_place(lm, k
     last = cache.select(torch.tensor([n - 1]))
     check(lm, lm(x[:, 5:], cache), texts, prompts)
     _, full = lm(x[:, 5:8], cache, keep=True)
-    with pytest.raises(ValueError, match="do not fit the prefix's buffer"):
+    with pytest.raises(ValueError, match="do not fit the cache's buffer"):
         lm(x[:, :1], full, keep=True)
     check(lm, lm(x[-1:, 5:], last), texts[-1:], prompts[-1:])
 
@@ -162,7 +163,8 @@ class Written(TorchDispatchMode):
 
 def test_only_rows_that_move_are_copied(make_lm):
     lm = make_lm("tied")
-    cache = lm.read(vectors(lm, 4)[None].expand(3, -1, -1)).preallocate(torch.arange(3), 5, 6)
+    cache = Buffered.of(lm.read(vectors(lm, 4)[None].expand(3, -1, -1)))
+    cache = cache.preallocate(torch.arange(3), 5, 6)
     whole, layers = cache.buffer[0][0], lm.config.n_layers
     whole[:3, :, :4] = torch.arange(3.0)[:, None, None, None]  # a row's number
     whole[:, :, 4:] = -1
@@ -224,14 +226,20 @@ def test_reading_in_chunks_equals_reading_at_once(lm, chunks, kind):
             close([t[b, :, -n:] for t in ours], [t[b, :, -n:] for t in theirs])
 
 
-def test_read_skips_the_last_layer_and_the_batch(lm):
+def test_read_skips_the_last_layer_and_the_batch(lm, monkeypatch):
     shapes, plain, n = [], lm.layers.attend, lm.config.n_layers
+    shared = SharedPrefix.attend
 
     def spy(q, *rest):
         shapes.append(len(q))
         return plain(q, *rest)
 
+    def shared_spy(self, q, *rest):
+        shapes.append(len(q))
+        return shared(self, q, *rest)
+
     lm.layers.attend = spy
+    monkeypatch.setattr(SharedPrefix, "attend", shared_spy)
     assert lm.new_layers(1).attend is spy
     prefix = lm.read(vectors(lm, 5))
     assert shapes == [1] * (n - 1)
@@ -242,6 +250,24 @@ def test_read_skips_the_last_layer_and_the_batch(lm):
     rows = len({(b, sample.ids[0]) for b, some in enumerate(drawn) for sample in some})
     # Reading the questions, the first new token, the second: samples that agree are one row.
     assert shapes == [2] * (n - 1) + [2] * n + [rows] * n and 2 < rows <= 6
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+def test_the_last_positions_are_computed_alone(lm, kind):
+    """With `last` the last layer computes no others, and every position is in the prefix."""
+    (prefix, _), x, computed = before(kind, lm), lm.embed(FOUR), []
+    whole, kept = lm(x, prefix, keep=True)
+    for block in lm.layers:
+        block.mlp.register_forward_hook(lambda _, given, y: computed.append(y.shape[1]))
+    for last in (1, 3, 8):
+        close(lm(x, prefix, last=last), whole[:, -last:])
+        h, cache = lm(x, prefix, keep=True, last=last)
+        close(h, whole[:, -last:])
+        close(cache.layers, kept.layers)
+        assert cache.row_lengths(4) == kept.row_lengths(4)
+        close(Checkpointed(lm)(x.clone().requires_grad_(), prefix, last=last), h)
+    widths = [w for last in (1, 3, 8) for w in 3 * ([8] * (lm.config.n_layers - 1) + [last])]
+    assert computed == widths
 
 
 # Connectors and compositions
@@ -261,7 +287,7 @@ class Embeddings(nn.Module):
 
     layers = [None]
 
-    def forward(self, x, prefix=None, keep=False):
+    def forward(self, x, prefix=None, keep=False, last=None):
         start = prefix.size if prefix else 0
         end = start + x.shape[1]
         kept = Prefix([(torch.zeros(len(x), 1, end, 2),) * 2])  # remembers how far it is
@@ -296,6 +322,7 @@ def test_composition_is_its_formula_at_once_and_in_chunks(lm, kind):
     x = stack.embed(FOUR[:2, :6])
     h = formula(x)
     close(stack(x), h, 1e-5 if kind == "training_free" else 0.0)  # its norm is written out here
+    close(stack(x, last=2), h[:, -2:], 1e-4)
     assert torch.equal(stack.logits(h), lm.logits(h))
     assert (h - lm(x)).abs().max() > 0.05  # the Connector does something
     for chunks in ([1] * 6, [2, 1, 3]):

@@ -18,8 +18,8 @@ TIERS = {  # imports at the top of a file go strictly down
     **dict.fromkeys(["checkpoints", "data", "eval", "world"], 1),
     **dict.fromkeys(["attention", "generate"], 1),
     **dict.fromkeys(["model", "adapters", "questions", "rerank", "t5", "genres"], 2),
-    **dict.fromkeys(["recurse", "suite", "retrieve", "documents", "replay"], 3),
-    **dict.fromkeys(["filler", "passages"], 4),
+    **dict.fromkeys(["recurse", "suite", "retrieve", "documents", "cache"], 3),
+    **dict.fromkeys(["filler", "passages", "replay"], 4),
     **dict.fromkeys(["openbook", "prompts", "textual", "convert"], 5),
     **dict.fromkeys(["runs", "reader", "handover"], 6),
     **dict.fromkeys(["fit", "cli", "start", "study", "corpus", "verify"], 7),
@@ -153,7 +153,7 @@ class Encoder:
     def __call__(self, x, lengths): return x.tanh()
 class Layers(torch.nn.Linear):
     config = Config
-    def forward(self, x, prefix, keep): return super().forward(x)
+    def forward(self, x, prefix, keep, last): return super().forward(x)
 prompt = SoftPrompt(from_vocab(4, torch.randn(50, 16)))
 connector = Connector(Layers(16, 16), 0.1)
 deep = DeepPrompt(Prefix([(torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8))] * 3))
