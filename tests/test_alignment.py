@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters import Connector, from_labels, from_text, from_vocab, random, rms
 from cache import Buffered, SharedPrefix
-from generate import generate, option_scores, pad
+from generate import generate, option_scores, pad, prefill
 from model import Prefix, append_kv, attend
 from recurse import CONNECTOR_METHODS, Checkpointed, Stack, new_connector
 
@@ -250,6 +250,23 @@ def test_read_skips_the_last_layer_and_the_batch(lm, monkeypatch):
     rows = len({(b, sample.ids[0]) for b, some in enumerate(drawn) for sample in some})
     # Reading the questions, the first new token, the second: samples that agree are one row.
     assert shapes == [2] * (n - 1) + [2] * n + [rows] * n and 2 < rows <= 6
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+def test_rows_that_share_their_questions_continue_as_with_caches_of_their_own(lm, kind):
+    _, cache = prefill(lm, QUESTIONS, before(kind, lm)[0], [9] * 4)
+    shared, questions = SharedPrefix.of(cache), cache.layers[0][0]
+    for index, kept in (([2, 0, 2, 3, 2], 4), ([3, 2, 1], 4), ([2, 2, 1], 2), ([1], 1)):
+        rows, layers = torch.tensor(index), shared.shared
+        shared, cache = shared.preallocate(rows, 8, 6), cache.select(rows)
+        assert len(shared.shared[0][0]) == kept  # questions without rows, once they are half
+        assert shared.shared is layers or kept < len(layers[0][0])
+        assert shared.size == cache.size and len(shared.buffer[0][0]) == 6
+        for ids in torch.arange(4, 4 + 2 * len(index)).view(2, -1, 1):
+            h, shared = lm(lm.embed(ids), shared, keep=True)
+            expected, cache = lm(lm.embed(ids), cache, keep=True)
+            close(h, expected)
+    assert shared.shared[0][0].untyped_storage().nbytes() <= questions.numel() * 4 / 2
 
 
 @pytest.mark.parametrize("kind", PREFIXES)

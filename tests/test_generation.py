@@ -21,7 +21,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import data
 import generate as generation  # not its function of that name
-from cache import SharedPrefix
 from generate import (
     Sample,
     generate,
@@ -105,23 +104,6 @@ def test_n_samples_equal_the_question_repeated_n_times(lm):
     assert tokens(shared) == [alone[3 * b : 3 * b + 3] for b in range(4)]
     assert len(set(map(tuple, alone))) > 6  # they are samples, not copies
     assert shared == generate(lm, QUESTIONS, prefix, n=3, generator=seeded(5), **how)
-
-
-@pytest.mark.parametrize("kind", PREFIXES)
-def test_rows_that_share_their_questions_continue_as_with_caches_of_their_own(lm, kind):
-    _, cache = generation.prefill(lm, QUESTIONS, before(kind, lm)[0], [9] * 4)
-    shared, questions = SharedPrefix.of(cache), cache.layers[0][0]
-    for index, kept in (([2, 0, 2, 3, 2], 4), ([3, 2, 1], 4), ([2, 2, 1], 2), ([1], 1)):
-        rows, layers = torch.tensor(index), shared.shared
-        shared, cache = shared.preallocate(rows, 8, 6), cache.select(rows)
-        assert len(shared.shared[0][0]) == kept  # questions without rows, once they are half
-        assert shared.shared is layers or kept < len(layers[0][0])
-        assert shared.size == cache.size and len(shared.buffer[0][0]) == 6
-        for ids in torch.arange(4, 4 + 2 * len(index)).view(2, -1, 1):
-            h, shared = lm(lm.embed(ids), shared, keep=True)
-            expected, cache = lm(lm.embed(ids), cache, keep=True)
-            close(h, expected)
-    assert shared.shared[0][0].untyped_storage().nbytes() <= questions.numel() * 4 / 2
 
 
 def test_logprob_is_at_temperature_1_and_over_the_whole_vocabulary(lm):
