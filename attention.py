@@ -11,9 +11,10 @@ online softmax  A softmax needs the largest score and the sum of all terms. The 
 recomputation   The backward pass computes the softmax weights again, from the queries, the keys and
                 one number per query: see `weights`.
 
-A shared prefix is not copied for the rows of the batch: its batch stride is 0. The programs of one
-head run one after another, so its prefix stays in the cache of the GPU. The gradient of a shared
-prefix is summed over the batch inside `backward_kv_kernel`.
+A shared prefix is not copied for the rows of the batch: its batch stride is 0. (Model.py copies it
+in the last layer of a training step, where the first positions have keys and no query.) The
+programs of one head run one after another, so its prefix stays in the cache of the GPU. The
+gradient of a shared prefix is summed over the batch inside `backward_kv_kernel`.
 
     lm = LM.from_pretrained("assets/lm", "cuda", torch.bfloat16, attend=attention.attend)
 

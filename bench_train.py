@@ -24,6 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import start
 from adapters import DeepPrompt, PromptGenerator, SoftPrompt
 from contest import Contest, Setting, decoding, llama
 from data import IGNORE_INDEX, Batch
@@ -146,7 +147,7 @@ def options(setting: Setting) -> Iterator[Contest]:
             return training_step(setting, vectors, lambda: (model or lm, lm.read(vectors())), ids)
 
         compiled = deepcopy(lm)
-        compiled.layers.compile(dynamic=True)
+        start.compile_steps(compiled.layers)
         for name, ours in (
             ("--checkpoint-activations", step(lm, Checkpointed(lm))),
             ("--dtype bfloat16", step(lm, setting=replace(setting, dtype=torch.bfloat16))),

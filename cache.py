@@ -1,15 +1,15 @@
-"""KV caches of decoding: extended in place, and shared by the samples of a question.
+"""KV caches of decoding, extended in place, and what the samples of a question share.
 
-    Buffered      has space for the tokens that follow, so that a step copies no earlier ones
-    SharedPrefix  also keeps and reads the keys and values of a question once for all its samples
-    inverse_cdf   draws their tokens
+    Buffered     has space for the tokens that follow, so that a step copies no earlier ones
+    SampleCache  also keeps and reads the keys and values of a question once for all its samples
+    inverse_cdf  draws their tokens; samples that agree so far share one softmax
 
 n samples of a question attend to the same P positions and to t new ones each. With a cache of its
 own for each sample a step reads n (P + t) keys, and here P + n t. The scores of the question's keys
 are one product of matrices for all of its samples. (Bifurcated attention, Athiwaratkun et al. 2024;
 Hydragen, Juravsky et al. 2024.)
 
-    cache = SharedPrefix.of(cache)                  each row of a model.Prefix becomes a question
+    cache = SampleCache.of(cache)                  each row of a model.Prefix becomes a question
     cache = cache.preallocate(index, more, rows)    row i now continues what row index[i] was
     h, cache = lm(lm.embed(ids), cache, keep=True)  ids (R, 1): one token of each row
 
@@ -33,7 +33,7 @@ class Buffered(Prefix):
 
     @classmethod
     def of(cls, cache: Prefix) -> "Buffered":
-        """The same cache, as yet without a buffer."""
+        """The same cache, as yet without a buffer: `preallocate` makes it."""
         return cls(cache.layers, cache.lengths)
 
     def joined(self, i: int, k: Tensor, v: Tensor) -> KV:
@@ -64,45 +64,51 @@ class Buffered(Prefix):
 
 
 @dataclass
-class SharedPrefix(Buffered):
+class SampleCache(Buffered):
     """A KV cache whose rows share the keys and values of their questions. `layers` hold what each
-    row has of its own, and `lengths` counts both.
+    row has of its own, and `lengths` counts both. It takes one token of each row, and only
+    generate.decode is meant to hold it: `select`, `save` and the like know nothing of questions.
 
-    shared  per layer the keys and values of Q questions, each (Q, K, P, D)
-    place   (R,): the place of each row among Q * width, of which every question has `width`
+    questions  per layer the keys and values of Q questions, each (Q, K, P, D)
+    width      the number of rows of the question that has most
+    place      (R,): the rows of question q have places from q * width on. A question with fewer
+               rows leaves places free, and its keys meet queries of zeros there.
     """
 
-    shared: list[KV] = field(default_factory=list)
+    questions: list[KV] = field(default_factory=list)
     place: Tensor | None = None
     width: int = 1
 
     @classmethod
-    def of(cls, cache: Prefix) -> "SharedPrefix":
+    def of(cls, cache: Prefix) -> "SampleCache":
         """Every row of a cache as a question, and as the one row that continues it so far."""
         empty = [tuple(t[:, :, :0] for t in pair) for pair in cache.layers]
         place = torch.arange(cache.rows, device=cache.layers[0][0].device)
-        return cls(empty, cache.lengths, shared=cache.layers, place=place)
+        return cls(empty, cache.lengths, questions=cache.layers, place=place)
 
     @property
     def size(self) -> int:
         """P + t."""
-        return self.shared[0][0].shape[2] + super().size
+        return self.questions[0][0].shape[2] + self.layers[0][0].shape[2]
 
-    def preallocate(self, index: Tensor, more: int, rows: int) -> "SharedPrefix":
-        """As in Buffered. Half of the questions or more without a row are dropped."""
-        question, shared = self.place[index] // self.width, self.shared
+    def preallocate(self, index: Tensor, more: int, rows: int) -> "SampleCache":
+        """As in Buffered. If at least half of the questions have no row left, these are dropped."""
+        question, questions = self.place[index] // self.width, self.questions
         continued = question.unique()
-        if 2 * len(continued) <= len(shared[0][0]):
-            shared = [tuple(t[continued] for t in pair) for pair in shared]
+        if 2 * len(continued) <= len(questions[0][0]):
+            questions = [tuple(t[continued] for t in pair) for pair in questions]
             question = torch.searchsorted(continued, question)
-        place, width = side_by_side(question, len(shared[0][0]))
+        place, width = side_by_side(question, len(questions[0][0]))
         moved = super().preallocate(index, more, rows)
-        return replace(moved, shared=shared, place=place, width=width)
+        return replace(moved, questions=questions, place=place, width=width)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, past: KV, lengths=None, window=None):
-        """model.attend for one token of each row: q (R, H, 1, D), k and v (R, K, t, D) of the rows,
-        past (Q, K, P, D) of the questions. Returns (R, H, 1, D)."""
-        (R, H, _, D), K, (Q, _, P, _) = q.shape, k.shape[1], past[0].shape
+        """model.attend for one token of each row, in place of the LM's own. q (R, H, 1, D), k and v
+        (R, K, t, D) of the rows, past (Q, K, P, D) of the questions. Returns (R, H, 1, D). The
+        scores have the dtype of the keys: in bf16 they are rounded before their softmax."""
+        (R, H, T, D), K, (Q, _, P, _) = q.shape, k.shape[1], past[0].shape
+        if T != 1:
+            raise ValueError(f"a SampleCache takes one token of each row, not {T}")
 
         def by_question(x: Tensor) -> Tensor:  # (R, K, G, W) -> (Q, K, width * G, W)
             places = x.new_zeros(Q * self.width, *x.shape[1:])

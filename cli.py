@@ -198,8 +198,8 @@ def add_run_flags(parser) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "arithmetic and frozen weights; on CUDA bfloat16, else float32, if not given; auto: "
     dtype += "bfloat16 if it is faster here"
-    compiles = "compile the LM's layers (torch.compile), but not the reading of a prompt: a minute "
-    compiles += "for faster steps"
+    compiles = "compile the LM's layers (torch.compile) for training steps, but not the reading of "
+    compiles += "a prompt: a minute for faster steps"
     resume = "continue from the last checkpoint in --out, on a CPU with as many threads bit for "
     resume += "bit; with torchrun, --shard and the number of processes may be others now"
     add_flags(

@@ -192,15 +192,15 @@ def autocast(settings):
 
 def target_loss(model, prefix, batch: Batch, x: Tensor | None = None) -> Tensor:
     """Cross entropy, summed over the batch's targets. Logits are computed at these only, and the
-    last layer from the batch's first column with a target on.
+    last layer computes only the columns from the first that has a target.
 
     x (B, T, C) is what the model reads in place of the embeddings, if it is given. At most 128 MiB
     of logits exist at a time. If there are more, the backward pass computes them again.
     """
     target_mask = batch.targets != IGNORE_INDEX
-    first = int(target_mask.any(0).int().argmax())
-    h = model(model.embed(batch.ids) if x is None else x, prefix, last=len(target_mask[0]) - first)
-    h, targets = h[target_mask[:, first:]], batch.targets[target_mask]
+    last = target_mask.shape[1] - int(target_mask.any(0).int().argmax())
+    h = model(model.embed(batch.ids) if x is None else x, prefix, last=last)
+    h, targets = h[target_mask[:, -last:]], batch.targets[target_mask]
 
     def loss_of(h: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(model.logits(h), targets, reduction="sum")

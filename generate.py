@@ -1,18 +1,19 @@
 """Generation and scoring: prefill, sampling, n samples of one prompt, answer choices.
 
 `lm` is a model.LM or anything with its interface, such as recurse.Stack over several passes. Of
-its prefix these are used: rows, lengths, layers, row_lengths, select and stack (model.Prefix).
+its prefix these are used: rows, lengths, layers, row_lengths, select and stack (model.Prefix). For
+new tokens its attention must write into a given cache and read it, as model.Attention does.
 
     prefill            reads every question, except its last token, into the KV cache
     sample_next_token  logits -> one token per row
     generate           greedy continuations, or n samples of each question
     sample_answers     n samples of each question, each with random numbers of its own
-    decode             prefill, then one token per step; samples share the cache of their question
+    decode             prefill, then one token per step
     option_scores      log-probabilities of answer choices; each question is read once
     predict            answers: texts, or choices among options; in batches within a memory budget
 
-Needs torch, for new tokens cache.py, replay.py and model.py, and for the command line other files
-of the project. Dimensions as in model.py.
+Needs torch. For new tokens it needs cache.py and model.py, on a GPU also replay.py, and for the
+command line other files of the project. Dimensions as in model.py.
 
     python generate.py assets/lm "Once upon a time"
 
@@ -130,7 +131,8 @@ def prefill(lm, ids: list[list[int]], prefix, max_new: list[int]):
 
 
 def sample_next_token(logits: Tensor, temperature: float, top_k, top_p, generator, row=None):
-    """A token id (R,) for each row of logits (R, V), or (S,) for each row named in row (S,).
+    """A token id for each row of logits (R, V), or for each of the rows named in row (S,). Returns
+    (R,) or (S,).
 
     Temperature 0 takes the most likely token. Otherwise it samples: top_k keeps only the most
     likely tokens, and top_p then keeps the fewest most likely ones whose sum reaches top_p.
@@ -189,10 +191,11 @@ def generate(
     ended   a function of the question's number and the tokens so far; True ends a continuation
 
     A question is read once, however many samples are drawn, and samples whose tokens are the same
-    so far are one row (not where replay.py decodes). Memory: a position of the cache has 2 * K * D
-    values per layer (of every part of a Stack). For each question there are those of the prefix and
-    of the longest question, and max_new_tokens for each of its samples; at most the questions' are
-    there twice. A prefix that the caller keeps comes on top.
+    so far are one row. Memory: a position of the cache has 2 * K * D values per layer (of every
+    part of a Stack). For each question there are those of the prefix and of the longest question,
+    and max_new_tokens for each of its samples; at most the questions' are there twice. A prefix
+    that the caller keeps comes on top. Where replay.py decodes, on a GPU, each sample is a row and
+    has its question's positions for itself.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, n)
 
@@ -241,11 +244,14 @@ def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> li
     draw  (logits (R, V), row (S,), active (S,), step) -> the next token (S,) of each of the S
           samples that go on: `active` holds their numbers, `row` the row of each
     """
-    from cache import Buffered, SharedPrefix
-    from replay import Replayed, can_replay
+    from cache import Buffered, SampleCache
 
     token, cache = prefill(lm, ids, prefix, [max_new_tokens] * len(ids))
-    graph = token.device.type in GRAPHS and can_replay(lm, max_new_tokens)
+    graph = token.device.type in GRAPHS
+    if graph:
+        from replay import Replayed, can_replay
+
+        graph = can_replay(lm, max_new_tokens)
     device, samples = token.device, [Sample([], 0.0)] * (len(ids) * n)
     eos_ids = torch.tensor(as_list(eos), dtype=torch.long, device=device)
     active = torch.arange(len(ids) * n, device=device)  # numbers of the samples that go on
@@ -284,10 +290,11 @@ def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> li
             replayed.keep(source)
         elif graph:
             replayed, cache = Replayed(lm, cache, source, more), None
-        elif step == 0 or not torch.equal(source, torch.arange(R, device=device)):
-            if step == 0:
-                cache = (SharedPrefix if n > 1 else Buffered).of(cache)
-            cache = cache.preallocate(source, more, len(ids) * n)  # otherwise no row moves
+        elif step == 0:
+            cache = (SampleCache if n > 1 else Buffered).of(cache)
+            cache = cache.preallocate(source, more, len(ids) * n)
+        elif not torch.equal(source, torch.arange(R, device=device)):  # a row moves
+            cache = cache.preallocate(source, more, len(ids) * n)
         place, goes_on = torch.empty_like(parent), ~done[row]
         place[kept] = torch.arange(len(kept), device=device)  # of a new row: its index in the cache
         active, row = active[goes_on], place[row[goes_on]]

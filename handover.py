@@ -74,7 +74,7 @@ class Replaced(torch.nn.Module):
         self.residual, self.layers = connector.residual, connector.layers
 
     def forward(self, x: Tensor, prefix=None, keep: bool = False, last=None):
-        """As the Connector's, of all positions."""
+        """As the Connector's. `last` is not used: what a Stack hands on is whole."""
         h, extended = self.connector(x, prefix, keep=True)
         first = 0 if prefix is None else prefix.size  # the position of x[:, 0]
         for i, position in enumerate(self.at):

@@ -173,7 +173,8 @@ class Attention(nn.Module):
         """x (B, T, C) -> q (B, H, T, D) of the positions `at`, k and v (B, K, T, D) of all; q and k
         after norm and rope."""
         c = self.config
-        q, k, v = self.q_proj(x[:, at].contiguous()), self.k_proj(x), self.v_proj(x)
+        asked = x[:, at].contiguous()  # a slice would take longer
+        q, k, v = self.q_proj(asked), self.k_proj(x), self.v_proj(x)
         if c.qk_norm == "width":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for t in (q, k, v))
@@ -181,21 +182,22 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if c.divide_by_depth:
             q = q / (self.index + 1)
-        at_cos_sin = cos_sin and tuple(t[..., at, :] for t in cos_sin)
+        at_cos_sin = None if cos_sin is None else tuple(t[..., at, :] for t in cos_sin)
         return apply_rope(q, at_cos_sin), apply_rope(k, cos_sin), v
 
     def forward(self, x: Tensor, cos_sin, prefix: "Prefix | None", keep: bool, attend, at=ALL):
-        """x (B, T, C) -> (B, T, C) at the positions `at`, and (k, v) of the text, or with keep of
-        prefix and text."""
+        """x (B, T, C) -> (B, T, C) at the positions `at`, and (k, v): with keep those that extend
+        the prefix."""
         q, k, v = self.qkv(x, cos_sin, at)
         before = k.shape[2] - q.shape[2]  # text positions without a query are as good as a prefix
         past, lengths = None, None
         if prefix is not None:
             past, lengths = prefix.layers[self.index], prefix.lengths
-            if keep or before or prefix.shared:  # attention reads the joined keys and values
-                (k, v), past = prefix.joined(self.index, k, v), None
-            if prefix.shared:
-                past, attend = prefix.shared[self.index], prefix.attend
+            if keep or before or prefix.questions:  # attention reads the joined keys and values
+                k, v = prefix.joined(self.index, k, v) if keep else append_kv(past, k, v)
+                past = None
+            if prefix.questions:
+                past, attend = prefix.questions[self.index], prefix.attend
             lengths = lengths if lengths is None else lengths + before
         y = attend(q, k, v, past, lengths, self.window)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)
@@ -267,7 +269,7 @@ class Prefix:
 
     layers: list[KV]
     lengths: Tensor | None = None
-    shared = ()  # layers that several rows have in common, in cache.SharedPrefix
+    questions = ()  # keys and values that several rows have in common, in cache.SampleCache
 
     @property
     def size(self) -> int:
@@ -378,12 +380,12 @@ class Layers(nn.ModuleList):
     def read(self, x: Tensor, prefix: Prefix | None = None) -> Prefix:
         """The prefix extended by x. The last block stops at keys and values: the rest is unused."""
         cos_sin = rope_cos_sin(self.config, text_positions(self, x, prefix))
-        *blocks, last = self
+        *blocks, final = self
         kvs = []
         for block in blocks:
             x, kv = block(x, cos_sin, prefix, True, self.attend)
             kvs.append(kv)
-        k, v = last.keys_values(x, cos_sin)
+        k, v = final.keys_values(x, cos_sin)
         kvs.append((k, v) if prefix is None else prefix.joined(len(blocks), k, v))
         return self.extended(prefix, kvs, x)
 
@@ -394,9 +396,11 @@ class Layers(nn.ModuleList):
     @staticmethod
     def extended(prefix: Prefix | None, kvs: list[KV], x: Tensor) -> Prefix:
         """The prefix extended by x (B, T, C); `kvs` holds the keys and values of both."""
-        if prefix is None or prefix.lengths is None:
-            return replace(prefix or Prefix([]), layers=kvs)
-        return replace(prefix, layers=kvs, lengths=prefix.lengths.expand(len(x)) + x.shape[1])
+        if prefix is None:
+            return Prefix(kvs)
+        lengths = prefix.lengths
+        lengths = None if lengths is None else lengths.expand(len(x)) + x.shape[1]
+        return replace(prefix, layers=kvs, lengths=lengths)
 
 
 class LM(nn.Module):
@@ -457,9 +461,9 @@ class LM(nn.Module):
         """x (B, T, C) -> h (B, T, C), or with keep (h, the prefix extended by x).
 
         x may be embeddings or a Connector's output. Texts of different lengths are padded on the
-        right, which needs no mask in a causal LM. With `last`, h is (B, last, C), of the last
-        positions only, and the last layer computes no others. ValueError if the text exceeds the
-        context, which is not checked behind a ragged prefix.
+        right, which needs no mask in a causal LM. With `last`, from 1 to T, h is (B, last, C), of
+        the last positions only, and the last layer computes no others. ValueError if the text
+        exceeds the context, which is not checked behind a ragged prefix.
         """
         out = self.layers(self.add_positions(x, prefix), prefix, keep, last)
         return (self.norm(out[0]), out[1]) if keep else self.norm(out)

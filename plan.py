@@ -31,7 +31,7 @@ import recurse
 import start
 import train
 from adapters import Connector, DeepPrompt, PromptGenerator, SoftPrompt
-from cache import Buffered, SharedPrefix
+from cache import Buffered, SampleCache
 from checkpoints import HUB_FILES, load_tokenizer, read_config, resolve, skip_init
 from contest import FORMULAS, memory
 from families import t5_from_hf
@@ -40,6 +40,7 @@ from fit import Recipe, linear_weights, make_optimizer
 from generate import stack_prefixes, token_logprobs
 from int8 import quantize
 from model import LM, Config
+from replay import can_replay
 from runs import ASSETS
 from t5 import T5Config, T5Encoder
 
@@ -320,7 +321,7 @@ class DryRun:
             x = model.embed(ids)
             if self.lengths.kept:  # x: the first pass's states
                 model = model.after_first(x)
-            h = model(x, prefix)
+            h = model(x, prefix, last=self.lengths.targets)
             held = step.live
             h.backward(torch.empty_like(h))
         with OperationCounter() as end:
@@ -357,6 +358,8 @@ class DryRun:
         """The peak of `rows` answers to questions that are read once, as in generate.py."""
         read = max(1, question - 1)  # the last token is fed with the answer
         index, new = torch.zeros(rows, dtype=torch.long), self.lengths.new
+        more = self.args.max_new_tokens
+        shared = samples and not (self.args.device == "cuda" and can_replay(self.lm, more))
         with OperationCounter() as counter:
             model, prefix = self.compose(questions, read)
             ids = torch.zeros(questions, read, dtype=torch.long)
@@ -366,9 +369,10 @@ class DryRun:
                 h = model(model.embed(ids), cache.select(index))
                 token_logprobs(self.lm, h.flatten(0, 1), ids.flatten())
             else:
-                cache = (SharedPrefix if samples else Buffered).of(cache)
-                cache = Buffered.preallocate(cache, index, self.args.max_new_tokens, rows)
-                if samples:
+                _, cache = model(model.embed(ids[:, :1]), cache, keep=True)
+                cache = (SampleCache if shared else Buffered).of(cache)
+                cache = Buffered.preallocate(cache, index, more, rows)
+                if shared:  # what its own `preallocate` would find in the values of `index`
                     cache = replace(cache, place=torch.arange(rows), width=rows // questions)
                 h, cache = model(model.embed(index[:, None]), cache, keep=True)
                 logprobs = model.logits(h[:, -1]).log_softmax(-1)

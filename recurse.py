@@ -135,9 +135,8 @@ class Stack(Around):
             return None
         first = sum(len(part.layers) for part in list(self.parts)[:i])
         own = slice(first, first + len(self.parts[i].layers))
-        return replace(
-            prefix, **{k: v[own] for k, v in vars(prefix).items() if isinstance(v, list)}
-        )
+        fields = {k: v[own] for k, v in vars(prefix).items() if isinstance(v, list)}  # per layer
+        return replace(prefix, **fields)
 
     def forward(self, x: Tensor, prefix=None, keep: bool = False, last=None):
         """x (B, T, C) -> (B, T, C) through every part, or (B, last, C) as in LM.forward.
@@ -437,9 +436,10 @@ def candidates(
     none). Without a tokenizer a text is its token ids, and there are no stops.
 
     A batch has at most max_tokens positions: for each question n times (prefix + longest question +
-    max_new_tokens), as if no two samples agreed. The random numbers of a question depend on `seed`,
-    its tokens and max_new_tokens alone, so its candidates do not depend on the questions beside it
-    (but other batches round log-probabilities differently). The same arguments give the same bits.
+    max_new_tokens), as if no two samples agreed or shared their question. The random numbers of a
+    question depend on `seed`, its tokens and max_new_tokens alone, so its candidates do not depend
+    on the questions beside it (but other batches round log-probabilities differently). The same
+    arguments give the same bits.
     """
     stops, ranked = stops or [""] * len(ids), [[]] * len(ids)
     P = prefix_lengths(prefix, 1)[0]

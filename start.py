@@ -32,7 +32,7 @@ import world
 from checkpoints import hash_tensors, load_tokenizer, read_tensors, resolve
 from filler import FILE, Filler
 from int8 import quantize
-from model import LM
+from model import LM, Layers
 from prompts import TaskPrompts
 from questions import check_answers, check_length, check_targets, check_unique, hash_tokenizer
 from runs import ASSETS, HASHES, Run, arguments, finished, names_file
@@ -102,7 +102,7 @@ def load_lm(args) -> tuple[LM, Tokenizer]:
             raise ValueError("--base-dtype int8: the LM itself is trained, which takes float32")
         quantize(lm)
     if args.compile:
-        lm.layers.compile(dynamic=True)
+        compile_steps(lm.layers)
     tokenizer = load_tokenizer(args.tokenizer or folder, lm.config.vocab_size)
     if args.tokenizer and (folder / "tokenizer.json").is_file():
         given, own = tokenizer.get_vocab(), load_tokenizer(folder).get_vocab()
@@ -117,6 +117,17 @@ def load_lm(args) -> tuple[LM, Tokenizer]:
         part, count = parallel.shard(lm, args.device) / 1e6, parallel.count()
         show(f"frozen weights: {part:.2f} of {size:.2f} MB in each of {count} processes")
     return lm, tokenizer
+
+
+def compile_steps(layers: Layers) -> None:
+    """Compiles the passes of training steps. Without gradients the layers run as they are: decoding
+    has too many shapes."""
+    plain, compiled = layers.forward, torch.compile(layers.forward, dynamic=True)
+
+    def forward(*args, **more):
+        return (compiled if torch.is_grad_enabled() else plain)(*args, **more)
+
+    layers.forward = forward
 
 
 def choose_attention(args):

@@ -13,7 +13,7 @@ from tokenizers import processors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters import Connector, from_labels, from_text, from_vocab, random, rms
-from cache import Buffered, SharedPrefix
+from cache import Buffered, SampleCache
 from generate import generate, option_scores, pad, prefill
 from model import Prefix, append_kv, attend
 from recurse import CONNECTOR_METHODS, Checkpointed, Stack, new_connector
@@ -144,6 +144,9 @@ def test_selected_rows_continue_as_if_alone_and_preallocated_ones_in_place(lm, k
         assert [t.data_ptr() for t in buffer] == [t.data_ptr() for t in kept]
     last = cache.select(torch.tensor([n - 1]))
     check(lm, lm(x[:, 5:], cache), texts, prompts)
+    other = x.flip(1)  # what is read without `keep` is not written
+    close(lm(other[:, :5], buffered, last=2), lm(other[:, :5], selected, last=2))
+    check(lm, lm(x[:, 5:], cache), texts, prompts)
     _, full = lm(x[:, 5:8], cache, keep=True)
     with pytest.raises(ValueError, match="do not fit the cache's buffer"):
         lm(x[:, :1], full, keep=True)
@@ -228,7 +231,7 @@ def test_reading_in_chunks_equals_reading_at_once(lm, chunks, kind):
 
 def test_read_skips_the_last_layer_and_the_batch(lm, monkeypatch):
     shapes, plain, n = [], lm.layers.attend, lm.config.n_layers
-    shared = SharedPrefix.attend
+    shared = SampleCache.attend
 
     def spy(q, *rest):
         shapes.append(len(q))
@@ -239,7 +242,7 @@ def test_read_skips_the_last_layer_and_the_batch(lm, monkeypatch):
         return shared(self, q, *rest)
 
     lm.layers.attend = spy
-    monkeypatch.setattr(SharedPrefix, "attend", shared_spy)
+    monkeypatch.setattr(SampleCache, "attend", shared_spy)
     assert lm.new_layers(1).attend is spy
     prefix = lm.read(vectors(lm, 5))
     assert shapes == [1] * (n - 1)
@@ -255,18 +258,42 @@ def test_read_skips_the_last_layer_and_the_batch(lm, monkeypatch):
 @pytest.mark.parametrize("kind", PREFIXES)
 def test_rows_that_share_their_questions_continue_as_with_caches_of_their_own(lm, kind):
     _, cache = prefill(lm, QUESTIONS, before(kind, lm)[0], [9] * 4)
-    shared, questions = SharedPrefix.of(cache), cache.layers[0][0]
+    shared, questions = SampleCache.of(cache), cache.layers[0][0]
     for index, kept in (([2, 0, 2, 3, 2], 4), ([3, 2, 1], 4), ([2, 2, 1], 2), ([1], 1)):
-        rows, layers = torch.tensor(index), shared.shared
+        rows, layers = torch.tensor(index), shared.questions
         shared, cache = shared.preallocate(rows, 8, 6), cache.select(rows)
-        assert len(shared.shared[0][0]) == kept  # questions without rows, once they are half
-        assert shared.shared is layers or kept < len(layers[0][0])
+        assert len(shared.questions[0][0]) == kept  # without rows they go, once they are half
+        assert shared.questions is layers or kept < len(layers[0][0])
         assert shared.size == cache.size and len(shared.buffer[0][0]) == 6
         for ids in torch.arange(4, 4 + 2 * len(index)).view(2, -1, 1):
             h, shared = lm(lm.embed(ids), shared, keep=True)
             expected, cache = lm(lm.embed(ids), cache, keep=True)
             close(h, expected)
-    assert shared.shared[0][0].untyped_storage().nbytes() <= questions.numel() * 4 / 2
+    assert shared.questions[0][0].untyped_storage().nbytes() <= questions.numel() * 4 / 2
+    close(lm(lm.embed(torch.tensor([[9]])), shared), lm(lm.embed(torch.tensor([[9]])), cache))
+    with pytest.raises(ValueError, match="one token of each row, not 2"):
+        lm(lm.embed(torch.tensor([[9, 9]])), shared)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_rows_that_share_their_questions_in_bf16_are_nearly_as_exact(window):
+    """Scores are rounded once more than in model.attend, which keeps them in float32."""
+    kv = [torch.randn(2, 2, 30, 16, generator=seeded(i)) for i in (1, 2)]
+    own = [torch.randn(6, 2, 4, 16, generator=seeded(i)) for i in (3, 4)]
+    q, rows = 2 * torch.randn(6, 4, 1, 16, generator=seeded()), torch.tensor([0, 1, 1, 0, 0, 1])
+
+    def errors(dtype):
+        cache = SampleCache.of(Prefix([tuple(t.to(dtype) for t in kv)])).preallocate(rows, 4, 6)
+        given = [t.to(dtype) for t in (q, *own)]
+        shared = cache.attend(*given, cache.questions[0], None, window)
+        past = tuple(t[rows].to(dtype) for t in kv)
+        plain = attend(*given, past, None, window)
+        exact = attend(*(t.double() for t in given), tuple(t.double() for t in past), None, window)
+        return [(y - exact).abs().mean().item() for y in (shared, plain)]
+
+    assert max(errors(torch.float32)) < 1e-6
+    shared, plain = errors(torch.bfloat16)
+    assert plain < shared * 1.1 and shared < 3 * plain
 
 
 @pytest.mark.parametrize("kind", PREFIXES)
@@ -285,6 +312,9 @@ def test_the_last_positions_are_computed_alone(lm, kind):
         close(Checkpointed(lm)(x.clone().requires_grad_(), prefix, last=last), h)
     widths = [w for last in (1, 3, 8) for w in 3 * ([8] * (lm.config.n_layers - 1) + [last])]
     assert computed == widths
+    x = x.clone().requires_grad_()
+    some = [y.square().sum() for y in (lm(x, prefix, last=3), lm(x, prefix)[:, -3:])]
+    close(*(torch.autograd.grad(y, x)[0] for y in some), 1e-4)
 
 
 # Connectors and compositions

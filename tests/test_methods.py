@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,12 +56,16 @@ def test_target_loss_is_the_naive_sum_over_targets():
     examples = [data.TokenizedExample([1 + i, 2], [3 + i] * (1 + i % 4)) for i in range(5)]
     batch, prompt = data.collate(examples, list(range(5))), torch.randn(3, 16)
     for prefix, P in ((None, 0), (lm.read(prompt), 3)):
-        expected = 0.0
+        losses = []
         for e in examples:  # one by one, the prompt as if it were tokens
             x = torch.cat([prompt[:P], lm.embed(torch.tensor([e.input + e.target]))[0]])[None]
             logprobs = lm.logits(lm(x)).log_softmax(-1)[0, P + len(e.input) - 1 :]
-            expected -= sum(logprobs[i, token] for i, token in enumerate(e.target))
-        torch.testing.assert_close(target_loss(lm, prefix, batch), expected)
+            losses.append(-sum(logprobs[i, token] for i, token in enumerate(e.target)))
+        for without in range(6):  # the first rows have no targets
+            targets = batch.targets.clone()
+            targets[:without] = data.IGNORE_INDEX
+            loss = target_loss(lm, prefix, replace(batch, targets=targets))
+            torch.testing.assert_close(loss, sum(losses[without:], torch.tensor(0.0)))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -124,12 +129,24 @@ def test_bf16_runs_through_with_frozen_weights_in_bf16(place, tmp_path, monkeypa
         assert lm.embed_tokens.weight.dtype == whole
 
 
-def test_compile_is_asked_for_the_layers_of_the_lm(place, monkeypatch):
-    asked = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda *part, **how: asked.append((part, how)))
-    start.load_lm(arguments(place, "connector_lm"))
-    lm, _ = start.load_lm(arguments(place, "connector_lm", "--compile"))
-    assert asked == [((lm.layers,), {"dynamic": True})]
+@pytest.mark.parametrize("method", ["connector_lm", "textual_recursion"])
+def test_compiled_layers_take_training_steps_and_nothing_else(place, tmp_path, monkeypatch, method):
+    passes = []
+
+    def compiled(forward, dynamic):
+        def run_it(x, *rest):
+            passes.append(torch.is_grad_enabled())
+            return forward(x, *rest)
+
+        assert dynamic and forward.__self__.config.n_layers == len(forward.__self__)
+        return run_it
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    plain = run(command(place, method, tmp_path / "plain"))
+    assert not passes
+    record = run(command(place, method, tmp_path / "compiled", "--compile"))
+    assert all(passes) and len(passes) >= 6  # steps
+    assert (record["score"], record["results"]) == (plain["score"], plain["results"])
 
 
 def test_a_frozen_lm_that_changes_is_reported(place, tmp_path, monkeypatch):

@@ -199,14 +199,15 @@ loss = module(torch.ones(1, 1)).sum()
 """,
     "generate": """
 import torch
-from generate import generate, sample_next_token
-module = torch.nn.Linear(4, 4)
-logits = module(torch.eye(4))
-assert sample_next_token(logits, 0, None, None, None).tolist() == logits.argmax(-1).tolist()
-loss = logits.sum()
+from generate import generate
+from model import LM, Config
+module = LM(Config(50, 16, 2, 2, 1, 8, 24, 32))
+samples = generate(module, [[3, 4], [5]], None, 6, temperature=1.0, n=3)
+assert [[len(s.ids) for s in some] for some in samples] == [[6] * 3] * 2
+loss = module(module.embed(torch.tensor([samples[0][0].ids]))).square().sum()
 """,
 }
-
+WITH = {"generate": ("model", "cache")}  # what README says that a file takes along
 
 PROGRAMS = ("train", "pretrain", "transfer", "bench", "audit", "world")
 HELP = """
@@ -222,7 +223,8 @@ def in_folders(tmp_path_factory):
     place, codes = tmp_path_factory.mktemp("alone"), {}
     for name, code in ALONE.items():
         (place / name).mkdir()
-        shutil.copy(ROOT / f"{name}.py", place / name)
+        for file in (name, *WITH.get(name, ())):
+            shutil.copy(ROOT / f"{file}.py", place / name)
         codes[place / name] = code + STEP
     for name in PROGRAMS:
         (place / f"{name}-help").mkdir()
