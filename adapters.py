@@ -109,7 +109,7 @@ class CrossBlock(nn.Module):
     number of heads. Its number of parameters fits an MLP of 4 W, where Perceiver IO has one of W.)
     """
 
-    ADDED = 0.3  # factor of what is added to x. That is zero at first, and x has unit scale
+    ADDED = 0.3  # factor of f, which is zero at first; x has unit scale
 
     def __init__(self, width: int, cross: bool = False):
         super().__init__()
@@ -432,7 +432,8 @@ def read_prompt(folder: str | Path) -> Tensor:
 
 
 def is_after_bos(folder: str | Path, config: dict) -> bool:
-    """Whether a soft prompt's first row is BOS. PEFT's config says nothing: it is not."""
+    """Whether a soft prompt's first row is BOS. PEFT's config has no such key: the
+    prompt then stands before BOS."""
     placement = config.get("placement", "before_bos")
     if placement not in ("before_bos", "after_bos"):
         raise ValueError(f"{folder}: placement {placement!r} is neither before_bos nor after_bos")

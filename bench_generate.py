@@ -59,11 +59,11 @@ def without_graph(step: Callable) -> Callable:
     """The same decoding, with every kernel launched by Python."""
 
     def run():
-        graphs, generate.GRAPHS = generate.GRAPHS, ()
+        graphs, generate.GRAPH_DEVICES = generate.GRAPH_DEVICES, ()
         try:
             return step()
         finally:
-            generate.GRAPHS = graphs
+            generate.GRAPH_DEVICES = graphs
 
     return run
 

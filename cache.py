@@ -2,6 +2,7 @@
 
     Buffered     has space for the tokens that follow, so that a step copies no earlier ones
     SampleCache  also keeps and reads the keys and values of a question once for all its samples
+    Steps        the steps of decoding behind one of them
     inverse_cdf  draws their tokens; samples that agree so far share one softmax
 
 n samples of a question attend to the same P positions and to t new ones each. With a cache of its
@@ -9,12 +10,12 @@ own for each sample a step reads n (P + t) keys, and here P + n t. The scores of
 are one product of matrices for all of its samples. (Bifurcated attention, Athiwaratkun et al. 2024;
 Hydragen, Juravsky et al. 2024.)
 
-    cache = SampleCache.of(cache)                  each row of a model.Prefix becomes a question
-    cache = cache.preallocate(index, more, rows)    row i now continues what row index[i] was
-    h, cache = lm(lm.embed(ids), cache, keep=True)  ids (R, 1): one token of each row
+    steps = Steps(lm, cache, index, more, n)    row i continues row index[i] of a model.Prefix
+    logits = steps(token)                       (R, 1) -> (R, V)
+    steps.keep(index)                           row i now continues what row index[i] was
 
-generate.decode uses all of it. Needs torch and model.py. Dimensions as in model.py; Q questions,
-and R rows that continue them.
+generate.decode uses it, or on a GPU replay.py, which has the same calls. Needs torch and model.py.
+Dimensions as in model.py; Q questions, and R rows that continue them.
 """
 
 from dataclasses import dataclass, field, replace
@@ -45,9 +46,10 @@ class Buffered(Prefix):
             whole[:R, :, P : P + T] = new
         return tuple(whole[:R, :, : P + T] for whole in pair)
 
-    def preallocate(self, index: Tensor, more: int, rows: int) -> "Buffered":
-        """Rows `index` (R,) in a buffer of `rows` rows with `more` free positions: extend it once.
-        If there is a buffer, only rows that move are copied."""
+    def preallocate(self, index: Tensor, more: int = 0, rows: int = 0) -> "Buffered":
+        """Rows `index` (R,) in a buffer of `rows` rows with `more` free positions. If there is a
+        buffer already, only rows that move are copied. What is written into it replaces what
+        another continuation of the same cache wrote there."""
         _, K, P, D = self.layers[0][0].shape
         R, moved = len(index), slice(len(index))
         if self.buffer:
@@ -66,8 +68,7 @@ class Buffered(Prefix):
 @dataclass
 class SampleCache(Buffered):
     """A KV cache whose rows share the keys and values of their questions. `layers` hold what each
-    row has of its own, and `lengths` counts both. It takes one token of each row, and only
-    generate.decode is meant to hold it: `select`, `save` and the like know nothing of questions.
+    row has of its own, and `lengths` counts both. It takes one token of each row at a time.
 
     questions  per layer the keys and values of Q questions, each (Q, K, P, D)
     width      the number of rows of the question that has most
@@ -78,6 +79,12 @@ class SampleCache(Buffered):
     questions: list[KV] = field(default_factory=list)
     place: Tensor | None = None
     width: int = 1
+
+    def refuse(self, *_):
+        """ValueError: the method of Prefix would forget the questions."""
+        raise ValueError("the rows of a SampleCache go on, and are not selected, joined or saved")
+
+    select = drop_padding = save = refuse
 
     @classmethod
     def of(cls, cache: Prefix) -> "SampleCache":
@@ -91,7 +98,7 @@ class SampleCache(Buffered):
         """P + t."""
         return self.questions[0][0].shape[2] + self.layers[0][0].shape[2]
 
-    def preallocate(self, index: Tensor, more: int, rows: int) -> "SampleCache":
+    def preallocate(self, index: Tensor, more: int = 0, rows: int = 0) -> "SampleCache":
         """As in Buffered. If at least half of the questions have no row left, these are dropped."""
         question, questions = self.place[index] // self.width, self.questions
         continued = question.unique()
@@ -128,6 +135,26 @@ class SampleCache(Buffered):
         weights = scores.softmax(-1).to(v.dtype)
         y = by_row(by_question(weights[..., :P]) @ past[1]) + weights[..., P:] @ v
         return y.reshape(R, H, 1, D)
+
+
+class Steps:
+    """The steps of decoding behind rows `index` (R,) of a cache, for at most `more` tokens. A row
+    of the cache is a question, and at most n rows continue it."""
+
+    def __init__(self, lm, cache: Prefix, index: Tensor, more: int, n: int = 1):
+        self.lm, rows = lm, n * cache.rows
+        cache = SampleCache.of(cache) if n > 1 else Buffered.of(cache)
+        self.cache = cache.preallocate(index, more, rows)
+
+    def keep(self, index: Tensor) -> None:
+        """Row i now continues what row index[i] was."""
+        if not torch.equal(index, torch.arange(self.cache.rows, device=index.device)):
+            self.cache = self.cache.preallocate(index)
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """token (R, 1) -> logits (R, V)."""
+        h, self.cache = self.lm(self.lm.embed(token), self.cache, keep=True)
+        return self.lm.logits(h[:, -1])
 
 
 def side_by_side(group: Tensor, count: int) -> tuple[Tensor, int]:

@@ -237,13 +237,13 @@ def count_operations(step: Callable, lm: LM) -> int:
     decodes without them meanwhile.
     """
     attend, lm.layers.attend = lm.layers.attend, plain_attention
-    graphs, generate.GRAPHS = generate.GRAPHS, ()
+    graphs, generate.GRAPH_DEVICES = generate.GRAPH_DEVICES, ()
     try:
         with torch.compiler.set_stance("force_eager"):  # nor can compiled code be counted
             with FlopCounterMode(display=False) as counter:
                 step()
     finally:
-        lm.layers.attend, generate.GRAPHS = attend, graphs
+        lm.layers.attend, generate.GRAPH_DEVICES = attend, graphs
     return counter.get_total_flops()
 
 

@@ -14,7 +14,7 @@ predictions.jsonl has one line per test example:
 
     python eval.py compare runs/a runs/b
 
-takes under a second for 300 examples of two tasks and prints the difference a - b, then that of F1:
+takes under a second for 300 examples of two tasks and prints these rows, and then the same of F1:
 
     metric  task      n       a       b    a - b  [95 % interval]       p
     EM      all     300   58.33   50.00    +8.33  [ +3.00, +13.67]  0.0018

@@ -1,7 +1,8 @@
 """The training loop of the whole project, its optimisers and its loss.
 
 `fit` trains the parameters of any module. It gets batches, losses and dev scores from functions,
-so it knows no method and no data file. train.py, pretrain.py and encoders.py call it.
+so it knows no method and no data file. train.py, pretrain.py, promptability.py and encoders.py call
+it.
 
     from fit import Recipe, fit
     fit(run, Recipe(steps=100, lr=1e-3), adapter, batch_at, loss_of, evaluate, save)
@@ -302,7 +303,7 @@ def outcome(state: State) -> dict:
 
 @contextmanager
 def explain_disk_errors(run: Run, state: State):
-    """A context for writing. OSError, with the run's folder and the step, if the disk is full."""
+    """A context for writing. OSError, with the run's folder and step, if it cannot be done."""
     try:
         yield
     except (OSError, SafetensorError) as error:

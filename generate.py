@@ -1,14 +1,13 @@
 """Generation and scoring: prefill, sampling, n samples of one prompt, answer choices.
 
 `lm` is a model.LM or anything with its interface, such as recurse.Stack over several passes. Of
-its prefix these are used: rows, lengths, layers, row_lengths, select and stack (model.Prefix). For
-new tokens its attention must write into a given cache and read it, as model.Attention does.
+its prefix these are used: rows, lengths, layers, row_lengths, select and stack (model.Prefix). To
+decode, it must extend its cache by Prefix.joined, as model.Attention does.
 
     prefill            reads every question, except its last token, into the KV cache
     sample_next_token  logits -> one token per row
     generate           greedy continuations, or n samples of each question
     sample_answers     n samples of each question, each with random numbers of its own
-    decode             prefill, then one token per step
     option_scores      log-probabilities of answer choices; each question is read once
     predict            answers: texts, or choices among options; in batches within a memory budget
 
@@ -27,11 +26,12 @@ if __name__ == "__main__":
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-GRAPHS = ("cuda",)  # devices on which `decode` replays a graph, see replay.py
+GRAPH_DEVICES = ("cuda",)  # devices on which `decode` replays a graph, see replay.py
 
 
 @dataclass
@@ -227,6 +227,8 @@ def sample_answers(
     from cache import inverse_cdf
 
     check_sampling(max_new_tokens, 1.0, None, None, n)
+    if len(seeds) != len(ids):
+        raise ValueError(f"{len(seeds)} seeds for {len(ids)} questions")
     rngs = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: all devices alike
     numbers = [torch.rand(n, max_new_tokens, generator=rng) for rng in rngs]
     numbers = torch.cat(numbers).double()  # (B * n, max_new_tokens), in [0, 1)
@@ -238,39 +240,32 @@ def sample_answers(
 
 
 def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> list[list[Sample]]:
-    """The loop of `generate` and `sample_answers`. Samples that agree so far share one row, but not
-    in a graph.
+    """One token per step. Samples that agree so far share one row, except in replay.py.
 
     draw  (logits (R, V), row (S,), active (S,), step) -> the next token (S,) of each of the S
           samples that go on: `active` holds their numbers, `row` the row of each
     """
-    from cache import Buffered, SampleCache
-
     token, cache = prefill(lm, ids, prefix, [max_new_tokens] * len(ids))
-    graph = token.device.type in GRAPHS
-    if graph:
-        from replay import Replayed, can_replay
-
-        graph = can_replay(lm, max_new_tokens)
+    make_steps, merges = choose_steps(lm, token.device.type, max_new_tokens, n)
     device, samples = token.device, [Sample([], 0.0)] * (len(ids) * n)
     eos_ids = torch.tensor(as_list(eos), dtype=torch.long, device=device)
     active = torch.arange(len(ids) * n, device=device)  # numbers of the samples that go on
     row = active // n  # of each of these samples: its row of the cache
     texts = [(b, []) for b in range(len(ids))]  # of each row: its question and its new tokens
     logprob = torch.zeros(len(ids), device=device)  # of each row: the sum over its new tokens
-    replayed = None
+    steps = None
     for step in range(max_new_tokens):
-        if replayed is None:
+        if steps is None:
             h, cache = lm(lm.embed(token), cache, keep=True)
             logits = lm.logits(h[:, -1])  # (R, V)
         else:
-            logits = replayed(token)
-        R, V = logits.shape
+            logits = steps(token)
+        V = logits.shape[1]
         pairs = row * V + draw(logits, row, active, step)  # (row, new token) as one number
-        if graph:
-            row = torch.arange(len(pairs), device=device)
-        else:  # samples of one row that drew the same token stay one row
+        if merges:  # samples of one row that drew the same token stay one row
             pairs, row = pairs.unique(return_inverse=True)  # the new rows, ordered by their parents
+        else:
+            row = torch.arange(len(pairs), device=device)
         parent, token = pairs // V, pairs % V  # parent: the row before
         logprob = logprob[parent] + logits.log_softmax(-1)[parent, token]
         texts = [(texts[i][0], [*texts[i][1], t]) for i, t in zip(parent.tolist(), token.tolist())]
@@ -279,28 +274,36 @@ def decode(lm, ids, prefix, max_new_tokens: int, n: int, eos, draw, ended) -> li
             done |= torch.tensor([ended(b, tokens) for b, tokens in texts], device=device)
         done |= step == max_new_tokens - 1
         values = logprob.tolist()
+        if not all(map(math.isfinite, values)):
+            raise ValueError("logits that are not finite")
         for i, r in zip(active[done[row]].tolist(), row[done[row]].tolist()):
             samples[i] = Sample(texts[r][1], values[r])
         if done.all():
             break
         kept = (~done).nonzero()[:, 0]  # the rows that go on
         kept = kept[order_in_place(parent[kept])]
-        source, more = parent[kept], max_new_tokens - 1 - step  # source: their rows of the cache
-        if replayed is not None:
-            replayed.keep(source)
-        elif graph:
-            replayed, cache = Replayed(lm, cache, source, more), None
-        elif step == 0:
-            cache = (SampleCache if n > 1 else Buffered).of(cache)
-            cache = cache.preallocate(source, more, len(ids) * n)
-        elif not torch.equal(source, torch.arange(R, device=device)):  # a row moves
-            cache = cache.preallocate(source, more, len(ids) * n)
+        if steps is None:
+            steps, cache = make_steps(lm, cache, parent[kept], max_new_tokens - 1), None
+        else:
+            steps.keep(parent[kept])
         place, goes_on = torch.empty_like(parent), ~done[row]
         place[kept] = torch.arange(len(kept), device=device)  # of a new row: its index in the cache
         active, row = active[goes_on], place[row[goes_on]]
         token, logprob = token[kept, None], logprob[kept]
         texts = [texts[r] for r in kept.tolist()]
     return [samples[b * n : (b + 1) * n] for b in range(len(ids))]
+
+
+def choose_steps(lm, device: str, max_new_tokens: int, n: int):
+    """(what makes the steps after the first, whether samples that agree are one row in them)."""
+    if device in GRAPH_DEVICES:
+        from replay import Replayed, can_replay
+
+        if can_replay(lm, max_new_tokens):
+            return Replayed, False
+    from cache import Steps
+
+    return partial(Steps, n=n), True
 
 
 def order_in_place(parents: Tensor) -> Tensor:

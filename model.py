@@ -80,8 +80,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, past: KV | None = None, lengths=None
     """Causal attention of T text positions to themselves and to the P positions of a prefix.
 
     q (B, H, T, D); past (1 | B, K, P, D) of the prefix; k, v (B, K, T, D) of the text. Without
-    `past`, k and v (B, K, P + T, D) hold prefix and text. This function joins past and k, v, and
-    that of attention.py reads a shared past without a copy per row. lengths (1 | B,): see Prefix.
+    `past`, k and v (B, K, P + T, D) hold prefix and text. attention.attend has the same arguments,
+    and reads a shared past without a copy per row. lengths (1 | B,): see Prefix.
     Query t sees text positions up to t and prefix positions j >= P - lengths[b]; with a window it
     sees the last `window` of these. Returns (B, H, T, D).
     """
@@ -170,11 +170,11 @@ class Attention(nn.Module):
             self.k_norm = make_norm(c, c.head_dim if per_head else kv_width)
 
     def qkv(self, x: Tensor, cos_sin, at=ALL) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, C) -> q (B, H, T, D) of the positions `at`, k and v (B, K, T, D) of all; q and k
-        after norm and rope."""
+        """x (B, T, C) -> q (B, H, S, D) of the S positions `at`, k and v (B, K, T, D) of all; q and
+        k after norm and rope."""
         c = self.config
-        asked = x[:, at].contiguous()  # a slice would take longer
-        q, k, v = self.q_proj(asked), self.k_proj(x), self.v_proj(x)
+        queried = x[:, at].contiguous()  # a slice would take longer
+        q, k, v = self.q_proj(queried), self.k_proj(x), self.v_proj(x)
         if c.qk_norm == "width":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for t in (q, k, v))
@@ -436,8 +436,9 @@ class LM(nn.Module):
         return lm.requires_grad_(False).eval()
 
     def save(self, folder, dtype=None, tokenizer=None, replace: bool = False) -> None:
-        """Writes config.json, model.safetensors and tokenizer.json in the published format, whole
-        or not at all. FileExistsError if the folder exists, unless `replace` is set."""
+        """Writes config.json, model.safetensors and, if given, tokenizer.json in the published
+        format, whole or not at all. FileExistsError if the folder exists, unless `replace` is set:
+        then it is removed before the new one takes its name."""
         from checkpoints import write_checkpoint
 
         dtype = dtype or self.embed_tokens.weight.dtype

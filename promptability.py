@@ -61,6 +61,7 @@ from data import IGNORE_INDEX, Batch
 from fit import Adafactor, Recipe, autocast, fit, target_loss
 from model import LM
 from prompts import folder_name
+from questions import check_unique
 from recurse import COMPOSITIONS
 from runs import Run, read_predictions, start_record
 
@@ -344,6 +345,7 @@ def few_shot(args: Namespace) -> dict:
         task = load_task(run, lm, tokenizer, splits)
         plans.append((name, template, task, new_prompt(task)))
         shots[folder.name] = [example.id for example in examples]
+    check_unique(example for _, _, task, _ in plans for example in task.examples["test"])
     if (out / "shots.json").is_file() and read_json(out / "shots.json") != shots:
         raise ValueError(f"{out} was started with other files: its shots.json holds other ids")
     out.mkdir(parents=True, exist_ok=True)
@@ -417,8 +419,11 @@ def new_prompt(task: start.Task) -> nn.Module:
 
 
 def read_dev_and_test(args: Namespace) -> dict[str, list[data.Example]]:
-    """The examples of all files of --dev, and of --test."""
-    return {s: [e for path in getattr(args, s) for e in data.read(path)] for s in ("dev", "test")}
+    """The examples of all files of --dev, and of --test. ValueError if two test examples have one
+    task and id: predictions are found by these."""
+    splits = {s: [e for path in getattr(args, s) for e in data.read(path)] for s in ("dev", "test")}
+    check_unique(splits["test"])
+    return splits
 
 
 def files_of_tasks(args: Namespace, split: str) -> list[str]:
@@ -434,6 +439,18 @@ def files_of_tasks(args: Namespace, split: str) -> list[str]:
         if task_name(path) not in tasks:
             raise ValueError(f"--{split} has no file of the task {task_name(path)}, as {path} has")
     return [tasks[task_name(path)] for path in args.train]
+
+
+def expand(paths: list[str], split: str) -> list[str]:
+    """The files of a flag: a folder stands for its files TASK-SPLIT.jsonl. ValueError if it has
+    none."""
+    files = []
+    for path in paths:
+        found = sorted(map(str, Path(path).glob(f"*-{split}.jsonl")))
+        if Path(path).is_dir() and not found:
+            raise ValueError(f"--{split} {path}: holds no file TASK-{split}.jsonl")
+        files += found or [path]
+    return files
 
 
 def task_name(path: str) -> str:

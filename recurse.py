@@ -19,11 +19,11 @@ would replace:
 A Stack generates like an LM: every new token runs through all its parts. Its KV cache holds the
 layers of all of them.
 
-Textual recursion (section 4 of the same paper) composes two passes as text. With a prompt p1 the LM
-samples n answers, and with a prompt p2 it reads the question and these candidates.
+Textual recursion (section 4.1 of the same paper) composes two passes as text. With a prompt p1 the
+LM samples n answers, and with a prompt p2 it reads the question and these candidates.
 
-Needs adapters.py, generate.py, model.py, t5.py, parallel.py, checkpoints.py and families.py. The
-caller passes the LM.
+Needs adapters.py, generate.py, cache.py, model.py, t5.py, parallel.py, checkpoints.py and
+families.py. The caller passes the LM.
 
     python train.py --method neural_recursion      trains one on the embedded world
 """
@@ -163,7 +163,7 @@ class Stack(Around):
     def read(self, x: Tensor, prefix=None, lengths: Tensor | None = None):
         """The prefix after x (T, C) or (B, T, C); lengths (B,) as in LM.read."""
         x = x[None] if x.dim() == 2 else x
-        _, extended = self(x, prefix, keep=True)
+        _, extended = self(x, prefix, keep=True, last=1)  # the last layer's output is unused
         return extended.drop_padding(x.shape[1], lengths)
 
 
@@ -490,8 +490,9 @@ def text_with(question: str, candidates: Sequence[str | Candidate]) -> str:
         Q: Where was Anna Teller born?
         A:
 
-    The question and the place of its answer stay as p1 saw them, so a prompt that starts from p1
-    answers as well as p1 from the first step.
+    In the paper the list follows the question. Here it comes first: the question and the place of
+    its answer stay as p1 saw them, so a prompt that starts from p1 answers as well as p1 from the
+    first step.
     """
     texts = [c.text if isinstance(c, Candidate) else c for c in candidates]
     return f"Candidates: {'; '.join(texts)}\n{question}" if texts else question

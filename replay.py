@@ -9,7 +9,7 @@ place in the batch until all rows are done.
     logits = replayed(token)                        (R, 1) -> (R, V)
     replayed.keep(index)                            these rows go on
 
-generate.decode uses it on a GPU. Needs torch and model.py.
+generate.decode uses it on a GPU, and otherwise cache.Steps. Needs torch and model.py.
 """
 
 from collections.abc import Callable

@@ -404,7 +404,7 @@ class CrossEncoder(nn.Module):
 def reranker_loss(
     encoder: CrossEncoder, ids: Tensor, lengths: Tensor, groups: Tensor, spans: Tensor
 ) -> Tensor:
-    """The loss of Levine et al. (2022), equations 3 to 5, summed over B questions.
+    """The loss of DPR's reader (Karpukhin et al. 2020, equations 3 to 5), summed over B questions.
 
     ids, lengths  (R, L), (R,)  the inputs of all questions
     groups        (B, M)        the rows of each question's passages, the positive first; -1: none
@@ -442,7 +442,7 @@ def loss_parts(lengths: Tensor, groups: Tensor) -> list[Tensor]:
 def cross_fit(
     items: Sequence, train_fn: Callable, score_fn: Callable, seed: int, key: Callable = str
 ) -> tuple[list, list[str], object]:
-    """Score training items with models that never saw them (Levine et al. 2022, section 3.2).
+    """Score training items with models that never saw them (Levine et al. 2022, section 3.1).
 
     A model sorts the passages of its own training questions better than those of new ones, so data
     made with such scores would not look like dev data. train_fn(items) -> model is called for half
@@ -504,13 +504,13 @@ def __getattr__(name: str):
 def main(argv: list[str] | None = None) -> BertConfig:
     from show import Parser, show
 
+    from checkpoints import read_tensors, resolve
+
     parser = Parser(prog="rerank.py", description="Print what a BERT checkpoint holds.")
     parser.add_argument("folder")
-    folder = Path(parser.parse_args(argv).folder)
+    folder = resolve(parser.parse_args(argv).folder)
     bert = Bert.from_pretrained(folder)
     show(f"{bert.config}, {sum(p.numel() for p in bert.parameters()):,} parameters", result=True)
-    from checkpoints import read_tensors
-
     format = find_format(read_tensors(folder / "model.safetensors"))
     show(str(FORMATS[format]) if format else "an encoder alone, without heads", result=True)
     return bert.config

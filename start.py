@@ -12,6 +12,7 @@ import hashlib
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -192,6 +193,7 @@ def start_connector(task: Task) -> adapters.Connector | adapters.Connectors:
             return load_init(folder, args, lm, adapters.Connector)
         return recurse.new_connector(lm, args.method, args.connector_layers)
 
+    show(f"the Connector starts from {folder or 'random weights'}")
     connector = recurse.make_connectors(args.passes, args.connectors == "shared", new)
     return set_residual(connector, args.residual)
 
@@ -417,14 +419,21 @@ def template_rates(examples: list[data.Example], cap: int) -> tuple[list[list[in
     return list(groups.values()), counts
 
 
+@lru_cache(maxsize=2)
+def epoch_samples(sizes: tuple, counts: tuple, seed: int, epoch: int) -> list[list[int]]:
+    """The counts[i] of sizes[i] examples of each group i that an epoch has."""
+    pairs = enumerate(zip(sizes, counts))
+    return [data.sample(size, count, [seed, epoch, i]) for i, (size, count) in pairs]
+
+
 def mixture_batch(tokens: list, groups, counts, size: int, seed: int, step: int) -> data.Batch:
     """The batch of a step over groups of rows of `tokens`, a pure function of the arguments.
 
     An epoch holds counts[i] examples of group i, sampled anew in every epoch. The `rows` of the
     batch are those of `tokens`.
     """
-    epoch, pool = step // -(-sum(counts) // size), []
-    for number, (rows, count) in enumerate(zip(groups, counts)):
-        pool += [rows[i] for i in data.sample(len(rows), count, [seed, epoch, number])]
+    epoch = step // -(-sum(counts) // size)
+    drawn = epoch_samples(tuple(map(len, groups)), tuple(counts), seed, epoch)
+    pool = [rows[i] for rows, sample in zip(groups, drawn) for i in sample]
     batch = data.batches([tokens[row] for row in pool], size, seed, step)
     return replace(batch, rows=[pool[row] for row in batch.rows])

@@ -1,6 +1,6 @@
 """Textual recursion around a frozen LM: the stages between the first prompt and the last.
 
-Levine et al. 2022, "Standing on the Shoulders of Giant Frozen Language Models", section 4. With a
+Levine et al. 2022, "Standing on the Shoulders of Giant Frozen Language Models", section 4.1. With a
 prompt p1 the LM samples n answers to every question, and with another prompt it reads the question
 with these candidates. Stages lie below the folder of the run:
 
@@ -15,7 +15,8 @@ The run itself is the last prompt, trained on the questions with the candidates 
 A p1 that was trained on a question samples better candidates for it than for new questions, and the
 last prompt would learn to rely on them. So each half of the training questions gets its candidates
 from the prompt that was trained on the other one (rerank.cross_fit); run.json says in which half
-each question lies. The paper does not mention this; --no-cross-fit leaves it out.
+each question lies. The paper does not mention this; --no-cross-fit leaves it out. And in the paper
+the candidates follow the question; here they come before it (recurse.text_with).
 
 The prompts of the first round do not depend on the number of candidates, so a run can copy those of
 another run (--stages-from). With --pause the filler stands behind the question in every stage, and

@@ -11,9 +11,10 @@ embedding, which is a prompt after a few steps, finds the ones to try.
 The first command trains a prompt for each task of a folder. Without --each it trains one prompt on
 a mixture of its files. A file of running text, among others or alone, is learned as a prefix LM:
 each window is cut at a random token, and the LM predicts the second part from the first. If --task
-is a file, `search` first trains a prompt on it with the flags of the library, in --out or here in
-runs/news. --average writes the average of the best prompts, weighted by similarity. For a top-k
-mixture, run `source` on the files of the k best sources and of the target.
+is a file, `search` first trains a prompt on it with the flags of the library, in --out or, if that
+is not given, beside the library (here in runs/news). --average writes the average of the best
+prompts, weighted by similarity. For a top-k mixture, run `source` on the files of the k best
+sources and of the target.
 
 `continue` and `few-shot` are in promptability.py. A run leaves the folder that runs.py describes.
 """
@@ -358,10 +359,11 @@ def search_command(args: Namespace) -> list[tuple[str, float]]:
     if not Path(args.task).exists():
         raise FileNotFoundError(f"--task {args.task}: no such file or folder")
     lm = LM.from_pretrained(args.model or ASSETS / "lm") if args.kind == "neurons" else None
-    task = embed_file(args, lm) if Path(args.task).is_file() else args.task
-    ranking = search(task, args.library, args.kind, lm)
-    if args.average and args.top_k > len(ranking):
-        raise ValueError(f"--top-k {args.top_k} exceeds the {len(ranking)} of {args.library}")
+    folder = None if Path(args.task).is_file() else args.task
+    count = len(load_library(args.library, folder, lm))
+    if args.average and args.top_k > count:
+        raise ValueError(f"--top-k {args.top_k} exceeds the {count} of {args.library}")
+    ranking = search(folder or embed_file(args, lm), args.library, args.kind, lm)
     for name, value in ranking:
         show(f"{value:+.4f}  {name}")
     if args.average:
@@ -378,13 +380,14 @@ def embed_file(args: Namespace, lm: LM | None) -> Path:
     if not records:
         where = "holds no run of `transfer.py source` to train --task like"
         raise ValueError(f"{args.library}: {where}; give --task the folder of a run")
-    load_library(args.library, None, lm)  # refuses before any training
     beside = Path(args.library).resolve().parent / promptability.task_name(args.task)
     out = beside if args.out is None else Path(args.out)
     seed = 1 + max(record["arguments"]["seed"] for record in records)
     own = {"seed": seed, "program": "transfer.py", "resume": True}
-    like = Namespace(**records[0]["arguments"] | own)
     argv = [*shlex.split(records[0]["command"])[2:], "--seed", str(seed)]
+    if args.model:  # the library's LM lies elsewhere now
+        own["model"], argv = args.model, [*argv, "--model", args.model]
+    like = Namespace(**records[0]["arguments"] | own)
     source(one_run(like, argv, {"train": [args.task]}, out))
     return out
 
@@ -498,21 +501,13 @@ def parse(argv: list[str], program: str = "transfer.py") -> Namespace:
     return args
 
 
-def expand(paths: list[str], split: str) -> list[str]:
-    """The files of a flag: a folder stands for its files TASK-SPLIT.jsonl."""
-    files = []
-    for path in paths:
-        files += sorted(map(str, Path(path).glob(f"*-{split}.jsonl"))) or [path]
-    return files
-
-
 def main(argv: list[str] | None = None):
     """Run a command and return its result: the run's record, or the ranking."""
     args = parse(sys.argv[1:] if argv is None else argv)
     command, _ = COMMANDS[vars(args).pop("command")]
     for split in ("train", "dev", "test"):
         if hasattr(args, split):
-            setattr(args, split, expand(getattr(args, split), split))
+            setattr(args, split, promptability.expand(getattr(args, split), split))
     return command(args)
 
 

@@ -195,6 +195,14 @@ def test_frequencies_of_sampling(temperature, top_k, top_p, expected):
         assert abs(count / draws - p) <= 4 * math.sqrt(p * (1 - p) / draws)
 
 
+@pytest.mark.parametrize("temperature, n", [(0.0, 1), (1.0, 1), (1.0, 3)])
+def test_logits_that_are_not_finite_are_refused(make_lm, temperature, n):
+    lm = make_lm()
+    lm.norm.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        generate(lm, QUESTIONS, None, 3, temperature=temperature, n=n)
+
+
 def test_impossible_arguments_are_named(make_lm):
     lm = make_lm()
     out_of_range = dict(max_new_tokens=[0], temperature=[-0.1, math.inf, math.nan])

@@ -328,7 +328,7 @@ def test_a_killed_run_resumes_to_the_bit(runs, tmp_path, monkeypatch, variant):
 def test_held_out_clusters_are_not_trained_on(place, tmp_path, capsys):
     def tasks(flags, folder=place):
         args = transfer.parse(line(folder, "mtl", "out", flags)[1:])
-        args.train = transfer.expand(args.train, "train")
+        args.train = pt.expand(args.train, "train")
         return [group[0].task for group in pt.read_tasks(args)]
 
     names = "sentence completion,natural language inference,coreference resolution"

@@ -180,7 +180,7 @@ transfer.py source --train train.jsonl --out new --steps 9 | --keep-at 100 excee
 transfer.py source --train train.jsonl --out run        | run exists | --resume
 transfer.py continue --train train.jsonl --variant maml | maml | fomaml
 transfer.py continue --train train.jsonl --out new      | train.jsonl: 8 examples | --batch-size 32
-transfer.py continue --train thesis --out new           | thesis: is a folder
+transfer.py continue --train thesis --out new           | --train thesis: holds no file TASK-train
 transfer.py few-shot --train train.jsonl --out new      | --test
 
 data.py                                                 | path

@@ -36,7 +36,7 @@ def recorded(monkeypatch):
         return launch
 
     monkeypatch.setattr(replay, "record", record)
-    monkeypatch.setattr(generation, "GRAPHS", ("cpu",))
+    monkeypatch.setattr(generation, "GRAPH_DEVICES", ("cpu",))
     return calls
 
 
@@ -49,7 +49,7 @@ def lm(request, make_lm):
 def plain(monkeypatch, *arguments, **options):
     """`generate` without a graph."""
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "GRAPHS", ())
+        patch.setattr(generation, "GRAPH_DEVICES", ())
         return generate(*arguments, **options)
 
 

@@ -111,6 +111,8 @@ def test_samples_that_agree_so_far_are_read_once(make_lm):
         different = sum(len({tuple(ids[:step]) for ids in row}) for row in texts)
         assert shape == (different, 1) and different < 240
     assert len(lm.shapes) == 5 and all(len(ids) == 4 for row in texts for ids in row)
+    with pytest.raises(ValueError, match="3 seeds for 4 questions"):
+        sample_answers(lm, QUESTIONS, 60, [3, 4, 5], None, 4)
     few = sample_answers(lm, QUESTIONS[1:], 5, [4, 5, 6], None, 4)
     assert [[s.ids for s in row] for row in few] == [row[:5] for row in texts[1:]]
 

@@ -14,8 +14,10 @@ from tiny_runs import contents, die_at_5, make_suite, run, same_runs
 import adapters
 import data
 import fit
+import promptability
 import recurse
 import transfer
+from checkpoints import write_lines
 from model import LM
 from runs import load_run
 from transfer import search, silhouette, similarity, weighted_average
@@ -144,8 +146,12 @@ def test_search_for_a_file_trains_its_prompt_like_the_library(place, library, tm
         line = f"transfer.py search --library {library} --task {other}"
         with pytest.raises((ValueError, OSError), match=f"{name} .*{problem}.*; choose .*--out"):
             run(line.split())
-    assert run(f"{line} --out {tmp_path}/own".split()) == search(tmp_path / "own", library)
-    assert contents(place) == before
+    moved = shutil.copytree(place / "lm" / "model", tmp_path / "moved")
+    ranking = run(f"{line} --out {tmp_path}/own --model {moved}".split())
+    assert ranking == search(tmp_path / "own", library) and contents(place) == before
+    record = json.loads((tmp_path / "own" / "run.json").read_text())
+    assert record["arguments"]["model"] == str(moved)
+    assert f"--model {moved}" in record["command"]
 
 
 def test_the_weighted_average_of_one_source_is_that_source():
@@ -278,7 +284,7 @@ def test_each_file_gets_the_prompt_that_a_run_of_its_own_gives(place, library, t
 def test_the_files_of_a_task_have_its_name_in_whatever_order_they_are_given(place, tmp_path):
     files = [f"{place}/suite/{task}-dev.jsonl" for task in ("hat", "car", "end")]
     args = transfer.parse(source(place, tmp_path, "suite", f"--each --dev {' '.join(files)}")[1:])
-    args.train = transfer.expand(args.train, "train")
+    args.train = promptability.expand(args.train, "train")
     for task, one in transfer.one_run_per_file(args).items():
         assert (*one.train, *one.dev) == tuple(
             f"{place}/suite/{task}-{split}.jsonl" for split in ("train", "dev")
@@ -354,16 +360,27 @@ def test_bad_input_is_refused_by_name(place, library, tmp_path, monkeypatch):
         f"search --library {library} {task} --average {tmp_path}/new --top-k 3": (
             "--top-k 3 exceeds the 2 of .*library"
         ),
+        f"search --library {library} --task {place}/text.txt --average {tmp_path}/new --top-k 4": (
+            "--top-k 4 exceeds the 3 of .*library"  # before a prompt is trained on the text
+        ),
         f"search --library {other} --task {place}/text.txt": "other: holds no run of",
     }.items():
         with pytest.raises((ValueError, OSError), match=error):
             transfer.main(line.split())
     out, bad = tmp_path / "new", place / "bad-train.jsonl"
     bad.write_text('{"input": "is it", "target": "so"}\n{"input": 1}\n')
+    for name in ("one", "two"):
+        write_lines(place / f"{name}.jsonl", [{"input": "is it", "target": name, "id": 7}])
     for files, flags, error in (
         ("text.txt", "--seq-len 400", "--seq-len 400"),
         ("suite", f"--each --dev {place}/suite/car-dev.jsonl", "--dev needs as many files as"),
         ("suite/car-train.jsonl bad-train.jsonl", "--each", "bad-train.jsonl:2"),
+        (
+            "suite/car-train.jsonl",
+            f"--test {place}/one.jsonl {place}/two.jsonl",
+            "two.jsonl:1: the id",
+        ),
+        ("lm", "", f"--train {place}/lm: holds no file TASK-train.jsonl"),
         ("suite/car-train.jsonl suite/car-train.jsonl", "--each", "another file has the name car"),
         ("suite/car-train.jsonl", f"--out {library}/car", "car exists"),
         ("suite/car-train.jsonl", f"--init {longer}/x", "--prompt-length 5"),
