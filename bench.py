@@ -88,7 +88,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser,
         "measurement",
         ("--runs", cli.COUNT, 5, "rounds, in each of which every contestant takes a step"),
-        ("--model", str, None, "folder or hub id; if not given, the embedded LM and random ones"),
+        (
+            "--model",
+            str,
+            None,
+            "LM of training steps and generation; if not given, the embedded one and others",
+        ),
         ("--device", ["cpu", "cuda"], "cpu", "where to compute"),
         dtype,
         cli.THREADS,

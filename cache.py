@@ -2,7 +2,7 @@
 
     Buffered     has space for the tokens that follow, so that a step copies no earlier ones
     SampleCache  also keeps and reads the keys and values of a question once for all its samples
-    Steps        the steps of decoding behind one of them
+    Steps        the steps of decoding behind such a cache
     inverse_cdf  draws their tokens; samples that agree so far share one softmax
 
 n samples of a question attend to the same P positions and to t new ones each. With a cache of its
@@ -82,7 +82,7 @@ class SampleCache(Buffered):
 
     def refuse(self, *_):
         """ValueError: the method of Prefix would forget the questions."""
-        raise ValueError("the rows of a SampleCache go on, and are not selected, joined or saved")
+        raise ValueError("the rows of a SampleCache cannot be selected, moved or saved")
 
     select = drop_padding = save = refuse
 

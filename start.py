@@ -122,7 +122,7 @@ def load_lm(args) -> tuple[LM, Tokenizer]:
 
 def compile_steps(layers: Layers) -> None:
     """Compiles the passes of training steps. Without gradients the layers run as they are: decoding
-    has too many shapes."""
+    has too many shapes. A later copy of the layers would still run these."""
     plain, compiled = layers.forward, torch.compile(layers.forward, dynamic=True)
 
     def forward(*args, **more):

@@ -374,7 +374,7 @@ def search_command(args: Namespace) -> list[tuple[str, float]]:
 def embed_file(args: Namespace, lm: LM | None) -> Path:
     """Train the prompt of the file --task with the flags of the library's first run, but a new
     seed: prompts of one seed are alike because they start from the same vectors. Returns the
-    folder: --out, or if not given TASK beside the library. A finished run is not made again."""
+    folder: --out, or if not given TASK beside the library. A finished run is not trained again."""
     records = [read_json(path) for path in sorted(Path(args.library).glob("*/run.json"))]
     records = [r for r in records if "keep_at" in r.get("arguments", {})]
     if not records:
@@ -387,6 +387,8 @@ def embed_file(args: Namespace, lm: LM | None) -> Path:
     argv = [*shlex.split(records[0]["command"])[2:], "--seed", str(seed)]
     if args.model:  # the library's LM lies elsewhere now
         own["model"], argv = args.model, [*argv, "--model", args.model]
+        if LM.from_pretrained(args.model).fingerprint() != records[0]["fingerprint"]:
+            raise ValueError(f"--model {args.model} is not the LM of {args.library}")
     like = Namespace(**records[0]["arguments"] | own)
     source(one_run(like, argv, {"train": [args.task]}, out))
     return out

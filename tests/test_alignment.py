@@ -273,6 +273,9 @@ def test_rows_that_share_their_questions_continue_as_with_caches_of_their_own(lm
     close(lm(lm.embed(torch.tensor([[9]])), shared), lm(lm.embed(torch.tensor([[9]])), cache))
     with pytest.raises(ValueError, match="one token of each row, not 2"):
         lm(lm.embed(torch.tensor([[9, 9]])), shared)
+    for method in (shared.select, shared.drop_padding, shared.save):
+        with pytest.raises(ValueError, match="cannot be selected"):
+            method(torch.tensor([0]), None)
 
 
 @pytest.mark.parametrize("window", [None, 9])

@@ -81,6 +81,12 @@ def test_the_plan_of_textual_recursion_leaves_out_the_stages_of_another_run(plac
     assert 0.25 < (many - few) / (600_000 * position) < 0.5  # samples share their question's
 
 
+def test_the_plan_of_an_int8_lm_holds_a_quarter_of_its_matrices(place):
+    flags = [f"--seq-len 20 {more}" for more in ("", "--base-dtype int8")]
+    whole, int8 = (plan_of(place, f)["frozen weights"] for f in flags)
+    assert whole / 4 < int8 < 0.9 * whole  # the embeddings stay
+
+
 def test_the_plan_of_a_residual_connector_is_that_of_any(place):
     """A sum leaves nothing for the backward pass: the test below counts what autograd keeps."""
     one, two = (plan_of(place, f"--seq-len 20 --residual {switch}") for switch in ("on", "off"))

@@ -68,6 +68,15 @@ def test_target_loss_is_the_naive_sum_over_targets():
             torch.testing.assert_close(loss, sum(losses[without:], torch.tensor(0.0)))
 
 
+def test_the_last_layer_computes_the_columns_from_the_first_target_on():
+    lm, widths = randomise(LM(Config(40, 16, 2, 2, 1, 8, 24, 32))), []
+    for block in lm.layers:
+        block.mlp.register_forward_hook(lambda _, given, y: widths.append(y.shape[1]))
+    examples = [data.TokenizedExample([1] * n, [2, 3]) for n in (5, 9)]
+    target_loss(lm, None, data.collate(examples, [0, 1]))
+    assert widths == [10, 6]  # of 10 columns the fifth has the first target
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_a_complete_folder_and_the_frozen_lm_as_it_was(place, tmp_path, method):
     """And every trained tensor has moved."""

@@ -37,6 +37,7 @@ from recurse import (
 )
 from runs import load_run, read_predictions
 from t5 import T5Config, T5Encoder
+from train import default_prompt_lr
 
 KINDS = ["tied", "untied", "windows", "qk_norm", "post_norm", "parallel", "learned"]
 
@@ -89,6 +90,12 @@ def test_deep_prompt_is_stored_without_its_mlp(make_lm, tmp_path, kind, hidden):
     half = make_lm(kind).bfloat16()  # weights in bfloat16 attend to keys in bfloat16
     half.stored_hash, half.folder = lm.fingerprint(), "unused"
     assert load_adapter(tmp_path, half)().layers[0][0].dtype == torch.bfloat16
+
+
+def test_the_rate_of_a_deep_prompt_behind_an_mlp_is_a_tenth(lm):
+    start = lm.read(vectors(lm, 4))
+    plain, mlp = (default_prompt_lr(lm, DeepPrompt(start, hidden)) for hidden in (None, 8))
+    assert plain == pytest.approx(10 * mlp) == lm.config.n_layers**-2
 
 
 def test_a_start_that_no_deep_prompt_can_have_is_refused(lm):
